@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Install into .venv and run the demo: fine-tune a real MiniLM and write report/demo.html. Needs Python 3.11+ and nothing else.
+#   ./demo.sh              arguments go to the demo (./demo.sh --help)
+set -euo pipefail
+cd "$(dirname "$0")"
+. ./setup.sh demo
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+python -m sparsify.demo "$@"

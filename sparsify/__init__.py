@@ -1,0 +1,30 @@
+"""sparsify: a compiler for sparse fine-tuning and sparse inference of PyTorch models."""
+
+from sparsify.api import analyse, compile
+from sparsify.errors import (
+    AdapterError,
+    CaptureError,
+    PlanError,
+    Refusal,
+    RefusedError,
+    SparsifyError,
+    VerifyError,
+)
+from sparsify.plan import S2FT, Plan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "S2FT",
+    "AdapterError",
+    "CaptureError",
+    "Plan",
+    "PlanError",
+    "Refusal",
+    "RefusedError",
+    "SparsifyError",
+    "VerifyError",
+    "__version__",
+    "analyse",
+    "compile",
+]

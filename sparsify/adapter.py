@@ -1,0 +1,236 @@
+"""Adapters: what training changed, in original coordinates, with a hash of the base; read, written, checked.
+
+A file pair per adapter, so that adapters of different runs, seeds and machines can be compared, fused and switched:
+
+    adapter.safetensors   <param>::<kind>::channels int64 (s,)   <param>::<kind>::delta fp32 (n, s) or (s, m)
+                          the JSON document also stands in its metadata, which is what a reader trusts
+    adapter.json          the same document for people and tools: format version, base hashes, entries, plan, versions
+
+Both are written to temporary files and renamed; the tensor file is the commit point.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sparsify.errors import AdapterError
+
+FORMAT_VERSION = 1
+TENSORS, DOCUMENT = "adapter.safetensors", "adapter.json"
+HASH_SAMPLES = 65536
+KINDS = ("column", "row", "full")
+
+
+@dataclass(frozen=True)
+class Delta:
+    """The change of one weight, in original coordinates of the *stored* tensor.
+
+    kind: "column" or "row": whole logical channels `channels (s,)`, `values (n, s)` or `(s, m)`, added to the base; "full": a
+        parameter that trained as a whole, `values` replace it, `channels` is empty.
+    transposed: the stored weight is `(in, out)` (Conv1D).
+    """
+
+    param: str
+    kind: Literal["column", "row", "full"]
+    channels: Tensor
+    values: Tensor
+    transposed: bool = False
+
+    @property
+    def axis(self) -> int:
+        """Axis of the stored tensor on which the channels lie."""
+        logical = 1 if self.kind == "column" else 0
+        return 1 - logical if self.transposed else logical
+
+    @property
+    def rank(self) -> int:
+        return int(self.channels.numel())
+
+    def stored(self) -> Tensor:
+        """Values laid out as in the stored tensor, channels on `axis`."""
+        return self.values.t() if self.transposed else self.values
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Everything that one training run changed. `bases` maps each touched parameter to the hash of its base value."""
+
+    deltas: tuple[Delta, ...]
+    bases: dict[str, str]
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def nbytes(self) -> int:
+        return sum(d.values.numel() * d.values.element_size() + d.channels.numel() * 8 for d in self.deltas)
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """SHA-256 over shape, dtype and up to 65,536 evenly spaced entries: cheap on any size, equal on every machine."""
+    flat = tensor.detach().reshape(-1)
+    digest = hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+    if flat.device.type != "meta" and flat.numel():
+        step = max(1, flat.numel() // HASH_SAMPLES)
+        sample = flat[::step].contiguous().cpu()
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def to_document(adapter: Adapter) -> dict[str, Any]:
+    entries = [
+        {
+            "param": d.param,
+            "kind": d.kind,
+            "transposed": d.transposed,
+            "channels": int(d.channels.numel()),
+            "shape": list(d.values.shape),
+        }
+        for d in adapter.deltas
+    ]
+    return {
+        "format": "sparsify-adapter",
+        "format_version": FORMAT_VERSION,
+        "entries": entries,
+        "bases": adapter.bases,
+        "info": adapter.info,
+    }
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write beside `path`, flush to disk, then rename over it: a killed save leaves the old file."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def save(adapter: Adapter, directory: str | os.PathLike[str]) -> Path:
+    """Write the adapter into `directory` (made if missing). Returns the directory."""
+    from safetensors.torch import save as to_bytes
+
+    path = Path(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    document = to_document(adapter)
+    tensors: dict[str, Tensor] = {}
+    for delta in adapter.deltas:
+        tensors[f"{delta.param}::{delta.kind}::channels"] = delta.channels.to("cpu", torch.int64).contiguous()
+        tensors[f"{delta.param}::{delta.kind}::delta"] = delta.values.detach().cpu().contiguous()
+    text = json.dumps(document, sort_keys=True)
+    write_atomic(path / DOCUMENT, json.dumps(document, indent=1, sort_keys=True).encode())
+    write_atomic(path / TENSORS, to_bytes(tensors, metadata={"sparsify": text}))
+    return path
+
+
+def load(directory: str | os.PathLike[str]) -> Adapter:
+    """Read and check an adapter directory; AdapterError says what is wrong with it. Nothing but the file is looked at."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(directory)
+    file = path if path.is_file() else path / TENSORS
+    if not file.is_file():
+        raise AdapterError(f"{path}: no {TENSORS} there; is it an adapter that save_adapter wrote?")
+    try:
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+            document = read_document(metadata.get("sparsify"), file)
+            keys = set(opened.keys())
+            deltas = tuple(read_deltas(document, keys, opened, file))
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, AdapterError):
+            raise
+        raise AdapterError(f"{file}: damaged or not a safetensors file ({error})") from error
+    return Adapter(deltas, dict(document["bases"]), dict(document.get("info") or {}))
+
+
+def read_document(text: str | None, file: Path) -> dict[str, Any]:
+    if text is None:
+        raise AdapterError(f"{file}: not written by sparsify (no 'sparsify' metadata)")
+    try:
+        document = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise AdapterError(f"{file}: its metadata is not JSON: {error}") from error
+    if not isinstance(document, dict) or document.get("format") != "sparsify-adapter":
+        raise AdapterError(f"{file}: not a sparsify adapter")
+    version = document.get("format_version")
+    if version != FORMAT_VERSION:
+        raise AdapterError(f"{file}: format version {version!r}; this sparsify reads version {FORMAT_VERSION}")
+    bases, entries = document.get("bases"), document.get("entries")
+    if not isinstance(bases, dict) or not all(isinstance(v, str) for v in bases.values()):
+        raise AdapterError(f"{file}: 'bases' must map parameters to hashes")
+    if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+        raise AdapterError(f"{file}: 'entries' must be a list of objects")
+    return document
+
+
+def read_deltas(document: dict[str, Any], keys: set[str], opened: Any, file: Path) -> Iterator[Delta]:
+    seen: set[str] = set()
+    for entry in document["entries"]:
+        param, kind, transposed = entry.get("param"), entry.get("kind"), entry.get("transposed")
+        if not isinstance(param, str) or kind not in KINDS or not isinstance(transposed, bool):
+            raise AdapterError(f"{file}: malformed entry {entry!r}")
+        names = [f"{param}::{kind}::channels", f"{param}::{kind}::delta"]
+        if names[0] in seen:
+            raise AdapterError(f"{file}: {param} ({kind}) is listed twice")
+        seen.update(names)
+        for name in names:
+            if name not in keys:
+                raise AdapterError(f"{file}: tensor {name!r} is missing")
+        shape = list(opened.get_slice(names[1]).get_shape())
+        if shape != entry.get("shape") or opened.get_slice(names[0]).get_shape() != [entry.get("channels")]:
+            raise AdapterError(f"{file}: {param}: the tensors have other shapes than the document says")
+        channels, values = opened.get_tensor(names[0]), opened.get_tensor(names[1])
+        if channels.dtype != torch.int64:
+            raise AdapterError(f"{file}: {param}: channels are {channels.dtype}, expected int64")
+        if not values.is_floating_point():
+            raise AdapterError(f"{file}: {param}: values are {values.dtype}, expected a floating type")
+        if not bool(torch.isfinite(values).all()):
+            raise AdapterError(f"{file}: {param}: values are not finite")
+        if kind != "full":
+            if values.dim() != 2 or values.shape[1 if kind == "column" else 0] != channels.numel():
+                raise AdapterError(f"{file}: {param}: values {tuple(values.shape)} do not fit {channels.numel()} channels")
+            if channels.numel() == 0 or int(channels.min()) < 0 or channels.unique().numel() != channels.numel():
+                raise AdapterError(f"{file}: {param}: channels must be distinct and not negative")
+        yield Delta(param, kind, channels, values, transposed)
+    extra = keys - seen
+    if extra:
+        raise AdapterError(f"{file}: unexpected tensor {sorted(extra)[0]!r}")
+
+
+def check_fits(adapter: Adapter, shapes: dict[str, torch.Size], hashes: dict[str, str], where: str, strict: bool) -> None:
+    """Refuse an adapter whose parameters, shapes, channels or base differ from the model's; nothing is written."""
+    for delta in adapter.deltas:
+        shape = shapes.get(delta.param)
+        if shape is None:
+            raise AdapterError(f"{where}: the model has no parameter {delta.param!r}")
+        if delta.kind == "full":
+            if tuple(delta.values.shape) != tuple(shape):
+                raise AdapterError(f"{where}: {delta.param} is {tuple(shape)} here, {tuple(delta.values.shape)} in the file")
+            continue
+        if len(shape) != 2:
+            raise AdapterError(f"{where}: {delta.param} has {len(shape)} dimensions here, expected 2")
+        other = 1 - delta.axis
+        if delta.stored().shape[other] != shape[other] or int(delta.channels.max()) >= shape[delta.axis]:
+            raise AdapterError(
+                f"{where}: {delta.param} is {tuple(shape)} here; the file has channels up to {int(delta.channels.max())} on "
+                f"axis {delta.axis} and {delta.stored().shape[other]} entries each"
+            )
+        if strict and hashes.get(delta.param) != adapter.bases.get(delta.param):
+            raise AdapterError(
+                f"{where}: {delta.param} of this model is not the base that the adapter was trained on (hash differs); "
+                "load the same base in the same dtype, or pass strict=False to apply the change to this one"
+            )

@@ -1,0 +1,84 @@
+"""`sparsify.compile`: from a model and a plan to a host that trains only what the plan says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from sparsify.capture import capture, unwrap
+from sparsify.errors import PlanError
+from sparsify.handle import Handle
+from sparsify.install import install, trained_in_full
+from sparsify.lowering.reference import lower_reference
+from sparsify.passes.base import Context, Pass, run_passes
+from sparsify.passes.find_structures import find_structures
+from sparsify.passes.insert_partial import insert_partial
+from sparsify.passes.permute_weights import permute_weights
+from sparsify.passes.select_units import select_units
+from sparsify.plan import Plan, Rule
+from sparsify.program import Program, Stage
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def find_pass(program: Program, context: Context) -> Program:
+    """CAPTURED → STRUCTURED."""
+    detection = find_structures(program.graph, program.tensor_names)
+    note = f"find-structures: {len(detection.structures)} found, {len(detection.declined)} declined"
+    return program.evolve(note, structures=detection.structures, declined=detection.declined)
+
+
+PIPELINE = (
+    Pass("find-structures", Stage.CAPTURED, Stage.STRUCTURED, find_pass),
+    Pass("select-units", Stage.STRUCTURED, Stage.SELECTED, select_units),
+    Pass("permute-weights", Stage.SELECTED, Stage.PERMUTED, permute_weights),
+    Pass("insert-partial", Stage.PERMUTED, Stage.EXPANDED, insert_partial),
+    Pass("lower", Stage.EXPANDED, Stage.LOWERED, lower_reference),
+)
+
+
+def analyse(model: nn.Module, example: Any = None) -> Program:
+    """Capture a model and find its coupled structures, without a plan and without changing anything."""
+    program = capture(model, example)
+    program = find_pass(program, Context(Plan([Rule()])))
+    program.stage = Stage.STRUCTURED
+    return program
+
+
+def compile(
+    model: Model,
+    plan: Plan,
+    *,
+    example: Any = None,
+    calibration: Sequence[Any] | None = None,
+    loss: Callable[[Any, Any], torch.Tensor] | None = None,
+    donate: bool = False,
+    progress: bool = True,
+) -> Model:
+    """Apply a plan to a model: a new host of the same class, in which only what the plan names trains.
+
+    model: any `nn.Module`; it is not written to (the host shares its frozen tensors).
+    example: one batch for the trace; Hugging Face models need none.
+    calibration: batches for data-driven selections; `loss(outputs, batch)` for gradient scores (default `outputs.loss`).
+    donate: free the model's tensors as they are replaced (peak memory = model + one tensor); `model` is unusable afterwards.
+
+    Returns the host; `host.sparsify` has `report`, `program`, and the adapter verbs.
+    Raises PlanError (a rule matches nothing), RefusedError (a named target cannot serve), CaptureError (the model cannot be traced).
+    """
+    if not isinstance(plan, Plan):
+        raise PlanError(f"compile: expected a Plan, got {type(plan).__name__}; write Plan([…rules…])")
+    source = unwrap(model)
+    if "sparsify" in source.__dict__:
+        raise PlanError("compile: this model is compiled already; compile the original, or call model.sparsify.restore() first")
+    context = Context(plan, calibration, loss, donate, progress)
+    program = run_passes(capture(source, example), PIPELINE, context)
+    flags = {name: p.requires_grad for name, p in source.named_parameters()}
+    train = tuple(sorted(trained_in_full(program, tuple(plan.train))))
+    host, layouts = install(program, tuple(plan.train))
+    program.host = host
+    host.train(source.training)
+    host.__dict__["sparsify"] = Handle(host, program, plan, layouts, train, flags)
+    return host  # type: ignore[return-value]

@@ -1,0 +1,40 @@
+"""Errors and refusals: every one says what is wrong, where, and what to do about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class SparsifyError(Exception):
+    """Base class of every error that sparsify raises on purpose."""
+
+
+class PlanError(SparsifyError, ValueError):
+    """A plan is wrong in itself, or names something that the model does not have."""
+
+
+class CaptureError(SparsifyError, RuntimeError):
+    """The model could not be turned into a graph; says which line of the model stopped it."""
+
+
+class VerifyError(SparsifyError, AssertionError):
+    """A pass left a program that breaks its stage's grammar, or that computes something else."""
+
+
+class RefusedError(SparsifyError, RuntimeError):
+    """A target that the plan names by name cannot be served."""
+
+
+class AdapterError(SparsifyError, ValueError):
+    """An adapter file is damaged, foreign, hostile, or does not fit the model."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One declined opportunity. `where` is a parameter, node or structure name; `reason` a full sentence."""
+
+    where: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"

@@ -1,0 +1,138 @@
+"""Assign rules: match the plan's rules to structures and linears; the first that matches wins.
+
+    rule 0  S2FT(match="*.mlp*")  ──▶  model.layers.0.mlp, model.layers.1.mlp, …
+    (nothing left over)           ──▶  PlanError with the nearest names, or RefusedError with the reasons
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from sparsify.errors import PlanError, Refusal, RefusedError
+from sparsify.plan import S2FT, Plan, Rule, nearest
+from sparsify.program import LinearNode, Program
+from sparsify.structure import Site, Structure
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One rule over the structures it serves (in graph order)."""
+
+    index: int
+    rule: S2FT
+    structures: tuple[Structure, ...]
+
+
+def owner_name(param: str) -> str:
+    return param.rpartition(".")[0]
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D (weight stored `(in, out)`), recognised without importing transformers."""
+    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
+
+
+def why_not_trainable(program: Program, param: str, linears: dict[str, list[LinearNode]]) -> str | None:
+    """Why no slice of this weight can train in place, or None if one can."""
+    weight = program.tensor(param)
+    if weight.dim() != 2:
+        return (
+            f"the weight has {weight.dim()} dimensions (packed experts): it is permuted, but a partial gradient inside a "
+            "grouped matrix product is not implemented"
+        )
+    if not weight.is_floating_point():
+        return f"the weight is stored as {weight.dtype}"
+    nodes = linears.get(param, [])
+    if not nodes:
+        return "no matrix product of the captured graph reads this weight"
+    placeholder = program.placeholder(param)
+    readers = set(placeholder.users) if placeholder is not None else set()
+    products = {n.node for n in nodes}
+    for reader in list(readers):
+        if reader not in products and not all(u in products for u in reader.users):
+            return f"the weight is also read by node {reader.name} ({reader.target})"
+    names = [alias for alias, canonical in program.aliases.items() if canonical == param]
+    owners = {id(program.host.get_submodule(owner_name(n))) for n in names}
+    if len(owners) > 1:
+        return f"the weight is tied: {', '.join(sorted(names))}"
+    owner = program.host.get_submodule(owner_name(param))
+    plain = type(owner).forward is nn.Linear.forward or is_conv1d(owner)
+    if not plain:
+        return f"its module is a {type(owner).__name__}, whose own forward would be lost; nn.Linear and Conv1D can train"
+    paths = {owner_name(n) for n in names}
+    for node in products:
+        stack = node.meta.get("nn_module_stack") or {}
+        innermost = list(stack.values())[-1][0].split("@")[0] if stack else ""
+        if stack and innermost not in paths:
+            return f"the weight is read by the forward of '{innermost}' directly, not by its own module (node {node.name})"
+    return None
+
+
+def assign_rules(program: Program, plan: Plan) -> tuple[list[Assignment], list[Refusal]]:
+    """Match every structure rule of the plan; raises PlanError for a rule that matches nothing at all."""
+    linears: dict[str, list[LinearNode]] = {}
+    for linear in program.linears():
+        linears.setdefault(linear.weight, []).append(linear)
+    taken: dict[str, int] = {}
+    assignments, refusals = [], []
+    for index, rule in enumerate(plan.rules):
+        if not isinstance(rule, S2FT):
+            continue
+        kinds = ("ffn", "attention") if rule.structure == "both" else (rule.structure,)
+        served, reasons = [], []
+        for structure in program.structures:
+            if structure.kind not in kinds or not rule.matches(structure.name, *map(owner_name, structure.params())):
+                continue
+            reason = why_not_served(program, structure, rule, linears, taken)
+            if reason is None:
+                served.append(structure)
+                taken.update({site.param: index for site in trained_sites(structure, rule)})
+            elif not reason.startswith("rule "):
+                reasons.append(Refusal(structure.name, reason))
+        for declined in program.declined:
+            names = {declined.name, *(owner_name(site.param) for site in declined.sites)}
+            if declined.kind in kinds and rule.matches(*names):
+                reasons.append(Refusal(declined.name, declined.reason))
+        if reasons and not any(c in rule.match for c in "*?["):
+            raise RefusedError(f"rule {index}, {rule}: {reasons[0]}")
+        if not served:
+            raise unused(index, rule, program, reasons)
+        refusals += reasons
+        assignments.append(Assignment(index, rule, tuple(served)))
+    return assignments, refusals
+
+
+def trained_sites(structure: Structure, rule: S2FT) -> list[Site]:
+    """Sites whose weights get a trained slice under the rule: consumers, and V or Up if producers train too."""
+    sites = list(structure.consumers)
+    if rule.producer_fraction:
+        sites += structure.with_role("v", "up")
+    return sites
+
+
+def why_not_served(
+    program: Program, structure: Structure, rule: S2FT, linears: dict[str, list[LinearNode]], taken: dict[str, int]
+) -> str | None:
+    if not structure.consumers:
+        return "nothing reads the units through a matrix product"
+    for site in trained_sites(structure, rule):
+        if site.param in taken:
+            return f"rule {taken[site.param]} already trains {site.param}"
+        reason = why_not_trainable(program, site.param, linears)
+        if reason is not None:
+            return f"{site.param}: {reason}"
+    weights = [s.param for s in trained_sites(structure, rule)]
+    if len(set(weights)) < len(weights):
+        return "two trained slices would lie in one weight"
+    return None
+
+
+def unused(index: int, rule: Rule, program: Program, reasons: list[Refusal]) -> PlanError:
+    names = [s.name for s in program.structures] + sorted({owner_name(p) for s in program.structures for p in s.params()})
+    if reasons:
+        listed = "\n  ".join(str(r) for r in reasons[:5]) + (f"\n  … and {len(reasons) - 5} more" if len(reasons) > 5 else "")
+        return PlanError(f"rule {index}, {rule}, serves nothing; what it matched was declined:\n  {listed}")
+    return PlanError(f"rule {index}, {rule}, matches nothing that is still free{nearest(rule.match.strip('*.'), names)}")
+

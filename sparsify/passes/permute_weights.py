@@ -1,0 +1,56 @@
+"""Permute weights: bring each structure's chosen units to the front of every tensor that they run through.
+
+    o_proj columns  [h0 h1 h2 h3]   choose {1, 3}   [h1 h3 | h0 h2]    trained slice = columns [0, 2·d)
+    q, k, v rows    [h0 h1 h2 h3]        ──▶        [h1 h3 | h0 h2]
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from sparsify.passes.base import Context
+from sparsify.permutation import Permutation
+from sparsify.program import Move, Program
+from sparsify.selection import arrange
+
+
+def permute_weights(program: Program, context: Context) -> Program:
+    """SELECTED → PERMUTED."""
+    by_name = {s.name: s for s in program.structures}
+    permutations: dict[str, tuple[Permutation, Permutation | None]] = {}
+    indices: dict[tuple[str, int], torch.Tensor] = {}
+    for choice in program.choices:
+        structure = by_name[choice.structure]
+        order, heads = arrange(structure, choice.consumers, choice.producers)
+        outer = Permutation.of(order)
+        inner = Permutation.of(torch.tensor(heads)) if heads is not None else None
+        permutations[structure.name] = (outer, inner)
+        pairs = [(outer, structure.sites)] + ([(inner, structure.inner.sites)] if inner and structure.inner else [])
+        for permutation, sites in pairs:
+            if permutation is None or permutation.is_identity():
+                continue
+            for site in sites:
+                length = program.tensor(site.param).shape[site.axis]
+                index = permutation.expand(site, length)
+                before = indices.get((site.param, site.axis))
+                indices[site.param, site.axis] = index if before is None else before[index]
+    moves, tensors = [], dict(program.tensors)
+    for (param, axis), index in indices.items():
+        if torch.equal(index, torch.arange(index.numel())):
+            continue
+        moves.append(Move(param, axis, index))
+        old = tensors.get(param, program.tensor(param)).detach()
+        tensors[param] = old.index_select(axis, index.to(old.device))
+        if context.donate:
+            release(program, param)
+    note = f"permute-weights: {len(permutations)} structures, {len(moves)} tensors reordered"
+    return program.evolve(note, permutations=permutations, moves=tuple(moves), tensors=tensors)
+
+
+def release(program: Program, param: str) -> None:
+    """Free a donated tensor of the user's model: its storage goes as soon as its replacement exists."""
+    owner, _, leaf = param.rpartition(".")
+    parameter = getattr(program.host.get_submodule(owner), leaf)
+    if isinstance(parameter, nn.Parameter):
+        parameter.data = parameter.data.new_empty(0)

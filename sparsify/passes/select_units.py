@@ -1,0 +1,114 @@
+"""Select units: score the heads and channels of every assigned structure and choose which train.
+
+    S2FT(fraction=0.03) over model.layers.*.mlp  ──▶  UnitChoice(model.layers.0.mlp, consumers=(17, 230, …))
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from sparsify.calibration import gradient_statistics, input_squares, need_batches
+from sparsify.passes.assign_rules import Assignment, assign_rules, owner_name
+from sparsify.passes.base import Context
+from sparsify.plan import DATA_DRIVEN, S2FT
+from sparsify.program import Program, UnitChoice
+from sparsify.selection import choose, random_scores, selectable_units, unit_channels, unit_norms
+from sparsify.structure import Site, Structure
+
+
+def select_units(program: Program, context: Context) -> Program:
+    """STRUCTURED → SELECTED."""
+    assignments, refusals = assign_rules(program, context.plan)
+    choices: list[UnitChoice] = []
+    for assignment in assignments:
+        choices += choose_units(program, assignment, context)
+    note = f"select-units: {len(choices)} structures, {sum(len(c.consumers) for c in choices)} consumer units"
+    return program.evolve(note, choices=tuple(choices), refusals=(*program.refusals, *refusals))
+
+
+def consumer_parameters(program: Program, structure: Structure) -> int:
+    """Trainable parameters if every unit of the structure's consumers trained."""
+    total = 0
+    for site in structure.consumers:
+        weight = program.tensor(site.param)
+        total += unit_channels(site, structure).numel() * weight.numel() // weight.shape[site.axis]
+    return total
+
+
+def shares(program: Program, assignment: Assignment) -> dict[str, float]:
+    """Share of consumer units per kind of structure, so that O and Down get equal parameters (or equal shares)."""
+    rule = assignment.rule
+    totals: dict[str, int] = {}
+    for structure in assignment.structures:
+        totals[structure.kind] = totals.get(structure.kind, 0) + consumer_parameters(program, structure)
+    if rule.fraction is None:
+        return {}
+    if rule.balance == "units" or len(totals) == 1:
+        return dict.fromkeys(totals, rule.fraction)
+    budget = rule.fraction * sum(totals.values()) / len(totals)
+    return {kind: min(1.0, budget / total) for kind, total in totals.items()}
+
+
+def choose_units(program: Program, assignment: Assignment, context: Context) -> list[UnitChoice]:
+    rule = assignment.rule
+    share = shares(program, assignment)
+    scores = score_units(program, assignment, context)
+    choices = []
+    for structure in assignment.structures:
+        total = selectable_units(structure)
+        wanted = rule.units if rule.fraction is None else round(share[structure.kind] * total)
+        heads = structure.inner.units if structure.inner is not None else 1
+        score = scores[structure.name]
+        consumers = choose(score, max(1, min(wanted or 0, total)), group=heads, largest=rule.largest)
+        producers: tuple[int, ...] = ()
+        if rule.producer_fraction:
+            per_group = score.view(-1, heads).mean(1)
+            producers = choose(per_group, max(1, round(rule.producer_fraction * structure.units)), largest=rule.largest)
+        kept = tuple(float(score[i]) for i in consumers)
+        choices.append(UnitChoice(structure.name, assignment.index, consumers, producers, rule.select, kept))
+    return choices
+
+
+def score_units(program: Program, assignment: Assignment, context: Context) -> dict[str, Tensor]:
+    """Scores `(selectable units,)` in fp64 for each structure; several consumers add their squares."""
+    rule, plan = assignment.rule, context.plan
+    if rule.select == "random":
+        return {s.name: random_scores(plan.seed, s.name, selectable_units(s)) for s in assignment.structures}
+    squares = consumer_squares(program, assignment, context)
+    result = {}
+    for structure in assignment.structures:
+        per_site = [squares[site.param, site.axis] for site in structure.consumers]
+        norms = [unit_norms(s, site, structure) for s, site in zip(per_site, structure.consumers, strict=True)]
+        result[structure.name] = sum((n.square() for n in norms[1:]), norms[0].square()).sqrt()
+        if rule.select == "product":
+            weights = [unit_norms(weight_squares(program, site), site, structure) for site in structure.consumers]
+            result[structure.name] *= sum((n.square() for n in weights[1:]), weights[0].square()).sqrt()
+    return result
+
+
+def weight_squares(program: Program, site: Site) -> Tensor:
+    """Sum of squares of each channel of the site's weight, fp64 `(channels,)`."""
+    weight = program.tensor(site.param).detach()
+    return weight.float().square().sum(dim=1 - site.axis).double().cpu()
+
+
+def consumer_squares(program: Program, assignment: Assignment, context: Context) -> dict[tuple[str, int], Tensor]:
+    """Per consumer input channel: squares of the weight, of the activation, or of the gradient."""
+    rule: S2FT = assignment.rule
+    sites = [site for structure in assignment.structures for site in structure.consumers]
+    if rule.select not in DATA_DRIVEN:
+        return {(s.param, s.axis): weight_squares(program, s) for s in sites}
+    batches = need_batches(context.calibration, f"rule {assignment.index}, select={rule.select!r},")
+    modules: dict[str, nn.Module] = {s.param: program.host.get_submodule(owner_name(s.param)) for s in sites}
+    if rule.select == "gradient":
+        sums: dict[str, Tensor] = {}
+
+        def reduce(name: str, gradient: Tensor) -> None:
+            total = gradient.square().sum(0).double().cpu()
+            sums[name] = sums[name] + total if name in sums else total
+
+        gradient_statistics(program.host, modules, batches, reduce, context.loss, context.progress)
+        found = {name: total / len(batches) for name, total in sums.items()}
+    else:
+        found = input_squares(program.host, modules, batches, context.progress)
+    return {(s.param, s.axis): found[s.param] for s in sites}

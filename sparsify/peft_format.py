@@ -1,0 +1,81 @@
+"""Exact export to PEFT's LoRA directory: a slice delta is a low-rank matrix with a one-hot factor.
+
+    columns   ΔW = Δ · onehot(channels)      lora_B = Δ (n, s)            lora_A = one-hot rows (s, m)
+    rows      ΔW = onehot(channels)ᵀ · Δ     lora_B = one-hot columns     lora_A = Δ (s, m)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify.adapter import Adapter, Delta, write_atomic
+from sparsify.errors import AdapterError
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def lora_factors(delta: Delta, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """`(A (r, in), B (out, r))` with `B A` equal to the delta; `shape` is the logical `(out, in)`."""
+    values = delta.values.float()
+    size = shape[1] if delta.kind == "column" else shape[0]
+    onehot = torch.zeros(delta.rank, size)
+    onehot[torch.arange(delta.rank), delta.channels] = 1.0
+    return (onehot, values) if delta.kind == "column" else (values, onehot.t().contiguous())
+
+
+def export(adapter: Adapter, shapes: dict[str, torch.Size], directory: str | os.PathLike[str], base: str | None) -> Path:
+    """Write `adapter_config.json` and `adapter_model.safetensors` so that PEFT loads the same function."""
+    from safetensors.torch import save as to_bytes
+
+    if not adapter.deltas:
+        raise AdapterError("export_lora: the adapter is empty")
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    saved_modules: list[str] = []
+    fan_in_fan_out = False
+    for delta in adapter.deltas:
+        module, _, leaf = delta.param.rpartition(".")
+        if delta.kind == "full":
+            saved_modules.append(module)
+            tensors[f"base_model.model.{module}.{leaf}"] = delta.values.float().contiguous()
+            continue
+        fan_in_fan_out |= delta.transposed
+        stored = tuple(shapes[delta.param])
+        logical = (stored[1], stored[0]) if delta.transposed else (stored[0], stored[1])
+        a, b = lora_factors(delta, logical)
+        prefix = f"base_model.model.{module}."
+        if prefix + "lora_A.weight" in tensors:
+            a = torch.cat([tensors[prefix + "lora_A.weight"], a])
+            b = torch.cat([tensors[prefix + "lora_B.weight"], b], dim=1)
+        tensors[prefix + "lora_A.weight"], tensors[prefix + "lora_B.weight"] = a.contiguous(), b.contiguous()
+        ranks[module] = a.shape[0]
+    top = max(ranks.values(), default=1)
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base,
+        "r": top,
+        "lora_alpha": top,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": fan_in_fan_out,
+        "target_modules": sorted(ranks),
+        "modules_to_save": sorted(set(saved_modules)) or None,
+        "rank_pattern": {m: r for m, r in ranks.items() if r != top},
+        "alpha_pattern": {m: r for m, r in ranks.items() if r != top},
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+    path = Path(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    write_atomic(path / "adapter_model.safetensors", to_bytes(tensors, metadata={"format": "pt"}))
+    write_atomic(path / "adapter_config.json", json.dumps(config, indent=2).encode())
+    return path

@@ -1,0 +1,231 @@
+"""Plans: which method goes where. Frozen, validated at construction, readable and writable as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Literal
+
+from sparsify.errors import PlanError
+
+SelectionMethod = Literal["random", "weight", "activation", "product", "gradient"]
+DATA_DRIVEN: frozenset[str] = frozenset({"activation", "product", "gradient"})
+
+
+def check_types(rule: Any) -> None:
+    """Refuse a wrong type or a word that a `Literal` field does not list, naming field and rule."""
+    hints = typing.get_type_hints(type(rule))
+    for spec in dataclasses.fields(rule):
+        value, hint = getattr(rule, spec.name), hints[spec.name]
+        if not fits(value, hint):
+            raise PlanError(f"{type(rule).__name__}({spec.name}={value!r}): expected {describe(hint)}")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin is Literal:
+        return any(type(value) is type(a) and value == a for a in args)
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, a) for a in args)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if len(args) == 2 and args[1] is Ellipsis:
+            return all(fits(v, args[0]) for v in value)
+        return len(value) == len(args) and all(fits(v, a) for v, a in zip(value, args, strict=True))
+    if origin is not None and isinstance(origin, type):
+        if not isinstance(value, origin):
+            return False
+        if issubclass(origin, Mapping) and args:
+            return all(fits(k, args[0]) and fits(v, args[1]) for k, v in value.items())
+        return True
+    if hint is None or hint is type(None):
+        return value is None
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def describe(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(repr(a) for a in typing.get_args(hint))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(describe(a) for a in typing.get_args(hint))
+    return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
+
+
+def as_tuple(value: Any) -> Any:
+    """Lists become tuples (a plan is frozen and hashable); JSON has no tuples."""
+    return tuple(as_tuple(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def check_fraction(rule: Any, name: str, *, zero: bool = False) -> None:
+    value = getattr(rule, name)
+    if value is None:
+        return
+    if not (0 <= value <= 1 if zero else 0 < value <= 1):
+        low = "0 ≤" if zero else "0 <"
+        raise PlanError(f"{type(rule).__name__}({name}={value!r}): a fraction {low} {name} ≤ 1 is needed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Base of all rules.
+
+    match: glob over qualified module names (`*.o_proj`, `model.layers.[0-3].mlp`); for S2FT over structure names too.
+        The first rule that matches a module wins; a rule that matches nothing is an error.
+    """
+
+    match: str = "*"
+
+    #: "adapt" rules train something, "weight" rules change the base; a module takes one of each at most.
+    phase: ClassVar[Literal["adapt", "weight"]] = "adapt"
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            if isinstance(getattr(self, spec.name), list):
+                object.__setattr__(self, spec.name, as_tuple(getattr(self, spec.name)))
+        check_types(self)
+        if not self.match:
+            raise PlanError(f"{type(self).__name__}(match=''): an empty pattern matches nothing; use '*' for everything")
+
+    def matches(self, *names: str) -> bool:
+        return any(fnmatchcase(name, self.match) for name in names)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"rule": type(self).__name__, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}}
+
+    def __str__(self) -> str:
+        shown = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != f.default or f.name == "match"
+        ]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class S2FT(Rule):
+    """Structured sparse fine-tuning (arXiv 2412.06289): whole heads and whole FFN channels train, the rest is frozen.
+
+    structure: which coupled structures: "ffn" (columns of Down), "attention" (columns of O), or "both".
+    fraction: trained share of the consumers' parameters (O, Down), uniform over layers, at least one unit each. With
+        "both", O and Down get equal *parameters* (`balance="parameters"`), or the same share of units ("units").
+    units: instead of `fraction`, the number of units (heads, channels) in each structure.
+    producer_fraction: share of producer units (rows of V and Up) that also train; 0, the paper's default, for none.
+    select: how units are scored. "random" by the plan's seed; "weight" ‖W_unit‖₂ of the consumer's columns;
+        "activation" root mean square over calibration tokens of ‖x_unit‖₂ at the consumer's input; "product" of the
+        two; "gradient" root mean square over calibration batches of ‖dW_unit‖₂ of the consumer's columns.
+    largest: take the units with the largest score instead of the smallest (the paper found smallest activation best).
+    """
+
+    structure: Literal["ffn", "attention", "both"] = "both"
+    fraction: float | None = None
+    units: int | None = None
+    producer_fraction: float = 0.0
+    balance: Literal["parameters", "units"] = "parameters"
+    select: SelectionMethod = "random"
+    largest: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.fraction is None) == (self.units is None):
+            raise PlanError("S2FT: give either fraction=… (share of parameters) or units=… (heads or channels), not both")
+        check_fraction(self, "fraction")
+        check_fraction(self, "producer_fraction", zero=True)
+        if self.units is not None and self.units < 1:
+            raise PlanError(f"S2FT(units={self.units}): at least one unit must train")
+
+
+RULES: dict[str, type[Rule]] = {"S2FT": S2FT}
+
+
+def register_rule(rule: type[Rule]) -> type[Rule]:
+    """Make a rule known to `Plan.from_json`."""
+    RULES[rule.__name__] = rule
+    return rule
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `sparsify.compile` should do.
+
+    rules: in order; the first that matches a module wins.
+    train: globs of further parameters or modules that train in full (a new classification head), saved with adapters.
+    seed: of every random choice; the same seed gives the same selection on every rank and machine.
+    check: "numeric" runs the example after every pass, and both controls of every structure, and names what drifted.
+    target: "auto", "reference" (plain PyTorch), "cpu" (generated sparse kernels), "cuda" (generated Triton kernels).
+    """
+
+    rules: tuple[Rule, ...] | list[Rule]
+    train: tuple[str, ...] | list[str] = field(default=(), kw_only=True)
+    seed: int = field(default=0, kw_only=True)
+    check: Literal["none", "numeric"] = field(default="none", kw_only=True)
+    target: Literal["auto", "reference", "cpu", "cuda"] = field(default="auto", kw_only=True)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rules, Rule):
+            raise PlanError(f"Plan takes a list of rules: Plan([{type(self.rules).__name__}(…)])")
+        if isinstance(self.train, str):
+            raise PlanError(f"Plan(train={self.train!r}): expected a list of patterns")
+        object.__setattr__(self, "rules", tuple(self.rules))
+        object.__setattr__(self, "train", tuple(self.train))
+        for rule in self.rules:
+            if not isinstance(rule, Rule):
+                raise PlanError(f"Plan: {rule!r} is not a rule; rules are {', '.join(RULES)}")
+        if not self.rules:
+            raise PlanError("Plan: no rules, so nothing would train")
+        check_types(self)
+
+    def to_json(self, **options: Any) -> str:
+        """JSON text that `from_json` reads back to an equal plan."""
+        document = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "rules"}
+        return json.dumps({"rules": [rule.to_dict() for rule in self.rules], **document}, **options)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan; unknown rules and fields are refused, naming the nearest known one."""
+        try:
+            document = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanError(f"the plan is not JSON: {error}") from error
+        if not isinstance(document, dict) or not isinstance(document.get("rules"), list):
+            raise PlanError('the plan must be a JSON object with a list "rules"')
+        rules = []
+        for number, entry in enumerate(document.pop("rules")):
+            if not isinstance(entry, dict) or not isinstance(entry.get("rule"), str):
+                raise PlanError(f'rules[{number}]: expected an object with a "rule" name, got {entry!r}')
+            name = entry.pop("rule")
+            if name not in RULES:
+                raise PlanError(f"rules[{number}]: unknown rule {name!r}{nearest(name, RULES)}")
+            rules.append(RULES[name](**known_fields(RULES[name], entry, f"rules[{number}] ({name})")))
+        fields = known_fields(cls, document, "plan")
+        return cls(rules, **{k: as_tuple(v) for k, v in fields.items()})
+
+
+def known_fields(cls: Any, entry: dict[str, Any], where: str) -> dict[str, Any]:
+    names = {f.name for f in dataclasses.fields(cls)} - {"rules"}
+    for name in entry:
+        if name not in names:
+            raise PlanError(f"{where}: unknown field {name!r}{nearest(name, names)}")
+    return {name: as_tuple(value) for name, value in entry.items()}
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """`; did you mean …` with the closest names, or the first few when nothing is close."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=count, cutoff=0.4)
+    if close:
+        return "; did you mean " + ", ".join(repr(c) for c in close) + "?"
+    return "; known are " + ", ".join(repr(c) for c in known[:count]) + (", …" if len(known) > count else "")

@@ -1,0 +1,279 @@
+"""The program: one ATen graph with named tensors that every pass reads and writes, stage by stage.
+
+    CAPTURED → STRUCTURED → SELECTED → PERMUTED → EXPANDED → LOWERED
+
+The graph is lifted: parameters, buffers and constants are placeholders tied to qualified names (`inputs`), their current
+values come from `tensors` first and from the host module else. It is runnable: `program(*args, **kwargs)` takes what the model takes (of the
+captured shapes) and returns what the model returns.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from sparsify.errors import Refusal, SparsifyError
+from sparsify.permutation import Permutation
+from sparsify.structure import Declined, Structure
+
+
+class Stage(enum.IntEnum):
+    """How far a program has come; each stage has a grammar (`sparsify.verify`)."""
+
+    CAPTURED = 0
+    STRUCTURED = 1
+    SELECTED = 2
+    PERMUTED = 3
+    EXPANDED = 4
+    LOWERED = 5
+
+
+@dataclass(frozen=True)
+class Input:
+    """What one placeholder of the graph stands for. `target` is the qualified name, or None for a user input."""
+
+    name: str
+    kind: Literal["parameter", "buffer", "constant", "user"]
+    target: str | None = None
+
+
+@dataclass(frozen=True)
+class LinearNode:
+    """One matrix product with a weight: `y = x Wᵀ + b`, tied to its parameter's qualified name.
+
+    transposed: the stored weight is `(in, out)` (Conv1D) instead of `(out, in)`.
+    """
+
+    node: fx.Node
+    x: fx.Node
+    weight: str
+    bias: str | None
+    transposed: bool
+
+    @property
+    def in_axis(self) -> int:
+        return 0 if self.transposed else 1
+
+    @property
+    def out_axis(self) -> int:
+        return 1 - self.in_axis
+
+
+@dataclass(frozen=True)
+class TrainedSlice:
+    """A contiguous block of whole channels of one weight that trains: positions [start, start + length) on `axis`.
+
+    channels: the same channels in *original* coordinates, in the order in which they stand in the block.
+    axis: of the stored tensor. side: "column" when the block lies on the linear's input axis, "row" on its output axis.
+    """
+
+    param: str
+    axis: int
+    start: int
+    length: int
+    side: Literal["column", "row"]
+    channels: tuple[int, ...]
+    structure: str = ""
+
+    @property
+    def block_name(self) -> str:
+        """Qualified name of the trained parameter in the host."""
+        owner, _, leaf = self.param.rpartition(".")
+        return f"{owner}.{leaf}_slice" if owner else f"{leaf}_slice"
+
+
+@dataclass(frozen=True)
+class UnitChoice:
+    """What a rule trains in one structure: ids of consumer units and producer units, in original coordinates.
+
+    Under grouped-query attention consumer ids are query heads and producer ids KV heads.
+    """
+
+    structure: str
+    rule: int
+    consumers: tuple[int, ...]
+    producers: tuple[int, ...]
+    method: str
+    scores: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Move:
+    """One tensor was reordered: `new = old.index_select(axis, index)`. Exact data, exactly invertible."""
+
+    param: str
+    axis: int
+    index: torch.Tensor
+
+
+@dataclass
+class Program:
+    """See the module docstring. Passes return a new Program (`evolve`); tensors are never written in place."""
+
+    graph_module: fx.GraphModule
+    inputs: tuple[Input, ...]
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    mutations: int
+    host: nn.Module
+    example: tuple[tuple[Any, ...], dict[str, Any]]
+    aliases: dict[str, str]
+    constants: dict[str, Any]
+    stage: Stage = Stage.CAPTURED
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    structures: tuple[Structure, ...] = ()
+    declined: tuple[Declined, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    choices: tuple[UnitChoice, ...] = ()
+    permutations: dict[str, tuple[Permutation, Permutation | None]] = field(default_factory=dict)
+    moves: tuple[Move, ...] = ()
+    slices: tuple[TrainedSlice, ...] = ()
+    history: tuple[str, ...] = ()
+
+    @classmethod
+    def from_export(
+        cls, exported: torch.export.ExportedProgram, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Program:
+        signature = exported.graph_signature
+        named: dict[str, tuple[Literal["parameter", "buffer", "constant"], str]] = {}
+        for table, kind in (
+            (signature.inputs_to_parameters, "parameter"),
+            (signature.inputs_to_buffers, "buffer"),
+            (signature.inputs_to_lifted_tensor_constants, "constant"),
+        ):
+            named.update({name: (kind, target) for name, target in table.items()})
+        canonical = canonical_names(host)
+        inputs = []
+        for node in exported.graph.nodes:
+            if node.op != "placeholder":
+                continue
+            kind, target = named.get(node.name, ("user", None))
+            inputs.append(Input(node.name, kind, canonical.get(target, target) if target else None))
+        in_spec, out_spec = exported.call_spec.in_spec, exported.call_spec.out_spec
+        if in_spec is None or out_spec is None:  # pragma: no cover - export always sets both
+            raise SparsifyError("torch.export returned no calling convention")
+        mutations = len(signature.buffers_to_mutate) + len(getattr(signature, "user_inputs_to_mutate", {}))
+        return cls(
+            graph_module=exported.graph_module,
+            inputs=tuple(inputs),
+            in_spec=in_spec,
+            out_spec=out_spec,
+            mutations=mutations,
+            host=host,
+            example=(args, kwargs),
+            aliases=canonical,
+            constants=dict(exported.constants),
+            history=(f"capture: {type(host).__name__}, {sum(n.op == 'call_function' for n in exported.graph.nodes)} operations",),
+        )
+
+    def evolve(self, note: str, **changes: Any) -> Program:
+        """A new program with `changes`; `note` goes on top of the printed history."""
+        return replace(self, history=(*self.history, note), **changes)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.graph_module.graph
+
+    @property
+    def tensor_names(self) -> dict[str, str]:
+        """Placeholder name → qualified name, for parameters, buffers and constants."""
+        return {i.name: i.target for i in self.inputs if i.target is not None}
+
+    def placeholder(self, target: str) -> fx.Node | None:
+        """The graph input that stands for the tensor `target`."""
+        names = {i.target: i.name for i in self.inputs}
+        name = names.get(self.aliases.get(target, target))
+        return next((n for n in self.graph.nodes if n.op == "placeholder" and n.name == name), None)
+
+    def tensor(self, target: str) -> torch.Tensor:
+        """Current value of a named parameter, buffer or constant."""
+        target = self.aliases.get(target, target)
+        if target in self.tensors:
+            return self.tensors[target]
+        if target in self.constants:
+            return self.constants[target]
+        owner, _, leaf = target.rpartition(".")
+        return getattr(self.host.get_submodule(owner), leaf)
+
+    def linears(self) -> Iterator[LinearNode]:
+        """Every matrix product with a named weight, in graph order."""
+        names = self.tensor_names
+        aten = torch.ops.aten
+        for node in self.graph.nodes:
+            if node.op != "call_function":
+                continue
+            if node.target is aten.linear.default:
+                x, weight, bias = node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else None
+                swapped = False
+            elif node.target is aten.addmm.default:
+                bias, x, weight = node.args[:3]
+                swapped = True
+            elif node.target in (aten.mm.default, aten.matmul.default):
+                (x, weight), bias = node.args[:2], None
+                swapped = True
+            else:
+                continue
+            weight, flipped = through_transpose(weight)
+            if isinstance(weight, fx.Node) and weight.name in names and isinstance(x, fx.Node):
+                bias_name = names.get(bias.name) if isinstance(bias, fx.Node) else None
+                yield LinearNode(node, x, names[weight.name], bias_name, transposed=swapped != flipped)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph. Inputs must have the structure and shapes of the captured example."""
+        _, example_kwargs = self.example
+        for name, value in example_kwargs.items():
+            if name not in kwargs and not isinstance(value, torch.Tensor):
+                kwargs[name] = value
+        kwargs = {name: kwargs[name] for name in example_kwargs if name in kwargs} | kwargs
+        flat, spec = pytree.tree_flatten((args, kwargs))
+        if spec != self.in_spec:
+            raise SparsifyError(f"the program was captured with inputs {self.in_spec}, but was called with {spec}")
+        user = iter(flat)
+        values = [next(user) if i.target is None else self.tensor(i.target) for i in self.inputs]
+        outputs = self.graph_module(*values)
+        return pytree.tree_unflatten(list(outputs)[self.mutations :], self.out_spec)
+
+    def run_example(self) -> Any:
+        args, kwargs = self.example
+        return self(*args, **kwargs)
+
+    def __str__(self) -> str:
+        from sparsify.printer import print_program
+
+        return print_program(self)
+
+    def svg(self, path: str | None = None) -> str:
+        """Draw structures, permuted sites and trainable slices; returns the SVG text, and writes it to `path`."""
+        from sparsify.drawing import draw_program
+
+        return draw_program(self, path)
+
+
+def through_transpose(node: Any) -> tuple[Any, bool]:
+    """The node under `t`, `transpose(0, 1)` and `permute([1, 0])`, and whether their number is odd."""
+    aten = torch.ops.aten
+    flipped = False
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        is_t = node.target is aten.t.default or node.target is aten.numpy_T.default
+        is_t |= node.target is aten.transpose.int and {int(a) % 2 for a in node.args[1:3]} == {0, 1}  # type: ignore[arg-type]
+        is_t |= node.target is aten.permute.default and list(node.args[1]) in ([1, 0], [-1, -2])  # type: ignore[arg-type]
+        if not is_t:
+            break
+        node, flipped = node.args[0], not flipped
+    return node, flipped
+
+
+def canonical_names(host: nn.Module) -> dict[str, str]:
+    """Every qualified name of a parameter or buffer → the first name of the same tensor (tied weights share one)."""
+    first: dict[int, str] = {}
+    names = {}
+    for source in (host.named_parameters, host.named_buffers):
+        for name, tensor in source(remove_duplicate=False):
+            names[name] = first.setdefault(id(tensor), name)
+    return names

@@ -1,0 +1,115 @@
+"""The report: what was found, chosen, declined and why, and what training will cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from sparsify.errors import Refusal
+from sparsify.plan import Plan
+from sparsify.program import Program
+
+
+@dataclass(frozen=True)
+class Report:
+    """Plain data; `str(report)` is the text.
+
+    trainable, total: parameters. saved_bytes: bytes that the trained slices keep for backward on the captured example;
+    saved_bytes_full: what weight gradients of all captured linears would keep (each distinct input once).
+    """
+
+    model: str
+    found: dict[str, int]
+    chosen: tuple[str, ...]
+    declined: tuple[Refusal, ...]
+    trainable: int
+    total: int
+    saved_bytes: int
+    saved_bytes_full: int
+    history: tuple[str, ...]
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable / max(self.total, 1)
+        lines = [f"sparsify report: {self.model}"]
+        lines.append("found      " + (", ".join(f"{n} {kind}" for kind, n in self.found.items()) or "nothing"))
+        lines += [("chosen     " if i == 0 else "           ") + line for i, line in enumerate(fold(self.chosen))]
+        lines += [("declined   " if i == 0 else "           ") + str(r) for i, r in enumerate(self.declined)]
+        lines.append(f"trainable  {self.trainable:,} of {self.total:,} parameters ({share:.4f} %)")
+        if self.saved_bytes_full:
+            lines.append(
+                f"backward   keeps {human(self.saved_bytes)} of linear inputs on the captured example; "
+                f"full fine-tuning would keep {human(self.saved_bytes_full)}"
+            )
+        lines += [("passes     " if i == 0 else "           ") + note for i, note in enumerate(self.history)]
+        return "\n".join(lines)
+
+
+def human(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def fold(lines: tuple[str, ...], limit: int = 12) -> list[str]:
+    if len(lines) <= limit:
+        return list(lines) or ["nothing"]
+    return [*lines[: limit - 2], f"… {len(lines) - limit + 1} more like these …", lines[-1]]
+
+
+def make_report(program: Program, plan: Plan, host: nn.Module) -> Report:
+    found: dict[str, int] = {}
+    for structure in program.structures:
+        found[structure.kind] = found.get(structure.kind, 0) + 1
+    units = {s.name: s.units * (s.inner.units if s.inner else 1) for s in program.structures}
+    chosen = []
+    for choice in program.choices:
+        rows = f", {len(choice.producers)} producer units" if choice.producers else ""
+        weights = [f"{s.param}[{s.side}s {s.start}:{s.start + s.length}]" for s in program.slices if s.structure == choice.structure]
+        chosen.append(
+            f"{choice.structure}: {len(choice.consumers)} of {units[choice.structure]} units{rows} "
+            f"({choice.method}, rule {choice.rule}) → {', '.join(weights)}"
+        )
+    declined = tuple(program.refusals) + tuple(
+        Refusal(d.name, d.reason) for d in program.declined if d.name not in {r.where for r in program.refusals}
+    )
+    blocks = {s.block_name for s in program.slices}
+    parameters = dict(host.named_parameters())
+    saved, full = backward_bytes(program)
+    return Report(
+        model=type(host).__name__,
+        found=found,
+        chosen=tuple(chosen),
+        declined=declined,
+        trainable=sum(p.numel() for p in parameters.values() if p.requires_grad),
+        total=sum(p.numel() for n, p in parameters.items() if n not in blocks),
+        saved_bytes=saved,
+        saved_bytes_full=full,
+        history=program.history,
+    )
+
+
+def node_bytes(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
+
+
+def backward_bytes(program: Program) -> tuple[int, int]:
+    """Bytes of linear inputs kept for weight gradients: by the trained slices, and if every linear trained."""
+    saved, inputs = 0, {}
+    rows: dict[str, int] = {}
+    for node in program.graph.nodes:
+        if node.op == "call_function" and node.target is torch.ops.sparsify.partial_linear.default:
+            x, block, axis = node.args[0], node.args[3], node.args[5]
+            width = x.meta["val"].shape[-1]
+            if axis == 1:
+                saved += node_bytes(x) // width * block.meta["val"].shape[1]
+            else:
+                rows[x.name] = node_bytes(x)
+            inputs[x.name] = node_bytes(x)
+    for linear in program.linears():
+        inputs[linear.x.name] = node_bytes(linear.x)
+    return saved + sum(rows.values()), sum(inputs.values())
