@@ -10,7 +10,7 @@ from sparsify.errors import (
     SparsifyError,
     VerifyError,
 )
-from sparsify.plan import S2FT, Plan
+from sparsify.plan import S2FT, LoRA, PaCA, Plan, Quantize, RoSA
 
 __version__ = "0.1.0"
 
@@ -18,10 +18,14 @@ __all__ = [
     "S2FT",
     "AdapterError",
     "CaptureError",
+    "LoRA",
+    "PaCA",
     "Plan",
     "PlanError",
+    "Quantize",
     "Refusal",
     "RefusedError",
+    "RoSA",
     "SparsifyError",
     "VerifyError",
     "__version__",

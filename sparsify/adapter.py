@@ -2,7 +2,9 @@
 
 A file pair per adapter, so that adapters of different runs, seeds and machines can be compared, fused and switched:
 
-    adapter.safetensors   <param>::<kind>::channels int64 (s,)   <param>::<kind>::delta fp32 (n, s) or (s, m)
+    adapter.safetensors   <param>::column|row::channels int64 (s,)     <param>::column|row::delta fp32 (n, s) or (s, m)
+                          <param>::sparse::channels int64 (k,) flat    <param>::sparse::delta fp32 (k,)
+                          <param>::lora::A fp32 (r, m)                 <param>::lora::delta fp32 (n, r)
                           the JSON document also stands in its metadata, which is what a reader trusts
     adapter.json          the same document for people and tools: format version, base hashes, entries, plan, versions
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -28,23 +31,27 @@ from sparsify.errors import AdapterError
 FORMAT_VERSION = 1
 TENSORS, DOCUMENT = "adapter.safetensors", "adapter.json"
 HASH_SAMPLES = 65536
-KINDS = ("column", "row", "full")
+Kind = Literal["column", "row", "sparse", "lora", "full"]
+KINDS = ("column", "row", "sparse", "lora", "full")
 
 
 @dataclass(frozen=True)
 class Delta:
     """The change of one weight, in original coordinates of the *stored* tensor.
 
-    kind: "column" or "row": whole logical channels `channels (s,)`, `values (n, s)` or `(s, m)`, added to the base; "full": a
-        parameter that trained as a whole, `values` replace it, `channels` is empty.
+    kind: "column" or "row": whole logical channels `channels (s,)`, `values (n, s)` or `(s, m)`, added to the base; "sparse":
+        entries `channels (k,)`, flat in the stored weight, `values (k,)` added; "lora": `scale · values (n, r) · a (r, m)` added;
+        "full": a parameter that trained as a whole, `values` replace it. `channels` is empty for "lora" and "full".
     transposed: the stored weight is `(in, out)` (Conv1D).
     """
 
     param: str
-    kind: Literal["column", "row", "full"]
+    kind: Kind
     channels: Tensor
     values: Tensor
     transposed: bool = False
+    a: Tensor | None = None
+    scale: float = 1.0
 
     @property
     def axis(self) -> int:
@@ -54,7 +61,8 @@ class Delta:
 
     @property
     def rank(self) -> int:
-        return int(self.channels.numel())
+        """Rank of the change: trained channels, or the inner width of the low-rank factors."""
+        return int(self.values.shape[1]) if self.kind == "lora" else int(self.channels.numel())
 
     def stored(self) -> Tensor:
         """Values laid out as in the stored tensor, channels on `axis`."""
@@ -92,6 +100,7 @@ def to_document(adapter: Adapter) -> dict[str, Any]:
             "transposed": d.transposed,
             "channels": int(d.channels.numel()),
             "shape": list(d.values.shape),
+            "scale": d.scale,
         }
         for d in adapter.deltas
     ]
@@ -130,6 +139,8 @@ def save(adapter: Adapter, directory: str | os.PathLike[str]) -> Path:
     for delta in adapter.deltas:
         tensors[f"{delta.param}::{delta.kind}::channels"] = delta.channels.to("cpu", torch.int64).contiguous()
         tensors[f"{delta.param}::{delta.kind}::delta"] = delta.values.detach().cpu().contiguous()
+        if delta.a is not None:
+            tensors[f"{delta.param}::{delta.kind}::A"] = delta.a.detach().cpu().contiguous()
     text = json.dumps(document, sort_keys=True)
     write_atomic(path / DOCUMENT, json.dumps(document, indent=1, sort_keys=True).encode())
     write_atomic(path / TENSORS, to_bytes(tensors, metadata={"sparsify": text}))
@@ -184,6 +195,10 @@ def read_deltas(document: dict[str, Any], keys: set[str], opened: Any, file: Pat
         if not isinstance(param, str) or kind not in KINDS or not isinstance(transposed, bool):
             raise AdapterError(f"{file}: malformed entry {entry!r}")
         names = [f"{param}::{kind}::channels", f"{param}::{kind}::delta"]
+        names += [f"{param}::{kind}::A"] if kind == "lora" else []
+        scale = entry.get("scale", 1.0)
+        if not isinstance(scale, int | float) or isinstance(scale, bool) or not math.isfinite(scale):
+            raise AdapterError(f"{file}: {param}: the scale {scale!r} is not a finite number")
         if names[0] in seen:
             raise AdapterError(f"{file}: {param} ({kind}) is listed twice")
         seen.update(names)
@@ -200,12 +215,20 @@ def read_deltas(document: dict[str, Any], keys: set[str], opened: Any, file: Pat
             raise AdapterError(f"{file}: {param}: values are {values.dtype}, expected a floating type")
         if not bool(torch.isfinite(values).all()):
             raise AdapterError(f"{file}: {param}: values are not finite")
-        if kind != "full":
+        factor = opened.get_tensor(names[2]) if kind == "lora" else None
+        if factor is not None:
+            fits = values.dim() == 2 and factor.dim() == 2 and factor.shape[0] == values.shape[1]
+            if not fits or not factor.is_floating_point() or not bool(torch.isfinite(factor).all()):
+                raise AdapterError(f"{file}: {param}: low-rank factors {tuple(values.shape)}, {tuple(factor.shape)} do not fit")
+        if kind == "sparse" and (values.dim() != 1 or values.shape != channels.shape):
+            raise AdapterError(f"{file}: {param}: values {tuple(values.shape)} do not fit {channels.numel()} entries")
+        if kind in ("column", "row"):
             if values.dim() != 2 or values.shape[1 if kind == "column" else 0] != channels.numel():
                 raise AdapterError(f"{file}: {param}: values {tuple(values.shape)} do not fit {channels.numel()} channels")
+        if kind in ("column", "row", "sparse"):
             if channels.numel() == 0 or int(channels.min()) < 0 or channels.unique().numel() != channels.numel():
                 raise AdapterError(f"{file}: {param}: channels must be distinct and not negative")
-        yield Delta(param, kind, channels, values, transposed)
+        yield Delta(param, kind, channels, values, transposed, factor, float(scale))
     extra = keys - seen
     if extra:
         raise AdapterError(f"{file}: unexpected tensor {sorted(extra)[0]!r}")
@@ -223,11 +246,21 @@ def check_fits(adapter: Adapter, shapes: dict[str, torch.Size], hashes: dict[str
             continue
         if len(shape) != 2:
             raise AdapterError(f"{where}: {delta.param} has {len(shape)} dimensions here, expected 2")
-        other = 1 - delta.axis
-        if delta.stored().shape[other] != shape[other] or int(delta.channels.max()) >= shape[delta.axis]:
+        logical = (shape[1], shape[0]) if delta.transposed else (shape[0], shape[1])
+        if delta.kind == "lora":
+            assert delta.a is not None
+            if (delta.values.shape[0], delta.a.shape[1]) != logical:
+                raise AdapterError(
+                    f"{where}: {delta.param} is {logical} (out, in) here; the file's factors make "
+                    f"{(delta.values.shape[0], delta.a.shape[1])}"
+                )
+        elif delta.kind == "sparse":
+            if int(delta.channels.max()) >= shape.numel():
+                raise AdapterError(f"{where}: {delta.param} has {shape.numel()} entries here; the file has entry {int(delta.channels.max())}")
+        elif delta.stored().shape[1 - delta.axis] != shape[1 - delta.axis] or int(delta.channels.max()) >= shape[delta.axis]:
             raise AdapterError(
                 f"{where}: {delta.param} is {tuple(shape)} here; the file has channels up to {int(delta.channels.max())} on "
-                f"axis {delta.axis} and {delta.stored().shape[other]} entries each"
+                f"axis {delta.axis} and {delta.stored().shape[1 - delta.axis]} entries each"
             )
         if strict and hashes.get(delta.param) != adapter.bases.get(delta.param):
             raise AdapterError(

@@ -33,9 +33,9 @@ def find_pass(program: Program, context: Context) -> Program:
 
 PIPELINE = (
     Pass("find-structures", Stage.CAPTURED, Stage.STRUCTURED, find_pass),
-    Pass("select-units", Stage.STRUCTURED, Stage.SELECTED, select_units),
+    Pass("select", Stage.STRUCTURED, Stage.SELECTED, select_units),
     Pass("permute-weights", Stage.SELECTED, Stage.PERMUTED, permute_weights),
-    Pass("insert-partial", Stage.PERMUTED, Stage.EXPANDED, insert_partial),
+    Pass("insert", Stage.PERMUTED, Stage.EXPANDED, insert_partial),
     Pass("lower", Stage.EXPANDED, Stage.LOWERED, lower_reference),
 )
 
@@ -78,7 +78,7 @@ def compile(
     flags = {name: p.requires_grad for name, p in source.named_parameters()}
     train = tuple(sorted(trained_in_full(program, tuple(plan.train))))
     host, layouts = install(program, tuple(plan.train))
-    program.host = host
+    program.host, program.tensors, program.packed = host, {}, {}
     host.train(source.training)
-    host.__dict__["sparsify"] = Handle(host, program, plan, layouts, train, flags)
+    host.__dict__["sparsify"] = Handle(host, program, plan, layouts, train, flags, dict(program.hashes))
     return host  # type: ignore[return-value]

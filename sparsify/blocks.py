@@ -31,7 +31,7 @@ def holds_matrix(module: nn.Module) -> bool:
     for child in module.modules():
         if isinstance(child, nn.modules.conv._ConvNd | nn.Embedding | nn.RNNBase):
             continue
-        if any(p.dim() in (2, 3) for p in child.parameters(recurse=False)):
+        if hasattr(child, "in_features") or any(p.dim() in (2, 3) for p in child.parameters(recurse=False)):
             return True
     return False
 

@@ -166,14 +166,22 @@ def _document(program: Program) -> list[str]:
     xs, x = {}, MARGIN + LABEL
     for key, column_width in columns:
         xs[key] = (x, column_width)
-        lines.append(_text(x, top - 14, {"attention": "attention", "ffn": "feed-forward"}.get(key[0], "other"), SOFT, 11, bold=True))
+        lines.append(
+            _text(
+                x, top - 14, {"attention": "attention", "ffn": "feed-forward"}.get(key[0], "other"), SOFT, 11, bold=True
+            )
+        )
         x += column_width + GAP
     if not rows:
-        lines.append(_text(MARGIN, top + 20, "no structures yet: the program is captured, and detection has not run", SOFT, 13))
+        lines.append(
+            _text(MARGIN, top + 20, "no structures yet: the program is captured, and detection has not run", SOFT, 13)
+        )
     for number, (row, items) in enumerate(rows.items()):
         y = top + number * ROW
         if number % 2 == 0:
-            lines.append(f'<rect x="{MARGIN - 12}" y="{y - 6}" width="{width - 2 * MARGIN + 24}" height="{ROW}" fill="#f7f9fb"/>')
+            lines.append(
+                f'<rect x="{MARGIN - 12}" y="{y - 6}" width="{width - 2 * MARGIN + 24}" height="{ROW}" fill="#f7f9fb"/>'
+            )
         lines.append(_label(row, y))
         for key, item in zip(_keys(items), items, strict=True):
             x, column_width = xs[key]
@@ -221,9 +229,7 @@ def _header(program: Program, width: int) -> list[str]:
     ]
     lines.append(_text(width - MARGIN, 40, f"stage: {program.stage.name.lower()}", SOFT, 12, anchor="end"))
     x, y = float(MARGIN), 88
-    ramp = "".join(
-        f'<rect x="{MARGIN + i * 7}" y="78" width="7" height="12" fill="{_shade(i, 8)}"/>' for i in range(8)
-    )
+    ramp = "".join(f'<rect x="{MARGIN + i * 7}" y="78" width="7" height="12" fill="{_shade(i, 8)}"/>' for i in range(8))
     lines.append(ramp)
     for mark, text in (
         ("", "place in the original model: first … last"),
@@ -445,9 +451,8 @@ def _label(row: str, y: float) -> str:
 def _chip_svg(x: float, y: float, name: str, moved: bool) -> str:
     size = 9 + 5.6 * len(name)
     style = f'fill="{MOVED}"' if moved else f'fill="none" stroke="{FAINT}"'
-    return (
-        f'<rect x="{x:.1f}" y="{y}" width="{size:.1f}" height="{CHIP}" rx="6" {style}/>'
-        + _text(x + size / 2, y + 9.7, name, PAPER if moved else SOFT, 9, anchor="middle")
+    return f'<rect x="{x:.1f}" y="{y}" width="{size:.1f}" height="{CHIP}" rx="6" {style}/>' + _text(
+        x + size / 2, y + 9.7, name, PAPER if moved else SOFT, 9, anchor="middle"
     )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +17,16 @@ from torch import Tensor, nn
 from sparsify import adapter as files
 from sparsify import peft_format
 from sparsify.adapter import Adapter, Delta
+from sparsify.capture import evaluating
 from sparsify.errors import AdapterError, SparsifyError
 from sparsify.install import Layout
-from sparsify.modules import PartialMixin, make_partial, make_plain, write_slice
+from sparsify.modules import QuantizedMixin, low_rank_delta, make_plain, write_parts
+from sparsify.parts import LowRankPart, Part, SlicePart, Snapshot
 from sparsify.passes.assign_rules import is_conv1d, owner_name
+from sparsify.passes.insert_partial import current_index
 from sparsify.plan import Plan, nearest
-from sparsify.program import Program, TrainedSlice
+from sparsify.program import Program
+from sparsify.quantized import pack, unpack
 from sparsify.report import Report, make_report
 
 DEFAULT = "default"
@@ -34,9 +40,11 @@ class Conflict:
     adapters: tuple[str, ...]
     shared: int
     total: int
+    kind: str = "column"
 
     def __str__(self) -> str:
-        return f"{self.param}: {' and '.join(self.adapters)} share {self.shared} of {self.total} channels"
+        what = "entries" if self.kind == "sparse" else "channels"
+        return f"{self.param}: {' and '.join(self.adapters)} share {self.shared} of {self.total} {what}"
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,18 @@ class Mix:
         return text + "".join(f"\n  conflict {c}" for c in self.conflicts)
 
 
+@dataclass(frozen=True)
+class MergeNote:
+    """What folding an adapter into packed weights did: it quantises again, so the result is not exact.
+
+    weights: relative Frobenius change per weight. outputs: largest change of the captured example's outputs, relative to
+    their largest entry; NaN where the example cannot be run.
+    """
+
+    weights: dict[str, float]
+    outputs: float
+
+
 @dataclass
 class Handle:
     """State of one compiled host. Made by `sparsify.compile`; reach it as `model.sparsify`."""
@@ -62,19 +82,31 @@ class Handle:
     layouts: dict[str, Layout]
     train: tuple[str, ...]
     flags: dict[str, bool]
-    base_blocks: dict[str, Tensor] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
+    parts: dict[str, Part] = field(default_factory=dict)
     base_full: dict[str, Tensor] = field(default_factory=dict)
     adapters: dict[str, Adapter] = field(default_factory=dict)
     active: Mix = field(default_factory=lambda: Mix({DEFAULT: 1.0}, trainable=True))
     merged: bool = False
-    parked: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    backups: list[tuple[str, int, Tensor, Tensor]] = field(default_factory=list)
-    merged_blocks: dict[str, nn.Parameter] = field(default_factory=dict)
+    merge_note: MergeNote | None = None
+    parked: dict[str, dict[str, Snapshot]] = field(default_factory=dict)
+    backups: list[tuple[str, int | None, Tensor, Tensor]] = field(default_factory=list)
+    merge_backups: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for piece in self.program.slices:
-            stored = self.stored(piece.param).detach()
-            self.base_blocks[piece.param] = stored.narrow(piece.axis, piece.start, piece.length).clone()
+            module: Any = self.module(piece.param)
+            source = module.dense() if isinstance(module, QuantizedMixin) else module.weight.detach()
+            base = piece.read(source).clone()
+            self.parts[piece.param] = SlicePart(piece, module, self.layout(piece.param), base)
+        for part in self.program.lowranks:
+            module = self.module(part.param)
+            found = LowRankPart(part, module, self.layout(part.param), None, self.plan.seed)
+            if part.index is not None:
+                found.base = module.sparse_values.detach().to(module.weight.dtype).clone()
+            self.parts[part.param] = found
+            if part.count:
+                self.layout(part.param).adopt = Adopt(self, part.param)
         for name in self.train:
             self.base_full[name] = self.stored(name).detach().clone()
 
@@ -86,10 +118,13 @@ class Handle:
         return make_report(self.program, self.plan, self.host)
 
     def count_parameters(self) -> tuple[int, int]:
-        """`(trainable, all)`; a trained slice stands for entries of its weight, so it does not add to `all`."""
+        """`(trainable, all)`; parts that stand for entries of their weight do not add to `all`, packed weights count as dense."""
         trainable = sum(p.numel() for p in self.host.parameters() if p.requires_grad)
-        blocks = {id(b) for b in self.blocks().values()}
-        return trainable, sum(p.numel() for p in self.host.parameters() if id(p) not in blocks)
+        added = {id(p) for part in self.parts.values() for p in part.parameters()}
+        total = sum(p.numel() for p in self.host.parameters() if id(p) not in added)
+        low = [p for part in self.parts.values() if isinstance(part, LowRankPart) for n, p in part.tensors().items() if n != "sparse_values"]
+        packed = sum(m.shape.numel() for m in self.host.modules() if isinstance(m, QuantizedMixin))
+        return trainable, total + packed + sum(p.numel() for p in low)
 
     def print_trainable_parameters(self) -> None:
         """The line that PEFT's users know."""
@@ -97,81 +132,82 @@ class Handle:
         share = 100 * trainable / max(total, 1)
         print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}")
 
+    def param_groups(self, sparse_lr: float, lora_lr: float, lr: float | None = None) -> list[dict[str, Any]]:
+        """Parameter groups with separate learning rates: RoSA's sparse values, its low-rank factors, and everything else.
+
+        The paper uses 2e-4 and 7e-4. `lr` for the rest (slices, parameters that train in full) defaults to `sparse_lr`.
+        """
+        named: dict[str, list[nn.Parameter]] = {"sparse": [], "lora": [], "rest": []}
+        for name, parameter in self.host.named_parameters():
+            if parameter.requires_grad:
+                leaf = name.rpartition(".")[2]
+                group = "sparse" if leaf == "sparse_values" else "lora" if leaf in ("lora_A", "lora_B") else "rest"
+                named[group].append(parameter)
+        rates = {"sparse": sparse_lr, "lora": lora_lr, "rest": sparse_lr if lr is None else lr}
+        return [{"params": ps, "lr": rates[g], "name": g} for g, ps in named.items() if ps]
+
     def __repr__(self) -> str:
-        return f"<sparsify: {len(self.program.slices)} trained slices, active {self.active}{', merged' if self.merged else ''}>"
+        return f"<sparsify: {len(self.parts)} trained parts, active {self.active}{', merged' if self.merged else ''}>"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
         clone = copy.copy(self)
         memo[id(self)] = clone
-        for name in ("host", "layouts", "base_blocks", "base_full", "adapters", "parked", "backups", "merged_blocks"):
+        for name in ("host", "layouts", "parts", "base_full", "adapters", "parked", "backups", "merge_backups"):
             setattr(clone, name, copy.deepcopy(getattr(self, name), memo))
+        clone.program = copy.copy(self.program)
+        clone.program.host = clone.host
         return clone
 
     # --- tensors ---------------------------------------------------------------------------------------------------------
 
-    def module(self, param: str) -> nn.Module:
+    def module(self, param: str) -> Any:
         return self.host.get_submodule(owner_name(param))
 
     def stored(self, param: str) -> nn.Parameter:
         return getattr(self.module(param), param.rpartition(".")[2])
 
-    def blocks(self) -> dict[str, nn.Parameter]:
-        """The trained blocks by the name of their weight."""
-        if self.merged:
-            return dict(self.merged_blocks)
-        found = {}
-        for piece in self.program.slices:
-            module = self.module(piece.param)
-            assert isinstance(module, PartialMixin)
-            found[piece.param] = module.weight_slice
-        return found
+    def layout(self, param: str) -> Layout:
+        return self.layouts.get(owner_name(param)) or Layout()
 
-    def layout(self, param: str) -> tuple[Layout, str]:
-        owner, _, leaf = param.rpartition(".")
-        return self.layouts.get(owner) or Layout(), leaf
+    def is_packed(self, param: str) -> bool:
+        return isinstance(self.module(param), QuantizedMixin)
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Stored shape of every parameter, packed weights included."""
+        found = {n: p.shape for n, p in self.host.named_parameters()}
+        return found | {p: self.module(p).shape for p in self.program.quantize}
 
     def base_original(self, param: str) -> Tensor:
-        """A copy of the base value of a weight in original coordinates, whatever is active."""
+        """A copy of the base value of a dense weight in original coordinates, whatever is active."""
         tensor = self.stored(param).detach().clone()
         for name, axis, places, values in reversed(self.backups):
             if name == param:
-                tensor.index_copy_(axis, places, values)
-        for piece in self.program.slices:
-            if piece.param == param:
-                tensor.narrow(piece.axis, piece.start, piece.length).copy_(self.base_blocks[param])
+                put_back(tensor, axis, places, values)
+        if param in self.parts:
+            self.parts[param].restore_base(tensor)
         if param in self.base_full:
             tensor.copy_(self.base_full[param])
-        layout, leaf = self.layout(param)
-        return layout.to_original(leaf, tensor)
+        return self.layout(param).to_original(param.rpartition(".")[2], tensor)
+
+    def base_hash(self, param: str) -> str:
+        """Hash of the base value; of a packed weight the one recorded before packing."""
+        return self.hashes[param] if param in self.hashes else files.tensor_hash(self.base_original(param))
 
     # --- adapters --------------------------------------------------------------------------------------------------------
 
     def current(self) -> Adapter:
-        """The trained blocks as an adapter, in original coordinates."""
-        return self.adapter_from({p: b.detach() for p, b in self.blocks().items()}, {n: self.stored(n).detach() for n in self.train})
+        """The trained parts as an adapter, in original coordinates."""
+        return self.adapter_from(None)
 
-    def adapter_from(self, blocks: Mapping[str, Tensor], full: Mapping[str, Tensor]) -> Adapter:
-        deltas = []
-        for piece in self.program.slices:
-            delta = self.to_logical(piece, blocks[piece.param].float(), self.base_blocks[piece.param].float())
-            deltas.append(delta)
-        for name, value in full.items():
-            deltas.append(Delta(name, "full", torch.empty(0, dtype=torch.int64), value.detach().cpu().clone()))
-        bases = {d.param: files.tensor_hash(self.base_original(d.param)) for d in deltas if d.kind != "full"}
+    def adapter_from(self, parked: Mapping[str, Snapshot] | None) -> Adapter:
+        deltas: list[Delta] = []
+        for param, part in self.parts.items():
+            deltas += part.deltas(None if parked is None else parked[param])
+        for name in self.train:
+            value = self.stored(name).detach() if parked is None else parked[name]["full"]
+            deltas.append(Delta(name, "full", torch.empty(0, dtype=torch.int64), value.cpu().clone()))
+        bases = {p: self.base_hash(p) for p in dict.fromkeys(d.param for d in deltas if d.kind != "full")}
         return Adapter(tuple(deltas), bases, self.info())
-
-    def to_logical(self, piece: TrainedSlice, block: Tensor, base: Tensor) -> Delta:
-        """Delta of one slice: channels in original ids, the other axis put back into original order."""
-        transposed = is_transposed(piece)
-        base = base.t() if transposed else base
-        values = block - base
-        layout, leaf = self.layout(piece.param)
-        other_stored = 1 - piece.axis
-        for axis, inverse in layout.inverses.get(leaf, []):
-            if axis == other_stored:
-                values = values.index_select(0 if piece.side == "column" else 1, inverse.to(values.device))
-        channels = torch.tensor(piece.channels, dtype=torch.int64)
-        return Delta(piece.param, piece.side, channels, values.cpu().contiguous(), transposed)
 
     def info(self) -> dict[str, Any]:
         from sparsify import __version__
@@ -188,8 +224,7 @@ class Handle:
         if self.active.trainable and name in self.active.weights:
             return self.current()
         if name in self.parked:
-            blocks = {p: self.parked[name][p] for p in (s.param for s in self.program.slices)}
-            return self.adapter_from(blocks, {n: self.parked[name][n] for n in self.train})
+            return self.adapter_from(self.parked[name])
         if name in self.adapters:
             return self.adapters[name]
         known = sorted({*self.adapters, *self.parked, *(self.active.weights if self.active.trainable else ())})
@@ -204,26 +239,30 @@ class Handle:
         return files.save(self.get(name), directory)
 
     def load_adapter(self, directory: str | os.PathLike[str], name: str = DEFAULT, *, strict: bool = True) -> None:
-        """Read an adapter and keep it under `name`; `set_adapter(name)` makes it active. The model is not touched.
+        """Read an adapter (ours, or a PEFT LoRA directory) and keep it under `name`; `set_adapter(name)` makes it active.
 
-        strict: refuse an adapter that was trained on another base.
+        strict: refuse an adapter that was trained on another base (PEFT's files do not say). Nothing of the model is touched.
         """
         self.need_unmerged("load_adapter")
-        loaded = files.load(directory)
         where = str(directory)
+        foreign = peft_format.is_peft(directory)
+        loaded = peft_format.read(directory, self.host) if foreign else files.load(directory)
         for delta in loaded.deltas:
             try:
                 module = self.module(delta.param)
+                getattr(module, delta.param.rpartition(".")[2])
             except AttributeError:
                 raise AdapterError(f"{where}: the model has no parameter {delta.param!r}") from None
             if delta.kind != "full" and delta.transposed != is_conv1d(module):
                 raise AdapterError(f"{where}: {delta.param} is stored in another orientation in this model")
             if delta.kind == "full" and delta.param not in self.train:
-                raise AdapterError(f"{where}: {delta.param} trained in full there; compile with Plan(train=[{owner_name(delta.param)!r}])")
-        named = {n: p.shape for n, p in self.host.named_parameters()}
-        touched = {d.param for d in loaded.deltas if d.param in named and d.kind != "full"}
-        hashes = {p: files.tensor_hash(self.base_original(p)) for p in touched} if strict else {}
-        files.check_fits(loaded, named, hashes, where, strict)
+                hint = f"compile with Plan(train=[{owner_name(delta.param)!r}])"
+                raise AdapterError(f"{where}: {delta.param} trained in full there; {hint}")
+        strict = strict and not foreign
+        touched = {d.param for d in loaded.deltas if d.kind != "full"}
+        shapes = self.shapes()
+        hashes = {p: self.base_hash(p) for p in touched if p in shapes} if strict else {}
+        files.check_fits(loaded, shapes, hashes, where, strict)
         if name in self.active.weights:
             self.set_adapter(None)
         self.parked.pop(name, None)
@@ -233,137 +272,178 @@ class Handle:
         """Make an adapter active (a name), none (None: the base, bit for bit), or a weighted mix (`{"a": .5, "b": .5}`).
 
         One adapter over the compiled selection goes on training; a mix, or an adapter of another selection, is for inference.
-        Returns what is active and where mixed adapters overlap. A switch writes `s` channels of each weight, not the weight.
+        Returns what is active and where mixed adapters overlap. A switch writes the trained channels or entries of each
+        weight, not the weight (a low-rank adapter on a linear compiled without one is the exception: it adds a dense product).
         """
         self.need_unmerged("set_adapter")
         weights = {} if spec is None else {spec: 1.0} if isinstance(spec, str) else dict(spec)
         for name, weight in weights.items():
-            if not isinstance(weight, int | float) or isinstance(weight, bool) or weight != weight:
-                raise AdapterError(f"set_adapter: the weight of {name!r} must be a number, got {weight!r}")
+            if not isinstance(weight, int | float) or isinstance(weight, bool) or not math.isfinite(weight):
+                raise AdapterError(f"set_adapter: the weight of {name!r} must be a finite number, got {weight!r}")
         chosen = {name: self.get(name) for name in weights}
+        single = isinstance(spec, str) and (spec in self.parked or self.is_active(spec) or self.fits_parts(chosen[spec]))
+        if weights and not single:
+            self.check_mix(chosen)
         self.park()
         self.reset_to_base()
         self.active = Mix({})
         if not weights:
             return self.allow_training(False)
-        name = next(iter(weights))
-        if isinstance(spec, str) and (name in self.parked or self.fits_slices(chosen[name])):
-            self.fill_blocks(name, chosen[name])
+        if single:
+            self.fill_parts(str(spec), chosen[str(spec)])
             self.active = Mix(weights, trainable=True)
             return self.allow_training(True)
         conflicts = self.add(chosen, weights)
         self.active = Mix(weights, tuple(conflicts))
         return self.allow_training(False)
 
+    def is_active(self, name: str) -> bool:
+        return self.active.trainable and name in self.active.weights
+
     def park(self) -> None:
+        """Keep the trained values of the active adapter bit for bit."""
         if self.active.trainable:
             name = next(iter(self.active.weights))
-            values = {p: b.detach().clone() for p, b in self.blocks().items()}
-            self.parked[name] = values | {n: self.stored(n).detach().clone() for n in self.train}
+            full = {n: {"full": self.stored(n).detach().clone()} for n in self.train}
+            self.parked[name] = {p: part.snapshot() for p, part in self.parts.items()} | full
 
     def reset_to_base(self) -> None:
-        """Every bit of the base is back in the stored weights and in the blocks."""
+        """Every bit of the base is back in the stored weights and in the parts."""
         for param, axis, places, values in reversed(self.backups):
-            self.stored(param).data.index_copy_(axis, places, values)
+            put_back(self.stored(param).data, axis, places, values)
         self.backups = []
-        blocks = self.blocks()
-        with torch.no_grad():
-            for piece in self.program.slices:
-                base = self.base_blocks[piece.param]
-                self.stored(piece.param).data.narrow(piece.axis, piece.start, piece.length).copy_(base)
-                blocks[piece.param].copy_(base.t() if is_transposed(piece) else base)
-            for name, base in self.base_full.items():
-                self.stored(name).copy_(base)
+        for part in self.parts.values():
+            part.reset()
+        for name, base in self.base_full.items():
+            self.stored(name).data.copy_(base)
 
     def allow_training(self, on: bool) -> Mix:
-        for block in self.blocks().values():
-            block.requires_grad_(on)
+        for part in self.parts.values():
+            for parameter in part.parameters():
+                parameter.requires_grad_(on)
         for name in self.train:
             self.stored(name).requires_grad_(on)
         return self.active
 
-    def fits_slices(self, loaded: Adapter) -> bool:
-        """Whether the adapter changes exactly the channels that this model trains."""
-        own = {(s.param, s.side): set(s.channels) for s in self.program.slices}
-        theirs = {(d.param, d.kind): set(d.channels.tolist()) for d in loaded.deltas if d.kind != "full"}
-        full = {d.param for d in loaded.deltas if d.kind == "full"}
-        return own == theirs and full == set(self.train)
+    def fits_parts(self, loaded: Adapter) -> bool:
+        """Whether the adapter changes exactly what this model trains."""
+        by_param = group_by_param(loaded)
+        full = {p for p, deltas in by_param.items() if any(d.kind == "full" for d in deltas)}
+        if set(by_param) - full != set(self.parts) or full != set(self.train):
+            return False
+        return all(part.fits(by_param[param]) for param, part in self.parts.items())
 
-    def fill_blocks(self, name: str, loaded: Adapter) -> None:
-        blocks = self.blocks()
+    def fill_parts(self, name: str, loaded: Adapter) -> None:
         parked = self.parked.pop(name, None)
-        by_param = {(d.param, d.kind): d for d in loaded.deltas}
-        with torch.no_grad():
-            for piece in self.program.slices:
-                if parked is not None:
-                    blocks[piece.param].copy_(parked[piece.param])
-                else:
-                    blocks[piece.param].add_(self.to_block(piece, by_param[piece.param, piece.side]))
-            for n in self.train:
-                self.stored(n).copy_(parked[n] if parked is not None else by_param[n, "full"].values)
+        by_param = group_by_param(loaded)
+        for param, part in self.parts.items():
+            if parked is not None:
+                part.restore(parked[param])
+            else:
+                part.fill(by_param[param])
+        for n in self.train:
+            self.stored(n).data.copy_(parked[n]["full"] if parked is not None else by_param[n][0].values)
 
-    def to_block(self, piece: TrainedSlice, delta: Delta) -> Tensor:
-        """Values of a matching delta in the order and layout of the block."""
-        side = 1 if piece.side == "column" else 0
-        place = {c: i for i, c in enumerate(delta.channels.tolist())}
-        values = delta.values.index_select(side, torch.tensor([place[c] for c in piece.channels]))
-        layout, leaf = self.layout(piece.param)
-        for axis, index in layout.moves.get(leaf, []):
-            if axis != piece.axis:
-                values = values.index_select(1 - side, index)
-        block = self.blocks()[piece.param]
-        return values.to(block.device, block.dtype)
+    def check_mix(self, chosen: Mapping[str, Adapter]) -> None:
+        """A packed base has no dense weight to add to: there only changes over its own trained parts can be mixed."""
+        for name, loaded in chosen.items():
+            for param, deltas in group_by_param(loaded).items():
+                if deltas[0].kind == "full" or not self.is_packed(param):
+                    continue
+                part = self.parts.get(param)
+                if part is None or not part.fits(deltas):
+                    raise AdapterError(
+                        f"set_adapter: {name!r} changes other entries of {param} than this model trains, and the base is packed "
+                        f"({self.program.quantize[param]}); compile with the adapter's own plan, or without Quantize"
+                    )
 
     def add(self, chosen: Mapping[str, Adapter], weights: Mapping[str, float]) -> list[Conflict]:
-        """Add weighted deltas to the stored weights, remembering what stood there."""
-        grouped: dict[tuple[str, int], list[tuple[str, Delta]]] = {}
-        conflicts = []
+        """Add weighted deltas to what the model computes with, remembering what stood there."""
+        conflicts: list[Conflict] = []
+        by_param: dict[str, list[tuple[str, Delta]]] = {}
         for name, loaded in chosen.items():
             for delta in loaded.deltas:
-                if delta.kind == "full":
-                    continue
-                grouped.setdefault((delta.param, delta.axis), []).append((name, delta))
-        for (param, axis), members in grouped.items():
-            counts = torch.cat([d.channels for _, d in members]).unique(return_counts=True)
-            shared = int((counts[1] > 1).sum())
-            if shared:
-                conflicts.append(Conflict(param, tuple(n for n, _ in members), shared, counts[0].numel()))
-            self.add_to(param, axis, [(weights[n], d) for n, d in members])
-        with torch.no_grad():
-            for name in self.train:
-                parts = [
-                    (weights[n], d.values) for n, a in chosen.items() for d in a.deltas if d.param == name and d.kind == "full"
-                ]
-                base = self.base_full[name]
-                change = sum((w * (v.to(base.device).float() - base.float()) for w, v in parts), torch.zeros_like(base, dtype=torch.float32))
-                self.stored(name).copy_(base.float() + change)
-            blocks = self.blocks()
-            for piece in self.program.slices:
-                region = self.stored(piece.param).detach().narrow(piece.axis, piece.start, piece.length)
-                blocks[piece.param].copy_(region.t() if is_transposed(piece) else region)
+                by_param.setdefault(delta.param, []).append((name, delta))
+        for param, members in by_param.items():
+            part = self.parts.get(param)
+            if param in self.base_full:
+                base = self.base_full[param].float()
+                change = torch.zeros_like(base)
+                for name, delta in members:
+                    change += weights[name] * (delta.values.to(base.device).float() - base)
+                self.stored(param).data.copy_(base + change)
+                continue
+            for kind in dict.fromkeys(d.kind for _, d in members):
+                same = [(n, d) for n, d in members if d.kind == kind]
+                if len(same) > 1 and kind != "lora":
+                    counts = torch.cat([d.channels for _, d in same]).unique(return_counts=True)[1]
+                    if int((counts > 1).sum()):
+                        names = tuple(n for n, _ in same)
+                        conflicts.append(Conflict(param, names, int((counts > 1).sum()), counts.numel(), kind))
+            weighted = [(weights[n], d) for n, d in members]
+            if self.is_packed(param):
+                assert part is not None
+                part.mix(weighted)
+                continue
+            low = [(w, d) for w, d in weighted if d.kind == "lora"]
+            beside = isinstance(part, LowRankPart) and part.part.rank > 0
+            for kind in ("column", "row", "sparse"):
+                same_kind = [(w, d) for w, d in weighted if d.kind == kind]
+                if same_kind:
+                    self.add_to(param, same_kind)
+            if low and not beside:
+                self.add_dense(param, low)
+            if part is not None:
+                part.read_back()
+            if low and beside:
+                assert isinstance(part, LowRankPart)
+                part.mix_factors(low)
         return conflicts
 
-    def add_to(self, param: str, axis: int, parts: list[tuple[float, Delta]]) -> None:
+    def add_to(self, param: str, parts: list[tuple[float, Delta]]) -> None:
+        """Add whole channels, or single entries, of one kind to a stored dense weight."""
         weight = self.stored(param)
-        layout, leaf = self.layout(param)
+        layout, leaf = self.layout(param), param.rpartition(".")[2]
+        first = parts[0][1]
         channels = torch.cat([d.channels for _, d in parts]).unique()
-        total = torch.zeros((channels.numel(), weight.shape[1 - axis]), dtype=torch.float32)
-        for scale, delta in parts:
-            rows = torch.searchsorted(channels, delta.channels)
-            stored = delta.stored().float()
-            total.index_add_(0, rows, stored if axis == 0 else stored.t(), alpha=float(scale))
-        places = channels
-        for move_axis, inverse in layout.inverses.get(leaf, []):
-            if move_axis == axis:
-                places = inverse[places]
-        for move_axis, index in layout.moves.get(leaf, []):
-            if move_axis != axis:
-                total = total.index_select(1, index)
-        places, total = places.to(weight.device), total.to(weight.device)
-        old = weight.data.index_select(axis, places)
+        if first.kind == "sparse":
+            total = torch.zeros(channels.numel())
+            for scale, delta in parts:
+                total.index_add_(0, torch.searchsorted(channels, delta.channels), delta.values.float(), alpha=float(scale))
+            places, original = current_index(self.program, param, channels)
+            total = total[torch.searchsorted(channels, original)]
+            places, axis = places.long().to(weight.device), None
+            old = weight.data.view(-1)[places]
+            weight.data.view(-1).index_copy_(0, places, (old.float() + total.to(old.device)).to(weight.dtype))
+        else:
+            axis = first.axis
+            total = torch.zeros(channels.numel(), weight.shape[1 - axis])
+            for scale, delta in parts:
+                stored = delta.stored().float()
+                rows = torch.searchsorted(channels, delta.channels)
+                total.index_add_(0, rows, stored if axis == 0 else stored.t(), alpha=float(scale))
+            places = channels
+            for move_axis, inverse in layout.inverses.get(leaf, []):
+                places = inverse[places] if move_axis == axis else places
+            for move_axis, index in layout.moves.get(leaf, []):
+                total = total.index_select(1, index) if move_axis != axis else total
+            places, total = places.to(weight.device), total.to(weight.device)
+            old = weight.data.index_select(axis, places)
+            change = total if axis == 0 else total.t()
+            weight.data.index_copy_(axis, places, (old.float() + change).to(weight.dtype))
         self.backups.append((param, axis, places, old))
-        change = total if axis == 0 else total.t()
-        weight.data.index_copy_(axis, places, (old.float() + change).to(weight.dtype))
+
+    def add_dense(self, param: str, parts: list[tuple[float, Delta]]) -> None:
+        """Add low-rank products to a stored dense weight that has no factors beside it."""
+        weight, layout = self.stored(param), self.layout(param)
+        total = torch.zeros(tuple(weight.shape))
+        for scale, delta in parts:
+            assert delta.a is not None
+            product = float(scale) * delta.scale * (delta.values.float() @ delta.a.float())
+            total += product.t() if delta.transposed else product
+        total = layout.to_current(param.rpartition(".")[2], total).to(weight.device)
+        self.backups.append((param, -1, torch.empty(0), weight.data.clone()))
+        weight.data.copy_((weight.data.float() + total).to(weight.dtype))
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter; if it is active, the base becomes active."""
@@ -373,6 +453,55 @@ class Handle:
         self.parked.pop(name, None)
         self.adapters.pop(name, None)
 
+    # --- open masks ------------------------------------------------------------------------------------------------------
+
+    def open_masks(self) -> list[str]:
+        """Weights whose RoSA mask is still to be collected."""
+        return [p.param for p in self.program.lowranks if p.count and p.index is None]
+
+    def set_masks(self, supports: Mapping[str, Tensor]) -> None:
+        """Fix the support of sparse parts: flat entries of each stored weight in *original* coordinates, `count` of them.
+
+        The values start at the base, so the forward does not move. `sparsify.train.rosa` collects supports from gradients.
+        """
+        self.need_unmerged("set_masks")
+        self.require_default("set_masks")
+        for param, original in supports.items():
+            part = self.parts.get(param)
+            if not isinstance(part, LowRankPart) or not part.part.count:
+                raise SparsifyError(f"set_masks: {param} has no sparse part")
+            if original.unique().numel() != part.part.count or int(original.min()) < 0:
+                raise SparsifyError(f"set_masks: {param} needs {part.part.count} distinct entries, got {original.numel()}")
+            if int(original.max()) >= part.module.stored_shape().numel():
+                raise SparsifyError(f"set_masks: an entry of {param} lies outside its weight")
+            self.place_support(part, *current_index(self.program, param, original.cpu()))
+
+    def place_support(self, part: LowRankPart, index: Tensor, original: Tensor) -> None:
+        module = part.module
+        if part.base is not None:
+            part.reset_sparse()
+        stored = module.dense() if isinstance(module, QuantizedMixin) else module.weight.detach()
+        base = stored.reshape(-1)[index.long().to(stored.device)].clone()
+        part.part = replace(part.part, index=index, original=original)
+        part.base = base
+        module.sparse_values.data.copy_(base)
+        module.sparse_index.data = index.to(module.sparse_index.device, module.sparse_index.dtype)
+        module.mask_open = False
+        self.program = replace(
+            self.program, lowranks=tuple(part.part if p.param == part.param else p for p in self.program.lowranks)
+        )
+
+    def reset_lowrank(self) -> None:
+        """Back to the initial factors (`B` = 0): RoSA's restart after its masks are collected."""
+        self.require_default("reset_lowrank")
+        for part in self.parts.values():
+            if isinstance(part, LowRankPart):
+                part.reset()
+
+    def require_default(self, verb: str) -> None:
+        if not self.active.trainable:
+            raise SparsifyError(f"{verb}: make a trained adapter active first (now: {self.active})")
+
     # --- folding ---------------------------------------------------------------------------------------------------------
 
     def need_unmerged(self, verb: str) -> None:
@@ -380,31 +509,81 @@ class Handle:
             raise SparsifyError(f"{verb}: the adapter is merged into the weights; call unmerge() first")
 
     def merge(self) -> nn.Module:
-        """Fold what is active into plain weights (served at the base's speed). `unmerge` takes it back bit for bit."""
+        """Fold what is active into plain weights, served at the base's speed. `unmerge` takes it back bit for bit.
+
+        Low-rank parts are added to the dense weight, whose original is kept. A packed weight is quantised again: the result
+        moves by what `merge_note` says and a warning repeats; `save_adapter` keeps base + delta exactly instead.
+        """
         self.need_unmerged("merge")
-        for piece in self.program.slices:
-            module = self.module(piece.param)
-            write_slice(module)
-            self.merged_blocks[piece.param] = make_plain(module)
+        packed = [p for p in self.parts if self.is_packed(p)]
+        before = self.example_outputs() if packed else None
+        moved: dict[str, float] = {}
+        for param, part in self.parts.items():
+            module = part.module
+            if isinstance(module, QuantizedMixin):
+                dense = module.dense()
+                _, _, a, _ = module.parts()
+                if a is not None:
+                    dense = (dense.float() + low_rank_delta(module)).to(dense.dtype)
+                fresh = pack(dense, module.format)
+                back = unpack(fresh, module.format, tuple(module.shape), dense.dtype)
+                moved[param] = float((back.float() - dense.float()).norm() / dense.float().norm().clamp_min(1e-30))
+                self.merge_backups[param] = [b.clone() for b in module.packed()]
+                for name, tensor in zip(module.packed_names, fresh, strict=True):
+                    setattr(module, name, tensor)
+                part.detach()
+                module.scale, module.dropout, module.mask_open = 1.0, 0.0, False
+                continue
+            if isinstance(part, LowRankPart):
+                self.merge_backups[param] = [module.weight.data.clone()]
+            write_parts(module)
+            part.detach()
+            make_plain(module)
         self.merged = True
+        if packed:
+            self.merge_note = MergeNote(moved, largest_move(before, self.example_outputs()))
+            worst = max(moved.values())
+            warnings.warn(
+                f"merge: {len(packed)} packed weights were quantised again; a weight moves by up to {worst:.2%} (Frobenius), the "
+                f"example's outputs by {self.merge_note.outputs:.2%}. save_adapter keeps base + delta exactly instead.",
+                stacklevel=2,
+            )
         return self.host
+
+    def example_outputs(self) -> Any:
+        args, kwargs = self.program.example
+        with evaluating(self.host), torch.no_grad():
+            return self.host(*args, **kwargs)
 
     def unmerge(self) -> nn.Module:
         """Undo `merge`: the same Parameter objects come back, so an optimizer goes on."""
         if not self.merged:
             raise SparsifyError("unmerge: nothing is merged")
-        for piece in self.program.slices:
-            make_partial(self.module(piece.param), piece, self.merged_blocks.pop(piece.param))
+        for param, part in self.parts.items():
+            kept = self.merge_backups.pop(param, None)
+            if isinstance(part.module, QuantizedMixin):
+                assert kept is not None
+                for name, tensor in zip(part.module.packed_names, kept, strict=True):
+                    setattr(part.module, name, tensor)
+            elif kept is not None:
+                part.module.weight.data.copy_(kept[0])
+            part.attach()
         self.merged = False
         return self.host
 
     def restore(self) -> nn.Module:
         """Back to the base, bit for bit, in original order and as plain modules; the host leaves sparsify's hands."""
+        if self.program.quantize:
+            raise SparsifyError(
+                "restore: the base was packed by Quantize and its dense bits are not kept; the model that was passed to compile "
+                "still has them (unless donated), and set_adapter(None) gives the packed base"
+            )
         if self.merged:
             self.unmerge()
         self.reset_to_base()
-        for piece in self.program.slices:
-            make_plain(self.module(piece.param))
+        for part in self.parts.values():
+            part.detach()
+            make_plain(part.module)
         done: set[int] = set()
         for owner, layout in self.layouts.items():
             module = self.host.get_submodule(owner)
@@ -425,15 +604,90 @@ class Handle:
         self.host.__dict__.pop("sparsify", None)
         return self.host
 
-    def export_lora(self, directory: str | os.PathLike[str], name: str | None = None) -> Path:
-        """Write an adapter as a PEFT LoRA directory that computes the same logits (a slice is low-rank with a one-hot factor)."""
+    def export_lora(self, directory: str | os.PathLike[str], name: str | None = None, *, sparse: str = "refuse") -> Path:
+        """Write an adapter as a PEFT LoRA directory that computes the same logits.
+
+        Trained channels and low-rank parts export exactly. A sparse part is not low-rank: it is refused with that reason, or with
+        `sparse="merge"` folded into a copy of the base that is written to `directory/base` (Hugging Face models) beside it.
+        """
+        if sparse not in ("refuse", "merge"):
+            raise AdapterError(f"export_lora: sparse must be 'refuse' or 'merge', got {sparse!r}")
         source = self.current() if name is None and self.active.trainable else self.get(name or DEFAULT)
-        shapes = {n: p.shape for n, p in self.host.named_parameters()}
         path = getattr(getattr(self.host, "config", None), "_name_or_path", None) or None
-        return peft_format.export(source, shapes, directory, path)
+        rest = tuple(d for d in source.deltas if d.kind != "sparse")
+        if len(rest) < len(source.deltas):
+            if sparse == "refuse":
+                one = next(d for d in source.deltas if d.kind == "sparse")
+                raise AdapterError(
+                    f"export_lora: {one.param} has a sparse part of {one.channels.numel()} scattered entries, which no low-rank "
+                    "matrix of useful rank equals; merge() and save the whole model, or pass sparse='merge' to fold it into the base"
+                )
+            path = str(self.write_sparse_base(source, Path(directory) / "base"))
+        return peft_format.export(Adapter(rest, source.bases, source.info), self.shapes(), directory, path)
+
+    def write_sparse_base(self, source: Adapter, directory: Path) -> Path:
+        """Save the base with only the sparse parts of an adapter folded in."""
+        if not hasattr(self.host, "save_pretrained"):
+            raise AdapterError("export_lora(sparse='merge') writes the base with save_pretrained, which this model does not have")
+        if self.program.quantize:
+            raise AdapterError("export_lora(sparse='merge') would write the packed base as if it were dense; merge() first")
+        state = {}
+        for key, value in self.host.state_dict().items():
+            state[key] = value
+        for param in dict.fromkeys(d.param for d in source.deltas if d.kind != "full"):
+            state[param] = self.base_original(param)
+        for delta in source.deltas:
+            if delta.kind == "sparse":
+                weight = state[delta.param].view(-1)
+                places = delta.channels.to(weight.device)
+                weight[places] = (weight[places].float() + delta.values.to(weight.device)).to(weight.dtype)
+        added = {"weight_slice", "sparse_values", "sparse_index", "lora_A", "lora_B"}
+        kept = {k: v for k, v in state.items() if k.rpartition(".")[2] not in added}
+        self.host.save_pretrained(directory, state_dict=kept)  # type: ignore[operator]
+        return directory
 
 
-def is_transposed(piece: TrainedSlice) -> bool:
-    """Whether the stored weight is `(in, out)`."""
-    logical: Literal[0, 1] = 1 if piece.side == "column" else 0
-    return piece.axis != logical
+@dataclass
+class Adopt:
+    """Called while a checkpoint is loaded whose support differs from the module's (a mask collected before it was saved)."""
+
+    handle: Handle
+    param: str
+
+    def __call__(self, index: Tensor) -> None:
+        part = self.handle.parts[self.param]
+        assert isinstance(part, LowRankPart)
+        index = index.cpu()
+        shape = part.module.stored_shape()
+        places = list(torch.unravel_index(index.long(), shape))
+        for axis, move in self.handle.layout(self.param).moves.get("weight", []):
+            places[axis] = move[places[axis]]
+        self.handle.place_support(part, index, places[0] * shape[1] + places[1])
+
+
+def put_back(tensor: Tensor, axis: int | None, places: Tensor, values: Tensor) -> None:
+    """Undo one entry of `Handle.backups`: channels on an axis, flat entries (None), or everything (-1)."""
+    if axis is None:
+        tensor.view(-1).index_copy_(0, places, values)
+    elif axis == -1:
+        tensor.copy_(values)
+    else:
+        tensor.index_copy_(axis, places, values)
+
+
+def group_by_param(loaded: Adapter) -> dict[str, list[Delta]]:
+    found: dict[str, list[Delta]] = {}
+    for delta in loaded.deltas:
+        found.setdefault(delta.param, []).append(delta)
+    return found
+
+
+def largest_move(before: Any, after: Any) -> float:
+    """Largest change between two outputs, relative to the largest entry."""
+    pairs = zip(torch.utils._pytree.tree_leaves(before), torch.utils._pytree.tree_leaves(after), strict=True)
+    moves = [
+        float((a.float() - b.float()).abs().max() / a.float().abs().max().clamp_min(1e-30))
+        for a, b in pairs
+        if isinstance(a, Tensor) and a.is_floating_point() and a.numel()
+    ]
+    return max(moves, default=float("nan"))

@@ -10,6 +10,7 @@ where a tensor was reordered or carries a slice.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -18,11 +19,22 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import PlanError
-from sparsify.modules import PartialMixin, make_partial
+from sparsify.lowrank_ops import write_values
+from sparsify.modules import (
+    AdaptedMixin,
+    PartialMixin,
+    QuantizedMixin,
+    SparseLowRankMixin,
+    attach_parts,
+    attach_slice,
+    become,
+    low_rank_delta,
+)
+from sparsify.ops import write_block, write_block_at
 from sparsify.passes.assign_rules import owner_name
 from sparsify.permutation import invert_index
 from sparsify.plan import nearest
-from sparsify.program import Program
+from sparsify.program import Program, TrainedSlice
 
 
 @dataclass
@@ -30,11 +42,14 @@ class Layout:
     """State-dict hooks of one module: what leaves is in original names, shapes and order; what enters is reordered.
 
     moves: per tensor of the module, `(axis, index)` pairs with `current = original.index_select(axis, index)`.
-    A trained block leaves twice: inside its weight (what everybody else reads), and as `weight_slice` in full precision,
-    which `save_pretrained` drops. On the way in the block is used if it agrees with its weight, else derived from it.
+    A weight leaves as what the model computes with (trained parts folded in), and the trained parts leave beside it in full
+    precision, so that a checkpoint resumes exactly. On the way in the parts are used; a checkpoint without them can still be
+    loaded where the parts follow from the weight (whole trained channels), and is refused where they do not.
+    adopt: called with a support that differs from the module's own (a mask collected before the checkpoint).
     """
 
     moves: dict[str, list[tuple[int, Tensor]]] = field(default_factory=dict)
+    adopt: Callable[[Tensor], None] | None = None
     inverses: dict[str, list[tuple[int, Tensor]]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -54,26 +69,46 @@ class Layout:
         return tensor
 
     def on_save(self, module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-        if isinstance(module, PartialMixin) and prefix + "weight" in state:
-            weight = state[prefix + "weight"].detach().clone()
-            region_of(module, weight).copy_(module.weight_slice.detach())
-            state[prefix + "weight"] = weight
-        for leaf in self.moves:
+        if isinstance(module, AdaptedMixin) and prefix + "weight" in state:
+            state[prefix + "weight"] = effective_weight(module)
+        for leaf in dict.fromkeys([*self.moves]):
             if isinstance(state.get(prefix + leaf), Tensor):
                 state[prefix + leaf] = self.to_original(leaf, state[prefix + leaf].detach())
 
-    def on_load(self, module: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
+    def on_load(self, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        errors: list[str] = rest[-1] if rest and isinstance(rest[-1], list) else []
         for leaf in self.moves:
             tensor, own = state.get(prefix + leaf), getattr(module, leaf)
-            if isinstance(tensor, Tensor) and tensor.shape == own.shape:
+            shape = module.stored_shape() if leaf == "weight" and isinstance(module, AdaptedMixin) else own.shape
+            if isinstance(tensor, Tensor) and tensor.shape == shape:
                 state[prefix + leaf] = self.to_current(leaf, tensor)
         weight = state.get(prefix + "weight")
-        if not isinstance(module, PartialMixin) or not isinstance(weight, Tensor) or weight.shape != module.weight.shape:
+        if not isinstance(module, AdaptedMixin) or not isinstance(weight, Tensor) or weight.shape != module.stored_shape():
             return
-        region = region_of(module, weight)
+        if isinstance(module, SparseLowRankMixin):
+            self.load_parts(module, state, prefix, errors)
+        else:
+            self.load_slice(module, state, prefix, weight)
+
+    def load_slice(self, module: Any, state: dict[str, Any], prefix: str, weight: Tensor) -> None:
+        region = read_slice(module, weight)
         block = state.get(prefix + "weight_slice")
         if not isinstance(block, Tensor) or block.shape != region.shape or not torch.equal(block.to(region.dtype), region):
             state[prefix + "weight_slice"] = region.to(module.weight_slice.dtype, copy=True).contiguous()
+
+    def load_parts(self, module: Any, state: dict[str, Any], prefix: str, errors: list[str]) -> None:
+        own = [n for n in ("weight_slice", "sparse_values", "lora_A", "lora_B") if n in module._parameters]
+        missing = [n for n in own if prefix + n not in state]
+        if missing:
+            errors.append(
+                f"{prefix}weight: the checkpoint holds the folded weight but not {missing[0]}, and the parts cannot be told apart "
+                "again; load it into an uncompiled model, or load the adapter with model.sparsify.load_adapter"
+            )
+        index = state.get(prefix + "sparse_index")
+        if isinstance(index, Tensor) and self.adopt is not None and index.shape == module.sparse_index.shape:
+            if module.mask_open or not torch.equal(index.to(module.sparse_index), module.sparse_index):
+                self.adopt(index)
+        state[prefix + "weight"] = module.weight.detach()  # the frozen base stays; the parts carry the training
 
 
 @dataclass
@@ -96,11 +131,33 @@ class LoadHook:
         self.layout.on_load(*arguments)
 
 
-def region_of(module: nn.Module, stored: Tensor) -> Tensor:
-    """View of the trained channels in a tensor shaped like the module's stored weight; logical `(out, in)` layout."""
-    assert isinstance(module, PartialMixin)
-    logical = stored if module.logical_weight().shape == stored.shape and module.logical_weight() is module.weight else stored.t()
+def read_slice(module: Any, stored: Tensor) -> Tensor:
+    """The trained channels in a tensor laid out like the module's stored weight; logical `(out, in)` layout."""
+    logical = stored.t() if module.conv1d else stored
+    if module.slice_start < 0:
+        return logical.index_select(module.slice_axis, module.slice_channels.to(stored.device))
     return logical.narrow(module.slice_axis, module.slice_start, module.weight_slice.shape[module.slice_axis])
+
+
+def effective_weight(module: Any) -> Tensor:
+    """A fresh tensor: the weight that an adapted module computes with, stored layout, all trained parts folded in."""
+    if isinstance(module, QuantizedMixin):
+        weight = module.dense()
+    else:
+        weight = module.weight.detach().clone()
+        if isinstance(module, PartialMixin):
+            logical = weight.t() if module.conv1d else weight
+            block = module.weight_slice.detach()
+            if module.slice_start < 0:
+                write_block_at(logical, block, module.slice_channels, module.slice_axis)
+            else:
+                write_block(logical, block, module.slice_start, module.slice_axis)
+    if isinstance(module, SparseLowRankMixin):
+        values, index, a, b = module.parts()
+        write_values(weight, None if values is None else values.detach(), index)
+        if a is not None and b is not None:
+            weight = (weight.float() + low_rank_delta(module)).to(weight.dtype)
+    return weight.detach()
 
 
 def trained_in_full(program: Program, patterns: tuple[str, ...]) -> set[str]:
@@ -118,7 +175,8 @@ def trained_in_full(program: Program, patterns: tuple[str, ...]) -> set[str]:
             modules = {p for n in names for p in module_prefixes(n)}
             raise PlanError(f"Plan(train=[{pattern!r}]) matches no parameter or module{nearest(pattern, sorted(modules | names))}")
         found |= hits
-    clash = found & ({s.param for s in program.slices} | {m.param for m in program.moves})
+    changed = {x.param for things in (program.slices, program.moves, program.lowranks) for x in things}
+    clash = found & (changed | set(program.quantize))
     if clash:
         raise PlanError(f"Plan(train=…) names {sorted(clash)[0]}, which a rule reorders or trains in part; name one or the other")
     return found
@@ -131,6 +189,8 @@ def copy_host(program: Program, train: set[str]) -> nn.Module:
     for name, parameter in host.named_parameters():
         name = program.aliases.get(name, name)
         value = program.tensors.get(name, parameter.detach())
+        if name in program.quantize:
+            value = parameter.detach().new_empty(0)
         trains = name in train
         memo[id(parameter)] = nn.Parameter(value.clone() if trains else value, requires_grad=trains)
     for name, buffer in host.named_buffers():
@@ -145,25 +205,67 @@ def copy_host(program: Program, train: set[str]) -> nn.Module:
 
 
 def layouts(program: Program) -> dict[str, Layout]:
-    """One `Layout` per module that owns a reordered tensor or a trained slice."""
+    """One `Layout` per module that owns a reordered tensor or a changed weight."""
     found: dict[str, Layout] = {}
     for move in program.moves:
-        for name in [n for n, canonical in program.aliases.items() if canonical == move.param]:
+        for name in names_of(program, move.param):
             owner, _, leaf = name.rpartition(".")
             found.setdefault(owner, Layout()).moves.setdefault(leaf, []).append((move.axis, move.index))
-    for piece in program.slices:
-        for name in [n for n, canonical in program.aliases.items() if canonical == piece.param]:
+    for param in changed_weights(program):
+        for name in names_of(program, param):
             found.setdefault(owner_name(name), Layout())
     for layout in found.values():
         layout.refresh()
     return found
 
 
+def names_of(program: Program, param: str) -> list[str]:
+    """Every name of a tensor (shared modules have several)."""
+    return [n for n, canonical in program.aliases.items() if canonical == param]
+
+
+def changed_weights(program: Program) -> list[str]:
+    """Weights whose module is swapped: sliced, with a sparse or low-rank part, or packed."""
+    pieces = [s.param for s in program.slices] + [p.param for p in program.lowranks]
+    return list(dict.fromkeys([*pieces, *program.quantize]))
+
+
+def swap_modules(program: Program, host: nn.Module) -> list[str]:
+    """Turn the owners of changed weights into adapted modules. Returns the names of tensors that DDP need not send."""
+    pieces = {s.param: s for s in program.slices}
+    parts = {p.param: p for p in program.lowranks}
+    fixed: list[str] = []
+    for param in changed_weights(program):
+        owner = owner_name(param)
+        module: Any = host.get_submodule(owner)
+        piece, part = pieces.get(param), parts.get(param)
+        packed = program.packed.get(param)
+        if packed is not None:
+            become(module, "Quantized")
+            source = program.host.get_submodule(owner).get_parameter(param.rpartition(".")[2])
+            module.format, module.shape = program.quantize[param], source.shape
+            module.packed_names = tuple(f"packed_{i}" for i in range(len(packed)))
+            for name, tensor in zip(module.packed_names, packed, strict=True):
+                module.register_buffer(name, tensor, persistent=False)
+                fixed.append(f"{owner}.{name}")
+        else:
+            become(module, "SparseLowRank" if part is not None else "Partial")
+        if piece is not None:
+            attach_slice(module, piece, program.tensors[piece.block_name])
+        if part is not None or packed is not None:
+            leaves = ("sparse_values", "sparse_index", "lora_A", "lora_B")
+            found = {n: program.tensors[f"{owner}.{n}"] for n in leaves if part and f"{owner}.{n}" in program.tensors}
+            attach_parts(module, part, found)
+        fixed += [f"{owner}.{n}" for n in ("sparse_index", "slice_channels") if n in module._buffers]
+    return fixed
+
+
 def install(program: Program, train: tuple[str, ...] = ()) -> tuple[nn.Module, dict[str, Layout]]:
     """The host copy with the program's nodes in it, and the layouts whose hooks it carries."""
     host = copy_host(program, trained_in_full(program, train))
-    for piece in program.slices:
-        make_partial(host.get_submodule(owner_name(piece.param)), piece, program.tensors[piece.block_name])
+    fixed = swap_modules(program, host)
+    if fixed:  # equal on all ranks by construction, and large
+        host._ddp_params_and_buffers_to_ignore = [*getattr(host, "_ddp_params_and_buffers_to_ignore", []), *fixed]
     found = layouts(program)
     handles = []
     done: set[int] = set()
@@ -176,11 +278,18 @@ def install(program: Program, train: tuple[str, ...] = ()) -> tuple[nn.Module, d
         handles.append(module.register_load_state_dict_pre_hook(LoadHook(layout)))
     shared = {n for n in program.aliases if program.aliases[n] == n} - set(program.tensors)
     handles.append(host.register_load_state_dict_pre_hook(Unshare(shared)))
-    ignored = [piece.block_name for piece in program.slices]
-    if ignored and hasattr(host, "_keys_to_ignore_on_save"):
-        host._keys_to_ignore_on_save = [*(host._keys_to_ignore_on_save or []), *ignored]
+    implied = [s.block_name for s in program.slices if follows_from_weight(program, s)]
+    if implied and hasattr(host, "_keys_to_ignore_on_save"):
+        host._keys_to_ignore_on_save = [*(host._keys_to_ignore_on_save or []), *implied]
     host.__dict__["_sparsify_hooks"] = handles
     return host, found
+
+
+def follows_from_weight(program: Program, piece: TrainedSlice) -> bool:
+    """Whether the folded weight holds every bit of the block, so that `save_pretrained` need not write it again."""
+    if piece.param in program.quantize:
+        return False
+    return program.tensors[piece.block_name].dtype == program.tensors[piece.param].dtype
 
 
 @dataclass

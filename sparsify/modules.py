@@ -1,106 +1,282 @@
-"""Host modules that carry trained slices: subclasses of what they replace, so `isinstance`, hooks and names go on working."""
+"""Host modules that carry trained parts: subclasses of what they replace, so `isinstance`, hooks and names go on working.
+
+    nn.Linear, Conv1D ──▶ Partial…        weight frozen; weight_slice trains                        S2FT, PaCA
+                          SparseLowRank…  weight frozen; sparse_values, lora_A, lora_B train        RoSA, LoRA
+                          Quantized…      no weight, packed_0 … packed_n; any of the above beside   Quantize
+"""
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import sparsify.ops
+from sparsify.lowrank_ops import dense_weight, write_values
+from sparsify.program import SparseLowRank, TrainedSlice
 
-if TYPE_CHECKING:
-    from sparsify.program import TrainedSlice
 
-
-class PartialMixin:
-    """A linear with one trained block of whole channels: `weight` is frozen, `weight_slice` is the parameter.
-
-    slice_start, slice_axis: where the block lies in the logical `(out, in)` weight.
-    """
+class AdaptedMixin:
+    """What all adapted linears share. `conv1d` says that the stored weight is `(in, out)`."""
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    conv1d = False
+
+    def stored_shape(self) -> torch.Size:
+        return self.weight.shape
+
+    def logical_shape(self) -> tuple[int, int]:
+        """`(out, in)`."""
+        shape = self.stored_shape()
+        return (shape[1], shape[0]) if self.conv1d else (shape[0], shape[1])
+
+    def check_dtype(self, x: Tensor) -> None:
+        """The same refusal as `F.linear`: without autocast, input and weight must agree in dtype."""
+        if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise RuntimeError(
+                f"{type(self).__name__}: the input is {x.dtype}, the weight {self.weight.dtype}; cast one, or use autocast"
+            )
+
+    def described(self) -> str:
+        n, m = self.logical_shape()
+        return f"in_features={m}, out_features={n}, bias={self.bias is not None}"
+
+
+class PartialMixin(AdaptedMixin):
+    """A linear with trained channels: a contiguous block at `slice_start`, or those at `slice_channels (s,)`.
+
+    slice_axis: 1 for input columns, `weight_slice (out, s)`; 0 for output rows, `(s, in)`.
+    """
+
     weight_slice: nn.Parameter
     slice_start: int
     slice_axis: int
 
-    def logical_weight(self) -> Tensor:
-        """The frozen weight as `(out, in)`."""
-        return self.weight
-
     def forward(self, x: Tensor) -> Tensor:
-        check_dtype(self, x)
-        weight = self.logical_weight()
+        self.check_dtype(x)
+        weight = self.weight.t() if self.conv1d else self.weight
+        if self.slice_start < 0:
+            return torch.ops.sparsify.partial_linear_at(
+                x, weight, self.bias, self.weight_slice, self.slice_channels, self.slice_axis
+            )
         return torch.ops.sparsify.partial_linear(
             x, weight, self.bias, self.weight_slice, self.slice_start, self.slice_axis
         )
 
     def extra_repr(self) -> str:
-        end = self.slice_start + self.weight_slice.shape[self.slice_axis]
-        side = "columns" if self.slice_axis == 1 else "rows"
-        n, m = self.logical_weight().shape
-        return f"in_features={m}, out_features={n}, bias={self.bias is not None}, trained {side}=[{self.slice_start}:{end}]"
+        return f"{self.described()}, {describe_slice(self)}"
 
 
-def check_dtype(module: Any, x: Tensor) -> None:
-    """The same refusal as `F.linear`: without autocast, input and weight must agree in dtype."""
-    if x.dtype != module.weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise RuntimeError(f"{type(module).__name__}: the input is {x.dtype}, the weight {module.weight.dtype}; cast one, or use autocast")
+class SparseLowRankMixin(AdaptedMixin):
+    """A linear with a sparse and a low-rank part; either may be missing, and an open mask keeps the sparse part silent.
+
+    sparse_values (k,), sparse_index (k,) flat in the stored weight; lora_A (r, in), lora_B (out, r); scale, dropout.
+    """
+
+    sparse_values: nn.Parameter
+    sparse_index: Tensor
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    scale: float
+    dropout: float
+    mask_open: bool
+    training: bool
+
+    def parts(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        sparse = hasattr(self, "sparse_values") and not self.mask_open
+        values, index = (self.sparse_values, self.sparse_index) if sparse else (None, None)
+        a, b = (self.lora_A, self.lora_B) if hasattr(self, "lora_A") else (None, None)
+        return values, index, a, b
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check_dtype(x)
+        values, index, a, b = self.parts()
+        if self.dropout and self.training and a is not None and b is not None:
+            y = self.multiply(x, values, index, None, None)
+            dropped = torch.nn.functional.dropout(x, self.dropout)
+            low = torch.nn.functional.linear(dropped.to(y.dtype), a.to(y.dtype))
+            return y + self.scale * torch.nn.functional.linear(low, b.to(y.dtype))
+        return self.multiply(x, values, index, a, b)
+
+    def multiply(self, x: Tensor, values: Tensor | None, index: Tensor | None, a: Tensor | None, b: Tensor | None) -> Tensor:
+        return torch.ops.sparsify.sparse_lowrank_linear(
+            x, self.weight, self.bias, values, index, a, b, self.scale, self.conv1d
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.described()}, {describe_parts(self)}"
+
+
+class QuantizedMixin(SparseLowRankMixin, PartialMixin):
+    """A linear over a packed base, with any trained part beside it. `weight` is empty and only carries dtype and device."""
+
+    packed_names: tuple[str, ...]
+    format: str
+    shape: torch.Size
+
+    def stored_shape(self) -> torch.Size:
+        return self.shape
+
+    def packed(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self.packed_names]
+
+    def multiply(self, x: Tensor, values: Tensor | None, index: Tensor | None, a: Tensor | None, b: Tensor | None) -> Tensor:
+        block = getattr(self, "weight_slice", None)
+        channels = getattr(self, "slice_channels", None) if block is not None else None
+        axis = self.slice_axis if block is not None else 1
+        return torch.ops.sparsify.quantized_linear(
+            x, self.packed(), self.format, list(self.shape), self.conv1d, self.bias, block, channels, axis, values, index,
+            a, b, self.scale,
+        )  # fmt: skip
+
+    def dense(self) -> Tensor:
+        """The weight that the packed base and its trained channels and entries stand for (no low-rank part)."""
+        values, index, _, _ = self.parts()
+        block = getattr(self, "weight_slice", None)
+        channels = getattr(self, "slice_channels", None) if block is not None else None
+        axis = self.slice_axis if block is not None else 1
+        parts = (block, channels, axis, values, index)
+        return dense_weight(self.packed(), self.format, list(self.shape), self.conv1d, self.weight.dtype, *parts)
+
+    def extra_repr(self) -> str:
+        extra = [describe_slice(self)] if hasattr(self, "weight_slice") else []
+        extra += [describe_parts(self)] if hasattr(self, "sparse_values") or hasattr(self, "lora_A") else []
+        return ", ".join([self.described(), f"format={self.format}", *extra])
+
+
+def describe_slice(module: Any) -> str:
+    side = "columns" if module.slice_axis == 1 else "rows"
+    size = module.weight_slice.shape[module.slice_axis]
+    start = module.slice_start
+    return f"trained {side}=[{start}:{start + size}]" if start >= 0 else f"trained {side}={size} scattered"
+
+
+def describe_parts(module: Any) -> str:
+    text = [f"rank={module.lora_A.shape[0]}, scale={module.scale:g}"] if hasattr(module, "lora_A") else []
+    if hasattr(module, "sparse_values"):
+        text.append(f"sparse={module.sparse_values.numel()}{' (mask open)' if module.mask_open else ''}")
+    return ", ".join(text)
 
 
 class PartialLinear(PartialMixin, nn.Linear):
-    """`nn.Linear` with a trained block of columns (S2FT Down, O) or rows (Up, V)."""
+    """`nn.Linear` with trained input columns (S2FT Down and O, PaCA) or output rows (S2FT Up and V)."""
+
+
+class SparseLowRankLinear(SparseLowRankMixin, nn.Linear):
+    """`nn.Linear` with a sparse and a low-rank part (RoSA, LoRA)."""
+
+
+class QuantizedLinear(QuantizedMixin, nn.Linear):
+    """`nn.Linear` over a packed base."""
+
+
+LINEARS: dict[str, type[nn.Module]] = {
+    "Partial": PartialLinear,
+    "SparseLowRank": SparseLowRankLinear,
+    "Quantized": QuantizedLinear,
+}
+MIXINS: dict[str, type] = {"Partial": PartialMixin, "SparseLowRank": SparseLowRankMixin, "Quantized": QuantizedMixin}
 
 
 @functools.cache
-def partial_conv1d() -> type[nn.Module]:
+def conv1d_class(kind: str) -> type[nn.Module]:
     """The same for transformers' Conv1D, whose weight is stored `(in, out)`; made on first use to keep imports lean."""
     from transformers.pytorch_utils import Conv1D
 
-    class PartialConv1D(PartialMixin, Conv1D):
-        """GPT-2's Conv1D with a trained block of logical columns or rows."""
+    def reduce(self: Any, protocol: Any) -> Any:
+        return rebuild_conv1d, (kind,), self.__dict__
 
-        def logical_weight(self) -> Tensor:
-            return self.weight.t()
-
-        def __reduce_ex__(self, protocol: Any) -> Any:
-            return rebuild_conv1d, (), self.__dict__
-
-    return PartialConv1D
+    body = {"conv1d": True, "__reduce_ex__": reduce, "__doc__": f"GPT-2's Conv1D, {kind.lower()}.", "__module__": __name__}
+    return type(f"{kind}Conv1D", (MIXINS[kind], Conv1D), body)
 
 
-def rebuild_conv1d() -> nn.Module:
-    cls = partial_conv1d()
+def rebuild_conv1d(kind: str) -> nn.Module:
+    cls = conv1d_class(kind)
     return cls.__new__(cls)
 
 
-def make_partial(module: nn.Module, piece: TrainedSlice, block: Tensor) -> None:
-    """Turn a linear of *our own* module tree into its partial form, in place: hooks, name and references stay."""
-    conv1d = not isinstance(module, nn.Linear)
-    if conv1d:
-        module.__class__ = partial_conv1d()
+def become(module: nn.Module, kind: str) -> None:
+    """Turn a linear of *our own* module tree into an adapted one, in place: hooks, name and references stay."""
+    module.__class__ = LINEARS[kind] if isinstance(module, nn.Linear) else conv1d_class(kind)
+
+
+def make_plain(module: nn.Module) -> None:
+    """Back to the class that the user had; parameters of trained parts must be gone."""
+    if isinstance(module, nn.Linear):
+        module.__class__ = nn.Linear
     else:
-        module.__class__ = PartialLinear
-    assert isinstance(module, PartialMixin)
-    module.weight_slice = block if isinstance(block, nn.Parameter) else nn.Parameter(block)
+        from transformers.pytorch_utils import Conv1D
+
+        module.__class__ = Conv1D
+
+
+def as_parameter(value: Tensor) -> nn.Parameter:
+    return value if isinstance(value, nn.Parameter) else nn.Parameter(value)
+
+
+def attach_slice(module: Any, piece: TrainedSlice, block: Tensor) -> None:
+    """Give a module its trained channels (its class is set by `become`)."""
+    module.weight_slice = as_parameter(block)
     module.slice_start = piece.start
-    module.slice_axis = 1 if piece.side == "column" else 0
+    module.slice_axis = piece.logical_axis
+    if piece.places or isinstance(module, QuantizedMixin):
+        places = piece.places or tuple(range(piece.start, piece.start + piece.length))
+        module.register_buffer("slice_channels", torch.tensor(places, device=block.device), persistent=False)
 
 
-def make_plain(module: nn.Module) -> nn.Parameter:
-    """Undo `make_partial`: the module computes with `weight` alone again. Returns the block that it carried."""
-    assert isinstance(module, PartialMixin)
-    block = module.weight_slice
-    del module._parameters["weight_slice"]
+def detach_slice(module: Any) -> nn.Parameter:
+    block = module._parameters.pop("weight_slice")
+    module._buffers.pop("slice_channels", None)
+    module._non_persistent_buffers_set.discard("slice_channels")
     del module.slice_start, module.slice_axis
-    module.__class__ = nn.Linear if isinstance(module, nn.Linear) else type(module).__mro__[2]  # type: ignore[assignment]
     return block
 
 
-def write_slice(module: nn.Module) -> None:
-    """Bring `weight` up to date with `weight_slice` (the operator does it in every forward)."""
-    assert isinstance(module, PartialMixin)
-    weight = module.logical_weight()
-    sparsify.ops.write_block(weight, module.weight_slice.detach(), module.slice_start, module.slice_axis)
+def attach_parts(module: Any, part: SparseLowRank | None, tensors: dict[str, Tensor]) -> None:
+    """Give a module its sparse and low-rank parts from `sparse_values`, `sparse_index`, `lora_A`, `lora_B`."""
+    module.scale = part.scale if part is not None else 1.0
+    module.dropout = part.dropout if part is not None else 0.0
+    module.mask_open = part is not None and part.count > 0 and part.index is None
+    if "sparse_values" in tensors:
+        module.sparse_values = as_parameter(tensors["sparse_values"])
+        module.register_buffer("sparse_index", tensors["sparse_index"], persistent=False)
+    if "lora_A" in tensors:
+        module.lora_A, module.lora_B = as_parameter(tensors["lora_A"]), as_parameter(tensors["lora_B"])
+
+
+def detach_parts(module: Any) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for leaf in ("sparse_values", "lora_A", "lora_B"):
+        if leaf in module._parameters:
+            found[leaf] = module._parameters.pop(leaf)
+    if "sparse_index" in module._buffers:
+        found["sparse_index"] = module._buffers.pop("sparse_index")
+        module._non_persistent_buffers_set.discard("sparse_index")
+    for leaf in ("scale", "dropout", "mask_open"):
+        module.__dict__.pop(leaf, None)
+    return found
+
+
+def write_parts(module: Any) -> None:
+    """Bring the stored dense weight up to date with what the operator would compute, low-rank part included."""
+    weight = module.weight
+    if hasattr(module, "weight_slice"):
+        logical = weight.t() if module.conv1d else weight
+        if module.slice_start < 0:
+            sparsify.ops.write_block_at(logical, module.weight_slice.detach(), module.slice_channels, module.slice_axis)
+        else:
+            sparsify.ops.write_block(logical, module.weight_slice.detach(), module.slice_start, module.slice_axis)
+    if isinstance(module, SparseLowRankMixin):
+        values, index, a, b = module.parts()
+        write_values(weight, None if values is None else values.detach(), index)
+        if a is not None and b is not None:
+            weight.data.copy_((weight.data.float() + low_rank_delta(module)).to(weight.dtype))
+
+
+def low_rank_delta(module: Any) -> Tensor:
+    """`s · B A` in fp32, laid out like the stored weight."""
+    delta = module.scale * (module.lora_B.detach().float() @ module.lora_A.detach().float())
+    return delta.t() if module.conv1d else delta

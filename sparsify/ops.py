@@ -160,7 +160,7 @@ def _autocast(op: Any, device: str) -> Any:
 
     def rule(x: Tensor, *rest: Any) -> Tensor:
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-            return op(x.to(torch.get_autocast_dtype(device)), *rest)
+            return op(x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device)), *rest)
 
     return rule
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsify.adapter import Adapter, Delta, write_atomic
 from sparsify.errors import AdapterError
+from sparsify.passes.assign_rules import is_conv1d
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -23,6 +25,9 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 def lora_factors(delta: Delta, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """`(A (r, in), B (out, r))` with `B A` equal to the delta; `shape` is the logical `(out, in)`."""
     values = delta.values.float()
+    if delta.kind == "lora":
+        assert delta.a is not None
+        return delta.a.float(), values * delta.scale
     size = shape[1] if delta.kind == "column" else shape[0]
     onehot = torch.zeros(delta.rank, size)
     onehot[torch.arange(delta.rank), delta.channels] = 1.0
@@ -79,3 +84,56 @@ def export(adapter: Adapter, shapes: dict[str, torch.Size], directory: str | os.
     write_atomic(path / "adapter_model.safetensors", to_bytes(tensors, metadata={"format": "pt"}))
     write_atomic(path / "adapter_config.json", json.dumps(config, indent=2).encode())
     return path
+
+
+def is_peft(directory: str | os.PathLike[str]) -> bool:
+    """Whether a directory holds a PEFT adapter."""
+    return (Path(directory) / "adapter_config.json").is_file()
+
+
+def read(directory: str | os.PathLike[str], host: nn.Module) -> Adapter:
+    """Read a PEFT LoRA directory as an adapter of low-rank deltas; AdapterError for other adapter types or damaged files."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(directory)
+    try:
+        config = json.loads((path / "adapter_config.json").read_text())
+        tensors = load_file(path / "adapter_model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise AdapterError(f"{path}: not a readable PEFT adapter ({error})") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise AdapterError(f"{path}: a PEFT adapter of type {config.get('peft_type')!r}; only LORA can be read")
+    for feature in ("use_dora", "lora_bias"):
+        if config.get(feature):
+            raise AdapterError(f"{path}: {feature} is set, which is not a plain low-rank change")
+    prefix, deltas = "base_model.model.", []
+    names = sorted({k.rpartition(".lora_")[0] for k in tensors if ".lora_" in k})
+    for name in names:
+        a, b = tensors.get(f"{name}.lora_A.weight"), tensors.get(f"{name}.lora_B.weight")
+        if a is None or b is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+            raise AdapterError(f"{path}: {name}: lora_A and lora_B are missing or do not fit")
+        module = name.removeprefix(prefix)
+        rank = a.shape[0]
+        alpha = pattern_entry(config.get("alpha_pattern"), module, config.get("lora_alpha", rank))
+        scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+        try:
+            transposed = is_conv1d(host.get_submodule(module))
+        except AttributeError:
+            raise AdapterError(f"{path}: the model has no module {module!r}") from None
+        empty = torch.empty(0, dtype=torch.int64)
+        deltas.append(Delta(f"{module}.weight", "lora", empty, b.float(), transposed, a.float(), float(scale)))
+    for key, value in tensors.items():
+        if ".lora_" not in key:
+            deltas.append(Delta(key.removeprefix(prefix), "full", torch.empty(0, dtype=torch.int64), value))
+    if not deltas:
+        raise AdapterError(f"{path}: the file holds no LoRA factors")
+    return Adapter(tuple(deltas), {}, {"peft": config})
+
+
+def pattern_entry(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+    """PEFT's rank and alpha patterns: keys are regular expressions over the end of the module's name."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default

@@ -104,7 +104,8 @@ class Rule:
         return any(fnmatchcase(name, self.match) for name in names)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"rule": type(self).__name__, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {"rule": type(self).__name__, **{k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}}
 
     def __str__(self) -> str:
         shown = [
@@ -148,7 +149,130 @@ class S2FT(Rule):
             raise PlanError(f"S2FT(units={self.units}): at least one unit must train")
 
 
-RULES: dict[str, type[Rule]] = {"S2FT": S2FT}
+@dataclass(frozen=True, kw_only=True)
+class LinearRule(Rule):
+    """Base of the rules that go to single linears.
+
+    exclude: globs of modules that are left alone although `match` names them; the output head by default.
+    """
+
+    exclude: tuple[str, ...] = ("lm_head", "*.lm_head", "embed_out")
+
+    def matches(self, *names: str) -> bool:
+        return super().matches(*names) and not any(fnmatchcase(n, pattern) for n in names for pattern in self.exclude)
+
+
+def check_pattern_table(rule: Any, name: str, check: Any) -> None:
+    """A field that is a number, or a mapping from glob to number."""
+    value = getattr(rule, name)
+    for pattern, number in value.items() if isinstance(value, Mapping) else (("*", value),):
+        if not check(number):
+            raise PlanError(f"{type(rule).__name__}({name}={value!r}): {number!r} for {pattern!r} is out of range")
+
+
+def pattern_value(value: Any, module: str) -> Any:
+    """The entry of a pattern table for a module (first pattern that matches); None when none does."""
+    if not isinstance(value, Mapping):
+        return value
+    return next((v for pattern, v in value.items() if fnmatchcase(module, pattern)), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaCA(LinearRule):
+    """Partial connection adaptation (arXiv 2503.01905): `rank` input columns of every matched linear train.
+
+    rank: columns per linear, or a mapping from glob to columns; the same parameter count as LoRA of rank r needs
+        `rank · n` against `r · (n + m)`.
+    select: "random" by the plan's seed, "weight" ‖W[:, c]‖₂, "activation" root mean square of x_c over calibration tokens,
+        "product", or "gradient" root mean square over batches of ‖dW[:, c]‖₂. Linears that share an input share one index
+        set, scored together, so that the saved activation is shared too.
+    largest: take the columns with the largest score (the default, unlike S2FT) or the smallest.
+    permute: where a coupled structure owns the input (Down), reorder it so that the columns are contiguous and no gather is
+        needed; False always gathers.
+    """
+
+    rank: int | Mapping[str, int] = 16
+    select: SelectionMethod = "random"
+    largest: bool = True
+    permute: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_pattern_table(self, "rank", lambda r: r >= 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoSA(LinearRule):
+    """Robust adaptation (arXiv 2401.04679): `W + S + s·BA`, a sparse and a low-rank part, in one operator.
+
+    rank: of the low-rank part, or a mapping from glob to rank; 0 gives pure sparse adaptation.
+    alpha: the low-rank part is scaled by `alpha / rank` (rsLoRA: `alpha / √rank`); None for `rank` (scale 1, or √rank).
+    density: trained share of the weight's entries, or a mapping from glob to share; 0 gives LoRA.
+    mask: which entries: "gradient" mean over calibration batches of dW² (the diagonal Fisher; the paper's default),
+        "gradient_abs" |mean dW|, "magnitude" |W|, or "random". A gradient mask without calibration batches is left open: the
+        low-rank part trains alone until `sparsify.train.rosa` collects it (the paper's schedule).
+    dropout: on the input of the low-rank part only; at 0 no mask is made or kept.
+    """
+
+    rank: int | Mapping[str, int] = 16
+    alpha: float | None = None
+    density: float | Mapping[str, float] = 0.006
+    mask: Literal["gradient", "gradient_abs", "magnitude", "random"] = "gradient"
+    dropout: float = 0.0
+    rslora: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_pattern_table(self, "rank", lambda r: r >= 0)
+        check_pattern_table(self, "density", lambda d: 0 <= d <= 1)
+        if not 0 <= self.dropout < 1:
+            raise PlanError(f"{type(self).__name__}(dropout={self.dropout}): 0 ≤ dropout < 1 is needed")
+        if self.rank == 0 and self.density == 0:
+            raise PlanError(f"{type(self).__name__}: rank 0 and density 0 leave nothing to train")
+
+    def scale(self, rank: int) -> float:
+        if rank == 0:
+            return 1.0
+        alpha = rank if self.alpha is None else self.alpha
+        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA(LinearRule):
+    """Low-rank adaptation (arXiv 2106.09685): RoSA with density 0. `rslora` scales by `alpha / √rank` (arXiv 2312.03732).
+
+    alpha: None for twice the rank, the habit of the field. Writes and reads PEFT's adapter directory.
+    """
+
+    rank: int | Mapping[str, int] = 8
+    alpha: float | None = None
+    dropout: float = 0.0
+    rslora: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_pattern_table(self, "rank", lambda r: r >= 1)
+        if not 0 <= self.dropout < 1:
+            raise PlanError(f"LoRA(dropout={self.dropout}): 0 ≤ dropout < 1 is needed")
+
+    def scale(self, rank: int) -> float:
+        alpha = 2 * rank if self.alpha is None else self.alpha
+        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize(LinearRule):
+    """Store frozen weights in few bits; what other rules train stays in 16 or 32 bits beside them.
+
+    format: "nf4" (4-bit NormalFloat with double quantisation, QLoRA), "int8" (one scale per output row), "int4" (groups of 64).
+    """
+
+    format: Literal["nf4", "int8", "int4"] = "nf4"
+
+    phase: ClassVar[Literal["adapt", "weight"]] = "weight"
+
+
+RULES: dict[str, type[Rule]] = {rule.__name__: rule for rule in (S2FT, PaCA, RoSA, LoRA, Quantize)}
 
 
 def register_rule(rule: type[Rule]) -> type[Rule]:

@@ -67,10 +67,12 @@ class LinearNode:
 
 @dataclass(frozen=True)
 class TrainedSlice:
-    """A contiguous block of whole channels of one weight that trains: positions [start, start + length) on `axis`.
+    """Whole channels of one weight that train: positions [start, start + length) on `axis`, or scattered ones.
 
     channels: the same channels in *original* coordinates, in the order in which they stand in the block.
     axis: of the stored tensor. side: "column" when the block lies on the linear's input axis, "row" on its output axis.
+    places: positions of scattered channels (PaCA on an input that no structure can reorder); empty when contiguous.
+    structure: the structure that owns the channels, or "".
     """
 
     param: str
@@ -80,12 +82,96 @@ class TrainedSlice:
     side: Literal["column", "row"]
     channels: tuple[int, ...]
     structure: str = ""
+    places: tuple[int, ...] = ()
+    rule: int = 0
+
+    @property
+    def logical_axis(self) -> int:
+        """Axis in the logical `(out, in)` weight: 1 for columns, 0 for rows."""
+        return 1 if self.side == "column" else 0
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the stored weight is `(in, out)`."""
+        return self.axis != self.logical_axis
+
+    def read(self, stored: torch.Tensor) -> torch.Tensor:
+        """The channels of a tensor laid out like the stored weight, in logical layout; a view when contiguous."""
+        if self.places:
+            region = stored.index_select(self.axis, torch.tensor(self.places, device=stored.device))
+        else:
+            region = stored.narrow(self.axis, self.start, self.length)
+        return region.t() if self.transposed else region
+
+    def write(self, stored: torch.Tensor, block: torch.Tensor) -> None:
+        """Put a block in logical layout into its channels of `stored`."""
+        block = (block.t() if self.transposed else block).to(stored.dtype)
+        if self.places:
+            stored.index_copy_(self.axis, torch.tensor(self.places, device=stored.device), block)
+        else:
+            stored.narrow(self.axis, self.start, self.length).copy_(block)
 
     @property
     def block_name(self) -> str:
         """Qualified name of the trained parameter in the host."""
         owner, _, leaf = self.param.rpartition(".")
         return f"{owner}.{leaf}_slice" if owner else f"{leaf}_slice"
+
+
+@dataclass(frozen=True, eq=False)
+class SparseLowRank:
+    """One weight with a sparse part, a low-rank part, or both: `W + S + scale · B A`.
+
+    index: support of S, flat in the *stored* weight as it lies now, sorted; None while an open mask waits for collection.
+    original: the same entries in original coordinates, in the same order. count: number of entries (also when open).
+    mask: how the entries are chosen. rank 0: no low-rank part. count 0: no sparse part.
+    """
+
+    param: str
+    rule: int
+    rank: int
+    scale: float
+    dropout: float
+    count: int
+    mask: str
+    transposed: bool
+    index: torch.Tensor | None = None
+    original: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Support:
+    """Which entries of a weight train (`index` flat in the stored weight, *original* coordinates, sorted), or an open mask."""
+
+    param: str
+    rule: int
+    rank: int
+    scale: float
+    dropout: float
+    count: int
+    mask: str
+    index: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class ChannelChoice:
+    """Input channels that train in every weight of a group that shares its input, in original coordinates."""
+
+    params: tuple[str, ...]
+    rule: int
+    channels: tuple[int, ...]
+    method: str
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One weight is stored quantised: `format`, bytes before and after, relative error of the weight (Frobenius)."""
+
+    param: str
+    format: str
+    dense_bytes: int
+    packed_bytes: int
+    error: float
 
 
 @dataclass(frozen=True)
@@ -134,6 +220,13 @@ class Program:
     permutations: dict[str, tuple[Permutation, Permutation | None]] = field(default_factory=dict)
     moves: tuple[Move, ...] = ()
     slices: tuple[TrainedSlice, ...] = ()
+    channel_choices: tuple[ChannelChoice, ...] = ()
+    supports: tuple[Support, ...] = ()
+    lowranks: tuple[SparseLowRank, ...] = ()
+    quantize: dict[str, str] = field(default_factory=dict)
+    packed: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    packings: tuple[Packed, ...] = ()
+    hashes: dict[str, str] = field(default_factory=dict)
     history: tuple[str, ...] = ()
 
     @classmethod

@@ -7,10 +7,16 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+import sparsify.lowrank_ops  # noqa: F401  (registers the operators named below)
 from sparsify.errors import VerifyError
 from sparsify.program import Program, Stage
 
-PARTIAL_OPS = (torch.ops.sparsify.partial_linear.default, torch.ops.sparsify.partial_linear_at.default)
+SPARSIFY_OPS = (
+    torch.ops.sparsify.partial_linear.default,
+    torch.ops.sparsify.partial_linear_at.default,
+    torch.ops.sparsify.sparse_lowrank_linear.default,
+    torch.ops.sparsify.quantized_linear.default,
+)
 
 
 def verify(program: Program) -> None:
@@ -60,30 +66,37 @@ def verify_moves(program: Program) -> None:
     for move in program.moves:
         if not torch.equal(move.index.sort().values, torch.arange(move.index.numel())):
             raise VerifyError(f"the move of {move.param} on axis {move.axis} is not a permutation")
-        if move.param not in program.tensors:
+        if program.stage is Stage.PERMUTED and move.param not in program.tensors:
             raise VerifyError(f"{move.param} was moved, but has no new tensor")
 
 
 def verify_slices(program: Program) -> None:
+    """Every trained tensor is read by a sparsify operator, has the shape its part says, and no linear reads its weight whole."""
     names = program.tensor_names
-    uses: dict[str, int] = {}
-    for node in program.graph.nodes:
-        if node.op == "call_function" and node.target in PARTIAL_OPS:
-            block = names.get(node.args[3].name)
-            if block is None:
-                raise VerifyError(f"node {node.name}: its block is not a named parameter")
-            uses[block] = uses.get(block, 0) + 1
-    trained = {s.block_name: s for s in program.slices}
-    for name, piece in trained.items():
-        if name not in uses:
-            raise VerifyError(f"{piece.param}: the trained slice is read by no operation")
-        block = program.tensor(name)
-        side = 1 if piece.side == "column" else 0
-        if block.shape[side] != piece.length or not block.is_contiguous():
-            raise VerifyError(f"{piece.param}: the trained block has shape {tuple(block.shape)}, expected {piece.length} channels")
+    read = {
+        names[source.name]
+        for node in program.graph.nodes
+        if node.op == "call_function" and node.target in SPARSIFY_OPS
+        for source in node.all_input_nodes
+        if source.name in names
+    }
+    for piece in program.slices:
+        if piece.block_name not in read:
+            raise VerifyError(f"{piece.param}: the trained slice is read by no sparsify operator")
+        block = program.tensor(piece.block_name)
+        if block.shape[piece.logical_axis] != piece.length or not block.is_contiguous():
+            raise VerifyError(f"{piece.param}: the trained block is {tuple(block.shape)}, expected {piece.length} channels")
+    for part in program.lowranks:
+        owner = part.param.rpartition(".")[0]
+        wanted = ["lora_A", "lora_B"] if part.rank else []
+        wanted += ["sparse_values", "sparse_index"] if part.index is not None else []
+        for leaf in wanted:
+            if f"{owner}.{leaf}" not in read:
+                raise VerifyError(f"{owner}: {leaf} is read by no sparsify operator")
+    changed = {s.param for s in program.slices} | {p.param for p in program.lowranks} | set(program.quantize)
     for linear in program.linears():
-        if any(linear.weight == piece.param for piece in program.slices):
-            raise VerifyError(f"node {linear.node.name} still reads {linear.weight} whole, beside its trained slice")
+        if linear.weight in changed:
+            raise VerifyError(f"node {linear.node.name} still reads {linear.weight} whole, beside its trained part")
 
 
 def check_outputs(expected: Any, found: Any) -> None:

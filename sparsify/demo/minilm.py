@@ -31,7 +31,9 @@ def load_encoder() -> nn.Module:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    return transformers.AutoModel.from_pretrained(model_directory(), add_pooling_layer=False, local_files_only=True).eval()
+    return transformers.AutoModel.from_pretrained(
+        model_directory(), add_pooling_layer=False, local_files_only=True
+    ).eval()
 
 
 def load_tokenizer() -> Any:
@@ -63,6 +65,4 @@ class Classifier(nn.Module):
 def embed(encoder: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
     """Pooled embeddings (N, d) of tokenised batches."""
     encoder.eval()
-    return torch.cat(
-        [mean_pool(encoder(**batch).last_hidden_state, batch["attention_mask"]) for batch in batches]
-    )
+    return torch.cat([mean_pool(encoder(**batch).last_hidden_state, batch["attention_mask"]) for batch in batches])

@@ -23,7 +23,17 @@ from functools import cache
 from pathlib import Path
 
 SKIPPED = frozenset(
-    {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "pydoc_data", "turtledemo", "__pycache__"}
+    {
+        "test",
+        "tests",
+        "idle_test",
+        "site-packages",
+        "dist-packages",
+        "lib2to3",
+        "pydoc_data",
+        "turtledemo",
+        "__pycache__",
+    }
 )
 """Directories whose files are tests, installed packages or data, or no longer in every supported Python."""
 
@@ -88,7 +98,13 @@ def docstrings() -> tuple[Docstring, ...]:
 
 
 def docstring_task(
-    classes: int = 24, *, least: int = 60, most: int = 260, held_out: float = 0.25, min_words: int = 5, max_words: int = 80
+    classes: int = 24,
+    *,
+    least: int = 60,
+    most: int = 260,
+    held_out: float = 0.25,
+    min_words: int = 5,
+    max_words: int = 80,
 ) -> Task:
     """Which module does this docstring come from?
 

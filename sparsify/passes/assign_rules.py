@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from sparsify.errors import PlanError, Refusal, RefusedError
-from sparsify.plan import S2FT, Plan, Rule, nearest
+from sparsify.plan import S2FT, Rule, nearest
 from sparsify.program import LinearNode, Program
 from sparsify.structure import Site, Structure
 
@@ -70,38 +70,31 @@ def why_not_trainable(program: Program, param: str, linears: dict[str, list[Line
     return None
 
 
-def assign_rules(program: Program, plan: Plan) -> tuple[list[Assignment], list[Refusal]]:
-    """Match every structure rule of the plan; raises PlanError for a rule that matches nothing at all."""
+def assign_rule(program: Program, index: int, rule: S2FT, taken: dict[str, int]) -> tuple[Assignment, list[Refusal]]:
+    """Match one structure rule; `taken` learns the weights it trains. Raises PlanError for a rule that serves nothing."""
     linears: dict[str, list[LinearNode]] = {}
     for linear in program.linears():
         linears.setdefault(linear.weight, []).append(linear)
-    taken: dict[str, int] = {}
-    assignments, refusals = [], []
-    for index, rule in enumerate(plan.rules):
-        if not isinstance(rule, S2FT):
+    kinds = ("ffn", "attention") if rule.structure == "both" else (rule.structure,)
+    served, reasons = [], []
+    for structure in program.structures:
+        if structure.kind not in kinds or not rule.matches(structure.name, *map(owner_name, structure.params())):
             continue
-        kinds = ("ffn", "attention") if rule.structure == "both" else (rule.structure,)
-        served, reasons = [], []
-        for structure in program.structures:
-            if structure.kind not in kinds or not rule.matches(structure.name, *map(owner_name, structure.params())):
-                continue
-            reason = why_not_served(program, structure, rule, linears, taken)
-            if reason is None:
-                served.append(structure)
-                taken.update({site.param: index for site in trained_sites(structure, rule)})
-            elif not reason.startswith("rule "):
-                reasons.append(Refusal(structure.name, reason))
-        for declined in program.declined:
-            names = {declined.name, *(owner_name(site.param) for site in declined.sites)}
-            if declined.kind in kinds and rule.matches(*names):
-                reasons.append(Refusal(declined.name, declined.reason))
-        if reasons and not any(c in rule.match for c in "*?["):
-            raise RefusedError(f"rule {index}, {rule}: {reasons[0]}")
-        if not served:
-            raise unused(index, rule, program, reasons)
-        refusals += reasons
-        assignments.append(Assignment(index, rule, tuple(served)))
-    return assignments, refusals
+        reason = why_not_served(program, structure, rule, linears, taken)
+        if reason is None:
+            served.append(structure)
+            taken.update({site.param: index for site in trained_sites(structure, rule)})
+        elif not reason.startswith("rule "):
+            reasons.append(Refusal(structure.name, reason))
+    for declined in program.declined:
+        names = {declined.name, *(owner_name(site.param) for site in declined.sites)}
+        if declined.kind in kinds and rule.matches(*names):
+            reasons.append(Refusal(declined.name, declined.reason))
+    if reasons and not any(c in rule.match for c in "*?["):
+        raise RefusedError(f"rule {index}, {rule}: {reasons[0]}")
+    if not served:
+        raise unused(index, rule, program, reasons)
+    return Assignment(index, rule, tuple(served)), reasons
 
 
 def trained_sites(structure: Structure, rule: S2FT) -> list[Site]:

@@ -35,11 +35,16 @@ class Reason:
 
 
 class Axis:
-    """One dimension, up to unification. Always go through `find` before reading `form`, `parts` or `fixed`."""
+    """One dimension, up to unification. Always go through `find` before reading `form`, `parts` or `fixed`.
 
-    __slots__ = ("fixed", "form", "parent", "parts", "size")
+    uniform: the tensor holds one value all along it (`expand`, `zeros`). Such an axis binds nothing, so it is never
+        unified itself: element-wise operations ignore it, every other operation gets a fresh leaf in its place.
+    """
 
-    def __init__(self, size: int, fixed: Reason | None = None) -> None:
+    __slots__ = ("fixed", "form", "parent", "parts", "size", "uniform")
+
+    def __init__(self, size: int, fixed: Reason | None = None, uniform: bool = False) -> None:
+        self.uniform = uniform
         self.size = size
         self.parent: Axis | None = None
         self.form: Literal["product", "concat"] | None = None
@@ -126,10 +131,12 @@ def unify(a: Axis, b: Axis, met: str = "") -> None:
         return
     if a.size != b.size:
         raise ValueError(f"axes of sizes {a.size} and {b.size} cannot be one axis")
-    if a.fixed is not None and b.fixed is None:
-        fix(b, a.fixed if a.fixed.met else Reason(a.fixed.text, met))
-    elif b.fixed is not None and a.fixed is None:
-        fix(a, b.fixed if b.fixed.met else Reason(b.fixed.text, met))
+    if (a.fixed is None) != (b.fixed is None):
+        held, other = (a, b) if a.fixed is not None else (b, a)
+        assert held.fixed is not None
+        if not held.fixed.met:
+            held.fixed = Reason(held.fixed.text, met)
+        fix(other, held.fixed)
     if b.form is None:
         a, b = b, a
     if a.form == "product" and b.form == "product":
@@ -316,15 +323,17 @@ class Call:
         unify(a, b, self.name)
 
     def broadcast(self, *shapes: Axes) -> Axes:
-        """Axes of an element-wise result; axes of size 1 stretch, all others at one place become one."""
+        """Axes of an element-wise result; axes of size 1 and uniform ones stretch, all others at one place become one."""
         rank = max((len(s) for s in shapes), default=0)
         out: list[Axis] = [ONE] * rank
         for axes in shapes:
             for i, axis in enumerate(axes, rank - len(axes)):
                 if axis.size == 1:
                     continue
-                if out[i].size == 1:
+                if out[i].size == 1 or out[i].uniform:
                     out[i] = axis
+                elif axis.uniform:
+                    continue
                 elif out[i] is not axis:
                     self.unify(out[i], axis)
         return tuple(out)
@@ -349,6 +358,18 @@ class Call:
         record = Contraction(self.name, left, right, tuple(b for _, b in pairs), **kept)
         self.contractions.append(record)
         return record
+
+    def known(self, node: Any) -> torch.Tensor | None:
+        """The values of a small constant (`torch.tensor([-2])` in the model's code), when export kept them."""
+        while isinstance(node, fx.Node) and node.op == "call_function" and node not in self.machine.written:
+            if str(node.target).split(".")[1:2] not in (["lift_fresh_copy"], ["detach"], ["alias"], ["clone"], ["detach_"]):
+                return None
+            node = node.args[0]
+        if not isinstance(node, fx.Node) or node.op != "placeholder" or node in self.machine.written:
+            return None
+        if node.name not in self.machine.tensors or node.name in self.machine.parameters:
+            return None
+        return getattr(node.meta.get("val"), "constant", None)
 
     def cut(self, axis: Axis, start: int, stop: int) -> Axis:
         self.spans.append((axis, start, stop))
@@ -385,6 +406,35 @@ def tensor_shape(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(s if type(s) is int else int(getattr(s.node, "hint", None) or 0) for s in shape)  # type: ignore[union-attr]
 
 
+def written_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that an in-place operation may write to, directly or through a view: their values may stop being uniform."""
+    written: set[fx.Node] = set()
+
+    def mark(node: Any) -> None:
+        while isinstance(node, fx.Node) and node not in written:
+            written.add(node)
+            node = node.args[0] if node.args else None
+
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and schema_of(node.target)[2]:
+            for argument in node.args:
+                mark(argument)
+        elif isinstance(node.target, torch._ops.HigherOrderOperator):
+            modules = [a for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"]
+            for module in modules:
+                inner = getattr(graph.owning_module, str(module.target), None)
+                if not isinstance(inner, fx.GraphModule):
+                    continue
+                inside = written_nodes(inner.graph)
+                written |= inside
+                places = [n for n in inner.graph.nodes if n.op == "placeholder"]
+                start = list(node.args).index(module) + 1
+                for place, argument in zip(places, node.args[start:], strict=False):
+                    if place in inside:
+                        mark(argument)
+    return written
+
+
 SUBGRAPHS = {"wrap_with_set_grad_enabled", "wrap_with_autocast", "wrap", "invoke_subgraph", "tag_activation_checkpoint"}
 _SCHEMAS: dict[Any, tuple[str, list[tuple[str, bool, Any]], bool]] = {}
 
@@ -411,12 +461,14 @@ class Interpreter:
         self.rule_for, self.views = rule_for, VIEWS
         self.tensors, self.parameters, self.aliases = tensors, set(parameters), aliases
         self.values: list[Value] = []
+        self.written: set[fx.Node] = set()
         self.contractions: list[Contraction] = []
         self.cores: list[AttentionCore] = []
         self.mixes: list[tuple[Axes, tuple[Value, ...]]] = []
         self.placeholders: dict[str, Value] = {}
 
     def run(self, graph: fx.Graph) -> None:
+        self.written = written_nodes(graph)
         env: dict[fx.Node, Any] = {}
         for node in graph.nodes:
             if node.op == "placeholder":
@@ -502,12 +554,14 @@ class Interpreter:
                 bound[name] = self.lookup(node.kwargs[name], env)
             elif has_default:
                 bound[name] = default
+        rule = self.rule_for(target, op, mutable)
+        if rule is not None and rule.__name__ not in ("elementwise", "cast"):
+            bound = {name: self.instantiate(argument) for name, argument in bound.items()}
         inputs = tuple(values_of(bound))
         if not outputs and not (mutable and inputs):
             return None
         call = Call(self, node, op, bound)
         axes: Any = None
-        rule = self.rule_for(target, op, mutable)
         if rule is not None:
             try:
                 axes = rule(call)
@@ -523,6 +577,17 @@ class Interpreter:
             self.mutate(node, env, inputs, result)
         return result
 
+    def instantiate(self, argument: Any) -> Any:
+        """Values with a fresh leaf in the place of every uniform axis."""
+        if isinstance(argument, list):
+            return [self.instantiate(a) for a in argument]
+        if not isinstance(argument, Value) or not any(a.uniform for a in argument.axes):
+            return argument
+        axes = tuple(fresh(a.size) if a.uniform else a for a in argument.axes)
+        value = self.new(axes, argument.op, argument.node, (argument,))
+        value.origin = argument.origin
+        return value
+
     def record(self, call: Call, axes: Any, inputs: tuple[Value, ...]) -> Any:
         view = call.op.removeprefix("aten::") in self.views
         origin: frozenset[str] | None = frozenset()
@@ -532,7 +597,11 @@ class Interpreter:
         if call.op in ("aten::index", "aten::index_select") and len(inputs[0].axes) > 2:
             origin = inputs[0].origin  # experts picked by a router are still weights
 
+        written = call.node in self.written
+
         def value_of(item: Axes, index: int) -> Value:
+            if written and any(a.uniform for a in item):
+                item = tuple(fresh(a.size) if a.uniform else a for a in item)
             value = self.new(item, call.op, call.name, inputs)
             value.origin = origin
             value.join, value.along = call.join, call.along
@@ -544,6 +613,8 @@ class Interpreter:
         if isinstance(axes, list):
             return [value_of(item, i) for i, item in enumerate(axes)]
         result = value_of(axes, 0)
+        if origin and call.contractions:
+            result.origin = None  # a learned query, or a projected table: what a product of weights makes is data
         for contraction in call.contractions:
             contraction.out = result
             self.contractions.append(contraction)

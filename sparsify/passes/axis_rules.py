@@ -207,7 +207,7 @@ def complex_pairs(call: Call) -> Axes:
 @rule(*CONSTANT_FILL)
 def constant_fill(call: Call) -> Axes:
     """The same value everywhere: any order will do."""
-    return tuple(fresh(s) for s in shape_of(call))
+    return tuple(ONE if s == 1 else Axis(s, uniform=True) for s in shape_of(call))
 
 
 @rule("arange", "linspace", "logspace", "eye", "tril_indices", "triu_indices", "hann_window", "hamming_window")
@@ -272,10 +272,10 @@ def squeeze(call: Call) -> Axes:
 
 @rule("expand", "broadcast_to", "expand_as")
 def expand(call: Call) -> Axes:
-    """An axis made by stretching holds one value: it starts out free."""
+    """An axis made by stretching holds one value."""
     x, shape = call["self"].axes, shape_of(call)
     padded = (ONE,) * (len(shape) - len(x)) + x
-    return tuple(fresh(s) if a.size == 1 else a for a, s in zip(padded, shape, strict=True))
+    return tuple(Axis(s, uniform=True) if a.size == 1 != s else a for a, s in zip(padded, shape, strict=True))
 
 
 @rule("repeat", "tile")
@@ -773,6 +773,13 @@ def index(call: Call) -> Axes:
     x, indices = call["self"].axes, call["indices"]
     if boolean(call, "indices"):
         raise Refuse
+    given = [i for i, v in enumerate(indices) if v is not None]
+    if len(given) == 1:
+        positions = call.known(call.node.args[1][given[0]])  # type: ignore[index]
+        if positions is not None and positions.dim() == 1:
+            run = [wrap(int(p), x[given[0]].size) for p in positions.tolist()]
+            if run == list(range(run[0], run[0] + len(run))):  # a slice in disguise
+                return replace_at(x, given[0], call.cut(x[given[0]], run[0], run[-1] + 1))
     places, at, _ = index_places(call, x, indices)
     kept = [a for i, a in enumerate(x) if i >= len(indices) or indices[i] is None]
     return (*kept[:at], *places, *kept[at:])

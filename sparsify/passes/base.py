@@ -55,7 +55,7 @@ def run_passes(program: Program, passes: Sequence[Pass], context: Context) -> Pr
         after.stage = step.writes
         try:
             verify(after)
-            if numeric:
+            if numeric and not after.quantize:  # quantising changes the outputs, and the report says by how much
                 check_outputs(expected, after.run_example())
         except VerifyError as error:
             raise VerifyError(f"{place}: {error}\n{after}") from error

@@ -20,7 +20,7 @@ from math import prod
 
 from torch import fx
 
-from sparsify.passes.axes import AttentionCore, Axes, Axis, Contraction, Interpreter, Value, find, leaves
+from sparsify.passes.axes import AttentionCore, Axes, Axis, Contraction, Interpreter, Reason, Value, find, leaves
 from sparsify.structure import Declined, Role, Site, Structure
 
 NONLINEAR = frozenset(
@@ -124,6 +124,21 @@ def expand(root: Axis, stride: int) -> list[Expanded]:
     return out
 
 
+def has_cut(axis: Axis) -> bool:
+    """Whether a concatenation takes part in an axis."""
+    root = find(axis)
+    return root.form == "concat" or any(has_cut(part) for part in root.parts)
+
+
+def fixed_inside(axis: Axis, inside: bool = False) -> Reason | None:
+    """Why the parts of a concatenation inside `axis` are fixed, if one of them is."""
+    root = find(axis)
+    inside = inside or root.form == "concat"
+    if inside and root.fixed is not None:
+        return root.fixed
+    return next((r for r in (fixed_inside(part, inside) for part in root.parts) if r is not None), None)
+
+
 def compatible(term: Term, spans: frozenset[Span]) -> bool:
     """Whether data read through these slices can come from this stretch."""
     for axis, start, stop in spans:
@@ -195,8 +210,7 @@ class Finder:
             self.products.setdefault(id(contraction.out), []).append(contraction)
             weight = weight_of(contraction)
             if weight is None:
-                if contraction.left.active and contraction.right.active:
-                    self.met |= self.carried[id(contraction.left)] | self.carried[id(contraction.right)]
+                self.met |= self.carried[id(contraction.left)] | self.carried[id(contraction.right)]
                 continue
             for leaf in self.leaf_set(contraction.contracted):
                 self.consumers.setdefault(leaf, []).append(contraction)
@@ -286,12 +300,13 @@ class Finder:
                 if first is None or second is None:
                     continue
                 last, operand = second
-                query, key = first.left, first.right
+                query, key, kept = first.left, first.right, first.left_kept
                 scores = self.leaf_set([value.along])
                 if not scores & self.leaf_set(first.right_kept) and scores & self.leaf_set(first.left_kept):
-                    query, key = key, query
-                assert last.out is not None
-                core = AttentionCore(value.node, query, key, operand, first.batch, first.contracted, last.out)
+                    query, key, kept = key, query, first.right_kept
+                rows = {find(axis) for axis in first.out.axes[-2:]} if first.out else set()
+                heads = (*first.batch, *(axis for axis in kept if find(axis) not in rows))  # keys may have one head for all
+                core = AttentionCore(value.node, query, key, operand, heads, first.contracted, last.out)
                 cores.append(core)
         return cores
 
@@ -352,14 +367,19 @@ class Finder:
             flow.outer, flow.inner = shared[0], (rest or shared[1:] or [None])[0]
         elif rest:
             flow.inner = rest[0]
+        own = [axis for axis in core.heads if set(query) & set(self.leaves(axis))]
+        mixed = next((axis for axis in own or core.heads if has_cut(axis)), None)
+        fixed = next((leaf for leaf in query if leaf.fixed is not None), None)
+        lead = flow.outer or flow.inner
+        if lead is not None and lead.fixed is None and mixed is None:
+            return flow
+        if lead is not None and fixed is not None:
+            flow.problem = str(fixed.fixed)
+        elif mixed is not None:
+            reason = fixed_inside(mixed)
+            flow.problem = str(reason or f"'{core.node}' meets heads that are put together from parts treated differently")
         else:
             flow.problem = self.missing(core, roles)
-        cut = next((axis for axis in core.heads if self.is_cut(axis, set(query))), None)
-        if cut is not None and not flow.problem:
-            flow.problem = f"its {cut.size} heads are put together from parts that are treated differently"
-        lead = flow.outer or flow.inner
-        if lead is not None and lead.fixed is not None and not flow.problem:
-            flow.problem = str(lead.fixed)
         return flow
 
     def made_by(self, sources: list[Source]) -> set[Axis]:
@@ -381,12 +401,6 @@ class Finder:
         if not roles.get("q"):
             return f"no projection makes the queries of '{core.node}'"
         return f"'{core.node}' has a single head"
-
-    def is_cut(self, axis: Axis, wanted: set[Axis]) -> bool:
-        root = find(axis)
-        if root.form is None or not wanted & set(self.leaves(root)):
-            return False
-        return root.form == "concat" or any(self.is_cut(part, wanted) for part in root.parts)
 
     def attention(self) -> tuple[list[Structure], list[Declined], set[Axis]]:
         structures: list[Structure] = []
@@ -499,7 +513,9 @@ class Finder:
             role_of = self.attention_roles([flow], lead)
             near = [m for m in self.members.get(lead, []) if m.param in params]
             sites = list(self.sites(lead, role_of, members=near) or ())
-        count = f"Its {lead.size * (flow.inner.size if flow.outer and flow.inner else 1)} heads" if lead else "Its heads"
+        count = "Its heads"
+        if lead is not None and not any(has_cut(axis) for axis in flow.core.heads):
+            count = f"Its {lead.size * (flow.inner.size if flow.outer and flow.inner else 1)} heads"
         name = self.unique(common_path(params) if params else flow.core.node)
         return Declined(name, "attention", f"{count} must keep their order, because {flow.problem}.", tuple(sites))
 
@@ -754,17 +770,18 @@ class Finder:
 
 
 def weight_of(contraction: Contraction) -> Value | None:
-    """The operand of a product that is made of parameters alone, when the other is an activation."""
+    """The operand of a product that is made of parameters alone (of two such operands, the right one)."""
     left, right = contraction.left, contraction.right
-    if left.active and right.origin:
+    if not right.active and right.origin:
         return right
-    if right.active and left.origin:
+    if not left.active and left.origin:
         return left
     return None
 
 
 def activation_of(contraction: Contraction) -> Value:
-    return contraction.left if contraction.left.active else contraction.right
+    """The operand that meets the weight."""
+    return contraction.left if weight_of(contraction) is not contraction.left else contraction.right
 
 
 def kept_by_weight(contraction: Contraction) -> Axes:

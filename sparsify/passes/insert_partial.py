@@ -1,22 +1,29 @@
-"""Insert partial linears: the chosen, now contiguous channels of each weight become a trained block.
+"""Insert trained parts: each chosen weight's linear becomes a sparsify operator that reads the trained parameters too.
 
     %y = aten.linear(%x, @down_proj.weight)
     ──▶
-    %y = sparsify.partial_linear(%x, @down_proj.weight, None, @down_proj.weight_slice, start, axis)
+    %y = sparsify.partial_linear(%x, @down_proj.weight, None, @down_proj.weight_slice, start, axis)          S2FT, PaCA
+    %y = sparsify.partial_linear_at(%x, …, @q_proj.weight_slice, @q_proj.slice_channels, axis)               PaCA, gathered
+    %y = sparsify.sparse_lowrank_linear(%x, …, @….sparse_values, @….sparse_index, @….lora_A, @….lora_B, s)   RoSA, LoRA
+    %y = sparsify.quantized_linear(%x, [@….packed_0, …], "nf4", …)                                           Quantize
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import fx
 
+from sparsify.adapter import tensor_hash
 from sparsify.errors import VerifyError
+from sparsify.passes.assign_rules import is_conv1d, owner_name
 from sparsify.passes.base import Context
 from sparsify.permutation import invert_index
-from sparsify.program import Input, Program, TrainedSlice, UnitChoice
-from sparsify.selection import unit_channels
+from sparsify.program import Input, Packed, Program, SparseLowRank, Support, TrainedSlice, UnitChoice
+from sparsify.quantized import pack, packed_bytes, unpack
+from sparsify.selection import generator, unit_channels
 from sparsify.structure import Site, Structure
 
 
@@ -25,98 +32,277 @@ def insert_partial(program: Program, context: Context) -> Program:
     by_name = {s.name: s for s in program.structures}
     slices: list[TrainedSlice] = []
     for choice in program.choices:
-        structure = by_name[choice.structure]
-        slices += slices_of(program, structure, choice)
-    tensors = dict(program.tensors)
+        slices += slices_of(program, by_name[choice.structure], choice)
+    for group in program.channel_choices:
+        for param in group.params:
+            axis = 0 if is_conv1d(program.host.get_submodule(owner_name(param))) else 1
+            channels = torch.tensor(group.channels)
+            slices.append(slice_at(program, param, axis, channels, "column", rule=group.rule))
+    lowranks = [part_of(program, support) for support in program.supports]
+    tensors, packed, packings = dict(program.tensors), dict(program.packed), []
+    hashes = {}
+    for param, format in program.quantize.items():
+        hashes[param] = base_hash(program, param)
+        dense = tensors.get(param, program.tensor(param)).detach()
+        packed[param] = pack(dense, format)
+        back = unpack(packed[param], format, tuple(dense.shape), dense.dtype)
+        error = float((back.float() - dense.float()).norm() / dense.float().norm().clamp_min(1e-30))
+        packings.append(Packed(param, format, dense.numel() * dense.element_size(), packed_bytes(packed[param]), error))
+        tensors[param] = back  # selections, blocks and values start from what the packed weight really holds
+    for param in dict.fromkeys([s.param for s in slices] + [p.param for p in lowranks]):
+        if param not in tensors:  # entries under trained parts are scratch, so they may not be the user's own memory
+            tensors[param] = program.tensor(param).detach().clone()
     for piece in slices:
-        weight = tensors.get(piece.param)
-        if weight is None:  # the region under the block is scratch, so it may not be the user's own memory
-            weight = tensors[piece.param] = program.tensor(piece.param).detach().clone()
-        tensors[piece.block_name] = block_of(weight, piece)
-    graph_module, inputs = rewrite(program, slices, tensors)
-    trained = sum(tensors[s.block_name].numel() for s in slices)
-    note = f"insert-partial: {len(slices)} trained slices, {trained:,} parameters"
-    return program.evolve(note, graph_module=graph_module, inputs=inputs, tensors=tensors, slices=tuple(slices))
+        tensors[piece.block_name] = block_of(tensors[piece.param], piece)
+        if piece.places:
+            tensors[f"{owner_name(piece.param)}.slice_channels"] = torch.tensor(piece.places)
+    for part in lowranks:
+        tensors |= initial_parts(tensors[part.param], part, context.plan.seed)
+    program = replace(program, tensors=tensors, packed=packed, slices=tuple(slices), lowranks=tuple(lowranks))
+    graph_module, inputs = rewrite(program)
+    for param in program.quantize:  # the dense values are gone from here on
+        del tensors[param]
+    notes = [f"{len(slices)} trained slices"] if slices else []
+    notes += [f"{len(lowranks)} sparse or low-rank parts"] if lowranks else []
+    if packings:
+        saved = sum(p.dense_bytes - p.packed_bytes for p in packings)
+        notes.append(f"{len(packings)} weights packed, {saved / 2**20:.1f} MiB saved")
+    return program.evolve(
+        "insert: " + (", ".join(notes) or "nothing"),
+        graph_module=graph_module,
+        inputs=inputs,
+        tensors=tensors,
+        packings=tuple(packings),
+        hashes=hashes,
+    )
+
+
+def base_hash(program: Program, param: str) -> str:
+    """Hash of a weight as the user had it, from the reordered copy when the original was donated."""
+    tensor = program.tensors.get(param, program.tensor(param)).detach()
+    for move in reversed(program.moves):
+        if move.param == param:
+            tensor = tensor.index_select(move.axis, invert_index(move.index).to(tensor.device))
+    return tensor_hash(tensor)
 
 
 def slices_of(program: Program, structure: Structure, choice: UnitChoice) -> list[TrainedSlice]:
     """Where the chosen units of a structure ended up in each weight that trains."""
-    found = [slice_at(program, structure, site, choice.consumers, "column") for site in structure.consumers]
+    found = []
+    for site in structure.consumers:
+        channels = channels_of(structure, site, choice.consumers)
+        found.append(slice_at(program, site.param, site.axis, channels, "column", structure.name, choice.rule))
     if choice.producers:
+        outer = Structure(structure.name, structure.kind, structure.units, structure.sites)
         for site in structure.with_role("v", "up"):
-            outer_only = Structure(structure.name, structure.kind, structure.units, structure.sites)
-            found.append(slice_at(program, outer_only, site, choice.producers, "row"))
+            channels = channels_of(outer, site, choice.producers)
+            found.append(slice_at(program, site.param, site.axis, channels, "row", structure.name, choice.rule))
     return found
 
 
+def channels_of(structure: Structure, site: Site, units: tuple[int, ...]) -> torch.Tensor:
+    return unit_channels(site, structure)[torch.tensor(units)].reshape(-1)
+
+
+def moved_index(program: Program, param: str, axis: int) -> torch.Tensor | None:
+    return next((m.index for m in program.moves if m.param == param and m.axis == axis), None)
+
+
 def slice_at(
-    program: Program, structure: Structure, site: Site, units: tuple[int, ...], side: Literal["column", "row"]
+    program: Program,
+    param: str,
+    axis: int,
+    original: torch.Tensor,
+    side: Literal["column", "row"],
+    structure: str = "",
+    rule: int = 0,
 ) -> TrainedSlice:
-    original = unit_channels(site, structure)[torch.tensor(units)].reshape(-1)
-    moved = next((m.index for m in program.moves if m.param == site.param and m.axis == site.axis), None)
+    """Where channels given in original coordinates lie now: a contiguous range, or scattered places."""
+    moved = moved_index(program, param, axis)
     places = (original if moved is None else invert_index(moved)[original]).sort()
     start, length = int(places.values[0]), original.numel()
-    if not torch.equal(places.values, torch.arange(start, start + length)):
-        raise VerifyError(f"{structure.name}: the chosen units of {site} are not contiguous after the permutation")
+    contiguous = torch.equal(places.values, torch.arange(start, start + length))
+    if structure and not contiguous:
+        raise VerifyError(f"{structure}: the chosen units in {param} are not contiguous after the permutation")
     return TrainedSlice(
-        param=site.param,
-        axis=site.axis,
-        start=start,
+        param=param,
+        axis=axis,
+        start=start if contiguous else -1,
         length=length,
         side=side,
         channels=tuple(original[places.indices].tolist()),
-        structure=structure.name,
+        structure=structure,
+        places=() if contiguous else tuple(places.values.tolist()),
+        rule=rule,
     )
 
 
 def block_of(weight: torch.Tensor, piece: TrainedSlice) -> torch.Tensor:
     """Initial value of the trained block, contiguous, in fp32 over a 16-bit weight; logical layout (columns `(n, s)`, rows `(s, m)`)."""
-    region = weight.detach().narrow(piece.axis, piece.start, piece.length)
-    logical_axis = 1 if piece.side == "column" else 0
-    region = region if logical_axis == piece.axis else region.t()
-    dtype = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
-    return region.to(dtype, copy=True, memory_format=torch.contiguous_format).contiguous()
+    region = piece.read(weight.detach())
+    return region.to(master_dtype(weight), copy=True, memory_format=torch.contiguous_format).contiguous()
 
 
-def rewrite(
-    program: Program, slices: list[TrainedSlice], tensors: dict[str, torch.Tensor]
-) -> tuple[fx.GraphModule, tuple[Input, ...]]:
-    """A copy of the graph in which every linear over a sliced weight reads the block too."""
+def master_dtype(weight: torch.Tensor) -> torch.dtype:
+    """Trained parameters are fp32 over a 16-bit base, and in the base's dtype else."""
+    return torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
+
+
+def part_of(program: Program, support: Support) -> SparseLowRank:
+    """Carry a support from original to current coordinates of its weight."""
+    transposed = is_conv1d(program.host.get_submodule(owner_name(support.param)))
+    index, original = support.index, support.index
+    if index is not None:
+        index, original = current_index(program, support.param, index)
+    return SparseLowRank(
+        param=support.param,
+        rule=support.rule,
+        rank=support.rank,
+        scale=support.scale,
+        dropout=support.dropout,
+        count=support.count,
+        mask=support.mask,
+        transposed=transposed,
+        index=index,
+        original=original,
+    )
+
+
+def current_index(program: Program, param: str, original: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flat entries of a weight from original to current coordinates: `(index sorted, original in the same order)`."""
+    shape = program.tensor(param).shape
+    places = list(torch.unravel_index(original.long(), shape))
+    for axis in (0, 1):
+        moved = moved_index(program, param, axis)
+        if moved is not None:
+            places[axis] = invert_index(moved)[places[axis]]
+    flat = (places[0] * shape[1] + places[1]).sort()
+    wide = torch.int64 if shape.numel() > torch.iinfo(torch.int32).max else torch.int32
+    return flat.values.to(wide), original[flat.indices]
+
+
+def initial_parts(weight: torch.Tensor, part: SparseLowRank, seed: int) -> dict[str, torch.Tensor]:
+    """Values that start at the base, `A` Kaiming-uniform (a = √5), `B` zero: the forward is the base's."""
+    owner = owner_name(part.param)
+    dtype = master_dtype(weight)
+    n, m = reversed(weight.shape) if part.transposed else weight.shape
+    found: dict[str, torch.Tensor] = {}
+    if part.count:
+        index = part.index if part.index is not None else torch.zeros(part.count, dtype=torch.int32)
+        found[f"{owner}.sparse_index"] = index.to(weight.device)
+        found[f"{owner}.sparse_values"] = weight.detach().reshape(-1)[index.long().to(weight.device)].to(dtype)
+    if part.rank:
+        found[f"{owner}.lora_A"] = kaiming_a(part, m, seed).to(weight.device, dtype)
+        found[f"{owner}.lora_B"] = torch.zeros(n, part.rank, dtype=dtype, device=weight.device)
+    return found
+
+
+def kaiming_a(part: SparseLowRank, width: int, seed: int) -> torch.Tensor:
+    """`A (r, m)`, uniform in ±1/√m (Kaiming-uniform with a = √5), equal on every rank."""
+    bound = width**-0.5
+    return (torch.rand(part.rank, width, generator=generator(seed, part.param + ".lora_A")) * 2 - 1) * bound
+
+
+def rewrite(program: Program) -> tuple[fx.GraphModule, tuple[Input, ...]]:
+    """A copy of the graph in which every linear over a changed weight is the sparsify operator that stands for it."""
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(program.graph, mapping)
-    graph.output(output)
-    by_param = {s.param: s for s in slices}
+    graph.output(graph.graph_copy(program.graph, mapping))
+    pieces = {s.param: s for s in program.slices}
+    parts = {p.param: p for p in program.lowranks}
     inputs = list(program.inputs)
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
-    blocks: dict[str, fx.Node] = {}
-    for piece in slices:
-        with graph.inserting_after(last):
-            last = graph.placeholder("p_" + piece.block_name.replace(".", "_"))
-        last.meta["val"] = fake_like(program, tensors[piece.block_name])
-        blocks[piece.param] = last
-        inputs.append(Input(last.name, "parameter", piece.block_name))
+    added: dict[str, fx.Node] = {}
+
+    def tensor_input(name: str, value: torch.Tensor) -> fx.Node:
+        nonlocal last
+        if name not in added:
+            with graph.inserting_after(last):
+                last = graph.placeholder("p_" + name.replace(".", "_"))
+            last.meta["val"] = fake_like(program, value)
+            inputs.append(Input(last.name, "parameter" if value.is_floating_point() else "buffer", name))
+            added[name] = last
+        return added[name]
+
+    def optional(param: str, leaf: str) -> fx.Node | None:
+        name = f"{owner_name(param)}.{leaf}"
+        return tensor_input(name, program.tensors[name]) if name in program.tensors else None
+
     for linear in list(program.linears()):
-        piece = by_param.get(linear.weight)
-        if piece is None:
+        param = linear.weight
+        piece, part, format = pieces.get(param), parts.get(param), program.quantize.get(param)
+        if piece is None and part is None and format is None:
             continue
         node = mapping[linear.node]
-        with graph.inserting_before(node):
+        if node.target is torch.ops.aten.addmm.default:
+            bias, x, weight = node.args[:3]
+        else:
+            x, weight = node.args[:2]
+            bias = node.args[2] if len(node.args) > 2 else None
+        stored = stored_input(weight)
+        leaves = ("sparse_values", "sparse_index", "lora_A", "lora_B")
+        values = tuple(optional(param, leaf) if part is not None else None for leaf in leaves)
+        if part is not None and part.index is None:
+            values = (None, None, *values[2:])
+        scale = part.scale if part is not None else 1.0
+        target: Any
+        if format is not None:
+            shape = list(stored.meta["val"].shape)
+            packed = [tensor_input(f"{owner_name(param)}.packed_{i}", t) for i, t in enumerate(program.packed[param])]
+            block = optional(param, f"{param.rpartition('.')[2]}_slice") if piece is not None else None
+            channels, axis = None, 1
+            if piece is not None:
+                name = f"{owner_name(param)}.slice_channels"
+                places = piece.places or tuple(range(piece.start, piece.start + piece.length))
+                program.tensors.setdefault(name, torch.tensor(places))
+                channels, axis = tensor_input(name, program.tensors[name]), piece.logical_axis
+            target = torch.ops.sparsify.quantized_linear.default
+            args: tuple[Any, ...] = (x, packed, format, shape, linear.transposed, bias, block, channels, axis, *values, scale)
+        elif part is not None:
+            target = torch.ops.sparsify.sparse_lowrank_linear.default
+            args = (x, stored, bias, *values, scale, linear.transposed)
+        else:
+            assert piece is not None
+            block = optional(param, f"{param.rpartition('.')[2]}_slice")
+            where: Any = piece.start
+            target = torch.ops.sparsify.partial_linear.default
+            if piece.places:
+                target = torch.ops.sparsify.partial_linear_at.default
+                where = optional(param, "slice_channels")
             if linear.transposed:
-                bias, x, weight = node.args if len(node.args) == 3 else (None, *node.args)
-                weight = graph.call_function(torch.ops.aten.t.default, (weight,))
-            else:
-                x, weight = node.args[:2]
-                bias = node.args[2] if len(node.args) > 2 else None
-            axis = 1 if piece.side == "column" else 0
-            args = (x, weight, bias, blocks[piece.param], piece.start, axis)
-            partial = graph.call_function(torch.ops.sparsify.partial_linear.default, args)
-        partial.meta = dict(node.meta)
-        node.replace_all_uses_with(partial)
+                with graph.inserting_before(node):
+                    weight = graph.call_function(torch.ops.aten.t.default, (stored,))
+            args = (x, weight, bias, block, where, piece.logical_axis)
+        with graph.inserting_before(node):
+            new = graph.call_function(target, args)
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
         graph.erase_node(node)
+    for name in program.quantize:  # the dense weight is no input any more
+        drop_input(graph, inputs, name)
     graph_module = fx.GraphModule(program.graph_module, graph)
     graph_module.meta = dict(program.graph_module.meta)
     return graph_module, tuple(inputs)
+
+
+def stored_input(weight: Any) -> fx.Node:
+    """The placeholder under a transposed weight."""
+    while isinstance(weight, fx.Node) and weight.op == "call_function":
+        weight = weight.args[0]
+    assert isinstance(weight, fx.Node)
+    return weight
+
+
+def drop_input(graph: fx.Graph, inputs: list[Input], target: str) -> None:
+    found = next(i for i in inputs if i.target == target)
+    node = next(n for n in graph.nodes if n.op == "placeholder" and n.name == found.name)
+    for user in list(node.users):  # a transposed view that nobody reads any more
+        if not user.users:
+            graph.erase_node(user)
+    if node.users:
+        raise VerifyError(f"{target} is packed, but node {next(iter(node.users)).name} still reads it whole")
+    graph.erase_node(node)
+    inputs.remove(found)
 
 
 def fake_like(program: Program, tensor: torch.Tensor) -> torch.Tensor:

@@ -5,25 +5,50 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from torch import Tensor, nn
 
 from sparsify.calibration import gradient_statistics, input_squares, need_batches
-from sparsify.passes.assign_rules import Assignment, assign_rules, owner_name
+from sparsify.passes.assign_rules import Assignment, assign_rule, owner_name
 from sparsify.passes.base import Context
-from sparsify.plan import DATA_DRIVEN, S2FT
+from sparsify.passes.select_linears import select_linears
+from sparsify.plan import DATA_DRIVEN, S2FT, LinearRule, Quantize
 from sparsify.program import Program, UnitChoice
 from sparsify.selection import choose, random_scores, selectable_units, unit_channels, unit_norms
 from sparsify.structure import Site, Structure
 
 
 def select_units(program: Program, context: Context) -> Program:
-    """STRUCTURED → SELECTED."""
-    assignments, refusals = assign_rules(program, context.plan)
-    choices: list[UnitChoice] = []
-    for assignment in assignments:
-        choices += choose_units(program, assignment, context)
-    note = f"select-units: {len(choices)} structures, {sum(len(c.consumers) for c in choices)} consumer units"
-    return program.evolve(note, choices=tuple(choices), refusals=(*program.refusals, *refusals))
+    """STRUCTURED → SELECTED: every rule in the plan's order; the first that takes a weight keeps it."""
+    taken: dict[str, int] = {}
+    quantized: dict[str, int] = {}
+    added: dict[str, Any] = {}
+    for index, rule in enumerate(context.plan.rules):
+        if isinstance(rule, S2FT):
+            assignment, refusals = assign_rule(program, index, rule, taken)
+            added = {"choices": choose_units(program, assignment, context), "refusals": refusals}
+        elif isinstance(rule, LinearRule):
+            added = select_linears(program, context, index, rule, quantized if isinstance(rule, Quantize) else taken)
+        else:
+            continue
+        quantize = added.pop("quantize", {})
+        quantized.update(dict.fromkeys(quantize, index))
+        program = replace(
+            program,
+            quantize=program.quantize | quantize,
+            **{name: (*getattr(program, name), *new) for name, new in added.items()},
+        )
+    units = sum(len(c.consumers) for c in program.choices)
+    parts = [f"{len(program.choices)} structures, {units} consumer units"]
+    for things, what in (
+        (program.channel_choices, "shared column sets"),
+        (program.supports, "sparse or low-rank linears"),
+        (program.quantize, "weights to quantise"),
+    ):
+        parts += [f"{len(things)} {what}"] if things else []
+    return program.evolve("select: " + ", ".join(parts))
 
 
 def consumer_parameters(program: Program, structure: Structure) -> int:

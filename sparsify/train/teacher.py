@@ -88,6 +88,11 @@ class Int8Linear(nn.Module):
         self.register_buffer("scale", scale.to(weight.dtype))
         self.bias = linear.bias
 
+    @property
+    def weight(self) -> Tensor:
+        """The int8 values: models that look at `weight.dtype` (T5) then leave activations as they are."""
+        return self.values
+
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, (self.values.to(self.scale.dtype) * self.scale).to(input.dtype), self.bias)
 

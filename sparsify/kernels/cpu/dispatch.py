@@ -1,0 +1,361 @@
+"""Which kernel serves how many tokens: what this CPU has, what the cost model predicts, what was measured once.
+
+A packed layer has four ways to run, all on the same bytes:
+    gemv        expand 16 weights against their mask, multiply with every token: bandwidth bound, 1 to 8 tokens
+    stream      one broadcast and a few FMAs per nonzero: work proportional to the nonzeros, from 5 tokens on
+    decompress  expand rows to L1 and multiply densely: moderate sparsity with many tokens
+    vnni        int8 weights × int8 activations (dynamic, per token): any number of tokens
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import os
+import platform
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsify.errors import SparsifyError
+from sparsify.kernels.cpu.build import Kernels, cache_directory, load_kernels
+from sparsify.kernels.cpu.codegen import ISAS, LANES, VECTORS, Isa, Variant
+from sparsify.kernels.cpu.formats import BLOCK, Bitmask
+
+ACTIVATIONS: dict[str, int] = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+TUNE_VERSION = 1
+
+
+class LayerStruct(ctypes.Structure):
+    """Mirror of `struct Layer` in the template."""
+
+    _fields_ = [
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("blocks", ctypes.c_int64),
+        ("masks", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("panel_ptr", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("group_blocks", ctypes.c_int64),
+        ("row_sums", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("activation", ctypes.c_int32),
+        ("gated", ctypes.c_int32),
+    ]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A kernel and its tile for one bucket of tokens, with predicted and measured seconds (None: not measured)."""
+
+    kernel: str
+    row_tile: int
+    predicted: float
+    measured: float | None = None
+
+
+class NonFiniteError(SparsifyError, ArithmeticError):
+    """An activation is NaN or Inf: this kernel skips zeros and cannot reproduce the dense product."""
+
+
+@lru_cache(maxsize=1)
+def cpu_flags() -> frozenset[str]:
+    """Instruction-set flags of this CPU, in the spelling of /proc/cpuinfo."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("flags"):
+                return frozenset(line.partition(":")[2].split())
+    except OSError:
+        pass
+    capability = torch.backends.cpu.get_cpu_capability()
+    avx2 = {"avx2", "fma", "f16c", "bmi1", "bmi2", "popcnt", "abm"}
+    if capability == "AVX512":
+        return frozenset(avx2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"})
+    return frozenset(avx2) if capability == "AVX2" else frozenset()
+
+
+@lru_cache(maxsize=1)
+def cpu_name() -> str:
+    """Model name of this CPU, as a key for measurements."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+@lru_cache(maxsize=1)
+def best_isa() -> Isa:
+    """The widest instruction set with kernels that this CPU runs; `SPARSIFY_ISA` may name a narrower one."""
+    flags = cpu_flags()
+    has_avx2 = {"avx2", "fma", "f16c", "bmi1", "bmi2"} <= flags
+    has_avx512 = has_avx2 and {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags
+    best: Isa = "portable"
+    if has_avx512:
+        best = "avx512vnni" if "avx512_vnni" in flags else "avx512"
+    elif has_avx2:
+        best = "avx2"
+    named = os.environ.get("SPARSIFY_ISA")
+    if named is None:
+        return best
+    if named not in ISAS or ISAS.index(named) < ISAS.index(best):  # type: ignore[arg-type]
+        raise SparsifyError(f"SPARSIFY_ISA={named!r}: this CPU runs {', '.join(ISAS[ISAS.index(best) :])}")
+    return named  # type: ignore[return-value]
+
+
+def layer_struct(
+    packed: Bitmask, row_sums: torch.Tensor | None, bias: torch.Tensor | None, activation: str, gated: bool
+) -> LayerStruct:
+    """The C view of a packed weight; the tensors must outlive it."""
+    return LayerStruct(
+        packed.rows,
+        packed.cols,
+        packed.blocks,
+        packed.masks.data_ptr(),
+        packed.values.data_ptr(),
+        packed.panel_ptr.data_ptr(),
+        packed.scales.data_ptr() if packed.scales is not None else None,
+        packed.group // BLOCK,
+        row_sums.data_ptr() if row_sums is not None else None,
+        bias.data_ptr() if bias is not None else None,
+        ACTIVATIONS[activation],
+        int(gated),
+    )
+
+
+def run_kernel(
+    entry: Callable[..., int],
+    layer: LayerStruct,
+    x: torch.Tensor,
+    outputs: int,
+    residual: torch.Tensor | None,
+    row_tile: int,
+) -> torch.Tensor:
+    """One product: x (tokens, cols) float32 contiguous → (tokens, outputs) float32.
+
+    Raises NonFiniteError when the kernel met NaN or Inf and cannot behave as the dense product does.
+    """
+    tokens, cols = x.shape
+    out = torch.empty(tokens, outputs)
+    status = entry(
+        ctypes.addressof(layer),
+        x.data_ptr(),
+        cols,
+        tokens,
+        out.data_ptr(),
+        outputs,
+        residual.data_ptr() if residual is not None else None,
+        outputs,
+        torch.get_num_threads(),
+        row_tile,
+    )
+    if status == 0:
+        return out
+    if status == 1:
+        raise NonFiniteError("an activation is NaN or Inf")
+    raise MemoryError("no memory for the kernel's scratch space")
+
+
+def bucket(tokens: int) -> int:
+    """The measured number of tokens that stands for `tokens`: the next larger bucket, at most the largest."""
+    return next((b for b in BUCKETS if tokens <= b), BUCKETS[-1])
+
+
+def candidates(isa: Isa, value: str, tokens: int, vnni: bool) -> list[tuple[str, int]]:
+    """(kernel, row tile) worth trying for a number of tokens."""
+    found: list[tuple[str, int]] = []
+    if tokens <= 16:
+        found.append(("gemv", 64))
+    if tokens >= 4:
+        found.append(("stream", 64))
+    if tokens >= 8:
+        found += [("stream", 128), ("decompress", 48)]
+    if vnni and isa == "avx512vnni" and value == "s8":
+        found.append(("vnni", 32))
+    return found
+
+
+# Cycles per unit of work on one core, from counting instructions and port pressure (README.md); the ratio between kernels
+# matters, the clock is calibrated. Keys: instruction set family.
+GEMV_CYCLES = {16: 3.2, 8: 2.2, 4: 40.0}  # expand one vector of weights
+VALUE_EXTRA = {"f32": 0.0, "f16": 1.0, "bf16": 1.0, "s8": 1.0}
+
+
+def predict(packed: Bitmask, isa: Isa, kernel: str, tokens: int, threads: int) -> float:
+    """Seconds that a kernel should take: the larger of its bytes over bandwidth and its cycles over clock, plus a call."""
+    machine = calibrate()
+    lanes = LANES[isa]
+    weights, nnz = packed.rows * packed.blocks * BLOCK, packed.nnz
+    passes = 1
+    if kernel == "gemv":
+        passes = -(-tokens // 8)
+        cycles = weights / lanes * (GEMV_CYCLES[lanes] + VALUE_EXTRA[packed.value]) * passes + weights / lanes * tokens * 0.8
+    elif kernel == "vnni":
+        groups = weights / BLOCK
+        cycles = groups * (7.5 + tokens * 0.8) if tokens <= 8 else groups * (8.0 + tokens * 0.75)
+        cycles += tokens * packed.cols * 0.3
+    else:
+        vectors = -(-tokens // lanes)
+        wide = min(vectors, VECTORS[isa])
+        passes = -(-vectors // wide)
+        packing = vectors * lanes * packed.cols * 1.2
+        if kernel == "stream":
+            cycles = nnz * passes * (1.6 + 1.25 * wide) + packed.rows * packed.blocks * passes * 12 + packing
+        else:
+            cycles = weights * passes * (0.3 + 0.65 * wide) + packing
+    compute = cycles / (machine.clock * 1e9) / max(1, threads)
+    memory = packed.nbytes * passes / (machine.bandwidth * 1e9)
+    return max(compute, memory) + 6e-6
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the cost model knows of this CPU. bandwidth: read, GB/s, all threads; clock: GHz under vector load."""
+
+    bandwidth: float
+    clock: float
+
+
+def tune_path() -> Path:
+    return cache_directory() / "tune.json"
+
+
+tune_lock = threading.Lock()
+tuned: dict[str, Any] | None = None
+
+
+def tuning() -> dict[str, Any]:
+    """Everything measured on this machine so far; read from disk once per process."""
+    global tuned
+    with tune_lock:
+        if tuned is None:
+            try:
+                stored = json.loads(tune_path().read_text())
+                tuned = stored if isinstance(stored, dict) else {}
+            except (OSError, ValueError):
+                tuned = {}
+        return tuned
+
+
+def remember(key: str, value: Any) -> None:
+    """Keep a measurement; written atomically, merged with what other processes wrote meanwhile. Best effort."""
+    table = tuning()
+    with tune_lock:
+        table[key] = value
+        path = tune_path()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            try:
+                stored = json.loads(path.read_text())
+            except (OSError, ValueError):
+                stored = {}
+            merged = {**(stored if isinstance(stored, dict) else {}), **table}
+            with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".tmp") as file:
+                json.dump(merged, file)
+            os.replace(file.name, path)
+        except OSError:
+            pass  # a read-only home: measure again in the next process
+
+
+@lru_cache(maxsize=8)
+def calibrate() -> Machine:
+    """Bandwidth and clock of this machine; measured once (about 0.1 s) and cached under the CPU's name."""
+    key = f"machine/{TUNE_VERSION}/{cpu_name()}/{torch.get_num_threads()}"
+    stored = tuning().get(key)
+    if isinstance(stored, dict):
+        return Machine(float(stored["bandwidth"]), float(stored["clock"]))
+    data = torch.ones(32 << 20)
+    bandwidth = data.numel() * 4 / min(timed(data.sum, 5)) / 1e9
+    machine = Machine(bandwidth, clock_ghz())
+    remember(key, {"bandwidth": machine.bandwidth, "clock": machine.clock})
+    return machine
+
+
+def clock_ghz() -> float:
+    try:
+        clocks = [
+            float(line.partition(":")[2])
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("cpu MHz")
+        ]
+        return statistics.median(clocks) / 1e3 if clocks else 2.5
+    except (OSError, ValueError):
+        return 2.5
+
+
+def timed(call: Callable[[], Any], repeats: int) -> list[float]:
+    """Seconds of `repeats` calls after one that does not count."""
+    call()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def tune_key(packed: Bitmask, isa: Isa, tokens: int, threads: int, vnni: bool) -> str:
+    """Layers of one shape and about one sparsity share measurements."""
+    density = round(packed.nnz / (packed.rows * packed.cols), 2)
+    shape = f"{packed.rows}x{packed.cols}/{density}/{packed.value}/{packed.group}"
+    return f"kernel/{TUNE_VERSION}/{cpu_name()}/{isa}/{threads}/{shape}/{tokens}/{int(vnni)}"
+
+
+def choose(
+    packed: Bitmask, kernels: Kernels, layer: LayerStruct, tokens: int, vnni: bool, measure: bool
+) -> Choice:
+    """The kernel for `tokens` tokens: by an earlier or a new measurement, or by the cost model when `measure` is False."""
+    isa = kernels.variant.isa
+    threads = torch.get_num_threads()
+    size = bucket(tokens)
+    key = tune_key(packed, isa, size, threads, vnni)
+    stored = tuning().get(key)
+    if isinstance(stored, dict) and stored.get("kernel") in kernels.entries:
+        kernel = str(stored["kernel"])
+        predicted = predict(packed, isa, kernel, size, threads)
+        return Choice(kernel, int(stored["row_tile"]), predicted, float(stored["seconds"]))
+    options = candidates(isa, packed.value, size, vnni)
+    costs = {option: predict(packed, isa, option[0], size, threads) for option in options}
+    best = min(options, key=lambda option: costs[option])
+    if not measure:
+        return Choice(best[0], best[1], costs[best])
+    x = torch.randn(size, packed.cols)
+    outputs = packed.rows // 2 if layer.gated else packed.rows
+    plausible = [option for option in options if costs[option] <= 4 * costs[best]]
+    calls = [lambda o=o: run_kernel(kernels.entries[o[0]], layer, x, outputs, None, o[1]) for o in plausible]
+    seconds = interleaved(calls)
+    index = min(range(len(plausible)), key=seconds.__getitem__)
+    kernel, row_tile = plausible[index]
+    remember(key, {"kernel": kernel, "row_tile": row_tile, "seconds": seconds[index]})
+    return Choice(kernel, row_tile, costs[plausible[index]], seconds[index])
+
+
+def interleaved(calls: list[Callable[[], Any]], budget: float = 0.25) -> list[float]:
+    """Smallest seconds of each call; the calls take turns, so that a noisy moment hits all of them alike."""
+    first = [min(timed(call, 1)) for call in calls]
+    rounds = max(2, min(15, math.ceil(budget / max(sum(first), 1e-6))))
+    best = list(first)
+    for _ in range(rounds):
+        for i, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            best[i] = min(best[i], time.perf_counter() - start)
+    return best
+
+
+def kernels_for(packed: Bitmask) -> Kernels:
+    """Kernels that serve this packed weight on this CPU. Raises BuildError without a compiler."""
+    return load_kernels(Variant(isa=best_isa(), value=packed.value))

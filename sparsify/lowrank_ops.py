@@ -1,0 +1,310 @@
+"""Operators for sparse + low-rank adaptation and for quantised bases, with their oracle.
+
+    sparse_lowrank_linear   y = x W'ᵀ + s (x Aᵀ) Bᵀ + b,   W' = W with the entries at `index` replaced by `values`
+    quantized_linear        the same with a packed base, and with a replaced block of channels (S2FT, PaCA) too
+    sampled_product         (aᵀ b)[index]: the weight gradient on a support only (SDDMM)
+
+`values` are *values* of the weight (base + S), kept in fp32: they are written into the dense weight at their support, so
+that forward and dX stay one dense GEMM each and no dense `W + S` is ever allocated. As in `sparsify.ops`, those entries of the
+weight are scratch that only the operator reads. `index` is flat in the stored weight (int32 where that is wide enough).
+
+Saved for backward: `x` once, which serves `dS`, `dA` and `dB`; `x Aᵀ (T, r)` is computed again.
+A quantised base is unpacked inside the operator, forward and backward, and dropped: at most one dense layer is alive.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify.ops import LIBRARY, _autocast, effective_weight
+from sparsify.quantized import unpack
+
+LIBRARY.define(
+    "sparse_lowrank_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? values, Tensor? index, Tensor? a, Tensor? b, "
+    "float scale, bool transposed) -> Tensor"
+)
+LIBRARY.define(
+    "sparse_lowrank_linear_dx(Tensor g, Tensor weight, Tensor? values, Tensor? index, Tensor? a, Tensor? b, float scale, "
+    "bool transposed) -> Tensor"
+)
+LIBRARY.define(
+    "quantized_linear(Tensor x, Tensor[] packed, str format, int[] shape, bool transposed, Tensor? bias, Tensor? block, "
+    "Tensor? channels, int axis, Tensor? values, Tensor? index, Tensor? a, Tensor? b, float scale) -> Tensor"
+)
+LIBRARY.define(
+    "quantized_linear_dx(Tensor g, Tensor[] packed, str format, int[] shape, bool transposed, Tensor? block, "
+    "Tensor? channels, int axis, Tensor? values, Tensor? index, Tensor? a, Tensor? b, float scale) -> Tensor"
+)
+LIBRARY.define("sampled_product(Tensor a, Tensor b, Tensor index) -> Tensor")
+
+# Below this density one dot product per entry is cheaper than the dense tile (kernels/README.md has the measurement).
+PER_ENTRY_DENSITY = {"cpu": 0.0, "cuda": 0.0035}
+TILE_BYTES = 32 * 2**20
+
+
+# --- the oracle --------------------------------------------------------------------------------------------------------
+
+
+def oracle_weight(weight: Tensor, values: Tensor | None, index: Tensor | None, a: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
+    """The dense weight that the operator stands for, `(n, m)`; differentiable in values, a and b."""
+    if values is not None and index is not None:
+        weight = weight.reshape(-1).index_copy(0, index.long(), values.to(weight.dtype)).view(weight.shape)
+    if a is not None and b is not None:
+        weight = weight + scale * (b @ a).to(weight.dtype)
+    return weight
+
+
+def oracle_sampled_product(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
+    """`(aᵀ b)` at flat positions `index`; a `(T, p)`, b `(T, q)`."""
+    return (a.t() @ b).reshape(-1)[index.long()]
+
+
+# --- implementations -----------------------------------------------------------------------------------------------------
+
+
+def write_values(weight: Tensor, values: Tensor | None, index: Tensor | None) -> None:
+    """Write the sparse values into a contiguous stored weight; bypasses the version counter (see `sparsify.ops`)."""
+    if values is not None and index is not None:
+        weight.data.view(-1).index_copy_(0, index.long(), values.to(weight.dtype))
+
+
+def _project(y: Tensor, x: Tensor, first: Tensor | None, second: Tensor | None, scale: float) -> Tensor:
+    """`y + s (x first) second`, in place on y, factors in the dtype of x."""
+    if first is None or second is None:
+        return y
+    low = x.reshape(-1, x.shape[-1]) @ first.to(x.dtype)
+    y.view(-1, y.shape[-1]).addmm_(low, second.to(x.dtype), alpha=scale)
+    return y
+
+
+def _forward(x: Tensor, stored: Tensor, transposed: bool, bias: Tensor | None, a: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
+    weight = (stored.t() if transposed else stored).to(x.dtype)
+    y = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    return _project(y, x, None if a is None else a.t(), None if b is None else b.t(), scale)
+
+
+def _dx(g: Tensor, stored: Tensor, transposed: bool, a: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
+    weight = (stored.t() if transposed else stored).to(g.dtype)
+    return _project(g.matmul(weight), g, b, a, scale)
+
+
+def _sparse_lowrank(
+    x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor | None, index: Tensor | None,
+    a: Tensor | None, b: Tensor | None, scale: float, transposed: bool,
+) -> Tensor:  # fmt: skip
+    write_values(weight, values, index)
+    return _forward(x, weight, transposed, bias, a, b, scale)
+
+
+def _sparse_lowrank_dx(
+    g: Tensor, weight: Tensor, values: Tensor | None, index: Tensor | None, a: Tensor | None, b: Tensor | None,
+    scale: float, transposed: bool,
+) -> Tensor:  # fmt: skip
+    write_values(weight, values, index)
+    return _dx(g, weight, transposed, a, b, scale)
+
+
+def dense_weight(
+    packed: list[Tensor], format: str, shape: list[int], transposed: bool, dtype: torch.dtype, block: Tensor | None,
+    channels: Tensor | None, axis: int, values: Tensor | None, index: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Unpack one layer and put the trained parts into it; `(stored)` layout, a fresh tensor."""
+    stored = unpack(packed, format, tuple(shape), dtype)
+    if block is not None and channels is not None:
+        logical = stored.t() if transposed else stored
+        logical.index_copy_(axis, channels.long(), block.to(dtype))
+    write_values(stored, values, index)
+    return stored
+
+
+def _quantized(
+    x: Tensor, packed: list[Tensor], format: str, shape: list[int], transposed: bool, bias: Tensor | None,
+    block: Tensor | None, channels: Tensor | None, axis: int, values: Tensor | None, index: Tensor | None,
+    a: Tensor | None, b: Tensor | None, scale: float,
+) -> Tensor:  # fmt: skip
+    stored = dense_weight(packed, format, shape, transposed, x.dtype, block, channels, axis, values, index)
+    return _forward(x, stored, transposed, bias, a, b, scale)
+
+
+def _quantized_dx(
+    g: Tensor, packed: list[Tensor], format: str, shape: list[int], transposed: bool, block: Tensor | None,
+    channels: Tensor | None, axis: int, values: Tensor | None, index: Tensor | None, a: Tensor | None,
+    b: Tensor | None, scale: float,
+) -> Tensor:  # fmt: skip
+    stored = dense_weight(packed, format, shape, transposed, g.dtype, block, channels, axis, values, index)
+    return _dx(g, stored, transposed, a, b, scale)
+
+
+def sampled_by_tile(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
+    """Dense tiles of `aᵀ b`, a block of rows at a time, each gathered at once: at most `TILE_BYTES` of gradient alive."""
+    p, q = a.shape[1], b.shape[1]
+    rows = max(1, min(p, TILE_BYTES // max(1, q * a.element_size())))
+    index = index.long()
+    if rows >= p:
+        return a.t().mm(b).view(-1)[index]
+    out = a.new_empty(index.shape)
+    edges = torch.arange(0, p + rows, rows, device=index.device) * q
+    bounds = torch.searchsorted(index, edges).tolist()  # index is sorted
+    for i, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        if end > start:
+            tile = a[:, i * rows : (i + 1) * rows].t().mm(b)
+            out[start:end] = tile.view(-1)[index[start:end] - i * rows * q]
+    return out
+
+
+def sampled_per_entry(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
+    """One dot product over the tokens per entry, in chunks; work proportional to the support."""
+    columns = b.shape[1]
+    at, bt = a.t().contiguous(), b.t().contiguous()
+    index = index.long()
+    chunk = max(1, TILE_BYTES // max(1, 2 * a.shape[0] * a.element_size()))
+    parts = []
+    for piece in index.split(chunk):
+        row = torch.div(piece, columns, rounding_mode="floor")
+        parts.append(torch.linalg.vecdot(at[row], bt[piece - row * columns]))
+    return torch.cat(parts) if parts else a.new_zeros(0)
+
+
+def _sampled_product(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
+    if a.shape[0] == 0 or index.numel() == 0:
+        return a.new_zeros(index.shape)
+    density = index.numel() / max(1, a.shape[1] * b.shape[1])
+    per_entry = density < PER_ENTRY_DENSITY.get(a.device.type, 0.0)
+    return (sampled_per_entry if per_entry else sampled_by_tile)(a, b, index)
+
+
+for _name, _function in (
+    ("sparse_lowrank_linear", _sparse_lowrank),
+    ("sparse_lowrank_linear_dx", _sparse_lowrank_dx),
+    ("quantized_linear", _quantized),
+    ("quantized_linear_dx", _quantized_dx),
+    ("sampled_product", _sampled_product),
+):
+    LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+
+
+# --- fakes ---------------------------------------------------------------------------------------------------------------
+
+
+def _logical(shape: Any, transposed: bool) -> tuple[int, int]:
+    return (shape[1], shape[0]) if transposed else (shape[0], shape[1])
+
+
+def _sparse_lowrank_fake(x: Tensor, weight: Tensor, bias: Any, values: Any, index: Any, a: Any, b: Any, scale: float, transposed: bool) -> Tensor:
+    return x.new_empty((*x.shape[:-1], _logical(weight.shape, transposed)[0]))
+
+
+def _sparse_lowrank_dx_fake(g: Tensor, weight: Tensor, values: Any, index: Any, a: Any, b: Any, scale: float, transposed: bool) -> Tensor:
+    return g.new_empty((*g.shape[:-1], _logical(weight.shape, transposed)[1]))
+
+
+def _quantized_fake(x: Tensor, packed: Any, format: str, shape: Any, transposed: bool, *rest: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], _logical(shape, transposed)[0]))
+
+
+def _quantized_dx_fake(g: Tensor, packed: Any, format: str, shape: Any, transposed: bool, *rest: Any) -> Tensor:
+    return g.new_empty((*g.shape[:-1], _logical(shape, transposed)[1]))
+
+
+for _name, _function in (
+    ("sparse_lowrank_linear", _sparse_lowrank_fake),
+    ("sparse_lowrank_linear_dx", _sparse_lowrank_dx_fake),
+    ("quantized_linear", _quantized_fake),
+    ("quantized_linear_dx", _quantized_dx_fake),
+    ("sampled_product", lambda a, b, index: a.new_empty(index.shape)),
+):
+    torch.library.register_fake(f"sparsify::{_name}", _function, lib=LIBRARY)
+
+
+# --- autograd ------------------------------------------------------------------------------------------------------------
+
+
+def _part_gradients(
+    g: Tensor, x: Tensor | None, a: Tensor | None, b: Tensor | None, values: Tensor | None, index: Tensor | None,
+    scale: float, transposed: bool, wants: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """`(dValues, dA, dB)` from the one saved input: `dS = (gᵀ x)[support]`, `dA = s Bᵀ gᵀ x`, `dB = s gᵀ (x Aᵀ)`."""
+    d_values = d_a = d_b = None
+    if x is None or not any(wants):
+        return d_values, d_a, d_b
+    tokens_g, tokens_x = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
+    if wants[0] and values is not None and index is not None:
+        first, second = (tokens_x, tokens_g) if transposed else (tokens_g, tokens_x)
+        d_values = torch.ops.sparsify.sampled_product(first, second, index).to(values.dtype)
+    if wants[1] and a is not None and b is not None:
+        d_a = (scale * (tokens_g @ b.to(g.dtype)).t().mm(tokens_x)).to(a.dtype)
+    if wants[2] and a is not None and b is not None:
+        d_b = (scale * tokens_g.t().mm(tokens_x @ a.to(x.dtype).t())).to(b.dtype)
+    return d_values, d_a, d_b
+
+
+def _setup_sparse_lowrank(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, values, index, a, b, scale, transposed = inputs
+    trained = any(ctx.needs_input_grad[i] for i in (3, 5, 6))
+    ctx.save_for_backward(x if trained else None, weight, values, index, a, b)
+    ctx.scale, ctx.transposed, ctx.bias_dtype = scale, transposed, None if bias is None else bias.dtype
+
+
+def _backward_sparse_lowrank(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, values, index, a, b = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    dx = d_bias = None
+    if need[0]:
+        dx = torch.ops.sparsify.sparse_lowrank_linear_dx(g, weight, values, index, a, b, ctx.scale, ctx.transposed)
+    if need[2]:
+        d_bias = g.reshape(-1, g.shape[-1]).sum(0).to(ctx.bias_dtype)
+    wants = (need[3], need[5], need[6])
+    d_values, d_a, d_b = _part_gradients(g, x, a, b, values, index, ctx.scale, ctx.transposed, wants)
+    return dx, None, d_bias, d_values, None, d_a, d_b, None, None
+
+
+torch.library.register_autograd(
+    "sparsify::sparse_lowrank_linear", _backward_sparse_lowrank, setup_context=_setup_sparse_lowrank, lib=LIBRARY
+)
+
+
+def _setup_quantized(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, packed, format, shape, transposed, bias, block, channels, axis, values, index, a, b, scale = inputs
+    need = ctx.needs_input_grad
+    whole = any(need[i] for i in (9, 11, 12)) or (need[6] and axis == 0)
+    columns = need[6] and axis == 1 and not whole
+    kept = x if whole else x.index_select(-1, channels.long()) if columns else None
+    ctx.save_for_backward(kept, bias, block, channels, values, index, a, b, *packed)
+    ctx.meta = (format, list(shape), transposed, axis, scale, whole)
+
+
+def _backward_quantized(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    kept, bias, block, channels, values, index, a, b, *packed = ctx.saved_tensors
+    format, shape, transposed, axis, scale, whole = ctx.meta
+    need = ctx.needs_input_grad
+    dx = d_bias = d_block = None
+    if need[0]:
+        dx = torch.ops.sparsify.quantized_linear_dx(
+            g, packed, format, shape, transposed, block, channels, axis, values, index, a, b, scale
+        )
+    tokens_g = g.reshape(-1, g.shape[-1])
+    if need[5] and bias is not None:
+        d_bias = tokens_g.sum(0).to(bias.dtype)
+    if need[6] and block is not None and channels is not None:
+        tokens_x = kept.reshape(-1, kept.shape[-1])
+        if axis == 0:
+            tokens_g_sel = tokens_g.index_select(1, channels.long())
+            d_block = tokens_g_sel.t().mm(tokens_x).to(block.dtype)
+        else:
+            tokens_x = tokens_x.index_select(1, channels.long()) if whole else tokens_x
+            d_block = tokens_g.t().mm(tokens_x).to(block.dtype)
+    wants = (need[9], need[11], need[12])
+    d_values, d_a, d_b = _part_gradients(g, kept if whole else None, a, b, values, index, scale, transposed, wants)
+    return dx, [None] * len(packed), None, None, None, d_bias, d_block, None, None, d_values, None, d_a, d_b, None
+
+
+torch.library.register_autograd("sparsify::quantized_linear", _backward_quantized, setup_context=_setup_quantized, lib=LIBRARY)
+
+for _name in ("sparse_lowrank_linear", "quantized_linear"):
+    for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        LIBRARY.impl(_name, _autocast(getattr(torch.ops.sparsify, _name).default, _device), _key)
+
+__all__ = ["dense_weight", "effective_weight", "oracle_sampled_product", "oracle_weight", "sampled_by_tile", "sampled_per_entry"]

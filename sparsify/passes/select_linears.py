@@ -1,0 +1,240 @@
+"""Select for single linears: PaCA's shared column sets, RoSA's supports, LoRA's ranks, and which weights are quantised.
+
+    PaCA(rank=16)  over q, k, v of one layer   ──▶  ChannelChoice((q, k, v), channels=(3, 17, …))
+    RoSA(…)        over down_proj              ──▶  Support(down_proj, index=(…), rank=16)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from tqdm import tqdm
+
+from sparsify.calibration import gradient_statistics, input_squares, need_batches
+from sparsify.errors import PlanError, Refusal, RefusedError
+from sparsify.passes.assign_rules import is_conv1d, owner_name, why_not_trainable
+from sparsify.passes.base import Context
+from sparsify.plan import LinearRule, LoRA, PaCA, Quantize, RoSA, nearest, pattern_value
+from sparsify.program import ChannelChoice, LinearNode, Program, Support, UnitChoice
+from sparsify.selection import choose, generator, random_scores, unit_channels
+
+VIEWS = frozenset(
+    getattr(torch.ops.aten, name)
+    for name in ("view", "reshape", "_unsafe_view", "alias", "detach", "clone", "contiguous", "to", "_to_copy", "flatten", "dropout")
+)
+
+
+def first_linears(program: Program) -> dict[str, LinearNode]:
+    """One matrix product per weight, in graph order."""
+    found: dict[str, LinearNode] = {}
+    for linear in program.linears():
+        found.setdefault(linear.weight, linear)
+    return found
+
+
+def serve(
+    program: Program, index: int, rule: LinearRule, linears: dict[str, LinearNode], taken: Mapping[str, int]
+) -> tuple[list[str], list[Refusal]]:
+    """Weights that a rule gets, and what it matched but cannot have. Raises when it serves nothing."""
+    by_weight: dict[str, list[LinearNode]] = {}
+    for linear in program.linears():
+        by_weight.setdefault(linear.weight, []).append(linear)
+    served, refusals = [], []
+    clashes = []
+    for param in linears:
+        names = [owner_name(n) for n, canonical in program.aliases.items() if canonical == param]
+        if not rule.matches(*names):
+            continue
+        if param in taken:
+            clashes.append(f"rule {taken[param]} already has {owner_name(param)}")
+            continue
+        reason = why_not_trainable(program, param, by_weight)
+        if reason is None:
+            served.append(param)
+        else:
+            refusals.append(Refusal(owner_name(param), reason))
+    literal = not any(c in rule.match for c in "*?[")
+    if literal and refusals:
+        raise RefusedError(f"rule {index}, {rule}: {refusals[0]}")
+    if not served:
+        if refusals:
+            raise PlanError(f"rule {index}, {rule}, serves nothing: " + "; ".join(map(str, refusals[:3])))
+        if clashes:
+            raise PlanError(f"rule {index}, {rule}, serves nothing: {clashes[0]}, and a module takes one rule that trains it")
+        names = [owner_name(p) for p in linears]
+        raise PlanError(f"rule {index}, {rule}, matches no linear{nearest(rule.match.strip('*.'), names)}")
+    return served, refusals
+
+
+def select_linears(program: Program, context: Context, index: int, rule: LinearRule, taken: dict[str, int]) -> dict[str, Any]:
+    """What one linear rule adds to the program; `taken` learns its weights."""
+    linears = first_linears(program)
+    served, refusals = serve(program, index, rule, linears, taken)
+    changes: dict[str, Any] = {"refusals": refusals}
+    if isinstance(rule, Quantize):
+        changes["quantize"] = dict.fromkeys(served, rule.format)
+        return changes
+    taken.update(dict.fromkeys(served, index))
+    if isinstance(rule, PaCA):
+        units, channels = choose_columns(program, context, index, rule, served, linears)
+        changes["choices"], changes["channel_choices"] = units, channels
+    elif isinstance(rule, RoSA | LoRA):
+        changes["supports"] = choose_supports(program, context, index, rule, served)
+    return changes
+
+
+# --- PaCA ----------------------------------------------------------------------------------------------------------------
+
+
+def input_root(node: fx.Node) -> fx.Node:
+    """The node under views and copies that do not change values: linears with one root share their input."""
+    while node.op == "call_function" and getattr(node.target, "overloadpacket", None) in VIEWS:
+        above = node.args[0]
+        if not isinstance(above, fx.Node):
+            break
+        node = above
+    return node
+
+
+def choose_columns(
+    program: Program, context: Context, index: int, rule: PaCA, served: list[str], linears: dict[str, LinearNode]
+) -> tuple[list[UnitChoice], list[ChannelChoice]]:
+    """One index set per shared input; through a structure where its channels can be brought together."""
+    groups: dict[tuple[fx.Node, int], list[str]] = {}
+    for param in served:
+        rank = pattern_value(rule.rank, owner_name(param))
+        if rank is None:
+            raise PlanError(f"rule {index}, {rule}: no pattern of rank names {owner_name(param)}; add '*' for the rest")
+        width = program.tensor(param).shape[linears[param].in_axis]
+        if rank >= width:
+            raise PlanError(f"rule {index}, {rule}: rank {rank} for {owner_name(param)}, which has {width} input columns")
+        groups.setdefault((input_root(linears[param].x), rank), []).append(param)
+    scores = column_scores(program, context, index, rule, list(groups.values()), linears)
+    movable = movable_consumers(program) if rule.permute else {}
+    units, channels = [], []
+    for (_, rank), params in groups.items():
+        chosen = choose(scores[params[0]], rank, largest=rule.largest)
+        structure = movable.get(params[0])
+        if structure is not None and set(params) == {s.param for s in structure.consumers}:
+            units.append(UnitChoice(structure.name, index, chosen, (), rule.select))
+        else:
+            channels.append(ChannelChoice(tuple(params), index, chosen, rule.select))
+    return units, channels
+
+
+def movable_consumers(program: Program) -> dict[str, Any]:
+    """Consumer weight → the structure that may reorder its input columns one by one, in the columns' own order."""
+    found = {}
+    moved = {c.structure for c in program.choices}
+    for structure in program.structures:
+        if structure.name in moved:
+            continue
+        for site in structure.consumers:
+            channels = unit_channels(site, structure)
+            whole = channels.shape == (program.tensor(site.param).shape[site.axis], 1)
+            if whole and torch.equal(channels[:, 0], torch.arange(channels.shape[0])):
+                found[site.param] = structure
+    return found
+
+
+def column_scores(
+    program: Program, context: Context, index: int, rule: PaCA, groups: list[list[str]], linears: dict[str, LinearNode]
+) -> dict[str, Tensor]:
+    """Score per input column of each group (by its first weight), fp64; members of a group add their squares."""
+    if rule.select == "random":
+        return {g[0]: random_scores(context.plan.seed, g[0], program.tensor(g[0]).shape[linears[g[0]].in_axis]) for g in groups}
+    members = {p for g in groups for p in g}
+    modules = {p: program.host.get_submodule(owner_name(p)) for p in members}
+    weights = {p: program.tensor(p).detach().float().square().sum(1 - linears[p].in_axis).double().cpu() for p in members}
+    if rule.select == "weight":
+        return {g[0]: torch.stack([weights[p] for p in g]).sum(0).sqrt() for g in groups}
+    batches = need_batches(context.calibration, f"rule {index}, select={rule.select!r},")
+    if rule.select == "gradient":
+        sums: dict[str, Tensor] = {}
+
+        def reduce(name: str, gradient: Tensor) -> None:
+            total = gradient.square().sum(0).double().cpu()
+            sums[name] = sums[name] + total if name in sums else total
+
+        gradient_statistics(program.host, modules, batches, reduce, context.loss, context.progress)
+        return {g[0]: (torch.stack([sums[p] for p in g]).sum(0) / len(batches)).sqrt() for g in groups}
+    squares = input_squares(program.host, {g[0]: modules[g[0]] for g in groups}, batches, context.progress)
+    result = {name: s.sqrt() for name, s in squares.items()}
+    if rule.select == "product":
+        result = {g[0]: result[g[0]] * torch.stack([weights[p] for p in g]).sum(0).sqrt() for g in groups}
+    return result
+
+
+# --- RoSA, LoRA ----------------------------------------------------------------------------------------------------------
+
+
+def choose_supports(program: Program, context: Context, index: int, rule: RoSA | LoRA, served: list[str]) -> list[Support]:
+    settings: dict[str, tuple[int, int]] = {}
+    for param in served:
+        module, size = owner_name(param), program.tensor(param).numel()
+        rank = pattern_value(rule.rank, module)
+        density = pattern_value(rule.density, module) if isinstance(rule, RoSA) else 0.0
+        if rank is None or density is None:
+            field = "rank" if rank is None else "density"
+            raise PlanError(f"rule {index}, {rule}: no pattern of {field} names {module}; add '*' for the rest")
+        settings[param] = (rank, max(1, round(density * size)) if density else 0)
+    mask = rule.mask if isinstance(rule, RoSA) else "none"
+    sparse = [p for p in served if settings[p][1]]
+    gradient = mask.startswith("gradient")
+    found: dict[str, Tensor] = {}
+    if gradient and sparse and context.calibration is not None:
+        batches = need_batches(context.calibration, f"rule {index}, mask={mask!r},")
+        modules = {p: program.host.get_submodule(owner_name(p)) for p in sparse}
+        counts = {p: settings[p][1] for p in sparse}
+        found = gradient_supports(program.host, modules, counts, mask, batches, context)
+    elif not gradient:
+        for param in tqdm(sparse, desc=f"mask: {mask}", disable=not context.progress or len(sparse) < 8, leave=False):
+            found[param] = plain_support(program.tensor(param), settings[param][1], mask, context.plan.seed, param)
+    supports = []
+    for param in served:
+        rank, count = settings[param]
+        support = Support(param, index, rank, rule.scale(rank) if rank else 1.0, rule.dropout, count, mask, found.get(param))
+        supports.append(support)
+    return supports
+
+
+def plain_support(weight: Tensor, count: int, mask: str, seed: int, name: str) -> Tensor:
+    """Random or largest-magnitude entries, flat and sorted."""
+    if mask == "random":
+        scores = torch.rand(weight.numel(), generator=generator(seed, name))
+        return scores.topk(count).indices.sort().values
+    return weight.detach().float().abs().reshape(-1).topk(count).indices.sort().values.cpu()
+
+
+def gradient_supports(
+    model: torch.nn.Module,
+    modules: Mapping[str, torch.nn.Module],
+    counts: Mapping[str, int],
+    mask: str,
+    batches: list[Any],
+    context: Context,
+) -> dict[str, Tensor]:
+    """Top-k entries by mean of dW² ("gradient") or |mean dW| ("gradient_abs"), fp32, one dense gradient alive at a time.
+
+    The accumulators live on the CPU; entries are flat in the *stored* weight, sorted.
+    """
+    sums: dict[str, Tensor] = {}
+
+    def reduce(name: str, gradient: Tensor) -> None:
+        part = (gradient if mask == "gradient_abs" else gradient.square()).cpu()
+        if name in sums:
+            sums[name] += part
+        else:
+            sums[name] = part.clone()
+
+    gradient_statistics(model, modules, batches, reduce, context.loss, context.progress)
+    found = {}
+    for name in list(sums):
+        score = sums.pop(name).abs()
+        stored = score.t() if is_conv1d(modules[name]) else score
+        found[name] = stored.reshape(-1).topk(counts[name]).indices.sort().values
+    return found
+

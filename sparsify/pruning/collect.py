@@ -1,0 +1,197 @@
+"""Seeing what the matrices of a model are multiplied with, whatever module or function does it.
+
+    y = x Wᵀ      any product whose right operand lies in a watched parameter's memory gives (parameter, view, x, y)
+
+Watching is by memory and not by module, so Linear, Conv1D, packed projections of `nn.MultiheadAttention`, functional
+calls and packed experts (each expert a view, with its own tokens) are one case. A *view* is the rectangle of the parameter that
+one product reads, in the orientation `(out, in)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparsify.errors import SparsifyError
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class View:
+    """`(n out, m in)` entries of a parameter: offset and strides in elements, relative to the parameter's first element."""
+
+    param: str
+    offset: int
+    shape: tuple[int, int]
+    stride: tuple[int, int]
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The rectangle of `tensor`, which has the parameter's layout; shares its memory."""
+        return tensor.as_strided(self.shape, self.stride, tensor.storage_offset() + self.offset)
+
+    @property
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass
+class Product:
+    """One product `y = x Wᵀ (+ bias)`: `x (tokens, m)`, `y (tokens, n)`."""
+
+    view: View
+    x: Tensor
+    y: Tensor
+    bias: Tensor | None
+
+
+class Watcher(TorchDispatchMode):
+    """Calls `seen(product)` for every product with a watched parameter; other uses of one are noted in `other_uses`."""
+
+    def __init__(self, params: Callable[[], Mapping[str, Tensor]], seen: Callable[[Product], None]) -> None:
+        super().__init__()
+        self.params, self.seen = params, seen
+        self.other_uses: dict[str, str] = {}
+        self.ranges: dict[int, list[tuple[int, int, str]]] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look the parameters up again (a streamed model's memory comes and goes)."""
+        self.ranges.clear()
+        for name, tensor in self.params().items():
+            if tensor.device.type != "meta":
+                start = tensor.storage_offset()
+                place = self.ranges.setdefault(tensor.untyped_storage().data_ptr(), [])
+                place.append((start, start + tensor.numel(), name))
+
+    def owner(self, tensor: Any) -> tuple[str, int] | None:
+        """`(parameter, offset in elements)` when `tensor` lies in a watched parameter."""
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.device.type == "meta":
+            return None
+        for start, stop, name in self.ranges.get(tensor.untyped_storage().data_ptr(), ()):
+            if start <= tensor.storage_offset() < stop:
+                return name, tensor.storage_offset() - start
+        return None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.look(func, args, kwargs or {}, result)
+        return result
+
+    def look(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
+        aten = torch.ops.aten
+        name = func.name()
+        if func is aten.mm.default:
+            self.product(args[0], args[1], None, result)
+        elif func is aten.addmm.default and not kwargs.get("beta", 1) != 1:
+            self.product(args[1], args[2], args[0], result)
+        elif func is aten.linear.default:
+            self.product(args[0], args[1].t(), args[2] if len(args) > 2 else None, result)
+        elif func is aten.bmm.default and self.owner(args[1]) is not None:
+            for slot in range(args[1].shape[0]):
+                self.product(args[0][slot], args[1][slot], None, result[slot])
+        elif name in ("aten::_grouped_mm", "transformers::grouped_mm_fallback") and self.owner(args[1]) is not None:
+            offsets = kwargs["offs"] if "offs" in kwargs else args[2]
+            start = 0
+            for slot, stop in enumerate(offsets.tolist()):
+                self.product(args[0][start:stop], args[1][slot], None, result[start:stop])
+                start = stop
+        elif func in (aten.index.Tensor, aten.index_select.default, aten.bmm.default, aten.convolution.default):
+            for operand in args[:2]:
+                if (found := self.owner(operand)) is not None:
+                    self.other_uses.setdefault(found[0], name)
+
+    def product(self, x: Tensor, weight_t: Tensor, bias: Tensor | None, y: Tensor) -> None:
+        """`weight_t (in, out)` as the operator got it."""
+        found = self.owner(weight_t)
+        if found is None or weight_t.dim() != 2:
+            return
+        shape, stride = tuple(weight_t.shape[::-1]), tuple(weight_t.stride()[::-1])
+        view = View(found[0], found[1], (shape[0], shape[1]), (stride[0], stride[1]))
+        self.seen(Product(view, x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), bias))
+
+
+# --- which rows are tokens --------------------------------------------------------------------------------------------------------
+
+
+def token_masks(batch: Any) -> dict[str, Tensor]:
+    """Flat bool masks of the non-padding tokens by side: "encoder" (or the only side) and "decoder"."""
+    if not isinstance(batch, Mapping):
+        return {}
+    masks: dict[str, Tensor] = {}
+    if isinstance(batch.get("attention_mask"), Tensor) and batch["attention_mask"].dim() == 2:
+        masks["encoder"] = batch["attention_mask"].reshape(-1).bool()
+    decoder = batch.get("decoder_attention_mask")
+    labels = batch.get("labels")
+    if isinstance(decoder, Tensor) and decoder.dim() == 2:
+        masks["decoder"] = decoder.reshape(-1).bool()
+    elif isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point():
+        masks["decoder"] = labels.reshape(-1) != IGNORED
+    return masks
+
+
+def choose_mask(masks: Mapping[str, Tensor], rows: int, side: str) -> Tensor | None:
+    """The mask of `side` when it has `rows` tokens; None when every row counts (pooled rows, frames without a mask)."""
+    mask = masks.get(side)
+    return mask if mask is not None and mask.numel() == rows else None
+
+
+def check_batch(number: int, batch: Any) -> None:
+    """Raises SparsifyError naming the batch and the input when a calibration batch has NaN or Inf."""
+    leaves, _ = torch.utils._pytree.tree_flatten_with_path(batch)
+    for path, leaf in leaves:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
+            raise SparsifyError(
+                f"calibration batch {number}{torch.utils._pytree.keystr(path)} has NaN or Inf: drop or repair it "
+                "(one such batch would poison every Hessian)"
+            )
+
+
+class PaddingDropper:
+    """While active, modules that own packed experts see only non-padding tokens; the rows that they skip come out as zeros.
+
+    Expert products read rows that are already routed, so padding has to go before the router's choice is applied.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], mask: Tensor | None) -> None:
+        self.modules, self.mask = list(modules), mask
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> PaddingDropper:
+        mask = self.mask
+        if mask is not None and not bool(mask.all()):
+            for module in self.modules:
+                self.handles.append(module.register_forward_pre_hook(self._drop, with_kwargs=True))
+                self.handles.append(module.register_forward_hook(self._restore))
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+    def _drop(self, _module: nn.Module, args: Any, kwargs: Any) -> Any:
+        assert self.mask is not None
+        rows = self.mask.numel()
+        keep = lambda t: t[self.mask.to(t.device)] if isinstance(t, Tensor) and t.dim() and t.shape[0] == rows else t  # noqa: E731
+        return torch.utils._pytree.tree_map(keep, (args, kwargs))
+
+    def _restore(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        assert self.mask is not None
+        mask = self.mask
+        kept = int(mask.sum())
+
+        def spread(t: Any) -> Any:
+            if not isinstance(t, Tensor) or not t.dim() or t.shape[0] != kept:
+                return t
+            full = t.new_zeros((mask.numel(), *t.shape[1:]))
+            full[mask.to(t.device)] = t
+            return full
+
+        return torch.utils._pytree.tree_map(spread, output)

@@ -1,0 +1,682 @@
+"""The driver: prunes a model layer by layer, every layer with inputs from the already pruned part.
+
+    trace one batch ─▶ units and groups ─▶ all batches in lockstep ─▶ for each unit: for each group: collect → prune → write
+                                                                                   └ run the pruned unit once more, go on
+
+One group's statistics are alive at a time (one Hessian for all matrices that read the same tensor; for packed experts as many
+as fit in `max_hessian_bytes`). The host's Parameters are replaced, never written. With `resume_dir` every finished group is on
+disk (atomically) and a second run with the same inputs goes on where the first stopped, to the same result.
+
+The work per batch is one forward of each unit per group (it stops as soon as the group has its input) and one to go on: linear
+in depth. Models without repeated blocks are stopped at each linear; a weight that is used several times in one forward (ALBERT) is
+collected over all its uses by running the smallest module that holds them all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sparsify.capture import evaluating
+from sparsify.errors import PlanError, Refusal, SparsifyError
+from sparsify.masked import pack_bits, unpack_bits
+from sparsify.program import Program, canonical_names
+from sparsify.pruning.allocate import SaliencyCurve, by_sensitivity, saliency_curve
+from sparsify.pruning.collect import (
+    PaddingDropper,
+    Product,
+    View,
+    Watcher,
+    check_batch,
+    choose_mask,
+    token_masks,
+)
+from sparsify.pruning.lockstep import LockstepForward, intercepted
+from sparsify.pruning.scores import InputNorms, magnitude_prune, random_prune, wanda_prune
+from sparsify.pruning.sparsegpt import Hessian, Pruned, inverse_factor, sparsegpt_prune
+from sparsify.pruning.streaming import NoStreaming, Residence
+from sparsify.pruning.trace import Group, Unit, plan_units, record_events
+from sparsify.rules_prune import Prune
+
+STATE_VERSION = 1
+HESSIAN_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """What happened to one parameter.
+
+    sparsity: achieved fraction of zeros. error: squared error of the layer's output relative to its energy on the calibration tokens
+    (SparseGPT: exact up to the damping; Wanda: inputs taken as uncorrelated; without data: the share of Σ w²). tokens: calibration
+    tokens seen (packed experts: the fewest of any expert). seconds: pruning only. note: what was done differently, and why.
+    """
+
+    name: str
+    method: str
+    pattern: str
+    sparsity: float
+    error: float
+    tokens: int
+    seconds: float
+    note: str = ""
+
+
+@dataclass
+class PruneResult:
+    """masks and tensors by qualified parameter name, in the stored layout (masks bool, True = survivor); layers in order.
+
+    When weights are streamed, `tensors` is empty (they are in the output folder) and masks are packed bits.
+    """
+
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    layers: list[LayerStats] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+
+    @property
+    def sparsity(self) -> float:
+        """Zeros over all pruned parameters."""
+        total = sum(mask.numel() for mask in self.masks.values())
+        return 1 - sum(int(mask.sum()) for mask in self.masks.values()) / total if total else 0.0
+
+    def __str__(self) -> str:
+        lines = [f"{'layer':60} {'method':10} {'pattern':12} {'zeros':>7} {'error':>9} {'seconds':>8}"]
+        for s in self.layers:
+            lines.append(f"{s.name:60} {s.method:10} {s.pattern:12} {s.sparsity:7.2%} {s.error:9.2e} {s.seconds:8.2f}  {s.note}".rstrip())
+        lines += [f"not pruned: {refusal}" for refusal in self.refusals]
+        return "\n".join(lines)
+
+
+def prune_model(
+    host: nn.Module,
+    program: Program | None,
+    rules: Sequence[tuple[str, Prune]],
+    calibration: Iterable[Any] | None = None,
+    *,
+    seed: int = 0,
+    progress: bool = True,
+    resume_dir: str | Path | None = None,
+    max_hessian_bytes: int = HESSIAN_BYTES,
+    residence: Residence | None = None,
+) -> PruneResult:
+    """Prune parameters of `host`, replacing its Parameter objects (tensors shared with the user's model are not written).
+
+    program: of the model before pruning; tells encoder from decoder inputs. None is fine for models with one side.
+    rules: `(qualified parameter name, rule)` pairs, each name once.
+    calibration: batches as for `forward` (a mapping with `attention_mask`, a tuple, or a tensor); padding is left out.
+    seed: mixed into the rules' own.
+    resume_dir: folder for finished groups; must belong to the same rules, weights' names and calibration.
+    residence: where weights live while their block is not being pruned (`sparsify.pruning.streaming`).
+
+    Raises PlanError (unknown name, sparsity or pattern that does not fit, missing calibration, foreign `resume_dir`) before anything is
+    changed, and SparsifyError for NaN in a batch or at a layer's input.
+    """
+    driver = Driver(host, program, rules, calibration, seed, progress, resume_dir, max_hessian_bytes, residence or NoStreaming())
+    return driver.run()
+
+
+class Driver:
+    """State of one `prune_model` call."""
+
+    def __init__(
+        self,
+        host: nn.Module,
+        program: Program | None,
+        rules: Sequence[tuple[str, Prune]],
+        calibration: Iterable[Any] | None,
+        seed: int,
+        progress: bool,
+        resume_dir: str | Path | None,
+        max_hessian_bytes: int,
+        residence: Residence,
+    ) -> None:
+        self.host, self.residence, self.progress, self.seed = host, residence, progress, seed
+        self.max_hessian_bytes = max_hessian_bytes
+        self.names = canonical_names(host)
+        self.rules = self.check_rules(rules)
+        needs_data = [name for name, rule in self.rules.items() if rule.needs_calibration]
+        self.batches = list(calibration) if calibration is not None else []
+        if needs_data and not self.batches:
+            rule = self.rules[needs_data[0]]
+            raise PlanError(
+                f"Prune(method='{rule.method}') looks at inputs: give calibration batches "
+                f"(sparsify.compile(…, calibration=[batch, …])), or use method='magnitude'; first layer: {needs_data[0]}"
+            )
+        for number, batch in enumerate(self.batches):
+            check_batch(number, batch)
+        self.sides = {} if program is None else token_sides(program)
+        self.result = PruneResult()
+        self.store = None if resume_dir is None else ResumeStore(Path(resume_dir), self.fingerprint())
+        self.finished: dict[str, dict[str, Any]] = {}
+        self.sparsity: dict[str, float] = {}
+        self.bar = tqdm(total=len(self.rules), desc="pruning", unit="layer", disable=not progress)
+
+    # --- before anything is changed ---
+
+    def check_rules(self, rules: Sequence[tuple[str, Prune]]) -> dict[str, Prune]:
+        checked: dict[str, Prune] = {}
+        for given, rule in rules:
+            name = self.names.get(given)
+            if name is None:
+                raise PlanError(f"prune_model: the model has no parameter '{given}'")
+            if name in checked:
+                raise PlanError(f"prune_model: '{given}' has two Prune rules")
+            shape = tuple(self.parameter(name).shape)
+            if len(shape) not in (2, 3):
+                raise PlanError(f"{given}: only matrices and packed experts can be pruned, not a tensor of shape {shape}")
+            checked[name] = rule
+        return checked
+
+    def parameter(self, name: str) -> Tensor:
+        owner, _, leaf = name.rpartition(".")
+        return getattr(self.host.get_submodule(owner), leaf)
+
+    def module_of(self, name: str) -> str:
+        return name.rpartition(".")[0]
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(f"{STATE_VERSION}:{self.seed}:{len(self.batches)}".encode())
+        for name, rule in self.rules.items():
+            digest.update(f"{name}{tuple(self.parameter(name).shape)}{rule!r}".encode())
+        for leaf in torch.utils._pytree.tree_leaves(self.batches):
+            if isinstance(leaf, Tensor) and leaf.numel():
+                digest.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    # --- the run ---
+
+    def run(self) -> PruneResult:
+        with ExitStack() as scope:
+            scope.enter_context(evaluating(self.host))
+            scope.enter_context(eager_products(self.host))
+            scope.callback(self.bar.close)
+            scope.enter_context(self.residence.opened(self.host))
+            if self.batches:
+                units, refusals = self.trace()
+                self.result.refusals += refusals
+            else:
+                units = [Unit("", [Group([name], []) for name in self.rules])]
+            self.check_patterns(units)
+            self.allocate(units)
+            if any(rule.needs_calibration for rule in self.rules.values()):
+                self.walk(units)
+            else:
+                for unit in units:
+                    with self.residence.loaded(unit.name):
+                        for group in unit.groups:
+                            self.prune_without_data(group)
+        order = {name: place for place, name in enumerate(self.rules)}
+        self.result.layers.sort(key=lambda s: order[s.name])
+        return self.result
+
+    def trace(self) -> tuple[list[Unit], list[Refusal]]:
+        names = {name: self.parameter(name) for name in self.rules}
+        events, others = record_events(
+            self.host,
+            lambda: run_batch(self.host, self.batches[0]),
+            lambda: {name: self.parameter(name) for name in self.rules},
+            self.residence.loading_forward,
+        )
+        units, refusals = plan_units(self.host, events, names, others)
+        named = {r.where for r in refusals}
+        for name in named:
+            self.rules.pop(name)
+            self.bar.total -= 1
+        return units, refusals
+
+    def check_patterns(self, units: list[Unit]) -> None:
+        """Every layer fits its pattern, before anything is changed."""
+        for unit in units:
+            for group in unit.groups:
+                for view in group.views or [view for name in group.params for view in self.plain_views(name)]:
+                    self.rules[view.param].shape.check(self.label(view), view.shape)
+        for name, rule in self.rules.items():
+            sparsity = rule.sparsity_of(self.module_of(name))
+            if sparsity is None:
+                raise PlanError(f"{name}: no pattern of Prune(sparsity=…) matches it")
+            self.sparsity[name] = sparsity
+
+    def plain_views(self, name: str) -> list[View]:
+        """Views of a parameter that no forward has shown: `(out, in)`, transposed for Conv1D, one per expert."""
+        parameter = self.parameter(name)
+        if parameter.dim() == 3:
+            step, (rows, columns) = parameter.stride(0), parameter.shape[1:]
+            return [View(name, e * step, (rows, columns), parameter.stride()[1:]) for e in range(parameter.shape[0])]
+        stored: tuple[int, int] = (parameter.shape[0], parameter.shape[1])
+        strides: tuple[int, int] = (parameter.stride(0), parameter.stride(1))
+        if type(self.host.get_submodule(self.module_of(name))).__name__.endswith("Conv1D"):
+            stored, strides = stored[::-1], strides[::-1]
+        return [View(name, 0, stored, strides)]
+
+    def label(self, view: View) -> str:
+        parameter = self.parameter(view.param)
+        return f"{view.param}[{view.offset // parameter.stride(0)}]" if parameter.dim() == 3 else view.param
+
+    # --- allocation ---
+
+    def allocate(self, units: list[Unit]) -> None:
+        """Sparsity per parameter; "sensitivity" looks at all inputs of the dense model once."""
+        moving: dict[int, list[str]] = {}
+        by_identity = {id(rule): rule for rule in self.rules.values()}
+        for name, rule in self.rules.items():
+            if rule.allocation == "sensitivity":
+                moving.setdefault(id(rule), []).append(name)
+        if not moving:
+            return
+        wanted = {name for names in moving.values() for name in names}
+        norms: dict[View, InputNorms] = {}
+        if self.batches:
+            self.collect_norms(norms, wanted)
+        views: dict[str, list[View]] = {}
+        for unit in units:
+            for group in unit.groups:
+                for view in group.views or [v for n in group.params for v in self.plain_views(n)]:
+                    views.setdefault(view.param, []).append(view)
+        curves: dict[str, SaliencyCurve] = {}
+        for unit in units:
+            with self.residence.loaded(unit.name):
+                for name in dict.fromkeys(n for group in unit.groups for n in group.params):
+                    if name in wanted and name not in curves:
+                        curves[name] = self.curve(name, views[name], norms)
+        for identity, names in moving.items():
+            rule = by_identity[identity]
+            for target in sorted({self.sparsity[name] for name in names}):
+                level = [name for name in names if self.sparsity[name] == target]
+                self.sparsity |= by_sensitivity({n: curves[n] for n in level}, target, rule.max_shift)
+
+    def collect_norms(self, norms: dict[View, InputNorms], wanted: set[str]) -> None:
+        for batch in self.batches:
+            masks = token_masks(batch)
+
+            def seen(product: Product, masks: Mapping[str, Tensor] = masks) -> None:
+                norm = norms.setdefault(product.view, InputNorms(product.view.shape[1], product.x.device))
+                norm.add(self.tokens_only(product, masks)[0])
+
+            watcher = Watcher(lambda: {name: self.parameter(name) for name in wanted}, seen)
+            with self.residence.loading_forward(watcher), torch.no_grad(), watcher:
+                run_batch(self.host, batch)
+
+    def curve(self, name: str, views: list[View], norms: Mapping[View, InputNorms]) -> SaliencyCurve:
+        tensor = self.parameter(name).detach()
+        parts = [saliency_curve(view.of(tensor), norms[view].mean_squares() if view in norms else None) for view in views]
+        if len(parts) == 1:
+            return parts[0]
+        sample = torch.cat([part.sample / len(parts) for part in parts]).sort().values
+        return SaliencyCurve(sum(part.numel for part in parts), sample)
+
+    # --- the walk ---
+
+    def walk(self, units: list[Unit]) -> None:
+        modules = {unit.name: self.host.get_submodule(unit.name) for unit in units}
+        forwards: list[LockstepForward] = []
+        with intercepted(modules) as originals:
+            try:
+                for batch in self.batches:
+                    forwards.append(LockstepForward(lambda batch=batch: run_batch(self.host, batch)))
+                for forward in forwards:
+                    forward.advance()
+                done: set[str] = set()
+                for place, unit in enumerate(units):
+                    last = place == len(units) - 1
+                    with self.residence.loaded(unit.name), torch.no_grad():
+                        here = self.bring_to(unit.name, forwards, done, originals)
+                        for group in unit.groups:
+                            self.prune_group(unit, group, here, originals[unit.name])
+                        done.add(unit.name)
+                        if not last:
+                            for forward, _ in here:
+                                forward.advance(originals[unit.name](*forward.args, **forward.kwargs))
+            finally:
+                for forward in forwards:
+                    forward.abandon()
+
+    def bring_to(
+        self, unit: str, forwards: list[LockstepForward], done: set[str], originals: Mapping[str, Any]
+    ) -> list[tuple[LockstepForward, Any]]:
+        """Forwards that wait at `unit`, with their batches; those at a finished unit run through it first."""
+        here = []
+        for forward, batch in zip(forwards, self.batches, strict=True):
+            while forward.unit in done and forward.unit is not None:
+                with self.residence.loaded(forward.unit):
+                    output = originals[forward.unit](*forward.args, **forward.kwargs)
+                forward.advance(output)
+            if forward.unit == unit:
+                here.append((forward, batch))
+        return here
+
+    def prune_group(self, unit: Unit, group: Group, here: list[tuple[LockstepForward, Any]], forward: Any) -> None:
+        if self.store is not None and (saved := self.store.load(group.views)) is not None:
+            for view, (values, mask, stats) in saved.items():
+                self.write(view, values, mask, stats)
+            return
+        written: dict[View, tuple[Tensor, Tensor, dict[str, Any]]] = {}
+        for views in self.passes(group):
+            statistics = self.collect(unit, group, views, here, forward)
+            for view in views:
+                written[view] = self.prune_view(view, statistics)
+            statistics.release()
+        if self.store is not None:
+            self.store.save(written)
+        for view, (values, mask, stats) in written.items():
+            self.write(view, values, mask, stats)
+
+    def passes(self, group: Group) -> list[list[View]]:
+        """Experts whose Hessians fit in memory together; other groups share one input and need one pass."""
+        if not group.experts or self.rules[group.params[0]].method != "sparsegpt":
+            return [group.views]
+        each = group.views[0].shape[1] ** 2 * 4
+        count = max(1, self.max_hessian_bytes // each)
+        return [group.views[i : i + count] for i in range(0, len(group.views), count)]
+
+    def prune_without_data(self, group: Group) -> None:
+        for name in group.params:
+            for view in [v for v in group.views if v.param == name] or self.plain_views(name):
+                self.write(view, *self.prune_view(view, Statistics(False)))
+
+    def collect(self, unit: Unit, group: Group, views: list[View], here: list[tuple[LockstepForward, Any]], forward: Any) -> Statistics:
+        """Run the unit on every batch, up to the group's last product, and accumulate."""
+        rules = {name: self.rules[name] for name in group.params}
+        statistics = Statistics(group.experts)
+        if not any(rule.needs_calibration for rule in rules.values()):
+            return statistics
+        full = any(rule.method == "sparsegpt" for rule in rules.values())
+        wanted = set(views)
+        owners = [self.host.get_submodule(self.module_of(name)) for name in group.params] if group.experts else []
+        for waiting, batch in here:
+            masks = token_masks(batch)
+            remaining = group.calls
+            inputs: set[int] = set()
+
+            def seen(product: Product, masks: Mapping[str, Tensor] = masks, inputs: set[int] = inputs) -> None:
+                nonlocal remaining
+                if product.view in wanted:
+                    x, y = self.tokens_only(product, masks)
+                    statistics.add(product.view, x, y, product.bias, full, fresh=id_of(product.x) not in inputs)
+                    inputs.add(id_of(product.x))
+                if remaining is not None:
+                    remaining -= product.view in wanted
+                    if remaining == 0:
+                        raise GroupDone
+
+            side = self.sides.get(group.params[0], "encoder")
+            args, kwargs = torch.utils._pytree.tree_map(
+                lambda t: t.clone() if isinstance(t, Tensor) and t.is_floating_point() else t, (waiting.args, waiting.kwargs)
+            )
+            with PaddingDropper(owners, masks.get(side)):
+                try:
+                    with Watcher(lambda: {name: self.parameter(name) for name in group.params}, seen):
+                        forward(*args, **kwargs)
+                except GroupDone:
+                    pass
+                except SparsifyError as error:
+                    raise SparsifyError(f"{group.params[0]}: {error}") from error
+        return statistics
+
+    def tokens_only(self, product: Product, masks: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        mask = choose_mask(masks, product.x.shape[0], self.sides.get(product.view.param, "encoder"))
+        if mask is None:
+            return product.x, product.y
+        mask = mask.to(product.x.device)
+        return product.x[mask], product.y[mask]
+
+    def prune_view(self, view: View, statistics: Statistics) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        rule, sparsity, where = self.rules[view.param], self.sparsity[view.param], self.label(view)
+        weight = view.of(self.parameter(view.param).detach())
+        started, method, note = time.perf_counter(), rule.method, ""
+        tokens = statistics.tokens(view)
+        if rule.needs_calibration and tokens == 0:
+            method, note = "magnitude", "no calibration token reached it, so it was pruned by magnitude"
+        scale = 1.0
+        if method == "sparsegpt":
+            factor = statistics.factor(view, rule.damping, where)
+            pruned = sparsegpt_prune(weight, factor[0], sparsity, rule.shape, damping=rule.damping, where=where, factor=factor)
+            scale = 2 / tokens
+        elif method == "wanda":
+            pruned = wanda_prune(weight, statistics.mean_squares(view).to(weight.device), sparsity, rule.shape, where=where)
+            scale = 2 / tokens
+        elif method == "random":
+            pruned = random_prune(weight, sparsity, rule.shape, seed=rule.seed * 1_000_003 + self.seed, where=where)
+        else:
+            pruned = magnitude_prune(weight, sparsity, rule.shape, where=where)
+        energy = statistics.energy(view) * scale if method in ("sparsegpt", "wanda") else float(weight.float().square().sum()) * 2
+        stats = {
+            "method": method,
+            "error": relative(pruned, energy),
+            "energy": energy,
+            "tokens": tokens,
+            "seconds": time.perf_counter() - started,
+            "note": f"{where}: {note}" if note else "",
+        }
+        return pruned.weight, pruned.mask, stats
+
+    # --- writing ---
+
+    def write(self, view: View, values: Tensor, mask: Tensor, stats: dict[str, Any]) -> None:
+        """Put one view's result into the host; when the parameter is complete, into the result."""
+        name = view.param
+        state = self.finished.get(name)
+        if state is None:
+            old = self.parameter(name)
+            fresh = nn.Parameter(old.detach().clone(memory_format=torch.preserve_format), requires_grad=old.requires_grad)
+            state = {"mask": torch.ones_like(old, dtype=torch.bool), "numel": 0, "stats": []}
+            self.finished[name] = state
+            self.rebind(name, fresh)
+        parameter = self.parameter(name)
+        view.of(parameter.data).copy_(values)
+        view.of(state["mask"]).copy_(mask)
+        state["numel"] += view.numel
+        state["stats"].append(stats)
+        if state["numel"] < parameter.numel():
+            return
+        final = state.pop("mask")
+        every = state["stats"]
+        energy = sum(s["energy"] for s in every)
+        error = sum(s["error"] * s["energy"] for s in every if s["energy"]) / energy if energy else math.nan
+        notes = [s["note"] for s in every if s["note"]]
+        rule = self.rules[name]
+        self.result.layers.append(
+            LayerStats(
+                name=name,
+                method=rule.method,
+                pattern=str(rule.shape),
+                sparsity=1 - float(final.sum()) / final.numel(),
+                error=error,
+                tokens=min(s["tokens"] for s in every),
+                seconds=sum(s["seconds"] for s in every),
+                note="; ".join(notes[:2]) + (f"; and {len(notes) - 2} more" if len(notes) > 2 else ""),
+            )
+        )
+        self.residence.keep(self.result, name, parameter.detach(), final)
+        self.bar.set_postfix_str(name, refresh=False)
+        self.bar.update()
+
+    def rebind(self, name: str, fresh: nn.Parameter) -> None:
+        """Put a new Parameter at every alias of `name`."""
+        for alias in [a for a, canonical in self.names.items() if canonical == name]:
+            owner, _, leaf = alias.rpartition(".")
+            setattr(self.host.get_submodule(owner), leaf, fresh)
+
+
+class GroupDone(BaseException):
+    """The group has its inputs: the rest of the unit need not run."""
+
+
+def id_of(x: Tensor) -> int:
+    return hash((x.untyped_storage().data_ptr(), x.storage_offset(), tuple(x.shape)))
+
+
+def relative(pruned: Pruned, energy: float) -> float:
+    return pruned.error / energy if energy > 0 else math.nan
+
+
+class Statistics:
+    """Of one group: a Hessian or input norms, shared by all views or (experts) one per view; output energy per view."""
+
+    def __init__(self, per_view: bool) -> None:
+        self.per_view = per_view
+        self.inputs: dict[View | None, Hessian | InputNorms] = {}
+        self.energies: dict[View, float] = {}
+        self.factors: dict[View | None, tuple[Tensor, Tensor]] = {}
+        self.counts: dict[View | None, int] = {}
+
+    def key(self, view: View) -> View | None:
+        return view if self.per_view else None
+
+    def add(self, view: View, x: Tensor, y: Tensor, bias: Tensor | None, full: bool, *, fresh: bool) -> None:
+        """fresh: this input was not added for another matrix of the group."""
+        key = self.key(view)
+        if key not in self.inputs:
+            self.inputs[key] = Hessian(x.shape[-1], x.device) if full else InputNorms(x.shape[-1], x.device)
+        if fresh or self.per_view:
+            self.inputs[key].add(x)
+            self.counts[key] = self.inputs[key].tokens
+        output = y.float() if bias is None else y.float() - bias.float()
+        self.energies[view] = self.energies.get(view, 0.0) + float(output.square_().sum() if bias is not None else output.square().sum())
+
+    def tokens(self, view: View) -> int:
+        return self.counts.get(self.key(view), 0)
+
+    def energy(self, view: View) -> float:
+        return self.energies.get(view, 0.0)
+
+    def mean_squares(self, view: View) -> Tensor:
+        held = self.inputs[self.key(view)]
+        return held.mean_squares() if isinstance(held, InputNorms) else held.matrix.diagonal() / max(held.tokens, 1)
+
+    def factor(self, view: View, damping: float, where: str) -> tuple[Tensor, Tensor]:
+        """`U` and the dead inputs; computed once per Hessian, which is freed."""
+        key = self.key(view)
+        if key not in self.factors:
+            held = self.inputs.pop(key)
+            assert isinstance(held, Hessian)
+            self.factors[key] = inverse_factor(held.value(), damping, where=where)
+        factor = self.factors[key]
+        if self.per_view:
+            del self.factors[key]
+        return factor
+
+    def release(self) -> None:
+        self.inputs.clear()
+        self.factors.clear()
+
+
+def run_batch(model: nn.Module, batch: Any) -> Any:
+    """One forward: mapping → keywords, tuple or list → positional, tensor → one argument; caches off."""
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    batch = torch.utils._pytree.tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, batch)
+    extra: dict[str, Any] = {}
+    config = getattr(model, "config", None)
+    if hasattr(config, "use_cache"):
+        extra["use_cache"] = False
+    if isinstance(batch, Mapping):
+        return model(**{**extra, **batch})
+    return model(*batch, **extra) if isinstance(batch, tuple | list) else model(batch, **extra)
+
+
+@contextmanager
+def eager_products(host: nn.Module) -> Any:
+    """Products as operators that can be seen: no fused encoder fast path, no gathered copies of expert weights."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    changed = []
+    for module in host.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "_experts_implementation", None) not in (None, "eager", "grouped_mm"):
+            changed.append((config, config._experts_implementation))  # type: ignore[union-attr]
+            config._experts_implementation = "eager"  # type: ignore[union-attr]
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for config, before in reversed(changed):
+            config._experts_implementation = before
+
+
+def token_sides(program: Program) -> dict[str, str]:
+    """For each weight: "decoder" when its input depends on a `decoder_…` input of the model, else "encoder". From the graph."""
+    decoder: set[Any] = set()
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            if node.name.removeprefix("kwargs_").startswith("decoder_"):
+                decoder.add(node)
+        elif any(source in decoder for source in node.all_input_nodes):
+            decoder.add(node)
+    sides = {linear.weight: "decoder" if linear.x in decoder else "encoder" for linear in program.linears()}
+    names = program.tensor_names
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in names and names[node.name] not in sides:
+            sides[names[node.name]] = "decoder" if any(user in decoder for user in node.users) else "encoder"
+    return sides
+
+
+class ResumeStore:
+    """Finished groups on disk: one safetensors file each, written atomically, and a fingerprint of the run."""
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        state = folder / "state.json"
+        if state.exists():
+            try:
+                found = json.loads(state.read_text())
+            except json.JSONDecodeError as error:
+                raise PlanError(f"{state} is damaged: {error}; delete the folder to start again") from error
+            if not isinstance(found, dict) or found.get("fingerprint") != fingerprint:
+                raise PlanError(
+                    f"{folder} holds another pruning run (other rules, layers, seed or calibration): choose another resume_dir, or delete it"
+                )
+        else:
+            write_atomically(state, json.dumps({"version": STATE_VERSION, "fingerprint": fingerprint}).encode())
+
+    def path(self, views: list[View]) -> Path:
+        return self.folder / f"group-{hashlib.sha256(repr(views).encode()).hexdigest()[:24]}.safetensors"
+
+    def save(self, written: Mapping[View, tuple[Tensor, Tensor, dict[str, Any]]]) -> None:
+        from safetensors.torch import save
+
+        tensors: dict[str, Tensor] = {}
+        for place, (values, mask, _) in enumerate(written.values()):
+            tensors[f"values.{place}"], tensors[f"bits.{place}"] = values.contiguous(), pack_bits(mask)
+        metadata = {"stats": json.dumps([stats for _, _, stats in written.values()])}
+        write_atomically(self.path(list(written)), save(tensors, metadata))
+
+    def load(self, views: list[View]) -> dict[View, tuple[Tensor, Tensor, dict[str, Any]]] | None:
+        from safetensors import safe_open
+
+        path = self.path(views)
+        if not views or not path.exists():
+            return None
+        with safe_open(path, framework="pt") as file:
+            stats = json.loads((file.metadata() or {})["stats"])
+            found = {}
+            for place, view in enumerate(views):
+                mask = unpack_bits(file.get_tensor(f"bits.{place}"), view.shape)
+                found[view] = (file.get_tensor(f"values.{place}"), mask, stats[place])
+        return found
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """All of it or nothing: a temporary file in the same folder, flushed to disk, then renamed."""
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def stats_table(result: PruneResult) -> list[dict[str, Any]]:
+    """The layers as plain dictionaries, for JSON."""
+    return [asdict(layer) for layer in result.layers]

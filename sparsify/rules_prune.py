@@ -1,0 +1,168 @@
+"""The `Prune` rule: which linears lose how many weights, by which method, in which pattern."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from sparsify.errors import PlanError, Refusal
+from sparsify.plan import Rule
+from sparsify.program import Program
+from sparsify.pruning.patterns import NM, Pattern, check_sparsity, parse_pattern
+
+PruneMethod = Literal["sparsegpt", "wanda", "magnitude", "random"]
+NEEDS_DATA: frozenset[str] = frozenset({"sparsegpt", "wanda"})
+DEFAULT_SPARSITY = 0.75
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prune(Rule):
+    """One-shot pruning of linears, layer by layer in the order of the graph.
+
+    match: glob over qualified module names; embeddings and the output head are left out unless `match` is the head's exact name.
+    sparsity: fraction of zeros, 0 ≤ s < 1; or a mapping {glob: sparsity} (first match wins, a linear that none matches is left
+        dense). Default: 0.75, and `1 − N/M` for an N:M pattern, which allows nothing else.
+    method: "sparsegpt" (arXiv 2301.00774) and "wanda" (2306.11695) need calibration batches; "magnitude" and "random" do not.
+    pattern: "unstructured", "N:M" with any N < M (N of M inputs stay), or "HxW" (blocks of H output rows × W input columns).
+    allocation: "uniform", or "sensitivity": the same total, with sparsities moved between layers to where they cost least.
+    max_shift: with "sensitivity", how far a layer's sparsity may move from `sparsity`.
+    exclude: globs of modules to leave dense.
+    damping: SparseGPT: added to the Hessian's diagonal, as a fraction of its mean.
+    seed: of "random".
+    """
+
+    sparsity: float | Mapping[str, float] | tuple[tuple[str, float], ...] | None = None
+    method: PruneMethod = "sparsegpt"
+    pattern: str = "unstructured"
+    allocation: Literal["uniform", "sensitivity"] = "uniform"
+    max_shift: float = 0.15
+    exclude: tuple[str, ...] = ()
+    damping: float = 0.01
+    seed: int = 0
+
+    phase: ClassVar[Literal["adapt", "weight"]] = "weight"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sparsity, Mapping):
+            object.__setattr__(self, "sparsity", tuple(self.sparsity.items()))
+        if isinstance(self.exclude, str):
+            raise PlanError(f"Prune(exclude={self.exclude!r}): expected a list of patterns")
+        super().__post_init__()
+        shape = parse_pattern(self.pattern)
+        if self.sparsity is None:
+            object.__setattr__(self, "sparsity", shape.sparsity if isinstance(shape, NM) else DEFAULT_SPARSITY)
+        for sparsity in self.sparsities:
+            check_sparsity("Prune", sparsity)
+            if isinstance(shape, NM) and abs(sparsity - shape.sparsity) > 1e-6:
+                raise PlanError(
+                    f"Prune(pattern='{shape}', sparsity={sparsity:g}): keeping {shape.n} of {shape.m} is sparsity "
+                    f"{shape.sparsity:g}; leave sparsity out, or choose another N:M"
+                )
+        if self.allocation == "sensitivity" and isinstance(shape, NM):
+            raise PlanError(f"Prune(pattern='{shape}', allocation='sensitivity'): N:M fixes every layer's sparsity; use 'uniform'")
+        if not self.damping > 0:
+            raise PlanError(f"Prune(damping={self.damping:g}): must be positive, 0.01 is usual")
+        if not 0 <= self.max_shift < 1:
+            raise PlanError(f"Prune(max_shift={self.max_shift:g}): 0 ≤ max_shift < 1 is needed")
+
+    @property
+    def shape(self) -> Pattern:
+        """The parsed pattern."""
+        return parse_pattern(self.pattern)
+
+    @property
+    def sparsities(self) -> tuple[float, ...]:
+        if isinstance(self.sparsity, tuple):
+            return tuple(s for _, s in self.sparsity)
+        return (float(self.sparsity),) if isinstance(self.sparsity, int | float) else ()
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.method in NEEDS_DATA
+
+    def sparsity_of(self, module: str) -> float | None:
+        """Sparsity of the linear in module `module` before allocation, or None when no glob of a mapping matches it."""
+        if isinstance(self.sparsity, tuple):
+            return next((s for glob, s in self.sparsity if fnmatchcase(module, glob)), None)
+        return float(self.sparsity) if isinstance(self.sparsity, int | float) else None
+
+    def targets(self, program: Program) -> tuple[list[str], list[Refusal]]:
+        """Parameter names that the rule prunes, in graph order, and what it leaves dense with the reason.
+
+        A module named in `match` without wildcards that cannot be pruned is in the refusals as well; raise if that matters.
+        """
+        wanted: list[str] = []
+        refused: list[Refusal] = []
+        heads = head_parameters(program.host)
+        routers = router_parameters(program)
+        for name in prunable_parameters(program):
+            module = name.rpartition(".")[0]
+            if not self.matches(module, name):
+                continue
+            if any(fnmatchcase(n, glob) for n in (module, name) for glob in self.exclude):
+                refused.append(Refusal(name, "excluded by the rule"))
+            elif name in heads and self.match not in (module, name):
+                refused.append(Refusal(name, "the output head or an embedding; name it in match=… to prune it"))
+            elif name in routers and self.match not in (module, name):
+                refused.append(Refusal(name, "a router: its output chooses experts; name it in match=… to prune it"))
+            elif self.sparsity_of(module) is None:
+                refused.append(Refusal(name, "no pattern of the sparsity mapping matches it"))
+            else:
+                wanted.append(name)
+        return wanted, refused
+
+
+def head_parameters(host: nn.Module) -> set[str]:
+    """Names of embeddings' parameters and of the output head's weight, every alias included."""
+    heads: set[int] = set()
+    for module in host.modules():
+        if isinstance(module, nn.Embedding):
+            heads.update(id(p) for p in module.parameters(recurse=False))
+    get_head = getattr(host, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    if isinstance(head, nn.Module):
+        heads.update(id(p) for p in head.parameters())
+    return {name for name, p in host.named_parameters(remove_duplicate=False) if id(p) in heads}
+
+
+def router_parameters(program: Program) -> set[str]:
+    """Weights of linears whose output reaches `topk` through element-wise operations, softmax or views only."""
+    passing = ("softmax", "sigmoid", "_to_copy", "to.", "view", "reshape", "add", "mul", "float", "type_as", "slice", "unsqueeze", "div")
+    found = set()
+    for linear in program.linears():
+        frontier, seen = list(linear.node.users), set()
+        while frontier:
+            node = frontier.pop()
+            kind = str(node.target)
+            if "topk" in kind:
+                found.add(linear.weight)
+                break
+            if node not in seen and any(word in kind for word in passing):
+                seen.add(node)
+                frontier += [user for user in node.users if len(seen) < 16]
+    return found
+
+
+def prunable_parameters(program: Program) -> list[str]:
+    """Weights of linears and of packed experts `(experts, …, …)`, in graph order, each once."""
+    names = program.tensor_names
+    order = {node: place for place, node in enumerate(program.graph.nodes)}
+    found = [(order[linear.node], linear.weight) for linear in program.linears()]
+    for node in program.graph.nodes:
+        if node.op != "placeholder" or node.name not in names or len(node.meta["val"].shape) != 3:
+            continue
+        readers = [order[user] for user in node.users]
+        is_parameter = any(i.name == node.name and i.kind == "parameter" for i in program.inputs)
+        if readers and is_parameter and min(node.meta["val"].shape) > 1 and not is_convolution(node):
+            found.append((min(readers), names[node.name]))
+    return list(dict.fromkeys(name for _, name in sorted(found, key=lambda pair: pair[0])))
+
+
+def is_convolution(node: object) -> bool:
+    """Whether a weight feeds a convolution (also through views)."""
+    users = getattr(node, "users", {})
+    return any("conv" in str(getattr(user, "target", "")) for user in users)

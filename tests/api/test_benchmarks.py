@@ -1,0 +1,222 @@
+"""The benchmarks run, and count what they say they count. Times are not tested."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import compile_time, harness, layouts, train_step  # noqa: E402
+
+TINY = train_step.Case(train_step.PRESETS["tiny"], torch.float32, "cpu")
+
+
+# --- harness -------------------------------------------------------------------------------------------------------------
+
+
+def test_saved_bytes_count_a_storage_once_in_full_and_no_parameters():
+    x = torch.randn(10, 6)
+    w = torch.randn(4, 6, requires_grad=True)
+    with harness.saved_for_backward([w]) as saved:
+        y = torch.nn.functional.linear(x, w)  # saves x for dW
+        z = torch.nn.functional.linear(x[:, :], w)  # the same storage again
+    assert saved.bytes == x.untyped_storage().nbytes() == 240
+    with harness.saved_for_backward([w]) as saved:
+        view = (x[:, 2:3] * w[:, 2].sum()).sum()  # one column, as a view: all of x stays alive
+    assert 240 <= saved.bytes < 240 + 8  # and at most a scalar
+    assert torch.isfinite(y.sum() + z.sum() + view)
+
+
+def test_saved_bytes_of_a_frozen_linear_are_zero():
+    linear = torch.nn.Linear(6, 4).requires_grad_(False)
+    x = torch.randn(10, 6, requires_grad=True)
+    with harness.saved_for_backward(linear.parameters()) as saved:
+        y = linear(x)
+    assert saved.bytes == 0
+    assert y.requires_grad
+
+
+def test_allocations_on_cpu_are_exact():
+    kilo = torch.zeros(256)
+    with harness.allocations("cpu") as seen:
+        a = torch.ones(256)  # 1024 B
+        b = a + kilo  # 2048 B live
+        del a
+        c = torch.ones(128)  # 1536 B live
+    assert seen.peak == 2048
+    assert seen.end == 1536
+    assert float(b.sum() + c.sum()) == 256 * 1 + 128
+
+
+def test_interleave_calls_in_turn_and_pairs_rounds():
+    calls = []
+    times = harness.interleave({n: lambda n=n: calls.append(n) for n in "abc"}, rounds=3, warmup=1)
+    assert "".join(calls) == "abc" + "abc" + "bca" + "cab"
+    assert {len(t.samples) for t in times.values()} == {3}
+    slow, quick = harness.Timing((2.0, 8.0, 4.0)), harness.Timing((1.0, 2.0, 4.0))
+    assert slow.over(quick) == harness.Ratio(median=2.0, minimum=2.0, paired=2.0)
+
+
+@pytest.mark.parametrize(("at_least", "met"), [(False, False), (True, True)])
+def test_a_bar_says_which_side_it_is_on(at_least, met):
+    bar = harness.Bar("time", 1.2, 1.1, at_least)
+    assert bar.met is met
+    assert ("≥" in str(bar)) is at_least
+    assert ("MISSED" in str(bar)) is not met
+
+
+def test_table_has_a_cell_for_each_column_and_ends_in_json(tmp_path, capsys):
+    arguments = harness.parser("x").parse_args(["--save", str(tmp_path), "--label", "here"])
+    harness.report("demo", arguments, [{"a": 1, "b": 2.0}, {"a": 12345}], bars=[harness.Bar("n", 1, 2)])
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[0].split() == ["|", "a", "|", "b", "|"]
+    assert lines[3].split() == ["|", "12,345", "|", "|"]
+    record = json.loads(lines[-1])
+    assert record["machine"]["cpu"]
+    assert record["versions"]["torch"] == torch.__version__
+    (saved,) = tmp_path.iterdir()
+    assert saved.name == f"demo-here-{record['date']}.json"
+    assert json.loads(saved.read_text()) == record
+
+
+@pytest.mark.parametrize("script", [layouts, train_step, compile_time], ids=lambda m: m.__name__)
+def test_every_script_has_help(script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--help"])
+    assert stop.value.code == 0
+    assert "--fast" in capsys.readouterr().out
+
+
+# --- layouts -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_all_layouts_compute_the_same_step(axis):
+    case = layouts.Case(n=24, m=20, axis=axis, width=6, tokens=9, dtype=torch.float32, device="cpu")
+    outputs = {name: [step() for _ in range(4)] for name, step in layouts.steps(case).items()}
+    moved = (outputs["refresh"][-1] - outputs["refresh"][0]).abs().max()
+    assert moved > 1e-4  # three steps of AdamW have changed something
+    for name in ("alias", "refresh_fn", "split", "delta"):
+        for ours, theirs in zip(outputs["refresh"], outputs[name], strict=True):
+            torch.testing.assert_close(theirs, ours, atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    assert torch.equal(outputs["floor"][0], outputs["floor"][-1])
+
+
+def test_layouts_runs(capsys):
+    record = layouts.main(["--fast", "--dtypes", "fp32"])
+    assert len(record["rows"]) == 2
+    assert json.loads(capsys.readouterr().out.strip().splitlines()[-1]) == record
+
+
+# --- train_step ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def memory():
+    """Method → (trainee, bytes) on the tiny Llama."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    found = {}
+    for name, build in train_step.METHODS.items():
+        trainee = build(TINY)
+        found[name] = trainee, train_step.measure_memory(trainee, "cpu")
+    return found
+
+
+def test_s2ft_saves_the_floor_and_its_slices_to_the_byte(memory):
+    trainee, ours = memory["s2ft"]
+    columns = sum(s.length for s in trainee.model.sparsify.program.slices)
+    tokens = TINY.shape.batch * TINY.shape.sequence
+    assert ours.saved - memory["floor_cut"][1].saved == 4 * tokens * columns
+    assert ours.saved < memory["floor"][1].saved
+
+
+def test_peers_save_more_than_s2ft(memory):
+    ours = memory["s2ft"][1].saved
+    assert ours < memory["miss"][1].saved < memory["lora"][1].saved < memory["full"][1].saved
+
+
+def test_floors_train_nothing_and_end_where_they_say(memory):
+    for name in ("floor", "floor_cut"):
+        trainee, _ = memory[name]
+        assert trainee.trainable() == 0
+        trainee.loss().backward()
+        (leaf,) = trainee.leaves
+        assert leaf.grad is not None
+        assert all(p.grad is None for p in trainee.model.parameters())
+        trainee.finish()
+        assert leaf.grad is None
+    assert memory["floor_cut"][1].saved < memory["floor"][1].saved
+
+
+def test_trainable_sizes_are_near_each_other():
+    # at the size that is measured; on the tiny one a head is a large share
+    case = train_step.Case(train_step.PRESETS["small"], torch.float32, "cpu")
+    lora = case.lora_parameters()
+    miss = case.miss_rank() * sum(n for _, n in case.linears().values())
+    assert abs(miss / lora - 1) < 0.12
+    consumers = 1024 * 1024 + 2816 * 1024
+    assert case.s2ft_fraction() * consumers == pytest.approx(lora)
+
+
+def test_a_method_that_fails_is_named_with_its_reason(monkeypatch, capsys):
+    def broken(case):
+        raise NotImplementedError("no such thing")
+
+    monkeypatch.setitem(train_step.METHODS, "broken", broken)
+    record = train_step.main(["--fast", "--methods", "floor_cut", "broken"])
+    assert [row["method"] for row in record["rows"]] == ["floor_cut"]
+    assert "broken failed: NotImplementedError: no such thing" in record["notes"]
+
+
+# --- the others ----------------------------------------------------------------------------------------------------------
+
+
+def test_compile_time_runs_and_accounts_for_the_total():
+    pytest.importorskip("transformers")
+    record = compile_time.main(["--fast"])
+    assert [row["layers"] for row in record["rows"]] == [1, 2]
+    for row in record["rows"]:
+        stages = [v for k, v in row.items() if k.endswith(" s") and k not in ("total s", "total min s")]
+        assert sum(stages) == pytest.approx(row["total s"])
+        assert {"capture s", "find-structures s", "permute-weights s", "install s"} <= set(row)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_script_says_that_there_is_no_gpu(tmp_path):
+    environment = {**os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path / "out")}
+    done = subprocess.run(
+        ["bash", str(ROOT / "benchmarks" / "gpu.sh")], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "no GPU" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_gpu_script_goes_on_after_a_failing_step(tmp_path):
+    """A stand-in for Python with a GPU: `layouts.py` fails, everything else passes; no tests are marked."""
+    fake = tmp_path / "python"
+    fake.write_text('#!/bin/bash\ncase "$*" in *pytest*) exit 5;; *layouts.py*) exit 3;; esac\nexit 0\n')
+    fake.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(fake), "OUT": str(tmp_path / "out")}
+    done = subprocess.run(
+        ["bash", str(ROOT / "benchmarks" / "gpu.sh")], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stdout
+    summary = (tmp_path / "out" / "summary.txt").read_text()
+    assert "FAILED (exit 3)" in summary
+    assert summary.count("FAILED") == 1
+    assert summary.count("passed") >= 4
+
+
+def test_gpu_script_fits_in_ten_minutes():
+    lines = (ROOT / "benchmarks" / "gpu.sh").read_text().split('STEPS="')[1].split('"\n')[0].strip().splitlines()
+    assert sum(int(line.split("|")[1]) for line in lines) < 600
