@@ -26,7 +26,7 @@ import functools
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -216,6 +216,27 @@ def build_floor_cut(case: Case) -> Trainee:
     return Trainee(model, {"input_ids": case.tokens, "labels": case.tokens}, leaves=[leaf])
 
 
+def held_by(handle: Any) -> list[Tensor]:
+    """Every real tensor that our handle keeps alive besides the model's own: base values, the program's tensors, …"""
+    found: list[Tensor] = []
+    seen: set[int] = set()
+    todo: list[Any] = [handle]
+    while todo:
+        value = todo.pop()
+        if id(value) in seen or isinstance(value, nn.Module):
+            continue
+        seen.add(id(value))
+        if type(value) in (Tensor, nn.Parameter):
+            found.append(value)
+        elif isinstance(value, Mapping):
+            todo += value.values()
+        elif isinstance(value, list | tuple | set):
+            todo += value
+        elif type(value).__module__.startswith("sparsify"):
+            todo += vars(value).values() if hasattr(value, "__dict__") else []
+    return found
+
+
 def build_s2ft(case: Case) -> Trainee:
     """Ours: columns of O and Down."""
     import sparsify
@@ -223,8 +244,7 @@ def build_s2ft(case: Case) -> Trainee:
 
     plan = Plan([S2FT(fraction=case.s2ft_fraction())], seed=case.seed)
     model = sparsify.compile(case.model(), plan, progress=False, donate=True)
-    kept = [*model.sparsify.base_blocks.values(), *model.sparsify.base_full.values()]
-    return Trainee(model, {"input_ids": case.tokens, "labels": case.tokens}, extra=kept)
+    return Trainee(model, {"input_ids": case.tokens, "labels": case.tokens}, extra=held_by(model.sparsify))
 
 
 def build_full(case: Case) -> Trainee:

@@ -21,7 +21,13 @@ from sparsify import S2FT, Plan
 
 SMALL: dict[str, dict[str, Any]] = {
     "llama": {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 8, "num_key_value_heads": 2},
-    "qwen3": {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16},
+    "qwen3": {
+        "hidden_size": 64,
+        "intermediate_size": 176,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    },
     "gpt2": {"n_embd": 64, "n_head": 4},
     "bert": {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4},
     "vit": {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "image_size": 32, "patch_size": 8},
@@ -39,7 +45,9 @@ def build(source: str, layers: int, meta: bool) -> torch.nn.Module:
                 setattr(config, name, layers)
     else:
         config = AutoConfig.from_pretrained(source, local_files_only=True)
-    causal = type(config) in AutoModelForCausalLM._model_mapping and getattr(config, "architectures", None) != ["BertModel"]
+    causal = type(config) in AutoModelForCausalLM._model_mapping and getattr(config, "architectures", None) != [
+        "BertModel"
+    ]
     factory = AutoModelForCausalLM if causal and source != "bert" else AutoModel
     torch.manual_seed(0)
     with torch.device("meta" if meta else "cpu"):

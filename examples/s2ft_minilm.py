@@ -50,12 +50,14 @@ def main() -> None:
         hidden = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
         vectors = F.normalize(mean_pool(hidden, batch["attention_mask"]), dim=-1)
         similarity = vectors[0::2] @ vectors[1::2].T
-        loss = F.cross_entropy(similarity / 0.1, target)
+        loss = F.cross_entropy(similarity / 0.5, target)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         if step in (0, steps - 1):
-            print(f"step {step + 1}: loss {loss.item():.3f}, similarity of the pairs {similarity.diagonal().mean():.2f}")
+            print(
+                f"step {step + 1}: loss {loss.item():.3f}, similarity of the pairs {similarity.diagonal().mean():.2f}"
+            )
 
     out = options.out or Path(tempfile.mkdtemp(prefix="sparsify-"))
     model.sparsify.save_adapter(out)

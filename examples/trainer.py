@@ -44,7 +44,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=float, default=3.0)
     parser.add_argument("--fast", action="store_true", help="three steps only")
-    parser.add_argument("--out", type=Path, help="where the Trainer and the adapter write (default: a temporary folder)")
+    parser.add_argument(
+        "--out", type=Path, help="where the Trainer and the adapter write (default: a temporary folder)"
+    )
     options = parser.parse_args()
     out = options.out or Path(tempfile.mkdtemp(prefix="sparsify-"))
 

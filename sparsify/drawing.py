@@ -18,11 +18,12 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 
-from sparsify.printer import ids_text, slice_text
+from sparsify.printer import ids_text, lowrank_text, slice_text
 from sparsify.program import Program, TrainedSlice
 from sparsify.structure import Declined, Site, Structure
 
@@ -35,7 +36,7 @@ MAX_BINS = 48
 INK, SOFT, FAINT, PAPER = "#1d2733", "#5d6b7a", "#d5dbe2", "#ffffff"
 RAMP = ((0xDD, 0xE5, 0xF0), (0x6D, 0x88, 0xAE))
 CONSUMER, PRODUCER = "#e8590c", "#2f9e44"
-MOVED = "#4c5fb5"
+MOVED, EXTRA = "#4c5fb5", "#c2255c"
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,9 @@ class View:
         return [unit_at.get(channel, unit) for unit, channel in enumerate(channels.tolist())]
 
     def _trained(self, site: Site, nested: bool) -> list[bool]:
-        ranges = [(s.start, s.start + s.length) for s in self.slices.get((site.param, site.axis), ())]
-        return [any(low <= place < high for low, high in ranges) for place in self._places(site, nested).tolist()]
+        pieces = self.slices.get((site.param, site.axis), ())
+        on = {place for s in pieces for place in (s.places or range(s.start, s.start + s.length))}
+        return [place in on for place in self._places(site, nested).tolist()]
 
 
 def draw_program(program: Program, path: str | os.PathLike[str] | None = None) -> str:
@@ -133,15 +135,33 @@ def split_layer(name: str) -> tuple[str, str]:
 
 
 def count_parameters(program: Program) -> tuple[int, int]:
-    """(trained, all) parameters of the original model; tied ones once."""
-    total = sum(p.numel() for name, p in program.host.named_parameters() if not name.endswith("_slice"))
-    trained = 0
-    for piece in program.slices:
-        shape = program.tensor(piece.param).shape
-        trained += shape.numel() // shape[piece.axis] * piece.length
+    """(trained, all) parameters; tied ones once. Sizes come from the graph, for a quantised host has no dense weights."""
+    sizes = {
+        i.target: node.meta["val"].numel()
+        for i, node in zip(program.inputs, program.graph.find_nodes(op="placeholder"), strict=True)
+        if i.kind == "parameter" and i.target is not None and isinstance(node.meta.get("val"), torch.Tensor)
+    }
+    total = sum(size for name, size in sizes.items() if name in program.aliases)
+    total += sum(
+        p.numel() for name, p in program.host.named_parameters() if name in program.aliases and name not in sizes
+    )
+    trained = sum(program.tensor(piece.block_name).numel() for piece in program.slices)
+    for part in program.lowranks:
+        owner = part.param.rpartition(".")[0]
+        names = [f"{owner}.{leaf}" for leaf in ("sparse_values", "lora_A", "lora_B")]
+        trained += sum(program.tensors[name].numel() for name in names if name in program.tensors)
     handle = program.host.__dict__.get("sparsify")
     trained += sum(program.tensor(name).numel() for name in getattr(handle, "train", ()))
     return trained, total
+
+
+def shared_parts(names: list[str]) -> int:
+    """How many leading dotted parts all names share."""
+    split = [name.split(".") for name in names]
+    count = 0
+    while split and all(len(parts) > count and parts[count] == split[0][count] for parts in split):
+        count += 1
+    return count
 
 
 def _document(program: Program) -> list[str]:
@@ -154,7 +174,7 @@ def _document(program: Program) -> list[str]:
     columns = _columns(rows)
     body_width = sum(width for _, width in columns) + GAP * max(0, len(columns) - 1)
     width = max(MARGIN * 2 + LABEL + body_width, 940)
-    top = 150
+    top = 154
     height = top + max(1, len(rows)) * ROW + MARGIN
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
@@ -163,14 +183,15 @@ def _document(program: Program) -> list[str]:
         f'<rect width="{width}" height="{height}" fill="{PAPER}"/>',
     ]
     lines += _header(program, width)
+    leaves: dict[tuple[str, int], set[str]] = defaultdict(set)
+    for items in rows.values():
+        for key, item in zip(_keys(items), items, strict=True):
+            leaves[key].add(split_layer(item.name)[1])
+    prefix = shared_parts(list(rows))
     xs, x = {}, MARGIN + LABEL
     for key, column_width in columns:
         xs[key] = (x, column_width)
-        lines.append(
-            _text(
-                x, top - 14, {"attention": "attention", "ffn": "feed-forward"}.get(key[0], "other"), SOFT, 11, bold=True
-            )
-        )
+        lines.append(_text(x, top - 14, _heading(key[0], leaves[key]), SOFT, 11, bold=True))
         x += column_width + GAP
     if not rows:
         lines.append(
@@ -182,7 +203,7 @@ def _document(program: Program) -> list[str]:
             lines.append(
                 f'<rect x="{MARGIN - 12}" y="{y - 6}" width="{width - 2 * MARGIN + 24}" height="{ROW}" fill="#f7f9fb"/>'
             )
-        lines.append(_label(row, y))
+        lines.append(_label(row, prefix, y))
         for key, item in zip(_keys(items), items, strict=True):
             x, column_width = xs[key]
             if isinstance(item, Declined):
@@ -228,6 +249,7 @@ def _header(program: Program, width: int) -> list[str]:
         _text(MARGIN, 62, " · ".join(facts), SOFT, 13),
     ]
     lines.append(_text(width - MARGIN, 40, f"stage: {program.stage.name.lower()}", SOFT, 12, anchor="end"))
+    extras = program.lowranks or program.quantize
     x, y = float(MARGIN), 88
     ramp = "".join(f'<rect x="{MARGIN + i * 7}" y="78" width="7" height="12" fill="{_shade(i, 8)}"/>' for i in range(8))
     lines.append(ramp)
@@ -238,6 +260,7 @@ def _header(program: Program, width: int) -> list[str]:
         (_chip_svg(0, 77, "w", True), "tensor that was reordered"),
         (_chip_svg(0, 77, "w", False), "left as it was"),
         (_swatch(0, 88, "#eceff2", dashed=True), "declined (hover: why)"),
+        *([(_chip_svg(0, 77, "w", False, True), "low-rank, sparse or quantised (hover)")] if extras else []),
     ):
         offset = 62 if not mark else 20
         if x + offset + 5.7 * len(text) > width - MARGIN:
@@ -316,7 +339,7 @@ def _bar(view: View, x: float, y: float, width: int) -> list[str]:
     lines = []
     bins = min(MAX_BINS, count)
     edges = sorted({round(i * count / bins) for i in range(bins + 1)})
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in pairwise(edges):
         originals = [cell.original for cell in cells[low:high]]
         shade = _shade(sum(originals) / len(originals), count)
         left, right = x + width * low / count, x + width * high / count
@@ -394,8 +417,9 @@ def _chips(program: Program, structure: Structure, x: float, y: float, width: in
             lines.append(_text(left, y + 10, f"+{rest}", SOFT, 9) + "</g>")
             break
         reordered = (site.param, site.axis) in moved
-        note = f"{site}" + (", reordered" if reordered else "")
-        lines.append(f"<g><title>{escape(note)}</title>{_chip_svg(left, y, name, reordered)}</g>")
+        more = _extras(program, site.param)
+        note = f"{site}{', reordered' if reordered else ''}{more}"
+        lines.append(f"<g><title>{escape(note)}</title>{_chip_svg(left, y, name, reordered, bool(more))}</g>")
         left += size + 4
     if words:
         note = "\n".join(slice_text(s, program.tensor(s.param).dim()) for s in trained)
@@ -403,6 +427,13 @@ def _chips(program: Program, structure: Structure, x: float, y: float, width: in
             f"<g><title>{escape(note or words)}</title>{_text(x + width, y + 10, words, CONSUMER, 10, anchor='end')}</g>"
         )
     return lines
+
+
+def _extras(program: Program, param: str) -> str:
+    """What else was done to a weight, besides reordering and slicing."""
+    parts = [lowrank_text(p).partition(" ")[2] for p in program.lowranks if p.param == param]
+    parts += [f"stored as {program.quantize[param]}"] if param in program.quantize else []
+    return "".join(f", {part}" for part in parts)
 
 
 def _chip_name(site: Site) -> str:
@@ -441,16 +472,25 @@ def _declined(item: Declined, x: float, y: float, width: int) -> list[str]:
     ]
 
 
-def _label(row: str, y: float) -> str:
-    prefix, _, leaf = row.rpartition(".")
-    name = f"{prefix.rpartition('.')[2]}.{leaf}" if leaf.isdigit() else row
+def _label(row: str, prefix: int, y: float) -> str:
+    """Name of a row without what all rows share, but at least its last two parts."""
+    parts = row.split(".")
+    name = ".".join(parts[min(prefix, max(0, len(parts) - 2)) :])
     short = name if len(name) <= 22 else f"…{name[-21:]}"
     return f"<g><title>{escape(row)}</title>{_text(MARGIN, y + 12, short, INK, 12, bold=True)}</g>"
 
 
-def _chip_svg(x: float, y: float, name: str, moved: bool) -> str:
+def _heading(kind: str, leaves: set[str]) -> str:
+    """Title of a column: what stands in it, and the module's name if that is the same in all rows."""
+    name = {"attention": "attention", "ffn": "feed-forward"}.get(kind, "other")
+    leaf = next(iter(leaves)) if len(leaves) == 1 else ""
+    return f"{name} · {leaf}" if leaf else name
+
+
+def _chip_svg(x: float, y: float, name: str, moved: bool, extra: bool = False) -> str:
     size = 9 + 5.6 * len(name)
-    style = f'fill="{MOVED}"' if moved else f'fill="none" stroke="{FAINT}"'
+    edge = f'stroke="{EXTRA}" stroke-width="1.6"' if extra else "" if moved else f'stroke="{FAINT}"'
+    style = f'fill="{MOVED if moved else "none"}" {edge}'
     return f'<rect x="{x:.1f}" y="{y}" width="{size:.1f}" height="{CHIP}" rx="6" {style}/>' + _text(
         x + size / 2, y + 9.7, name, PAPER if moved else SOFT, 9, anchor="middle"
     )

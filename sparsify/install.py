@@ -88,6 +88,8 @@ class Layout:
         if isinstance(module, SparseLowRankMixin):
             self.load_parts(module, state, prefix, errors)
         else:
+            if rest and rest[0].get("assign_to_params_buffers") and "weight" not in self.moves:
+                weight = state[prefix + "weight"] = weight.clone()  # the region under the block is scratch: not the caller's
             self.load_slice(module, state, prefix, weight)
 
     def load_slice(self, module: Any, state: dict[str, Any], prefix: str, weight: Tensor) -> None:
@@ -158,6 +160,12 @@ def effective_weight(module: Any) -> Tensor:
         if a is not None and b is not None:
             weight = (weight.float() + low_rank_delta(module)).to(weight.dtype)
     return weight.detach()
+
+
+def module_prefixes(name: str) -> list[str]:
+    """Names of the modules that hold a parameter, outermost first: `a.b.weight` → `a`, `a.b`."""
+    parts = name.split(".")[:-1]
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
 def trained_in_full(program: Program, patterns: tuple[str, ...]) -> set[str]:

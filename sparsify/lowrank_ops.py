@@ -31,12 +31,12 @@ LIBRARY.define(
     "bool transposed) -> Tensor"
 )
 LIBRARY.define(
-    "quantized_linear(Tensor x, Tensor[] packed, str format, int[] shape, bool transposed, Tensor? bias, Tensor? block, "
-    "Tensor? channels, int axis, Tensor? values, Tensor? index, Tensor? a, Tensor? b, float scale) -> Tensor"
+    "quantized_linear(Tensor x, str format, int rows, int columns, bool transposed, Tensor? bias, Tensor? block, "
+    "Tensor? channels, int axis, Tensor? values, Tensor? index, Tensor? a, Tensor? b, float scale, Tensor[] packed) -> Tensor"
 )
 LIBRARY.define(
-    "quantized_linear_dx(Tensor g, Tensor[] packed, str format, int[] shape, bool transposed, Tensor? block, "
-    "Tensor? channels, int axis, Tensor? values, Tensor? index, Tensor? a, Tensor? b, float scale) -> Tensor"
+    "quantized_linear_dx(Tensor g, str format, int rows, int columns, bool transposed, Tensor? block, "
+    "Tensor? channels, int axis, Tensor? values, Tensor? index, Tensor? a, Tensor? b, float scale, Tensor[] packed) -> Tensor"
 )
 LIBRARY.define("sampled_product(Tensor a, Tensor b, Tensor index) -> Tensor")
 
@@ -121,20 +121,20 @@ def dense_weight(
 
 
 def _quantized(
-    x: Tensor, packed: list[Tensor], format: str, shape: list[int], transposed: bool, bias: Tensor | None,
-    block: Tensor | None, channels: Tensor | None, axis: int, values: Tensor | None, index: Tensor | None,
-    a: Tensor | None, b: Tensor | None, scale: float,
+    x: Tensor, format: str, rows: int, columns: int, transposed: bool, bias: Tensor | None, block: Tensor | None,
+    channels: Tensor | None, axis: int, values: Tensor | None, index: Tensor | None, a: Tensor | None, b: Tensor | None,
+    scale: float, packed: list[Tensor],
 ) -> Tensor:  # fmt: skip
-    stored = dense_weight(packed, format, shape, transposed, x.dtype, block, channels, axis, values, index)
+    stored = dense_weight(packed, format, [rows, columns], transposed, x.dtype, block, channels, axis, values, index)
     return _forward(x, stored, transposed, bias, a, b, scale)
 
 
 def _quantized_dx(
-    g: Tensor, packed: list[Tensor], format: str, shape: list[int], transposed: bool, block: Tensor | None,
-    channels: Tensor | None, axis: int, values: Tensor | None, index: Tensor | None, a: Tensor | None,
-    b: Tensor | None, scale: float,
+    g: Tensor, format: str, rows: int, columns: int, transposed: bool, block: Tensor | None, channels: Tensor | None,
+    axis: int, values: Tensor | None, index: Tensor | None, a: Tensor | None, b: Tensor | None, scale: float,
+    packed: list[Tensor],
 ) -> Tensor:  # fmt: skip
-    stored = dense_weight(packed, format, shape, transposed, g.dtype, block, channels, axis, values, index)
+    stored = dense_weight(packed, format, [rows, columns], transposed, g.dtype, block, channels, axis, values, index)
     return _dx(g, stored, transposed, a, b, scale)
 
 
@@ -201,12 +201,12 @@ def _sparse_lowrank_dx_fake(g: Tensor, weight: Tensor, values: Any, index: Any, 
     return g.new_empty((*g.shape[:-1], _logical(weight.shape, transposed)[1]))
 
 
-def _quantized_fake(x: Tensor, packed: Any, format: str, shape: Any, transposed: bool, *rest: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], _logical(shape, transposed)[0]))
+def _quantized_fake(x: Tensor, format: str, rows: int, columns: int, transposed: bool, *rest: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], _logical((rows, columns), transposed)[0]))
 
 
-def _quantized_dx_fake(g: Tensor, packed: Any, format: str, shape: Any, transposed: bool, *rest: Any) -> Tensor:
-    return g.new_empty((*g.shape[:-1], _logical(shape, transposed)[1]))
+def _quantized_dx_fake(g: Tensor, format: str, rows: int, columns: int, transposed: bool, *rest: Any) -> Tensor:
+    return g.new_empty((*g.shape[:-1], _logical((rows, columns), transposed)[1]))
 
 
 for _name, _function in (
@@ -224,7 +224,7 @@ for _name, _function in (
 
 def _part_gradients(
     g: Tensor, x: Tensor | None, a: Tensor | None, b: Tensor | None, values: Tensor | None, index: Tensor | None,
-    scale: float, transposed: bool, wants: tuple[bool, bool, bool],
+    scale: float, transposed: bool, wants: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """`(dValues, dA, dB)` from the one saved input: `dS = (gᵀ x)[support]`, `dA = s Bᵀ gᵀ x`, `dB = s gᵀ (x Aᵀ)`."""
     d_values = d_a = d_b = None
@@ -267,38 +267,39 @@ torch.library.register_autograd(
 
 
 def _setup_quantized(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, packed, format, shape, transposed, bias, block, channels, axis, values, index, a, b, scale = inputs
-    need = ctx.needs_input_grad
+    x, format, rows, columns, transposed, bias, block, channels, axis, values, index, a, b, scale, packed = inputs
+    need = ctx.needs_input_grad  # flattened: positions hold up to `packed`, which is why it stands last
     whole = any(need[i] for i in (9, 11, 12)) or (need[6] and axis == 0)
-    columns = need[6] and axis == 1 and not whole
-    kept = x if whole else x.index_select(-1, channels.long()) if columns else None
+    some = need[6] and not whole
+    kept = x if whole else x.index_select(-1, channels.long()) if some else None
     ctx.save_for_backward(kept, bias, block, channels, values, index, a, b, *packed)
-    ctx.meta = (format, list(shape), transposed, axis, scale, whole)
+    ctx.meta = (format, rows, columns, transposed, axis, scale, whole)
+    ctx.wants = tuple(bool(need[i]) for i in (0, 5, 6, 9, 11, 12))
 
 
 def _backward_quantized(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     kept, bias, block, channels, values, index, a, b, *packed = ctx.saved_tensors
-    format, shape, transposed, axis, scale, whole = ctx.meta
-    need = ctx.needs_input_grad
+    format, rows, columns, transposed, axis, scale, whole = ctx.meta
+    want_x, want_bias, want_block, *wants = ctx.wants
     dx = d_bias = d_block = None
-    if need[0]:
+    if want_x:
         dx = torch.ops.sparsify.quantized_linear_dx(
-            g, packed, format, shape, transposed, block, channels, axis, values, index, a, b, scale
+            g, format, rows, columns, transposed, block, channels, axis, values, index, a, b, scale, packed
         )
     tokens_g = g.reshape(-1, g.shape[-1])
-    if need[5] and bias is not None:
+    if want_bias and bias is not None:
         d_bias = tokens_g.sum(0).to(bias.dtype)
-    if need[6] and block is not None and channels is not None:
+    if want_block and block is not None and channels is not None:
         tokens_x = kept.reshape(-1, kept.shape[-1])
         if axis == 0:
-            tokens_g_sel = tokens_g.index_select(1, channels.long())
-            d_block = tokens_g_sel.t().mm(tokens_x).to(block.dtype)
+            tokens_s = tokens_g.index_select(1, channels.long())
+            d_block = tokens_s.t().mm(tokens_x).to(block.dtype)
         else:
             tokens_x = tokens_x.index_select(1, channels.long()) if whole else tokens_x
             d_block = tokens_g.t().mm(tokens_x).to(block.dtype)
-    wants = (need[9], need[11], need[12])
-    d_values, d_a, d_b = _part_gradients(g, kept if whole else None, a, b, values, index, scale, transposed, wants)
-    return dx, [None] * len(packed), None, None, None, d_bias, d_block, None, None, d_values, None, d_a, d_b, None
+    d_values, d_a, d_b = _part_gradients(g, kept if whole else None, a, b, values, index, scale, transposed, tuple(wants))
+    gradients = (dx, None, None, None, None, d_bias, d_block, None, None, d_values, None, d_a, d_b, None)
+    return (*gradients, [None] * len(packed))
 
 
 torch.library.register_autograd("sparsify::quantized_linear", _backward_quantized, setup_context=_setup_quantized, lib=LIBRARY)

@@ -128,8 +128,8 @@ class QuantizedMixin(SparseLowRankMixin, PartialMixin):
         channels = getattr(self, "slice_channels", None) if block is not None else None
         axis = self.slice_axis if block is not None else 1
         return torch.ops.sparsify.quantized_linear(
-            x, self.packed(), self.format, list(self.shape), self.conv1d, self.bias, block, channels, axis, values, index,
-            a, b, self.scale,
+            x, self.format, self.shape[0], self.shape[1], self.conv1d, self.bias, block, channels, axis, values, index, a, b,
+            self.scale, self.packed(),
         )  # fmt: skip
 
     def dense(self) -> Tensor:

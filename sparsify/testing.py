@@ -48,6 +48,13 @@ def random_permutation(units: int, repeats: int, seed: int) -> Permutation:
     return Permutation.of(torch.tensor(rows))
 
 
+def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer under every name that it has."""
+    found: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    found.update({name: buffer for name, buffer in model.named_buffers(remove_duplicate=False) if buffer is not None})
+    return found
+
+
 def permute_state(
     model: nn.Module, structure: Structure, seed: int = 0, skip: Site | None = None, repeats: int = 1
 ) -> dict[str, torch.Tensor]:
@@ -55,7 +62,7 @@ def permute_state(
 
     repeats: orders per site: 1, or the number of groups for an inner structure (each group in an order of its own).
     """
-    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    tensors = named_tensors(model)
     permutation = random_permutation(structure.units, repeats, seed)
     state: dict[str, torch.Tensor] = {}
     for site in structure.sites:
@@ -86,11 +93,23 @@ def perturbed(model: nn.Module, example: Example, seed: int = 0, scale: float = 
 
 
 def outputs(model: nn.Module, example: Example, state: Mapping[str, torch.Tensor] | None = None) -> list[torch.Tensor]:
-    """Floating-point tensors that the model returns, with some of its tensors replaced."""
+    """Floating-point tensors that the model returns, with the values of some of its tensors replaced for this call.
+
+    Values are copied in and back, which is right for tied tensors and shared modules (`functional_call` is not: it
+    leaves a module that occurs twice with the replaced values).
+    """
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float64)
     args, kwargs = pytree.tree_map(lambda value: cast(value, dtype), example)
+    tensors = named_tensors(model)
+    before = {name: tensors[name].detach().clone() for name in state or {}}
     with torch.no_grad():
-        result = torch.func.functional_call(model, dict(state or {}), args, kwargs)
+        try:
+            for name, value in (state or {}).items():
+                tensors[name].copy_(value)
+            result = model(*args, **kwargs)
+        finally:
+            for name, value in before.items():
+                tensors[name].copy_(value)
     leaves = result.values() if isinstance(result, Mapping) else [result]
     found = [t for t in pytree.tree_leaves(list(leaves)) if isinstance(t, torch.Tensor) and t.is_floating_point()]
     assert found, "the model returned no floating-point tensor"
@@ -122,7 +141,12 @@ def levels(structure: Structure) -> Iterator[tuple[Structure, int]]:
 
 
 def check_structure(
-    model: nn.Module, example: Example, structure: Structure, seed: int = 0, tolerance: float = 1e-6, prepared: bool = False
+    model: nn.Module,
+    example: Example,
+    structure: Structure,
+    seed: int = 0,
+    tolerance: float = 1e-6,
+    prepared: bool = False,
 ) -> Controls:
     """Run both controls; raises AssertionError when one fails.
 

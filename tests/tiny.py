@@ -22,7 +22,7 @@ DECODERS = ("Llama", "Qwen2", "GPT-2", "GPT-NeoX", "Phi-3")
 
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
     """A small random model of a family of the zoo, in eval mode, with no tensor left at zeros or ones."""
-    model = perturb(zoo.build(BY_NAME[name], seed=seed)[0])
+    model = perturb(zoo.build(BY_NAME[name], BY_NAME[name].implementations[-1], seed)[0])
     if hasattr(model.config, "loss_type") and name == "GPT-2":
         model.config.loss_type = "ForCausalLMLoss"  # else its first call logs a warning, which breaks Dynamo's graph
     return model.to(dtype).eval()

@@ -7,8 +7,8 @@ An `Axis` is an element of a union-find. It is a leaf, a *product* (`view(heads,
 refinement. A leaf may be permuted when nothing `fix`ed it: then permuting it wherever it occurs commutes with every
 operation of the graph. An operation that the rules do not know fixes every axis that it touches: unknown means refused.
 
-Invariants: parts are strictly smaller than their whole (so unification ends); sizes of unified axes are equal; an axis of
-size 1 is the shared `ONE`, which nothing can fix; a fixed axis has fixed parts.
+Invariants: parts are strictly smaller than their whole (so unification ends); sizes of unified axes are equal; an axis
+of size 1 is the shared `ONE`, which nothing can fix; a fixed axis has fixed parts.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ from typing import Any, Literal
 
 import torch
 from torch import fx
+
+
+def words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ def pieces(root: Axis) -> list[Axis]:
 
 
 def unify(a: Axis, b: Axis, met: str = "") -> None:
-    """Demand that `a` and `b` are indexed alike. `met` is the node that demands it (for the reason, if one is fixed)."""
+    """Demand that `a` and `b` are indexed alike. `met`: the node that demands it (for the reason, if one is fixed)."""
     a, b = find(a), find(b)
     if a is b:
         return
@@ -219,7 +223,9 @@ def cut(axis: Axis, start: int, stop: int, met: str = "") -> Axis:
     if root.fixed is not None and root.form is None:
         return fresh(stop - start, root.fixed)
     middle = fresh(stop - start)
-    unify(root, concat([fresh(s) for s in (start,) if s] + [middle] + [fresh(s) for s in (axis.size - stop,) if s]), met)
+    unify(
+        root, concat([fresh(s) for s in (start,) if s] + [middle] + [fresh(s) for s in (axis.size - stop,) if s]), met
+    )
     return middle
 
 
@@ -292,7 +298,20 @@ class Refuse(Exception):
 class Call:
     """One operation while its rule runs: arguments by schema name (tensors as Values), and what the rule may record."""
 
-    __slots__ = ("along", "args", "contractions", "core", "join", "machine", "mixes", "name", "node", "op", "spans")
+    __slots__ = (
+        "along",
+        "args",
+        "contractions",
+        "core",
+        "inputs",
+        "join",
+        "machine",
+        "mixes",
+        "name",
+        "node",
+        "op",
+        "spans",
+    )
 
     def __init__(self, machine: Interpreter, node: fx.Node, op: str, args: dict[str, Any]) -> None:
         self.machine, self.node, self.op, self.args = machine, node, op, args
@@ -302,6 +321,7 @@ class Call:
         self.along: Axis | None = None
         self.contractions: list[Contraction] = []
         self.core: AttentionCore | None = None
+        self.inputs: tuple[Value, ...] = ()
 
     def __getitem__(self, name: str) -> Any:
         return self.args[name]
@@ -323,7 +343,7 @@ class Call:
         unify(a, b, self.name)
 
     def broadcast(self, *shapes: Axes) -> Axes:
-        """Axes of an element-wise result; axes of size 1 and uniform ones stretch, all others at one place become one."""
+        """Axes of an element-wise result: size 1 and uniform axes stretch, all others at one place become one."""
         rank = max((len(s) for s in shapes), default=0)
         out: list[Axis] = [ONE] * rank
         for axes in shapes:
@@ -362,7 +382,13 @@ class Call:
     def known(self, node: Any) -> torch.Tensor | None:
         """The values of a small constant (`torch.tensor([-2])` in the model's code), when export kept them."""
         while isinstance(node, fx.Node) and node.op == "call_function" and node not in self.machine.written:
-            if str(node.target).split(".")[1:2] not in (["lift_fresh_copy"], ["detach"], ["alias"], ["clone"], ["detach_"]):
+            if str(node.target).split(".")[1:2] not in (
+                ["lift_fresh_copy"],
+                ["detach"],
+                ["alias"],
+                ["clone"],
+                ["detach_"],
+            ):
                 return None
             node = node.args[0]
         if not isinstance(node, fx.Node) or node.op != "placeholder" or node in self.machine.written:
@@ -370,6 +396,12 @@ class Call:
         if node.name not in self.machine.tensors or node.name in self.machine.parameters:
             return None
         return getattr(node.meta.get("val"), "constant", None)
+
+    def intermediate(self, axes: Axes, inputs: tuple[Value, Value]) -> Value:
+        """A value inside the operation, that the graph does not show."""
+        value = self.machine.new(axes, self.op, self.name, inputs)
+        value.origin = None
+        return value
 
     def cut(self, axis: Axis, start: int, stop: int) -> Axis:
         self.spans.append((axis, start, stop))
@@ -407,7 +439,7 @@ def tensor_shape(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def written_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that an in-place operation may write to, directly or through a view: their values may stop being uniform."""
+    """Nodes that an in-place operation may write to, directly or through a view: they may stop being uniform."""
     written: set[fx.Node] = set()
 
     def mark(node: Any) -> None:
@@ -598,6 +630,7 @@ class Interpreter:
             origin = inputs[0].origin  # experts picked by a router are still weights
 
         written = call.node in self.written
+        inputs = call.inputs or inputs
 
         def value_of(item: Axes, index: int) -> Value:
             if written and any(a.uniform for a in item):
@@ -616,7 +649,7 @@ class Interpreter:
         if origin and call.contractions:
             result.origin = None  # a learned query, or a projected table: what a product of weights makes is data
         for contraction in call.contractions:
-            contraction.out = result
+            contraction.out = contraction.out or result
             self.contractions.append(contraction)
         if call.core is not None:
             call.core.out = result
@@ -624,7 +657,7 @@ class Interpreter:
         return result
 
     def unknown(self, node: fx.Node, op: str, inputs: tuple[Value, ...], outputs: list[torch.Tensor]) -> Any:
-        """Fix every axis that the operation touches; outputs keep the axes of an input of the same shape (all fixed)."""
+        """Fix every axis that the operation touches; outputs keep the axes of an input of the same shape, all fixed."""
         reason = Reason(f"node '{node.name}' ({op}) may depend on the order along every axis that it touches")
         for value in inputs:
             for axis in value.axes:
@@ -637,7 +670,9 @@ class Interpreter:
             if like is not None:
                 axes = tuple(a if a.size == s else fresh(s, reason) for a, s in zip(like.axes, shape, strict=True))
             value = self.new(axes, op, node.name, inputs)
-            value.origin = None if any(v.active for v in inputs) else frozenset(n for v in inputs for n in v.origin or ())
+            value.origin = (
+                None if any(v.active for v in inputs) else frozenset(n for v in inputs for n in v.origin or ())
+            )
             results.append(value)
         return results[0] if isinstance(node.meta.get("val"), torch.Tensor) else results
 

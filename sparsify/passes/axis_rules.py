@@ -26,6 +26,7 @@ from sparsify.passes.axes import (
     fresh,
     product,
     unify,
+    words,
 )
 
 RULES: dict[str, Rule] = {}
@@ -33,18 +34,18 @@ POINTWISE_TAG: dict[Any, bool] = {}
 MANY = 64  # an axis taken apart into single positions may have this many at most
 
 # Element-wise operations that PyTorch does not tag as such. Casts and copies count: they read one element each.
-ELEMENTWISE = set(
-    "__and__ __or__ __xor__ __lshift__ __rshift__ and_ floor_divide divide multiply subtract true_divide rsub neg negative "
+ELEMENTWISE = words(
+    "__and__ __or__ __xor__ __lshift__ __rshift__ floor_divide divide multiply subtract true_divide rsub neg negative "
     "masked_fill where _to_copy contiguous detach alias lift_fresh_copy lift_fresh clone copy fill zero log_sigmoid "
-    "logsigmoid hardswish tanhshrink hardshrink isnan isreal polar complex real imag conj _conj resolve_conj resolve_neg "
-    "nan_to_num absolute arctan greater less greater_equal less_equal not_equal special_expit special_erf "
-    "special_log1p special_expm1 clamp clip softsign square float_power".split()
+    "logsigmoid hardswish tanhshrink hardshrink isnan isreal polar complex real imag conj _conj resolve_conj "
+    "resolve_neg nan_to_num absolute arctan greater less greater_equal less_equal not_equal special_expit special_erf "
+    "special_log1p special_expm1 clamp clip softsign square float_power"
 )
 # In-place forms are allowed for element-wise operations and for these.
 IN_PLACE = {"index_put", "copy", "fill", "zero", "masked_fill", "index_add", "relu", "clamp"}
-VIEWS = set(
-    "view reshape flatten unflatten view_as reshape_as permute transpose t mT swapaxes movedim unsqueeze squeeze expand "
-    "slice narrow select split split_with_sizes chunk tensor_split unbind alias detach contiguous to".split()
+VIEWS = words(
+    "view reshape flatten unflatten view_as reshape_as permute transpose t mT swapaxes movedim unsqueeze squeeze "
+    "expand slice narrow select split split_with_sizes chunk tensor_split unbind alias detach contiguous to"
 )
 CONSTANT_FILL = {"zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
 CONSTANT_FILL |= {"empty", "empty_like", "new_empty", "scalar_tensor", "empty_permuted"}
@@ -498,8 +499,8 @@ def extreme(call: Call) -> Axes | list[Axes]:
 @rule("softmax", "log_softmax", "_softmax", "_log_softmax", "_safe_softmax", "softmin", "special_softmax")
 def softmax(call: Call) -> Axes:
     x = call["self"].axes
-    call.along = x[wrap(call["dim"], len(x))]
-    call.mix([call.along])
+    along = call.along = x[wrap(call["dim"], len(x))]
+    call.mix([along])
     return x
 
 
@@ -564,8 +565,10 @@ def linear(call: Call) -> Axes:
 def matrix_product(call: Call, left: Value, right: Value) -> Axes:
     """NumPy's matmul: batch axes broadcast, the last of the left meets the last but one of the right."""
     a, b = left.axes, right.axes
-    rows, a_inner = (a[-2:-1], a[-1]) if len(a) > 1 else ((), a[-1])
-    b_inner, columns = (b[-2], b[-1:]) if len(b) > 1 else (b[-1], ())
+    if not a or not b:
+        raise Refuse
+    rows, a_inner = a[-2:-1], a[len(a) - 1]
+    b_inner, columns = (b[-2], b[-1:]) if len(b) > 1 else (next(iter(b)), ())
     batch = call.broadcast(a[:-2], b[:-2])
     depth = len(batch)
 
@@ -619,16 +622,24 @@ def einsum(call: Call) -> Axes:
                 letters[letter] = axis
             elif axis.size != 1:
                 call.unify(known, axis)
-    if len(sides) == 2:
-        left, right = (set(side) for side in sides)
-        gone = [x for x in sides[1] if x in left and x not in out]
-        call.contract(
-            *operands,
-            [(letters[x], letters[x]) for x in gone],
-            left_kept=tuple(letters[x] for x in sides[0] if x not in right),
-            right_kept=tuple(letters[x] for x in sides[1] if x not in left),
-            batch=tuple(letters[x] for x in sides[1] if x in left and x in out),
+    # Operands are multiplied from left to right; every product but the last is a value of its own.
+    value, names = operands[0], set(sides[0])
+    for i, (side, operand) in enumerate(zip(sides[1:], operands[1:], strict=True), 1):
+        later = set(out).union(*sides[i + 1 :])
+        both = [x for x in side if x in names]
+        record = call.contract(
+            value,
+            operand,
+            [(letters[x], letters[x]) for x in both if x not in later],
+            left_kept=tuple(letters[x] for x in sorted(names - set(side)) if x in later),
+            right_kept=tuple(letters[x] for x in side if x not in names and x in later),
+            batch=tuple(letters[x] for x in both if x in later),
         )
+        names = (names | set(side)) & later
+        if i + 1 < len(operands):
+            value = record.out = call.intermediate(tuple(letters[x] for x in sorted(names)), (value, operand))
+        elif i > 1:
+            call.inputs = (value, operand)
     call.mix(letters[x] for x in letters if x not in out)
     return tuple(letters[x] for x in out)
 
@@ -690,7 +701,7 @@ def convolution(call: Call) -> Axes:
     x, weight = call["input"], call["weight"]
     groups = call["groups"]
     transposed = "conv_transpose" in call.op or bool(call.get("transposed"))
-    if len(x.axes) != len(weight.axes) or isinstance(call.get("padding"), str) and transposed:
+    if len(x.axes) != len(weight.axes) or (transposed and isinstance(call.get("padding"), str)):
         raise Refuse
     first, second = weight.axes[:2]
     if transposed:
@@ -707,7 +718,9 @@ def convolution(call: Call) -> Axes:
         inputs = product((group, second))
         unify(first, product((group, fresh(first.size // groups))), call.name)
         outputs = first
-    pointwise = all(a.size == 1 for a in weight.axes[2:]) and tuple(shape_of(call)[2:]) == tuple(a.size for a in x.axes[2:])
+    pointwise = all(a.size == 1 for a in weight.axes[2:]) and tuple(shape_of(call)[2:]) == tuple(
+        a.size for a in x.axes[2:]
+    )
     if not pointwise:
         call.fix((*x.axes[2:], *weight.axes[2:]), "@ slides along it")
     if groups == 1:
@@ -718,9 +731,13 @@ def convolution(call: Call) -> Axes:
         call.mix([second])
     if isinstance(call.get("bias"), Value):
         call.unify(call["bias"].axes[0], outputs)
+    return (x.axes[0], outputs, *slid(call, x.axes[2:], shape_of(call)[2:]))
+
+
+def slid(call: Call, axes: Axes, shape: tuple[int, ...]) -> Axes:
+    """Spatial axes after a window went over them: fixed; an unchanged size counts as the same axis, for the report."""
     reason = call.constant("@ slides along it")
-    spatial = x.axes[2:] if pointwise else tuple(fresh(s, reason) for s in shape_of(call)[2:])
-    return (x.axes[0], outputs, *spatial)
+    return tuple(a if a.size == s else fresh(s, reason) for a, s in zip(axes, shape, strict=True))
 
 
 @rule("avg_pool1d", "avg_pool2d", "max_pool1d", "max_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d")
@@ -731,11 +748,10 @@ def spatial_window(call: Call) -> Axes:
     x, shape = call["self" if "self" in call.args else "input"].axes, shape_of(call)
     places = 1 if "1d" in call.op else 2
     call.fix(x[-places:], "@ slides along it")
-    reason = call.constant("@ slides along it")
-    return (*x[:-places], *(fresh(s, reason) for s in shape[-places:]))
+    return (*x[:-places], *slid(call, x[-places:], shape[-places:]))
 
 
-# ------------------------------------------------------------------------------------------------------ reading by index
+# ----------------------------------------------------------------------------------------------------- reading by index
 
 
 @rule("embedding")
@@ -781,6 +797,8 @@ def index(call: Call) -> Axes:
             if run == list(range(run[0], run[0] + len(run))):  # a slice in disguise
                 return replace_at(x, given[0], call.cut(x[given[0]], run[0], run[-1] + 1))
     places, at, _ = index_places(call, x, indices)
+    if len(given) == 1 and len(places) == 1 and places[0].size == x[given[0]].size:
+        call.unify(x[given[0]], places[0])  # a reordering: one axis to the report (and fixed)
     kept = [a for i, a in enumerate(x) if i >= len(indices) or indices[i] is None]
     return (*kept[:at], *places, *kept[at:])
 

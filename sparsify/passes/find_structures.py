@@ -20,15 +20,15 @@ from math import prod
 
 from torch import fx
 
-from sparsify.passes.axes import AttentionCore, Axes, Axis, Contraction, Interpreter, Reason, Value, find, leaves
+from sparsify.passes.axes import AttentionCore, Axes, Axis, Contraction, Interpreter, Reason, Value, find, leaves, words
 from sparsify.structure import Declined, Role, Site, Structure
 
 NONLINEAR = frozenset(
     "aten::" + name
-    for name in (
+    for name in words(
         "silu gelu relu relu6 tanh sigmoid mish hardswish hardsigmoid hardtanh leaky_relu prelu elu selu celu softplus "
         "softsign logsigmoid log_sigmoid threshold square pow exp erf sin cos abs maximum glu"
-    ).split()
+    )
 )
 PRODUCTS = frozenset({"aten::mul", "aten::multiply"})
 TRACE_LIMIT = 4000  # states of one backward walk; roles are labels, so giving up early is safe
@@ -98,7 +98,7 @@ Expanded = tuple[int, tuple[tuple[Axis, int], ...], tuple[Span, ...], int, int]
 
 
 def expand(root: Axis, stride: int) -> list[Expanded]:
-    """(offset, factors, cuts, first and last position inside `root`) of every stretch of `root` laid out at `stride`."""
+    """(offset, factors, cuts, first and last position in `root`) of every stretch of `root` laid out at `stride`."""
     if root.form is None:
         return [(0, ((root, stride),) if root.size > 1 else (), (), 0, root.size)]
     out: list[Expanded] = []
@@ -115,7 +115,9 @@ def expand(root: Axis, stride: int) -> list[Expanded]:
     for i, part in enumerate(rest):
         below = prod(r.size for r in rest[i + 1 :])
         inner = [
-            (o + o2, f + f2, c + c2, 0, 0) for o, f, c, _, _ in inner for o2, f2, c2, _, _ in expand(part, stride * below)
+            (o + o2, f + f2, c + c2, 0, 0)
+            for o, f, c, _, _ in inner
+            for o2, f2, c2, _, _ in expand(part, stride * below)
         ]
     for offset, factors, cuts, low, high in expand(first, stride * span):
         for o2, f2, c2, _, _ in inner:
@@ -305,7 +307,10 @@ class Finder:
                 if not scores & self.leaf_set(first.right_kept) and scores & self.leaf_set(first.left_kept):
                     query, key, kept = key, query, first.right_kept
                 rows = {find(axis) for axis in first.out.axes[-2:]} if first.out else set()
-                heads = (*first.batch, *(axis for axis in kept if find(axis) not in rows))  # keys may have one head for all
+                heads = (
+                    *first.batch,
+                    *(axis for axis in kept if find(axis) not in rows),
+                )  # keys may have one head for all
                 core = AttentionCore(value.node, query, key, operand, heads, first.contracted, last.out)
                 cores.append(core)
         return cores
@@ -377,7 +382,9 @@ class Finder:
             flow.problem = str(fixed.fixed)
         elif mixed is not None:
             reason = fixed_inside(mixed)
-            flow.problem = str(reason or f"'{core.node}' meets heads that are put together from parts treated differently")
+            flow.problem = str(
+                reason or f"'{core.node}' meets heads that are put together from parts treated differently"
+            )
         else:
             flow.problem = self.missing(core, roles)
         return flow
@@ -486,7 +493,9 @@ class Finder:
                 whole = Site(site.param, site.axis, site.block, site.offset, loops, 0, site.role)
             outer.append(whole)
             span = ((1, leaf.size * site.step),)
-            inner.append(Site(site.param, site.axis, site.block, site.offset, span + site.outer, site.stride, site.role))
+            inner.append(
+                Site(site.param, site.axis, site.block, site.offset, span + site.outer, site.stride, site.role)
+            )
         for role in ("k", "v"):
             outer += self.whole_outputs(role, [source for flow in flows for source in flow.roles[role]])
         name = self.name(outer)
@@ -497,7 +506,12 @@ class Finder:
         """The part of each projection's output that reaches one operand of the core, as a single unit."""
         sites: dict[Site, None] = {}
         for name, spans in sources:
-            kept = self.leaf_set(a for c in self.machine.contractions if name in ((weight_of(c) or c.right).origin or ()) for a in kept_by_weight(c))
+            kept = self.leaf_set(
+                a
+                for c in self.machine.contractions
+                if name in ((weight_of(c) or c.right).origin or ())
+                for a in kept_by_weight(c)
+            )
             for i, axis in enumerate(self.machine.placeholders[name].axes):
                 if not kept & set(self.leaves(axis)):
                     continue
@@ -571,7 +585,7 @@ class Finder:
         return structures, declined, taken
 
     def components(self, leaf: Axis) -> list[tuple[list[Value], list[Contraction], list[Contraction]]]:
-        """Connected activations that carry `leaf`, each with the products that make it and the products that read it."""
+        """Connected activations that carry `leaf`, with the products that make them and those that read them."""
         values = [v for v in self.carriers[leaf] if v.active]
         parent = {id(v): id(v) for v in values}
 
@@ -581,7 +595,9 @@ class Finder:
             return key
 
         for value in values:
-            swallowed = {id(activation_of(c)) for c in self.products.get(id(value), []) if leaf in self.leaf_set(c.contracted)}
+            swallowed = {
+                id(activation_of(c)) for c in self.products.get(id(value), []) if leaf in self.leaf_set(c.contracted)
+            }
             for source in value.inputs:
                 if id(source) in parent and id(source) not in swallowed:
                     parent[root(id(value))] = root(id(source))
@@ -600,7 +616,7 @@ class Finder:
     def judge(
         self, leaf: Axis, values: list[Value], producers: list[Contraction], consumers: list[Contraction]
     ) -> set[tuple[str, int, Term]] | dict[str, bool] | None:
-        """None when this is no feed-forward network; else the gate's members (or a non-empty stand-in if it has none)."""
+        """None when this is no feed-forward network; else the gate's members (a non-empty stand-in if it has none)."""
         if not producers or not consumers or self.flows_back(values, producers, consumers):
             return None
         inside = {id(v) for v in values}
@@ -720,7 +736,7 @@ class Finder:
         first: Axis | None = None,
         members: list[Member] | None = None,
     ) -> tuple[Site, ...] | None:
-        """Sites of a class, stretches of equal layout and role joined. None when a layout cannot be written as sites."""
+        """Sites of a class, stretches of equal layout and role joined. None when a layout cannot be written so."""
         groups: dict[tuple[str, int, Role], list[Layout]] = {}
         for member in self.members[leaf] if members is None else members:
             if sum(x is leaf for x, _ in member.term.factors) != 1:

@@ -257,7 +257,8 @@ def rewrite(program: Program) -> tuple[fx.GraphModule, tuple[Input, ...]]:
                 program.tensors.setdefault(name, torch.tensor(places))
                 channels, axis = tensor_input(name, program.tensors[name]), piece.logical_axis
             target = torch.ops.sparsify.quantized_linear.default
-            args: tuple[Any, ...] = (x, packed, format, shape, linear.transposed, bias, block, channels, axis, *values, scale)
+            layout = (format, *shape, linear.transposed)
+            args: tuple[Any, ...] = (x, *layout, bias, block, channels, axis, *values, scale, packed)
         elif part is not None:
             target = torch.ops.sparsify.sparse_lowrank_linear.default
             args = (x, stored, bias, *values, scale, linear.transposed)

@@ -411,9 +411,7 @@ class Driver:
                         raise GroupDone
 
             side = self.sides.get(group.params[0], "encoder")
-            args, kwargs = torch.utils._pytree.tree_map(
-                lambda t: t.clone() if isinstance(t, Tensor) and t.is_floating_point() else t, (waiting.args, waiting.kwargs)
-            )
+            args, kwargs = copied_inputs((waiting.args, waiting.kwargs))
             with PaddingDropper(owners, masks.get(side)):
                 try:
                     with Watcher(lambda: {name: self.parameter(name) for name in group.params}, seen):
@@ -511,6 +509,20 @@ class Driver:
 
 class GroupDone(BaseException):
     """The group has its inputs: the rest of the unit need not run."""
+
+
+def copied_inputs(inputs: Any) -> Any:
+    """Floating tensors copied, because a block may write to its inputs; what is one object stays one (`key is value`)."""
+    copies: dict[int, Tensor] = {}
+
+    def copy(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            return leaf
+        if id(leaf) not in copies:
+            copies[id(leaf)] = leaf.clone()
+        return copies[id(leaf)]
+
+    return torch.utils._pytree.tree_map(copy, inputs)
 
 
 def id_of(x: Tensor) -> int:

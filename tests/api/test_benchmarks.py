@@ -204,7 +204,7 @@ def test_gpu_script_says_that_there_is_no_gpu(tmp_path):
 def test_gpu_script_goes_on_after_a_failing_step(tmp_path):
     """A stand-in for Python with a GPU: `layouts.py` fails, everything else passes; no tests are marked."""
     fake = tmp_path / "python"
-    fake.write_text('#!/bin/bash\ncase "$*" in *pytest*) exit 5;; *layouts.py*) exit 3;; esac\nexit 0\n')
+    fake.write_text('#!/bin/bash\ncase "$*" in "-m pytest"*) exit 5;; *layouts.py*) exit 3;; esac\nexit 0\n')
     fake.chmod(0o755)
     environment = {**os.environ, "PYTHON": str(fake), "OUT": str(tmp_path / "out")}
     done = subprocess.run(

@@ -19,6 +19,8 @@ FLAGS: dict[Isa, tuple[str, ...]] = {
     "avx2": AVX2_FLAGS,
     "portable": (),
 }
+MAX_TILES = 4  # token tiles that share one decoding of the masks
+ACTIVATION_BYTES = 384 << 10  # packed activations that a range of columns may take: they stay in L2
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -60,4 +62,11 @@ def generate(variant: Variant) -> str:
     """C++ source of one variant; deterministic, so that it can key the build cache."""
     template = environment().get_template("bitmask.cpp.jinja")
     isa = variant.isa
-    return template.render(isa=isa, value=variant.value, lanes=LANES[isa], max_vectors=VECTORS[isa])
+    return template.render(
+        isa=isa,
+        value=variant.value,
+        lanes=LANES[isa],
+        max_vectors=VECTORS[isa],
+        max_tiles=MAX_TILES,
+        activation_bytes=ACTIVATION_BYTES,
+    )
