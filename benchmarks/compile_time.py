@@ -1,7 +1,8 @@
-"""How long `sparsify.compile` takes against depth and width, pass by pass, on the meta device (no weights, all shapes).
+"""How long `sparsify.compile` takes against depth and width, pass by pass, on the meta device (shapes, no weights).
 
-The bar: a 32-layer model shaped like Llama-3-8B in under 20 s, growth at most linear in layers. Linear is judged by the time
-per added layer, late against early: (t(32) − t(16)) / 16 over (t(16) − t(4)) / 12, which a constant part cannot hide.
+The bar: a 32-layer model shaped like Llama-3-8B in under 20 s, growth at most linear in layers. Linear is judged by
+the time per added layer, late against early: (t(32) − t(16)) / 16 over (t(16) − t(4)) / 12, which a constant part
+cannot hide.
 
     python benchmarks/compile_time.py --save
     python benchmarks/compile_time.py --profile 8        # where the time goes, 8 layers
@@ -24,10 +25,10 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import sparsify  # noqa: E402
-import sparsify.api  # noqa: E402
-from benchmarks.harness import Bar, begin, parser, report, wait_for_quiet  # noqa: E402
-from sparsify import S2FT, Plan  # noqa: E402
+import sparsify
+import sparsify.api
+from benchmarks.harness import Bar, begin, parser, report, wait_for_quiet
+from sparsify import S2FT, Plan
 
 #: (hidden, FFN, heads, KV heads, vocabulary)
 WIDTHS = {
@@ -95,7 +96,9 @@ def compile_once(width: str, layers: int, fraction: float, now: Callable[[], flo
     return {"total": total, **spent, "other": total - sum(spent.values())}
 
 
-def measure(width: str, depths: list[int], fraction: float, rounds: int, clock: str, patience: float) -> list[dict[str, Any]]:
+def measure(
+    width: str, depths: list[int], fraction: float, rounds: int, clock: str, patience: float
+) -> list[dict[str, Any]]:
     """A row per depth: medians over rounds that go through all depths in turn."""
     now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
     found: dict[int, list[dict[str, float]]] = {d: [] for d in depths}

@@ -4,15 +4,15 @@ Rules that the numbers follow:
 
 * Variants are timed in turn, A B C A B C …, in one process, so that noise of a shared machine meets all of them alike.
   What counts is a *ratio*: of medians, of minima, and the median of the ratios within each round.
-* `--clock cpu --threads 1` counts the processor time of the process instead of wall time: the time of others on the same
-  cores is left out. (With two OpenMP threads on a busy machine every parallel region may wait for a time slice, so wall
-  time counts regions, not work.) Wall time is the default and what a bar is judged by where the machine is quiet.
-* Peak memory of a step is counted by the allocator, not by the operating system: `max_memory_allocated` on CUDA; on CPU the
-  events that PyTorch's CPU allocator reports to the profiler, one per allocation and release, summed up in order. That is
-  exact to the byte and the same in every run, needs no process per variant, and also sees what compiled code allocates.
-  It does not see buffers inside MKL and oneDNN, nor freed pages that malloc keeps, which are no property of a method.
-* Bytes saved for backward are counted at `torch.autograd.graph.saved_tensors_hooks`: each storage once, in full (a saved
-  view keeps its whole storage alive), parameters and buffers left out.
+* `--clock cpu --threads 1` counts the processor time of the process instead of wall time, which leaves out the time of
+  others on the same cores. (With two OpenMP threads on a busy machine every parallel region may wait for a time slice,
+  so wall time counts regions, not work.) Wall time is the default, and what a bar is judged by on a quiet machine.
+* Peak memory of a step is counted by the allocator, not by the operating system: `max_memory_allocated` on CUDA; on CPU
+  the events that PyTorch's CPU allocator reports to the profiler, one per allocation and release, summed up in order.
+  That is exact to the byte and the same in every run, needs no process per variant, and also sees what compiled code
+  allocates. It does not see buffers inside MKL and oneDNN, nor freed pages that malloc keeps: no property of a method.
+* Bytes saved for backward are counted at `torch.autograd.graph.saved_tensors_hooks`: each storage once, in full (a
+  saved view keeps its whole storage alive), parameters and buffers left out.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "transformers", "peft", "triton", "numpy")
 
 
-# --- time ----------------------------------------------------------------------------------------------------------------
+# --- time -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A comparison of two variants: ratio of medians, of minima, and the median over rounds of the ratio in the round."""
+    """Two variants compared: ratio of medians, of minima, and the median over rounds of the ratio in the round."""
 
     median: float
     minimum: float
@@ -135,7 +135,7 @@ def interleave(
     return {name: Timing(tuple(values)) for name, values in samples.items()}
 
 
-# --- memory --------------------------------------------------------------------------------------------------------------
+# --- memory -----------------------------------------------------------------------------------------------------------
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
@@ -217,7 +217,7 @@ def allocations(device: str | torch.device) -> Iterator[Peak]:
     result.end = live
 
 
-# --- the record ----------------------------------------------------------------------------------------------------------
+# --- the record -------------------------------------------------------------------------------------------------------
 
 
 def machine() -> dict[str, Any]:

@@ -7,7 +7,7 @@
     delta      W as it is, plus a second GEMM with the block (a delta)
     floor      the frozen linear: forward and dX, nothing trained (no method can be faster)
 
-The block is fp32 over a bf16 weight, except in `alias`, where it has the weight's dtype by construction (no master copy).
+The block is fp32 over a bf16 weight, except in `alias`, where it has the weight's dtype by construction (no master).
 `kernels/README.md` draws the conclusion.
 
     python benchmarks/layouts.py --save
@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import sparsify.ops  # noqa: E402, F401  (registers the operators)
-from benchmarks.harness import Timing, begin, interleave, parser, report  # noqa: E402
+import sparsify.ops  # noqa: F401  (registers the operators)
+from benchmarks.harness import Timing, begin, interleave, parser, report
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -59,7 +59,7 @@ def narrow(tensor: Tensor, case: Case) -> Tensor:
     return tensor.narrow(case.axis, case.start, case.width)
 
 
-# --- the layouts ---------------------------------------------------------------------------------------------------------
+# --- the layouts ------------------------------------------------------------------------------------------------------
 
 
 class AliasColumns(torch.autograd.Function):
@@ -157,7 +157,7 @@ class Split(torch.autograd.Function):
         return dx, None, mine.t().mm(kept).to(block.dtype), None, None, None
 
 
-# --- one step of each ----------------------------------------------------------------------------------------------------
+# --- one step of each -------------------------------------------------------------------------------------------------
 
 
 def steps(case: Case, seed: int = 0) -> dict[str, Callable[[], Tensor]]:

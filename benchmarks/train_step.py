@@ -1,16 +1,16 @@
-"""One training step (forward, backward, optimizer, zero_grad) of every method on the same Llama, next to the frozen floor.
+"""One training step (forward, backward, optimizer, zero_grad) of every method on the same Llama, and the frozen floor.
 
-    floor       everything frozen, the gradient flows from the loss through every layer to `inputs_embeds`: forward + dX only
-    floor_cut   the same, but the backward ends where S2FT's ends, at the output of the first layer's o_proj. This is the
-                stricter floor for S2FT, whose backward stops below the lowest trained weight; `floor` is the one for methods
-                that train every linear. Neither has an optimizer.
+    floor       everything frozen, the gradient flows from the loss through every layer to `inputs_embeds`: forward + dX
+    floor_cut   the same, but the backward ends where S2FT's ends, at the output of the first layer's o_proj. This is
+                the stricter floor for S2FT, whose backward stops below the lowest trained weight; `floor` is the one
+                for methods that train every linear. Neither has an optimizer.
     s2ft        `sparsify.compile(model, Plan([S2FT(fraction=…)]))`: columns of O and Down
     full        full fine-tuning
     lora        PEFT LoRA on all linears
     miss        PEFT MiSS on all linears, the lightest method in PEFT
 
-Trainable sizes are made equal: `--rank` is LoRA's, S2FT's fraction and MiSS' rank follow from it (units are whole, so up to
-about a tenth remains; the table has the counts). AdamW is the fused one for all, as in Hugging Face's Trainer.
+Trainable sizes are made equal: `--rank` is LoRA's, S2FT's fraction and MiSS' rank follow from it (units are whole, so
+up to about a tenth remains; the table has the counts). AdamW is the fused one for all, as in Hugging Face's Trainer.
 Memory: see harness.py; `peak` is weights + optimizer state + the allocator's peak within one warm step.
 A method is one entry of METHODS; one that fails is shown with its reason.
 
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.harness import (  # noqa: E402
+from benchmarks.harness import (
     Bar,
     Timing,
     allocations,
@@ -139,8 +139,8 @@ class Case:
 class Trainee:
     """One method's model, and how to take a step with it.
 
-    inputs: keyword arguments of the forward. leaves: non-parameters that receive a gradient. extra: further tensors that
-    the method keeps alive.
+    inputs: keyword arguments of the forward. leaves: non-parameters that receive a gradient. extra: further tensors
+    that the method keeps alive.
     """
 
     model: nn.Module
@@ -159,7 +159,8 @@ class Trainee:
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     def loss(self) -> Tensor:
-        return (self.call or self.model)(**self.inputs).loss
+        forward = self.model if self.call is None else self.call
+        return forward(**self.inputs).loss
 
     def finish(self) -> None:
         """Optimizer step and no gradients left."""
@@ -184,7 +185,7 @@ class Trainee:
         return storage_bytes([*self.constants(), *moments, *self.extra])
 
 
-# --- the methods ---------------------------------------------------------------------------------------------------------
+# --- the methods ------------------------------------------------------------------------------------------------------
 
 
 def build_floor(case: Case) -> Trainee:
@@ -195,7 +196,7 @@ def build_floor(case: Case) -> Trainee:
 
 
 class StartHere(torch.autograd.Function):
-    """Identity on `x`, which needs no gradient, that makes everything above it need one; the backward ends here, for free."""
+    """Identity on `x`, which needs no gradient, that makes all above it need one; the backward ends here, for free."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, leaf: Tensor) -> Tensor:
@@ -279,7 +280,7 @@ METHODS: dict[str, Callable[[Case], Trainee]] = {
 }
 
 
-# --- measuring -----------------------------------------------------------------------------------------------------------
+# --- measuring --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -443,7 +444,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
         *failures,
     ]
     columns = ["method", "trainable", "ms", "× floor", "× floor_cut", "saved MiB", "step peak MiB", "peak MiB"]
-    return report("train_step", arguments, rows, columns=columns, bars=[] if arguments.fast else bars(rows, times), notes=notes)
+    judged = [] if arguments.fast else bars(rows, times)
+    return report("train_step", arguments, rows, columns=columns, bars=judged, notes=notes)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python examples/inspect_graph.py path/to/config.json       # any Hugging Face config (a file or its folder)
     python examples/inspect_graph.py gpt2 --svg gpt2.svg --text gpt2.txt
 
-Weights are never downloaded: the model is built from its config, with random weights; large ones with `--meta` without any memory.
+Weights are never downloaded: the model is built from its config, with random weights; with `--meta` without any memory.
 """
 
 from __future__ import annotations

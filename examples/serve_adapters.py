@@ -2,7 +2,8 @@
 
     python examples/serve_adapters.py
 
-Task "up": answer with larger numbers; task "down": with smaller ones, on a small random network; what counts is the bookkeeping.
+Task "up": answer with larger numbers; task "down": with smaller ones, on a small random network: it is the bookkeeping
+that counts here.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def main() -> None:
         folder = train(base, data, target, seed, steps).sparsify.save_adapter(out / name)
         print(f"trained {name!r}: {sum(f.stat().st_size for f in Path(folder).iterdir()) / 1e3:.0f} kB")
 
-    # One served model, compiled once; adapters of other selections fit too, for they are stored in original coordinates.
+    # One served model; adapters of other selections fit too, for they are stored in original coordinates.
     served = sparsify.compile(base, Plan([S2FT(structure="ffn", fraction=0.1)], seed=0), example=(data,)).eval()
     handle = served.sparsify
     for name in targets:

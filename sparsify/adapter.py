@@ -219,12 +219,16 @@ def read_deltas(document: dict[str, Any], keys: set[str], opened: Any, file: Pat
         if factor is not None:
             fits = values.dim() == 2 and factor.dim() == 2 and factor.shape[0] == values.shape[1]
             if not fits or not factor.is_floating_point() or not bool(torch.isfinite(factor).all()):
-                raise AdapterError(f"{file}: {param}: low-rank factors {tuple(values.shape)}, {tuple(factor.shape)} do not fit")
+                raise AdapterError(
+                    f"{file}: {param}: low-rank factors {tuple(values.shape)}, {tuple(factor.shape)} do not fit"
+                )
         if kind == "sparse" and (values.dim() != 1 or values.shape != channels.shape):
             raise AdapterError(f"{file}: {param}: values {tuple(values.shape)} do not fit {channels.numel()} entries")
         if kind in ("column", "row"):
             if values.dim() != 2 or values.shape[1 if kind == "column" else 0] != channels.numel():
-                raise AdapterError(f"{file}: {param}: values {tuple(values.shape)} do not fit {channels.numel()} channels")
+                raise AdapterError(
+                    f"{file}: {param}: values {tuple(values.shape)} do not fit {channels.numel()} channels"
+                )
         if kind in ("column", "row", "sparse"):
             if channels.numel() == 0 or int(channels.min()) < 0 or channels.unique().numel() != channels.numel():
                 raise AdapterError(f"{file}: {param}: channels must be distinct and not negative")
@@ -234,7 +238,9 @@ def read_deltas(document: dict[str, Any], keys: set[str], opened: Any, file: Pat
         raise AdapterError(f"{file}: unexpected tensor {sorted(extra)[0]!r}")
 
 
-def check_fits(adapter: Adapter, shapes: dict[str, torch.Size], hashes: dict[str, str], where: str, strict: bool) -> None:
+def check_fits(
+    adapter: Adapter, shapes: dict[str, torch.Size], hashes: dict[str, str], where: str, strict: bool
+) -> None:
     """Refuse an adapter whose parameters, shapes, channels or base differ from the model's; nothing is written."""
     for delta in adapter.deltas:
         shape = shapes.get(delta.param)
@@ -242,7 +248,9 @@ def check_fits(adapter: Adapter, shapes: dict[str, torch.Size], hashes: dict[str
             raise AdapterError(f"{where}: the model has no parameter {delta.param!r}")
         if delta.kind == "full":
             if tuple(delta.values.shape) != tuple(shape):
-                raise AdapterError(f"{where}: {delta.param} is {tuple(shape)} here, {tuple(delta.values.shape)} in the file")
+                raise AdapterError(
+                    f"{where}: {delta.param} is {tuple(shape)} here, {tuple(delta.values.shape)} in the file"
+                )
             continue
         if len(shape) != 2:
             raise AdapterError(f"{where}: {delta.param} has {len(shape)} dimensions here, expected 2")
@@ -256,8 +264,13 @@ def check_fits(adapter: Adapter, shapes: dict[str, torch.Size], hashes: dict[str
                 )
         elif delta.kind == "sparse":
             if int(delta.channels.max()) >= shape.numel():
-                raise AdapterError(f"{where}: {delta.param} has {shape.numel()} entries here; the file has entry {int(delta.channels.max())}")
-        elif delta.stored().shape[1 - delta.axis] != shape[1 - delta.axis] or int(delta.channels.max()) >= shape[delta.axis]:
+                raise AdapterError(
+                    f"{where}: {delta.param} has {shape.numel()} entries here; the file has entry {int(delta.channels.max())}"
+                )
+        elif (
+            delta.stored().shape[1 - delta.axis] != shape[1 - delta.axis]
+            or int(delta.channels.max()) >= shape[delta.axis]
+        ):
             raise AdapterError(
                 f"{where}: {delta.param} is {tuple(shape)} here; the file has channels up to {int(delta.channels.max())} on "
                 f"axis {delta.axis} and {delta.stored().shape[1 - delta.axis]} entries each"

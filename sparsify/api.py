@@ -72,7 +72,9 @@ def compile(
         raise PlanError(f"compile: expected a Plan, got {type(plan).__name__}; write Plan([…rules…])")
     source = unwrap(model)
     if "sparsify" in source.__dict__:
-        raise PlanError("compile: this model is compiled already; compile the original, or call model.sparsify.restore() first")
+        raise PlanError(
+            "compile: this model is compiled already; compile the original, or call model.sparsify.restore() first"
+        )
     context = Context(plan, calibration, loss, donate, progress)
     program = run_passes(capture(source, example), PIPELINE, context)
     flags = {name: p.requires_grad for name, p in source.named_parameters()}

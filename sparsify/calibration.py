@@ -17,6 +17,8 @@ from tqdm import tqdm
 from sparsify.capture import evaluating
 from sparsify.errors import PlanError
 
+IGNORED = -100  # the label of positions that carry no loss
+
 
 def run_batch(model: nn.Module, batch: Any) -> Any:
     """One forward on a batch: mapping → keywords, tuple or list → positional, tensor → one argument."""
@@ -27,18 +29,35 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)
 
 
-def token_mask(batch: Any, positions: int) -> Tensor | None:
-    """Flat bool mask of the non-padding tokens, if the batch carries an `attention_mask` of `positions` tokens."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.numel() == positions:
+def token_mask(batch: Any, shape: torch.Size, decoder: bool = False) -> Tensor | None:
+    """Flat bool mask of the non-padding tokens of an input `(*shape, channels)`, or None when every position counts.
+
+    Decoders of encoder–decoders go by `decoder_attention_mask`, else by labels ≠ −100; everything else by `attention_mask`.
+    A mask of another shape (pooled rows, downsampled frames) does not apply.
+    """
+    if not isinstance(batch, Mapping):
+        return None
+    mask = batch.get("decoder_attention_mask" if decoder else "attention_mask")
+    if mask is None and decoder and isinstance(batch.get("labels"), Tensor):
+        mask = batch["labels"] != IGNORED
+    if isinstance(mask, Tensor) and mask.dim() == 2 and (shape == mask.shape or shape == (mask.numel(),)):
         return mask.reshape(-1).bool()
     return None
+
+
+def decoder_modules(model: nn.Module) -> set[nn.Module]:
+    """Modules on the decoder's side of a Hugging Face encoder–decoder; empty for every other model."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not hasattr(model, "get_encoder"):
+        return set()
+    return set(model.modules()) - set(model.get_encoder().modules())  # type: ignore[operator]
 
 
 def default_loss(outputs: Any, batch: Any) -> Tensor:
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     if loss is None:
-        raise PlanError("gradient scores need a loss: put labels into the calibration batches, or pass loss=…(outputs, batch)")
+        raise PlanError(
+            "gradient scores need a loss: put labels into the calibration batches, or pass loss=…(outputs, batch)"
+        )
     return loss
 
 
@@ -66,10 +85,12 @@ def input_squares(
     counts: dict[str, int] = {}
     current: dict[str, Any] = {}
 
+    decoder = decoder_modules(model)
+
     def watch(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0].detach().reshape(-1, args[0].shape[-1])
-            keep = token_mask(current["batch"], x.shape[0])
+            keep = token_mask(current["batch"], args[0].shape[:-1], module in decoder)
             if keep is not None:
                 x = x[keep.to(x.device)]
             total = x.to(torch.float32).square().sum(0, dtype=torch.float64).cpu()
@@ -84,7 +105,22 @@ def input_squares(
             current["batch"] = batch
             run_batch(model, batch)
     require_seen(modules, sums)
-    return {name: total / max(counts[name], 1) for name, total in sums.items()}
+    result = {}
+    for name in modules:  # one order on every rank
+        total = sum_over_ranks(torch.cat([sums[name], torch.tensor([float(counts[name])], dtype=torch.float64)]))
+        result[name] = total[:-1] / max(float(total[-1]), 1.0)
+    return result
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """Sum a CPU tensor over all ranks, so that scores from different batches choose the same everywhere."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return value
+    device = torch.device("cuda", torch.cuda.current_device()) if distributed.get_backend() == "nccl" else value.device
+    moved = value.to(device)
+    distributed.all_reduce(moved)
+    return moved.to(value.device)
 
 
 def gradient_statistics(

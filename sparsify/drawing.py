@@ -4,9 +4,9 @@
                attention, heads grouped     feed-forward channels,
                by KV group                  in their present order
 
-What is drawn is read off the moves and slices themselves, not off what a pass says it did: the shade of a cell is the place
-that its unit had in the original model (a smooth ramp means that nothing moved), colour means that it trains. Hovering shows
-original unit ids and sites; what was declined stands greyed in its place, with the reason on hover.
+What is drawn is read off the moves and slices themselves, not off what a pass says it did: the shade of a cell is the
+place that its unit had in the original model (a smooth ramp means that nothing moved), colour means that it trains.
+Hovering shows original unit ids and sites; what was declined stands greyed in its place, with the reason on hover.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def split_layer(name: str) -> tuple[str, str]:
 
 
 def count_parameters(program: Program) -> tuple[int, int]:
-    """(trained, all) parameters; tied ones once. Sizes come from the graph, for a quantised host has no dense weights."""
+    """(trained, all) parameters; tied ones once. Sizes come from the graph: a quantised host has no dense weights."""
     sizes = {
         i.target: node.meta["val"].numel()
         for i, node in zip(program.inputs, program.graph.find_nodes(op="placeholder"), strict=True)
@@ -361,7 +361,8 @@ def _bar(view: View, x: float, y: float, width: int) -> list[str]:
             lines.append(f'<rect {shape} y="{y}" height="{5 if consumer else BAR}" fill="{PRODUCER}"/>')
         lines.append("</g>")
     lines.append(
-        f'<rect x="{x}" y="{y}" width="{width}" height="{BAR}" rx="2" fill="none" stroke="{FAINT}" pointer-events="none"/>'
+        f'<rect x="{x}" y="{y}" width="{width}" height="{BAR}" rx="2" fill="none" stroke="{FAINT}" '
+        'pointer-events="none"/>'
     )
     return lines
 
@@ -395,7 +396,7 @@ def _bracket(view: View, x: float, y: float, width: int, wide: bool) -> list[str
                 right = x + width * place / len(cells) if wide else boxes[place - 1][1]
                 right = max(right, left + 2.5)
                 lines.append(
-                    f'<path d="M{left:.1f} {y + drop + 1:.1f}H{right:.1f}" stroke="{colour}" stroke-width="2" fill="none"/>'
+                    f'<path d="M{left:.1f} {y + drop + 1:.1f}H{right:.1f}" stroke="{colour}" stroke-width="2"/>'
                 )
                 low = None
     return lines
@@ -423,9 +424,8 @@ def _chips(program: Program, structure: Structure, x: float, y: float, width: in
         left += size + 4
     if words:
         note = "\n".join(slice_text(s, program.tensor(s.param).dim()) for s in trained)
-        lines.append(
-            f"<g><title>{escape(note or words)}</title>{_text(x + width, y + 10, words, CONSUMER, 10, anchor='end')}</g>"
-        )
+        text = _text(x + width, y + 10, words, CONSUMER, 10, anchor="end")
+        lines.append(f"<g><title>{escape(note or words)}</title>{text}</g>")
     return lines
 
 
@@ -465,7 +465,8 @@ def _declined(item: Declined, x: float, y: float, width: int) -> list[str]:
     sites = "".join(f"\n{site}" for site in item.sites)
     return [
         f'<g class="declined"><title>{escape(title + sites)}</title>',
-        f'<rect x="{x}" y="{y}" width="{width}" height="{BOX}" rx="2" fill="#eceff2" stroke="{FAINT}" stroke-dasharray="3 2"/>',
+        f'<rect x="{x}" y="{y}" width="{width}" height="{BOX}" rx="2" fill="#eceff2" stroke="{FAINT}" '
+        'stroke-dasharray="3 2"/>',
         _text(x + 6, y + 12, f"declined: {split_layer(item.name)[1] or item.name}", SOFT, 10),
         _text(x, y + BOX + 20, short, SOFT, 9.5),
         "</g>",

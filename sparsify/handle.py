@@ -23,7 +23,7 @@ from sparsify.install import Layout
 from sparsify.modules import QuantizedMixin, low_rank_delta, make_plain, write_parts
 from sparsify.parts import LowRankPart, Part, SlicePart, Snapshot
 from sparsify.passes.assign_rules import is_conv1d, owner_name
-from sparsify.passes.insert_partial import current_index
+from sparsify.passes.insert_partial import activate_support, current_index
 from sparsify.plan import Plan, nearest
 from sparsify.program import Program
 from sparsify.quantized import pack, unpack
@@ -122,7 +122,13 @@ class Handle:
         trainable = sum(p.numel() for p in self.host.parameters() if p.requires_grad)
         added = {id(p) for part in self.parts.values() for p in part.parameters()}
         total = sum(p.numel() for p in self.host.parameters() if id(p) not in added)
-        low = [p for part in self.parts.values() if isinstance(part, LowRankPart) for n, p in part.tensors().items() if n != "sparse_values"]
+        low = [
+            p
+            for part in self.parts.values()
+            if isinstance(part, LowRankPart)
+            for n, p in part.tensors().items()
+            if n != "sparse_values"
+        ]
         packed = sum(m.shape.numel() for m in self.host.modules() if isinstance(m, QuantizedMixin))
         return trainable, total + packed + sum(p.numel() for p in low)
 
@@ -268,7 +274,7 @@ class Handle:
         self.parked.pop(name, None)
         self.adapters[name] = loaded
 
-    def set_adapter(self, spec: str | None | Mapping[str, float]) -> Mix:
+    def set_adapter(self, spec: str | Mapping[str, float] | None) -> Mix:
         """Make an adapter active (a name), none (None: the base, bit for bit), or a weighted mix (`{"a": .5, "b": .5}`).
 
         One adapter over the compiled selection goes on training; a mix, or an adapter of another selection, is for inference.
@@ -281,7 +287,9 @@ class Handle:
             if not isinstance(weight, int | float) or isinstance(weight, bool) or not math.isfinite(weight):
                 raise AdapterError(f"set_adapter: the weight of {name!r} must be a finite number, got {weight!r}")
         chosen = {name: self.get(name) for name in weights}
-        single = isinstance(spec, str) and (spec in self.parked or self.is_active(spec) or self.fits_parts(chosen[spec]))
+        single = isinstance(spec, str) and (
+            spec in self.parked or self.is_active(spec) or self.fits_parts(chosen[spec])
+        )
         if weights and not single:
             self.check_mix(chosen)
         self.park()
@@ -409,8 +417,10 @@ class Handle:
         if first.kind == "sparse":
             total = torch.zeros(channels.numel())
             for scale, delta in parts:
-                total.index_add_(0, torch.searchsorted(channels, delta.channels), delta.values.float(), alpha=float(scale))
-            places, original = current_index(self.program, param, channels)
+                total.index_add_(
+                    0, torch.searchsorted(channels, delta.channels), delta.values.float(), alpha=float(scale)
+                )
+            places, original = current_index(self.program, param, channels, weight.shape)
             total = total[torch.searchsorted(channels, original)]
             places, axis = places.long().to(weight.device), None
             old = weight.data.view(-1)[places]
@@ -471,10 +481,12 @@ class Handle:
             if not isinstance(part, LowRankPart) or not part.part.count:
                 raise SparsifyError(f"set_masks: {param} has no sparse part")
             if original.unique().numel() != part.part.count or int(original.min()) < 0:
-                raise SparsifyError(f"set_masks: {param} needs {part.part.count} distinct entries, got {original.numel()}")
+                raise SparsifyError(
+                    f"set_masks: {param} needs {part.part.count} distinct entries, got {original.numel()}"
+                )
             if int(original.max()) >= part.module.stored_shape().numel():
                 raise SparsifyError(f"set_masks: an entry of {param} lies outside its weight")
-            self.place_support(part, *current_index(self.program, param, original.cpu()))
+            self.place_support(part, *current_index(self.program, param, original.cpu(), part.module.stored_shape()))
 
     def place_support(self, part: LowRankPart, index: Tensor, original: Tensor) -> None:
         module = part.module
@@ -487,9 +499,8 @@ class Handle:
         module.sparse_values.data.copy_(base)
         module.sparse_index.data = index.to(module.sparse_index.device, module.sparse_index.dtype)
         module.mask_open = False
-        self.program = replace(
-            self.program, lowranks=tuple(part.part if p.param == part.param else p for p in self.program.lowranks)
-        )
+        lowranks = tuple(part.part if p.param == part.param else p for p in self.program.lowranks)
+        self.program = activate_support(replace(self.program, lowranks=lowranks), part.param)
 
     def reset_lowrank(self) -> None:
         """Back to the initial factors (`B` = 0): RoSA's restart after its masks are collected."""
@@ -604,7 +615,9 @@ class Handle:
         self.host.__dict__.pop("sparsify", None)
         return self.host
 
-    def export_lora(self, directory: str | os.PathLike[str], name: str | None = None, *, sparse: str = "refuse") -> Path:
+    def export_lora(
+        self, directory: str | os.PathLike[str], name: str | None = None, *, sparse: str = "refuse"
+    ) -> Path:
         """Write an adapter as a PEFT LoRA directory that computes the same logits.
 
         Trained channels and low-rank parts export exactly. A sparse part is not low-rank: it is refused with that reason, or with
@@ -628,9 +641,13 @@ class Handle:
     def write_sparse_base(self, source: Adapter, directory: Path) -> Path:
         """Save the base with only the sparse parts of an adapter folded in."""
         if not hasattr(self.host, "save_pretrained"):
-            raise AdapterError("export_lora(sparse='merge') writes the base with save_pretrained, which this model does not have")
+            raise AdapterError(
+                "export_lora(sparse='merge') writes the base with save_pretrained, which this model does not have"
+            )
         if self.program.quantize:
-            raise AdapterError("export_lora(sparse='merge') would write the packed base as if it were dense; merge() first")
+            raise AdapterError(
+                "export_lora(sparse='merge') would write the packed base as if it were dense; merge() first"
+            )
         state = {}
         for key, value in self.host.state_dict().items():
             state[key] = value

@@ -1,4 +1,4 @@
-"""One self-contained HTML file about a run: facts, tables, curves, the drawn program. No script, nothing loaded from elsewhere.
+"""One self-contained HTML file about a run: facts, tables, curves, the drawn program. No script, nothing loaded.
 
 The file is plain data put through `templates/report.html.jinja`; everything that comes from outside is escaped there.
 """

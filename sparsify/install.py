@@ -83,19 +83,29 @@ class Layout:
             if isinstance(tensor, Tensor) and tensor.shape == shape:
                 state[prefix + leaf] = self.to_current(leaf, tensor)
         weight = state.get(prefix + "weight")
-        if not isinstance(module, AdaptedMixin) or not isinstance(weight, Tensor) or weight.shape != module.stored_shape():
+        if (
+            not isinstance(module, AdaptedMixin)
+            or not isinstance(weight, Tensor)
+            or weight.shape != module.stored_shape()
+        ):
             return
         if isinstance(module, SparseLowRankMixin):
             self.load_parts(module, state, prefix, errors)
         else:
             if rest and rest[0].get("assign_to_params_buffers") and "weight" not in self.moves:
-                weight = state[prefix + "weight"] = weight.clone()  # the region under the block is scratch: not the caller's
+                weight = state[prefix + "weight"] = (
+                    weight.clone()
+                )  # the region under the block is scratch: not the caller's
             self.load_slice(module, state, prefix, weight)
 
     def load_slice(self, module: Any, state: dict[str, Any], prefix: str, weight: Tensor) -> None:
         region = read_slice(module, weight)
         block = state.get(prefix + "weight_slice")
-        if not isinstance(block, Tensor) or block.shape != region.shape or not torch.equal(block.to(region.dtype), region):
+        if (
+            not isinstance(block, Tensor)
+            or block.shape != region.shape
+            or not torch.equal(block.to(region.dtype), region)
+        ):
             state[prefix + "weight_slice"] = region.to(module.weight_slice.dtype, copy=True).contiguous()
 
     def load_parts(self, module: Any, state: dict[str, Any], prefix: str, errors: list[str]) -> None:
@@ -108,7 +118,10 @@ class Layout:
             )
         index = state.get(prefix + "sparse_index")
         if isinstance(index, Tensor) and self.adopt is not None and index.shape == module.sparse_index.shape:
-            if module.mask_open or not torch.equal(index.to(module.sparse_index), module.sparse_index):
+            if bool((index < 0).any()):
+                if not module.mask_open:
+                    errors.append(f"{prefix}sparse_index: the checkpoint's mask was still open, this model's is chosen")
+            elif module.mask_open or not torch.equal(index.to(module.sparse_index), module.sparse_index):
                 self.adopt(index)
         state[prefix + "weight"] = module.weight.detach()  # the frozen base stays; the parts carry the training
 
@@ -174,19 +187,19 @@ def trained_in_full(program: Program, patterns: tuple[str, ...]) -> set[str]:
     names &= {n for n, _ in program.host.named_parameters()}
     found: set[str] = set()
     for pattern in patterns:
-        hits = {
-            n
-            for n in names
-            if fnmatchcase(n, pattern) or any(fnmatchcase(p, pattern) for p in module_prefixes(n))
-        }
+        hits = {n for n in names if fnmatchcase(n, pattern) or any(fnmatchcase(p, pattern) for p in module_prefixes(n))}
         if not hits:
             modules = {p for n in names for p in module_prefixes(n)}
-            raise PlanError(f"Plan(train=[{pattern!r}]) matches no parameter or module{nearest(pattern, sorted(modules | names))}")
+            raise PlanError(
+                f"Plan(train=[{pattern!r}]) matches no parameter or module{nearest(pattern, sorted(modules | names))}"
+            )
         found |= hits
     changed = {x.param for things in (program.slices, program.moves, program.lowranks) for x in things}
     clash = found & (changed | set(program.quantize))
     if clash:
-        raise PlanError(f"Plan(train=…) names {sorted(clash)[0]}, which a rule reorders or trains in part; name one or the other")
+        raise PlanError(
+            f"Plan(train=…) names {sorted(clash)[0]}, which a rule reorders or trains in part; name one or the other"
+        )
     return found
 
 

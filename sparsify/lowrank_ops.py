@@ -48,7 +48,9 @@ TILE_BYTES = 32 * 2**20
 # --- the oracle --------------------------------------------------------------------------------------------------------
 
 
-def oracle_weight(weight: Tensor, values: Tensor | None, index: Tensor | None, a: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
+def oracle_weight(
+    weight: Tensor, values: Tensor | None, index: Tensor | None, a: Tensor | None, b: Tensor | None, scale: float
+) -> Tensor:
     """The dense weight that the operator stands for, `(n, m)`; differentiable in values, a and b."""
     if values is not None and index is not None:
         weight = weight.reshape(-1).index_copy(0, index.long(), values.to(weight.dtype)).view(weight.shape)
@@ -80,7 +82,9 @@ def _project(y: Tensor, x: Tensor, first: Tensor | None, second: Tensor | None, 
     return y
 
 
-def _forward(x: Tensor, stored: Tensor, transposed: bool, bias: Tensor | None, a: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
+def _forward(
+    x: Tensor, stored: Tensor, transposed: bool, bias: Tensor | None, a: Tensor | None, b: Tensor | None, scale: float
+) -> Tensor:
     weight = (stored.t() if transposed else stored).to(x.dtype)
     y = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
     return _project(y, x, None if a is None else a.t(), None if b is None else b.t(), scale)
@@ -193,11 +197,15 @@ def _logical(shape: Any, transposed: bool) -> tuple[int, int]:
     return (shape[1], shape[0]) if transposed else (shape[0], shape[1])
 
 
-def _sparse_lowrank_fake(x: Tensor, weight: Tensor, bias: Any, values: Any, index: Any, a: Any, b: Any, scale: float, transposed: bool) -> Tensor:
+def _sparse_lowrank_fake(
+    x: Tensor, weight: Tensor, bias: Any, values: Any, index: Any, a: Any, b: Any, scale: float, transposed: bool
+) -> Tensor:
     return x.new_empty((*x.shape[:-1], _logical(weight.shape, transposed)[0]))
 
 
-def _sparse_lowrank_dx_fake(g: Tensor, weight: Tensor, values: Any, index: Any, a: Any, b: Any, scale: float, transposed: bool) -> Tensor:
+def _sparse_lowrank_dx_fake(
+    g: Tensor, weight: Tensor, values: Any, index: Any, a: Any, b: Any, scale: float, transposed: bool
+) -> Tensor:
     return g.new_empty((*g.shape[:-1], _logical(weight.shape, transposed)[1]))
 
 
@@ -297,15 +305,26 @@ def _backward_quantized(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         else:
             tokens_x = tokens_x.index_select(1, channels.long()) if whole else tokens_x
             d_block = tokens_g.t().mm(tokens_x).to(block.dtype)
-    d_values, d_a, d_b = _part_gradients(g, kept if whole else None, a, b, values, index, scale, transposed, tuple(wants))
+    d_values, d_a, d_b = _part_gradients(
+        g, kept if whole else None, a, b, values, index, scale, transposed, tuple(wants)
+    )
     gradients = (dx, None, None, None, None, d_bias, d_block, None, None, d_values, None, d_a, d_b, None)
     return (*gradients, [None] * len(packed))
 
 
-torch.library.register_autograd("sparsify::quantized_linear", _backward_quantized, setup_context=_setup_quantized, lib=LIBRARY)
+torch.library.register_autograd(
+    "sparsify::quantized_linear", _backward_quantized, setup_context=_setup_quantized, lib=LIBRARY
+)
 
 for _name in ("sparse_lowrank_linear", "quantized_linear"):
     for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
         LIBRARY.impl(_name, _autocast(getattr(torch.ops.sparsify, _name).default, _device), _key)
 
-__all__ = ["dense_weight", "effective_weight", "oracle_sampled_product", "oracle_weight", "sampled_by_tile", "sampled_per_entry"]
+__all__ = [
+    "dense_weight",
+    "effective_weight",
+    "oracle_sampled_product",
+    "oracle_weight",
+    "sampled_by_tile",
+    "sampled_per_entry",
+]

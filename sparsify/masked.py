@@ -114,7 +114,9 @@ def _masked_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None,
     return F.linear(x, weight.t() if transposed else weight, bias)
 
 
-def _masked_linear_fake(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, transposed: bool = False) -> Tensor:
+def _masked_linear_fake(
+    x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, transposed: bool = False
+) -> Tensor:
     rows, columns = weight.shape[::-1] if transposed else weight.shape
     torch._check(x.shape[-1] == columns, lambda: f"x has {x.shape[-1]} channels, the weight {columns}")
     torch._check(
@@ -146,7 +148,9 @@ def _masked_linear_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
 
 LIBRARY.impl("masked_linear", _masked_linear, "CompositeExplicitAutograd")
 torch.library.register_fake("sparsify::masked_linear", _masked_linear_fake, lib=LIBRARY)
-torch.library.register_autograd("sparsify::masked_linear", _masked_linear_backward, setup_context=_save_linear, lib=LIBRARY)
+torch.library.register_autograd(
+    "sparsify::masked_linear", _masked_linear_backward, setup_context=_save_linear, lib=LIBRARY
+)
 
 # --- survivor_linear: the Parameter holds only what survived -------------------------------------------------------------------
 
@@ -232,8 +236,12 @@ class MaskedModule(nn.Module):
         """Start masking the parameter `leaf`; its data is replaced by a masked *copy* (the old tensor is not written)."""
         parameter = getattr(self, leaf)
         if mask.shape != parameter.shape or mask.dtype is not torch.bool:
-            raise SparsifyError(f"mask of {leaf}: expected bool {tuple(parameter.shape)}, got {mask.dtype} {tuple(mask.shape)}")
-        fresh = nn.Parameter(parameter.detach().masked_fill(~mask.to(parameter.device), 0), requires_grad=parameter.requires_grad)
+            raise SparsifyError(
+                f"mask of {leaf}: expected bool {tuple(parameter.shape)}, got {mask.dtype} {tuple(mask.shape)}"
+            )
+        fresh = nn.Parameter(
+            parameter.detach().masked_fill(~mask.to(parameter.device), 0), requires_grad=parameter.requires_grad
+        )
         setattr(self, leaf, fresh)
         self.register_buffer(bits_name(leaf), pack_bits(mask.to(parameter.device)), persistent=False)
         if leaf not in self.masked_leaves:
@@ -352,11 +360,15 @@ class SurvivorLinear(nn.Linear):
     def from_dense(cls, linear: nn.Linear, mask: Tensor) -> SurvivorLinear:
         """Survivors of `linear` under `mask (n, m)`; nothing of `linear` is written, its bias is shared."""
         if mask.shape != linear.weight.shape or mask.numel() >= 2**31:
-            raise SparsifyError(f"mask {tuple(mask.shape)} does not fit a weight {tuple(linear.weight.shape)} below 2³¹ entries")
+            raise SparsifyError(
+                f"mask {tuple(mask.shape)} does not fit a weight {tuple(linear.weight.shape)} below 2³¹ entries"
+            )
         made = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         del made.weight
         index = mask.flatten().nonzero().flatten()
-        made.weight_values = nn.Parameter(linear.weight.detach().reshape(-1)[index], requires_grad=linear.weight.requires_grad)
+        made.weight_values = nn.Parameter(
+            linear.weight.detach().reshape(-1)[index], requires_grad=linear.weight.requires_grad
+        )
         made.register_buffer("weight_index", index.to(torch.int32), persistent=False)
         made.bias = linear.bias
         return made.train(linear.training)
@@ -367,12 +379,16 @@ class SurvivorLinear(nn.Linear):
         return super().__getattr__(name)
 
     def forward(self, input: Tensor) -> Tensor:
-        return torch.ops.sparsify.survivor_linear(input, self.weight_values, self.weight_index, self.bias, self.out_features)
+        return torch.ops.sparsify.survivor_linear(
+            input, self.weight_values, self.weight_index, self.bias, self.out_features
+        )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         values = destination.pop(prefix + "weight_values")
-        destination[prefix + "weight"] = expand_survivors(values, self.weight_index, self.out_features, self.in_features)
+        destination[prefix + "weight"] = expand_survivors(
+            values, self.weight_index, self.out_features, self.in_features
+        )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         dense = state_dict.pop(prefix + "weight", None)
@@ -439,7 +455,9 @@ def mask_modules(host: nn.Module, masks: Mapping[str, Tensor]) -> None:
         owner = host.get_submodule(path)
         same = [n for n, p in host.named_parameters(remove_duplicate=False) if p is getattr(owner, leaf)]
         if len(same) > 1:
-            raise SparsifyError(f"{name} is tied to {', '.join(n for n in same if n != name)}: a tied weight cannot have a mask")
+            raise SparsifyError(
+                f"{name} is tied to {', '.join(n for n in same if n != name)}: a tied weight cannot have a mask"
+            )
         owner.__class__ = masked_class(type(owner))
         assert isinstance(owner, MaskedModule)
         owner.attach_mask(leaf, mask)
@@ -474,7 +492,9 @@ def load_mask_state(host: nn.Module, state: Mapping[str, Tensor]) -> None:
         module, leaf = present[name]
         here = getattr(module, bits_name(leaf))
         if bits.dtype is not torch.uint8 or bits.shape != here.shape:
-            raise SparsifyError(f"mask of {name}: expected uint8 {tuple(here.shape)}, got {bits.dtype} {tuple(bits.shape)}")
+            raise SparsifyError(
+                f"mask of {name}: expected uint8 {tuple(here.shape)}, got {bits.dtype} {tuple(bits.shape)}"
+            )
     for name, bits in state.items():
         module, leaf = present[name]
         getattr(module, bits_name(leaf)).copy_(bits)

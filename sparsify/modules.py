@@ -1,8 +1,8 @@
 """Host modules that carry trained parts: subclasses of what they replace, so `isinstance`, hooks and names go on working.
 
-    nn.Linear, Conv1D ──▶ Partial…        weight frozen; weight_slice trains                        S2FT, PaCA
-                          SparseLowRank…  weight frozen; sparse_values, lora_A, lora_B train        RoSA, LoRA
-                          Quantized…      no weight, packed_0 … packed_n; any of the above beside   Quantize
+nn.Linear, Conv1D ──▶ Partial…        weight frozen; weight_slice trains                        S2FT, PaCA
+                      SparseLowRank…  weight frozen; sparse_values, lora_A, lora_B train        RoSA, LoRA
+                      Quantized…      no weight, packed_0 … packed_n; any of the above beside   Quantize
 """
 
 from __future__ import annotations
@@ -101,7 +101,9 @@ class SparseLowRankMixin(AdaptedMixin):
             return y + self.scale * torch.nn.functional.linear(low, b.to(y.dtype))
         return self.multiply(x, values, index, a, b)
 
-    def multiply(self, x: Tensor, values: Tensor | None, index: Tensor | None, a: Tensor | None, b: Tensor | None) -> Tensor:
+    def multiply(
+        self, x: Tensor, values: Tensor | None, index: Tensor | None, a: Tensor | None, b: Tensor | None
+    ) -> Tensor:
         return torch.ops.sparsify.sparse_lowrank_linear(
             x, self.weight, self.bias, values, index, a, b, self.scale, self.conv1d
         )
@@ -123,7 +125,9 @@ class QuantizedMixin(SparseLowRankMixin, PartialMixin):
     def packed(self) -> list[Tensor]:
         return [getattr(self, name) for name in self.packed_names]
 
-    def multiply(self, x: Tensor, values: Tensor | None, index: Tensor | None, a: Tensor | None, b: Tensor | None) -> Tensor:
+    def multiply(
+        self, x: Tensor, values: Tensor | None, index: Tensor | None, a: Tensor | None, b: Tensor | None
+    ) -> Tensor:
         block = getattr(self, "weight_slice", None)
         channels = getattr(self, "slice_channels", None) if block is not None else None
         axis = self.slice_axis if block is not None else 1
@@ -189,7 +193,12 @@ def conv1d_class(kind: str) -> type[nn.Module]:
     def reduce(self: Any, protocol: Any) -> Any:
         return rebuild_conv1d, (kind,), self.__dict__
 
-    body = {"conv1d": True, "__reduce_ex__": reduce, "__doc__": f"GPT-2's Conv1D, {kind.lower()}.", "__module__": __name__}
+    body = {
+        "conv1d": True,
+        "__reduce_ex__": reduce,
+        "__doc__": f"GPT-2's Conv1D, {kind.lower()}.",
+        "__module__": __name__,
+    }
     return type(f"{kind}Conv1D", (MIXINS[kind], Conv1D), body)
 
 
@@ -242,7 +251,7 @@ def attach_parts(module: Any, part: SparseLowRank | None, tensors: dict[str, Ten
     module.mask_open = part is not None and part.count > 0 and part.index is None
     if "sparse_values" in tensors:
         module.sparse_values = as_parameter(tensors["sparse_values"])
-        module.register_buffer("sparse_index", tensors["sparse_index"], persistent=False)
+        module.register_buffer("sparse_index", tensors["sparse_index"])
     if "lora_A" in tensors:
         module.lora_A, module.lora_B = as_parameter(tensors["lora_A"]), as_parameter(tensors["lora_B"])
 
@@ -254,7 +263,6 @@ def detach_parts(module: Any) -> dict[str, Tensor]:
             found[leaf] = module._parameters.pop(leaf)
     if "sparse_index" in module._buffers:
         found["sparse_index"] = module._buffers.pop("sparse_index")
-        module._non_persistent_buffers_set.discard("sparse_index")
     for leaf in ("scale", "dropout", "mask_open"):
         module.__dict__.pop(leaf, None)
     return found

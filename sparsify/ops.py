@@ -27,7 +27,9 @@ from torch import Tensor
 LIBRARY = torch.library.Library("sparsify", "FRAGMENT")
 LIBRARY.define("partial_linear(Tensor x, Tensor weight, Tensor? bias, Tensor block, int start, int axis) -> Tensor")
 LIBRARY.define("partial_linear_dx(Tensor g, Tensor weight, Tensor block, int start, int axis) -> Tensor")
-LIBRARY.define("partial_linear_at(Tensor x, Tensor weight, Tensor? bias, Tensor block, Tensor index, int axis) -> Tensor")
+LIBRARY.define(
+    "partial_linear_at(Tensor x, Tensor weight, Tensor? bias, Tensor block, Tensor index, int axis) -> Tensor"
+)
 LIBRARY.define("partial_linear_at_dx(Tensor g, Tensor weight, Tensor block, Tensor index, int axis) -> Tensor")
 
 
@@ -39,7 +41,9 @@ def effective_weight(weight: Tensor, block: Tensor, channels: Tensor, axis: int)
     return weight.index_copy(axis, channels, block.to(weight.dtype))
 
 
-def oracle_partial_linear(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, channels: Tensor, axis: int) -> Tensor:
+def oracle_partial_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, channels: Tensor, axis: int
+) -> Tensor:
     """Eager definition of the forward."""
     y = x @ effective_weight(weight, block, channels, axis).transpose(0, 1)
     return y if bias is None else y + bias
@@ -82,7 +86,9 @@ def _partial_linear_dx(g: Tensor, weight: Tensor, block: Tensor, start: int, axi
     return g.matmul(weight.to(g.dtype))
 
 
-def _partial_linear_at(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, index: Tensor, axis: int) -> Tensor:
+def _partial_linear_at(
+    x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, index: Tensor, axis: int
+) -> Tensor:
     write_block_at(weight, block, index, axis)
     return _matmul(x, weight, bias)
 
@@ -104,7 +110,9 @@ for _name, _function in (
 def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, where: Any, axis: int) -> Tensor:
     torch._check(x.shape[-1] == weight.shape[1], lambda: f"x has {x.shape[-1]} channels, the weight {weight.shape[1]}")
     torch._check(axis in (0, 1), lambda: f"axis must be 0 or 1, got {axis}")
-    torch._check(block.shape[1 - axis] == weight.shape[1 - axis], lambda: f"block {block.shape} for weight {weight.shape}")
+    torch._check(
+        block.shape[1 - axis] == weight.shape[1 - axis], lambda: f"block {block.shape} for weight {weight.shape}"
+    )
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 

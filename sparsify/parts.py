@@ -1,7 +1,7 @@
 """Trained parts of one weight, as adapters see them: snapshot, reset to the base, to and from original coordinates.
 
-    SlicePart        whole channels: one parameter `weight_slice`                           S2FT, PaCA
-    LowRankPart      entries at a support and low-rank factors: sparse_values, lora_A, lora_B    RoSA, LoRA
+SlicePart        whole channels: one parameter `weight_slice`                           S2FT, PaCA
+LowRankPart      entries at a support and low-rank factors: sparse_values, lora_A, lora_B    RoSA, LoRA
 """
 
 from __future__ import annotations
@@ -76,7 +76,11 @@ class SlicePart:
         return [Delta(self.param, self.piece.side, channels, values.cpu().contiguous(), self.piece.transposed)]
 
     def fits(self, deltas: Sequence[Delta]) -> bool:
-        return len(deltas) == 1 and deltas[0].kind == self.piece.side and set(deltas[0].channels.tolist()) == set(self.piece.channels)
+        return (
+            len(deltas) == 1
+            and deltas[0].kind == self.piece.side
+            and set(deltas[0].channels.tolist()) == set(self.piece.channels)
+        )
 
     def values_of(self, delta: Delta) -> Tensor:
         """Values of a fitting delta in the order and layout of the block."""

@@ -1,7 +1,7 @@
 """Exact export to PEFT's LoRA directory: a slice delta is a low-rank matrix with a one-hot factor.
 
-    columns   ΔW = Δ · onehot(channels)      lora_B = Δ (n, s)            lora_A = one-hot rows (s, m)
-    rows      ΔW = onehot(channels)ᵀ · Δ     lora_B = one-hot columns     lora_A = Δ (s, m)
+columns   ΔW = Δ · onehot(channels)      lora_B = Δ (n, s)            lora_A = one-hot rows (s, m)
+rows      ΔW = onehot(channels)ᵀ · Δ     lora_B = one-hot columns     lora_A = Δ (s, m)
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def lora_factors(delta: Delta, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     return (onehot, values) if delta.kind == "column" else (values, onehot.t().contiguous())
 
 
-def export(adapter: Adapter, shapes: dict[str, torch.Size], directory: str | os.PathLike[str], base: str | None) -> Path:
+def export(
+    adapter: Adapter, shapes: dict[str, torch.Size], directory: str | os.PathLike[str], base: str | None
+) -> Path:
     """Write `adapter_config.json` and `adapter_model.safetensors` so that PEFT loads the same function."""
     from safetensors.torch import save as to_bytes
 

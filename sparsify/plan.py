@@ -98,7 +98,9 @@ class Rule:
                 object.__setattr__(self, spec.name, as_tuple(getattr(self, spec.name)))
         check_types(self)
         if not self.match:
-            raise PlanError(f"{type(self).__name__}(match=''): an empty pattern matches nothing; use '*' for everything")
+            raise PlanError(
+                f"{type(self).__name__}(match=''): an empty pattern matches nothing; use '*' for everything"
+            )
 
     def matches(self, *names: str) -> bool:
         return any(fnmatchcase(name, self.match) for name in names)
@@ -142,7 +144,9 @@ class S2FT(Rule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.fraction is None) == (self.units is None):
-            raise PlanError("S2FT: give either fraction=… (share of parameters) or units=… (heads or channels), not both")
+            raise PlanError(
+                "S2FT: give either fraction=… (share of parameters) or units=… (heads or channels), not both"
+            )
         check_fraction(self, "fraction")
         check_fraction(self, "producer_fraction", zero=True)
         if self.units is not None and self.units < 1:

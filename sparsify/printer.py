@@ -4,15 +4,15 @@
     history:
       capture: LlamaForCausalLM, 210 operations
     structures: 4 (2 attention, 2 ffn)
-      ffn model.layers.0.mlp: 176 units | gate gate_proj.weight[0 ×1] | up up_proj.weight[0 ×1] | down down_proj.weight[1 ×1]
+      ffn model.layers.0.mlp: 176 units | gate gate_proj.weight[0 ×1] | up … | down down_proj.weight[1 ×1]
     trained: 1 slice, 320 parameters
       @model.layers.0.mlp.down_proj.weight[:, 0:5] f32[64, 5] column block, channels 3, 17, 40, 99, 121
     graph(%input_ids: i64[2, 7]):
       # model.layers.0.mlp.down_proj
     » %down: f32[2, 7, 64] = sparsify.partial_linear(%mul_4, @model.layers.0.mlp.down_proj.weight, None, …)
 
-Made to be read by people and matched by tests (`torch.testing.FileCheck`): the order is fixed, values are named as in the
-graph, tensors by their qualified names, and nothing depends on memory addresses or on the run.
+Made to be read by people and matched by tests (`torch.testing.FileCheck`): the order is fixed, values are named as in
+the graph, tensors by their qualified names, and nothing depends on memory addresses or on the run.
 """
 
 from __future__ import annotations
@@ -119,7 +119,8 @@ def lowrank_text(part: SparseLowRank) -> str:
 
 def packed_text(packed: Packed) -> str:
     """`@w nf4, 590,000 → 160,000 bytes, error 0.080`."""
-    return f"@{packed.param} {packed.format}, {packed.dense_bytes:,} → {packed.packed_bytes:,} bytes, error {packed.error:.3f}"
+    size = f"{packed.dense_bytes:,} → {packed.packed_bytes:,} bytes"
+    return f"@{packed.param} {packed.format}, {size}, error {packed.error:.3f}"
 
 
 def site_text(site: Site, prefix: str = "") -> str:

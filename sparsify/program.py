@@ -262,7 +262,9 @@ class Program:
             example=(args, kwargs),
             aliases=canonical,
             constants=dict(exported.constants),
-            history=(f"capture: {type(host).__name__}, {sum(n.op == 'call_function' for n in exported.graph.nodes)} operations",),
+            history=(
+                f"capture: {type(host).__name__}, {sum(n.op == 'call_function' for n in exported.graph.nodes)} operations",
+            ),
         )
 
     def evolve(self, note: str, **changes: Any) -> Program:

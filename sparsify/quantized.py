@@ -69,7 +69,9 @@ def unpack(packed: list[Tensor], format: str, shape: tuple[int, ...], dtype: tor
     if format == "nf4":
         functional = bitsandbytes()
         data, absmax, nested_absmax, nested_code, code, offset = packed
-        nested = functional.QuantState(absmax=nested_absmax, code=nested_code, blocksize=NESTED_BLOCK, dtype=torch.float32)
+        nested = functional.QuantState(
+            absmax=nested_absmax, code=nested_code, blocksize=NESTED_BLOCK, dtype=torch.float32
+        )
         state = functional.QuantState(
             absmax=absmax, shape=torch.Size(shape), code=code, blocksize=BLOCK, quant_type="nf4", dtype=dtype,
             offset=offset[0], state2=nested,

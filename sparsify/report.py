@@ -10,6 +10,7 @@ from torch import fx, nn
 from sparsify.errors import Refusal
 from sparsify.plan import Plan
 from sparsify.program import Program
+from sparsify.verify import SPARSIFY_OPS
 
 
 @dataclass(frozen=True)
@@ -68,15 +69,35 @@ def make_report(program: Program, plan: Plan, host: nn.Module) -> Report:
     chosen = []
     for choice in program.choices:
         rows = f", {len(choice.producers)} producer units" if choice.producers else ""
-        weights = [f"{s.param}[{s.side}s {s.start}:{s.start + s.length}]" for s in program.slices if s.structure == choice.structure]
+        weights = [
+            f"{s.param}[{s.side}s {s.start}:{s.start + s.length}]"
+            for s in program.slices
+            if s.structure == choice.structure
+        ]
         chosen.append(
             f"{choice.structure}: {len(choice.consumers)} of {units[choice.structure]} units{rows} "
             f"({choice.method}, rule {choice.rule}) → {', '.join(weights)}"
         )
+    for group in program.channel_choices:
+        chosen.append(
+            f"{', '.join(group.params)}: {len(group.channels)} input columns, gathered ({group.method}, rule {group.rule})"
+        )
+    for part in program.lowranks:
+        texts = [f"rank {part.rank}, scale {part.scale:g}"] if part.rank else []
+        if part.count:
+            open_mask = ", still to be collected" if part.index is None else ""
+            texts.append(f"{part.count:,} entries ({part.mask}{open_mask})")
+        chosen.append(f"{part.param}: {' + '.join(texts)} (rule {part.rule})")
+    packed = [f"{p.param}: {p.format}, error {p.error:.2%}" for p in program.packings]
+    if packed:
+        before, after = sum(p.dense_bytes for p in program.packings), sum(p.packed_bytes for p in program.packings)
+        chosen.append(
+            f"{len(packed)} weights packed: {human(before)} → {human(after)} ({packed[0]}{', …' if packed[1:] else ''})"
+        )
     declined = tuple(program.refusals) + tuple(
         Refusal(d.name, d.reason) for d in program.declined if d.name not in {r.where for r in program.refusals}
     )
-    blocks = {s.block_name for s in program.slices}
+    added = ("weight_slice", "sparse_values")
     parameters = dict(host.named_parameters())
     saved, full = backward_bytes(program)
     return Report(
@@ -85,7 +106,8 @@ def make_report(program: Program, plan: Plan, host: nn.Module) -> Report:
         chosen=tuple(chosen),
         declined=declined,
         trainable=sum(p.numel() for p in parameters.values() if p.requires_grad),
-        total=sum(p.numel() for n, p in parameters.items() if n not in blocks),
+        total=sum(p.numel() for n, p in parameters.items() if n.rpartition(".")[2] not in added)
+        + sum(m.shape.numel() for m in host.modules() if hasattr(m, "packed_names")),
         saved_bytes=saved,
         saved_bytes_full=full,
         history=program.history,
@@ -98,18 +120,27 @@ def node_bytes(node: fx.Node) -> int:
 
 
 def backward_bytes(program: Program) -> tuple[int, int]:
-    """Bytes of linear inputs kept for weight gradients: by the trained slices, and if every linear trained."""
-    saved, inputs = 0, {}
-    rows: dict[str, int] = {}
+    """Bytes of linear inputs kept for weight gradients: by the trained parts, and if every linear trained.
+
+    Column slices keep a copy of their columns each; whole inputs (rows, sparse, low-rank) are kept once however many read them.
+    """
+    saved, whole, inputs = 0, {}, {}
+    ops = torch.ops.sparsify
     for node in program.graph.nodes:
-        if node.op == "call_function" and node.target is torch.ops.sparsify.partial_linear.default:
-            x, block, axis = node.args[0], node.args[3], node.args[5]
-            width = x.meta["val"].shape[-1]
-            if axis == 1:
-                saved += node_bytes(x) // width * block.meta["val"].shape[1]
-            else:
-                rows[x.name] = node_bytes(x)
-            inputs[x.name] = node_bytes(x)
+        if node.op != "call_function" or node.target not in SPARSIFY_OPS:
+            continue
+        x = node.args[0]
+        inputs[x.name] = node_bytes(x)
+        if node.target in (ops.partial_linear.default, ops.partial_linear_at.default):
+            block, axis, rest = node.args[3], node.args[5], ()
+        elif node.target is ops.sparse_lowrank_linear.default:
+            block, axis, rest = None, 1, (node.args[3], node.args[5])
+        else:
+            block, axis, rest = node.args[6], node.args[8], (node.args[9], node.args[11])
+        if any(part is not None for part in rest) or (block is not None and axis == 0):
+            whole[x.name] = node_bytes(x)
+        elif block is not None:
+            saved += node_bytes(x) // x.meta["val"].shape[-1] * block.meta["val"].shape[1]
     for linear in program.linears():
         inputs[linear.x.name] = node_bytes(linear.x)
-    return saved + sum(rows.values()), sum(inputs.values())
+    return saved + sum(whole.values()), sum(inputs.values())

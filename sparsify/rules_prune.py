@@ -63,7 +63,9 @@ class Prune(Rule):
                     f"{shape.sparsity:g}; leave sparsity out, or choose another N:M"
                 )
         if self.allocation == "sensitivity" and isinstance(shape, NM):
-            raise PlanError(f"Prune(pattern='{shape}', allocation='sensitivity'): N:M fixes every layer's sparsity; use 'uniform'")
+            raise PlanError(
+                f"Prune(pattern='{shape}', allocation='sensitivity'): N:M fixes every layer's sparsity; use 'uniform'"
+            )
         if not self.damping > 0:
             raise PlanError(f"Prune(damping={self.damping:g}): must be positive, 0.01 is usual")
         if not 0 <= self.max_shift < 1:
@@ -131,7 +133,21 @@ def head_parameters(host: nn.Module) -> set[str]:
 
 def router_parameters(program: Program) -> set[str]:
     """Weights of linears whose output reaches `topk` through element-wise operations, softmax or views only."""
-    passing = ("softmax", "sigmoid", "_to_copy", "to.", "view", "reshape", "add", "mul", "float", "type_as", "slice", "unsqueeze", "div")
+    passing = (
+        "softmax",
+        "sigmoid",
+        "_to_copy",
+        "to.",
+        "view",
+        "reshape",
+        "add",
+        "mul",
+        "float",
+        "type_as",
+        "slice",
+        "unsqueeze",
+        "div",
+    )
     found = set()
     for linear in program.linears():
         frontier, seen = list(linear.node.users), set()

@@ -156,7 +156,9 @@ def save_sparse(
     return SizeReport(sum(d for d, _ in sizes.values()), sum(s for _, s in sizes.values()), sizes)
 
 
-def collect(source: nn.Module | Mapping[str, Tensor], masks: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def collect(
+    source: nn.Module | Mapping[str, Tensor], masks: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Tensors by name (each piece of memory once) and masks, of a module or a mapping."""
     if isinstance(source, nn.Module):
         for name, module, leaf in masked_parameters(source):
@@ -180,7 +182,9 @@ def collect(source: nn.Module | Mapping[str, Tensor], masks: dict[str, Tensor]) 
 
 def check_mask(name: str, tensor: Tensor, mask: Tensor) -> None:
     if mask.dtype is not torch.bool or mask.shape != tensor.shape:
-        raise SparseCheckpointError(f"mask of '{name}': expected bool {tuple(tensor.shape)}, got {mask.dtype} {tuple(mask.shape)}")
+        raise SparseCheckpointError(
+            f"mask of '{name}': expected bool {tuple(tensor.shape)}, got {mask.dtype} {tuple(mask.shape)}"
+        )
     count = int((tensor.detach()[~mask.to(tensor.device)] != 0).sum())
     if count:
         raise SparseCheckpointError(f"'{name}': {count} pruned entries are not zero; they would be lost")
@@ -196,7 +200,9 @@ class SparseCheckpoint:
         self.path = Path(path)
         self.entries, self.masked, self.plain, self.base = read_header(self.path)
         if base_hash is not None and self.base is not None and base_hash != self.base:
-            raise SparseCheckpointError(f"{self.path} belongs to another base model (hash {self.base[:12]}…, not {base_hash[:12]}…)")
+            raise SparseCheckpointError(
+                f"{self.path} belongs to another base model (hash {self.base[:12]}…, not {base_hash[:12]}…)"
+            )
         for name, entry in self.entries.items():
             check_bits(self.path, name, entry, self.part(name + BITMASK))
 
@@ -254,11 +260,15 @@ class SparseCheckpoint:
         missing = [n for n in wanted if n not in self.names and not any(t in self.names for t in tied.get(n, ()))]
         foreign = [n for n in self.names if n not in wanted]
         if strict and (missing or foreign):
-            raise SparseCheckpointError(f"{self.path} does not fit the model: missing {missing[:3]}, unknown {foreign[:3]}")
+            raise SparseCheckpointError(
+                f"{self.path} does not fit the model: missing {missing[:3]}, unknown {foreign[:3]}"
+            )
         for name in self.names:
             shape = self.entries[name].shape if name in self.entries else tuple(self.part(name).shape)
             if name in wanted and shape != tuple(wanted[name].shape):
-                raise SparseCheckpointError(f"'{name}' has shape {shape} in {self.path.name}, the model {tuple(wanted[name].shape)}")
+                raise SparseCheckpointError(
+                    f"'{name}' has shape {shape} in {self.path.name}, the model {tuple(wanted[name].shape)}"
+                )
         if sparse:
             present = {name for name, _, _ in masked_parameters(host)}
             parameters = dict(host.named_parameters())
@@ -275,7 +285,11 @@ class SparseCheckpoint:
     def sizes(self) -> Iterator[tuple[str, int, int]]:
         """`(name, dense bytes, stored bytes)` of the compressed tensors."""
         for name, entry in self.entries.items():
-            yield name, entry.numel * entry.dtype.itemsize, entry.survivors * entry.dtype.itemsize + (entry.numel + 7) // 8
+            yield (
+                name,
+                entry.numel * entry.dtype.itemsize,
+                entry.survivors * entry.dtype.itemsize + (entry.numel + 7) // 8,
+            )
 
 
 def open_sparse(path: str | Path, *, base_hash: str | None = None) -> SparseCheckpoint:
@@ -333,7 +347,11 @@ def read_header(path: Path) -> tuple[dict[str, Entry], set[str], list[str], str 
 
 def parse_entry(value: Any) -> Entry:
     shape, dtype, survivors = value["shape"], getattr(torch, str(value["dtype"]), None), value["survivors"]
-    sane = isinstance(shape, list) and all(type(s) is int and 0 <= s < MAX_ENTRIES for s in shape) and prod(shape) < MAX_ENTRIES
+    sane = (
+        isinstance(shape, list)
+        and all(type(s) is int and 0 <= s < MAX_ENTRIES for s in shape)
+        and prod(shape) < MAX_ENTRIES
+    )
     if not sane:
         raise ValueError(f"bad shape {shape!r}")
     if not isinstance(dtype, torch.dtype) or dtype.itemsize not in INTEGERS:

@@ -44,10 +44,14 @@ def verify_structures(program: Program) -> None:
         for site in structure.sites:
             tensor = program.tensor(site.param)
             if not 0 <= site.axis < tensor.dim():
-                raise VerifyError(f"{structure.name}: {site} names axis {site.axis} of a {tensor.dim()}-dimensional tensor")
+                raise VerifyError(
+                    f"{structure.name}: {site} names axis {site.axis} of a {tensor.dim()}-dimensional tensor"
+                )
             last = max(site.bases()) + (structure.units - 1) * site.step + site.block
             if last > tensor.shape[site.axis]:
-                raise VerifyError(f"{structure.name}: {site} ends at {last}, the axis has {tensor.shape[site.axis]} channels")
+                raise VerifyError(
+                    f"{structure.name}: {site} ends at {last}, the axis has {tensor.shape[site.axis]} channels"
+                )
 
 
 def verify_choices(program: Program) -> None:
@@ -85,7 +89,9 @@ def verify_slices(program: Program) -> None:
             raise VerifyError(f"{piece.param}: the trained slice is read by no sparsify operator")
         block = program.tensor(piece.block_name)
         if block.shape[piece.logical_axis] != piece.length or not block.is_contiguous():
-            raise VerifyError(f"{piece.param}: the trained block is {tuple(block.shape)}, expected {piece.length} channels")
+            raise VerifyError(
+                f"{piece.param}: the trained block is {tuple(block.shape)}, expected {piece.length} channels"
+            )
     for part in program.lowranks:
         owner = part.param.rpartition(".")[0]
         wanted = ["lora_A", "lora_B"] if part.rank else []
@@ -110,4 +116,6 @@ def check_outputs(expected: Any, found: Any) -> None:
         error = float((a.detach().double() - b.detach().double()).abs().max()) / scale if a.numel() else 0.0
         bound = 256 * torch.finfo(a.dtype).eps
         if not error <= bound:
-            raise VerifyError(f"output {number} drifted by {error:.2e} of its largest entry; rounding explains {bound:.1e}")
+            raise VerifyError(
+                f"output {number} drifted by {error:.2e} of its largest entry; rounding explains {bound:.1e}"
+            )

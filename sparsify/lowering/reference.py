@@ -8,7 +8,6 @@ from sparsify.passes.base import Context
 from sparsify.program import Program
 from sparsify.verify import SPARSIFY_OPS
 
-
 KERNELS = {
     torch.ops.sparsify.partial_linear.default: "reference: block copied into the weight, one GEMM",
     torch.ops.sparsify.partial_linear_at.default: "reference: channels copied into the weight, one GEMM",

@@ -1,7 +1,7 @@
 """Assign rules: match the plan's rules to structures and linears; the first that matches wins.
 
-    rule 0  S2FT(match="*.mlp*")  ──▶  model.layers.0.mlp, model.layers.1.mlp, …
-    (nothing left over)           ──▶  PlanError with the nearest names, or RefusedError with the reasons
+rule 0  S2FT(match="*.mlp*")  ──▶  model.layers.0.mlp, model.layers.1.mlp, …
+(nothing left over)           ──▶  PlanError with the nearest names, or RefusedError with the reasons
 """
 
 from __future__ import annotations
@@ -60,13 +60,17 @@ def why_not_trainable(program: Program, param: str, linears: dict[str, list[Line
     owner = program.host.get_submodule(owner_name(param))
     plain = type(owner).forward is nn.Linear.forward or is_conv1d(owner)
     if not plain:
-        return f"its module is a {type(owner).__name__}, whose own forward would be lost; nn.Linear and Conv1D can train"
+        return (
+            f"its module is a {type(owner).__name__}, whose own forward would be lost; nn.Linear and Conv1D can train"
+        )
     paths = {owner_name(n) for n in names}
     for node in products:
         stack = node.meta.get("nn_module_stack") or {}
         innermost = list(stack.values())[-1][0].split("@")[0] if stack else ""
         if stack and innermost not in paths:
-            return f"the weight is read by the forward of '{innermost}' directly, not by its own module (node {node.name})"
+            return (
+                f"the weight is read by the forward of '{innermost}' directly, not by its own module (node {node.name})"
+            )
     return None
 
 
@@ -123,9 +127,14 @@ def why_not_served(
 
 
 def unused(index: int, rule: Rule, program: Program, reasons: list[Refusal]) -> PlanError:
-    names = [s.name for s in program.structures] + sorted({owner_name(p) for s in program.structures for p in s.params()})
+    names = [s.name for s in program.structures] + sorted(
+        {owner_name(p) for s in program.structures for p in s.params()}
+    )
     if reasons:
-        listed = "\n  ".join(str(r) for r in reasons[:5]) + (f"\n  … and {len(reasons) - 5} more" if len(reasons) > 5 else "")
+        listed = "\n  ".join(str(r) for r in reasons[:5]) + (
+            f"\n  … and {len(reasons) - 5} more" if len(reasons) > 5 else ""
+        )
         return PlanError(f"rule {index}, {rule}, serves nothing; what it matched was declined:\n  {listed}")
-    return PlanError(f"rule {index}, {rule}, matches nothing that is still free{nearest(rule.match.strip('*.'), names)}")
-
+    return PlanError(
+        f"rule {index}, {rule}, matches nothing that is still free{nearest(rule.match.strip('*.'), names)}"
+    )

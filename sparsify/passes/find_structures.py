@@ -516,7 +516,7 @@ class Finder:
                 if not kept & set(self.leaves(axis)):
                     continue
                 raw = [layout(term, None) for term in terms_of(axis) if compatible(term, spans)]
-                sites.update(dict.fromkeys(Site(name, i, b, o, loops, 0, role) for o, b, loops, _ in merge(raw)))
+                sites.update(dict.fromkeys(item.site(name, i, role) for item in merge(raw)))
         return list(sites)
 
     def declined_core(self, flow: Flow) -> Declined:
@@ -741,11 +741,10 @@ class Finder:
         for member in self.members[leaf] if members is None else members:
             if sum(x is leaf for x, _ in member.term.factors) != 1:
                 return None
-            groups.setdefault((member.param, member.axis, role_of(member)), []).append(layout(member.term, leaf))
+            groups.setdefault((member.param, member.axis, role_of(member)), []).append(layout(member.term, leaf, first))
         sites = []
         for (param, axis, role), layouts in groups.items():
-            for offset, block, loops, step in merge(layouts):
-                sites.append(Site(param, axis, block, offset, loops, 0 if step == block else step, role))
+            sites += [item.site(param, axis, role) for item in merge(layouts)]
         return tuple(sorted(sites, key=self.position))
 
     def position(self, site: Site) -> tuple[int, int, int]:
@@ -806,27 +805,57 @@ def kept_by_weight(contraction: Contraction) -> Axes:
     return contraction.right_kept
 
 
-Layout = tuple[int, int, tuple[tuple[int, int], ...], int]  # offset, block, outer loops, distance between units
+Loop = tuple[int, int]  # count, stride
 
 
-def layout(term: Term, unit: Axis | None) -> Layout:
+@dataclass(frozen=True, order=True)
+class Layout:
+    """Channels of the units in one stretch, as a site writes them; `group` is an outer loop that must stay visible."""
+
+    offset: int
+    block: int
+    step: int
+    loops: tuple[Loop, ...]
+    group: tuple[Loop, ...] = ()
+
+    def joins(self, after: Layout) -> bool:
+        """Whether `after` begins where each unit of this stretch ends."""
+        same = (self.step, self.loops, self.group) == (after.step, after.loops, after.group)
+        return same and self.offset + self.block == after.offset and self.block not in self.bounds
+
+    @property
+    def bounds(self) -> set[int]:
+        """Block sizes at which the next channel belongs to another unit or group."""
+        return {self.step, *(stride for _, stride in self.group)}
+
+    def joined(self, after: Layout) -> Layout:
+        return normal(self.offset, self.block + after.block, self.step, self.loops, self.group)
+
+    def site(self, param: str, axis: int, role: Role) -> Site:
+        stride = 0 if self.step == self.block else self.step
+        return Site(param, axis, self.block, self.offset, self.group + self.loops, stride, role)
+
+
+def layout(term: Term, unit: Axis | None, group: Axis | None = None) -> Layout:
     """Channels of one unit in one stretch: contiguous inner factors make the block, all others are loops."""
     step = next((stride for leaf, stride in term.factors if leaf is unit), 0)
-    loops = [(leaf.size, stride) for leaf, stride in term.factors if leaf is not unit]
-    return normal(term.offset, 1, tuple(loops), step)
+    loops = tuple((leaf.size, stride) for leaf, stride in term.factors if leaf is not unit and leaf is not group)
+    outer = tuple((leaf.size, stride) for leaf, stride in term.factors if leaf is group)
+    return normal(term.offset, 1, step, loops, outer)
 
 
-def normal(offset: int, block: int, loops: tuple[tuple[int, int], ...], step: int) -> Layout:
+def normal(offset: int, block: int, step: int, loops: tuple[Loop, ...], group: tuple[Loop, ...]) -> Layout:
     """Loops that touch the block become part of it; loops that touch each other become one."""
+    bounds = {step, *(stride for _, stride in group)}
     rest = sorted(loops, key=lambda loop: -loop[1])
-    while rest and rest[-1][1] == block and step != block:
+    while rest and rest[-1][1] == block and block not in bounds:
         block *= rest.pop()[0]
-    merged: list[tuple[int, int]] = []
+    merged: list[Loop] = []
     for count, stride in rest:
         if merged and merged[-1][1] == count * stride:
-            count, stride = merged.pop()[0] * count, stride
+            count *= merged.pop()[0]
         merged.append((count, stride))
-    return offset, block, tuple(merged), step
+    return Layout(offset, block, step, tuple(merged), group)
 
 
 def merge(layouts: list[Layout]) -> list[Layout]:
@@ -835,9 +864,8 @@ def merge(layouts: list[Layout]) -> list[Layout]:
     while changed:
         changed, out = False, []
         for item in sorted(dict.fromkeys(layouts)):
-            if out and out[-1][2:] == item[2:] and out[-1][0] + out[-1][1] == item[0] and out[-1][1] != item[3]:
-                offset, block, loops, step = out.pop()
-                item, changed = normal(offset, block + item[1], loops, step), True
+            if out and out[-1].joins(item):
+                item, changed = out.pop().joined(item), True
             out.append(item)
         layouts = out
     return layouts

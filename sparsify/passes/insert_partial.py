@@ -1,11 +1,11 @@
 """Insert trained parts: each chosen weight's linear becomes a sparsify operator that reads the trained parameters too.
 
-    %y = aten.linear(%x, @down_proj.weight)
-    ──▶
-    %y = sparsify.partial_linear(%x, @down_proj.weight, None, @down_proj.weight_slice, start, axis)          S2FT, PaCA
-    %y = sparsify.partial_linear_at(%x, …, @q_proj.weight_slice, @q_proj.slice_channels, axis)               PaCA, gathered
-    %y = sparsify.sparse_lowrank_linear(%x, …, @….sparse_values, @….sparse_index, @….lora_A, @….lora_B, s)   RoSA, LoRA
-    %y = sparsify.quantized_linear(%x, [@….packed_0, …], "nf4", …)                                           Quantize
+%y = aten.linear(%x, @down_proj.weight)
+──▶
+%y = sparsify.partial_linear(%x, @down_proj.weight, None, @down_proj.weight_slice, start, axis)          S2FT, PaCA
+%y = sparsify.partial_linear_at(%x, …, @q_proj.weight_slice, @q_proj.slice_channels, axis)               PaCA, gathered
+%y = sparsify.sparse_lowrank_linear(%x, …, @….sparse_values, @….sparse_index, @….lora_A, @….lora_B, s)   RoSA, LoRA
+%y = sparsify.quantized_linear(%x, [@….packed_0, …], "nf4", …)                                           Quantize
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from sparsify.program import Input, Packed, Program, SparseLowRank, Support, Tra
 from sparsify.quantized import pack, packed_bytes, unpack
 from sparsify.selection import generator, unit_channels
 from sparsify.structure import Site, Structure
+
+OPEN = -1  # every entry of the index of a mask that is still to be collected
 
 
 def insert_partial(program: Program, context: Context) -> Program:
@@ -153,7 +155,8 @@ def part_of(program: Program, support: Support) -> SparseLowRank:
     transposed = is_conv1d(program.host.get_submodule(owner_name(support.param)))
     index, original = support.index, support.index
     if index is not None:
-        index, original = current_index(program, support.param, index)
+        shape = program.tensor(support.param).shape
+        index, original = current_index(program, support.param, index, shape)
     return SparseLowRank(
         param=support.param,
         rule=support.rule,
@@ -168,9 +171,10 @@ def part_of(program: Program, support: Support) -> SparseLowRank:
     )
 
 
-def current_index(program: Program, param: str, original: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flat entries of a weight from original to current coordinates: `(index sorted, original in the same order)`."""
-    shape = program.tensor(param).shape
+def current_index(
+    program: Program, param: str, original: torch.Tensor, shape: torch.Size
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flat entries of a stored weight of `shape`, original to current: `(index sorted, original in the same order)`."""
     places = list(torch.unravel_index(original.long(), shape))
     for axis in (0, 1):
         moved = moved_index(program, param, axis)
@@ -188,9 +192,10 @@ def initial_parts(weight: torch.Tensor, part: SparseLowRank, seed: int) -> dict[
     n, m = reversed(weight.shape) if part.transposed else weight.shape
     found: dict[str, torch.Tensor] = {}
     if part.count:
-        index = part.index if part.index is not None else torch.zeros(part.count, dtype=torch.int32)
+        index = part.index if part.index is not None else torch.full((part.count,), OPEN, dtype=torch.int32)
         found[f"{owner}.sparse_index"] = index.to(weight.device)
-        found[f"{owner}.sparse_values"] = weight.detach().reshape(-1)[index.long().to(weight.device)].to(dtype)
+        places = index.long().clamp_min(0).to(weight.device)
+        found[f"{owner}.sparse_values"] = weight.detach().reshape(-1)[places].to(dtype)
     if part.rank:
         found[f"{owner}.lora_A"] = kaiming_a(part, m, seed).to(weight.device, dtype)
         found[f"{owner}.lora_B"] = torch.zeros(n, part.rank, dtype=dtype, device=weight.device)
@@ -284,6 +289,29 @@ def rewrite(program: Program) -> tuple[fx.GraphModule, tuple[Input, ...]]:
     graph_module = fx.GraphModule(program.graph_module, graph)
     graph_module.meta = dict(program.graph_module.meta)
     return graph_module, tuple(inputs)
+
+
+def activate_support(program: Program, param: str) -> Program:
+    """The program once an open mask is chosen: the operator of `param` reads its sparse values and index."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(program.graph, {}))
+    owner = owner_name(param)
+    by_target = {i.target: i.name for i in program.inputs}
+    nodes = {n.name: n for n in graph.nodes if n.op == "placeholder"}
+    values, index = (nodes[by_target[f"{owner}.{leaf}"]] for leaf in ("sparse_values", "sparse_index"))
+    places = {
+        torch.ops.sparsify.sparse_lowrank_linear.default: (1, 3),
+        torch.ops.sparsify.quantized_linear.default: (14, 9),
+    }
+    own = {by_target.get(param), by_target.get(f"{owner}.packed_0")}
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in places:
+            weight, first = places[node.target]
+            source = node.args[weight][0] if isinstance(node.args[weight], list | tuple) else node.args[weight]
+            if source.name in own:
+                node.args = (*node.args[:first], values, index, *node.args[first + 2 :])
+    graph_module = fx.GraphModule(program.graph_module, graph)
+    return replace(program, graph_module=graph_module)
 
 
 def stored_input(weight: Any) -> fx.Node:

@@ -1,7 +1,7 @@
 """Permute weights: bring each structure's chosen units to the front of every tensor that they run through.
 
-    o_proj columns  [h0 h1 h2 h3]   choose {1, 3}   [h1 h3 | h0 h2]    trained slice = columns [0, 2·d)
-    q, k, v rows    [h0 h1 h2 h3]        ──▶        [h1 h3 | h0 h2]
+o_proj columns  [h0 h1 h2 h3]   choose {1, 3}   [h1 h3 | h0 h2]    trained slice = columns [0, 2·d)
+q, k, v rows    [h0 h1 h2 h3]        ──▶        [h1 h3 | h0 h2]
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Select for single linears: PaCA's shared column sets, RoSA's supports, LoRA's ranks, and which weights are quantised.
 
-    PaCA(rank=16)  over q, k, v of one layer   ──▶  ChannelChoice((q, k, v), channels=(3, 17, …))
-    RoSA(…)        over down_proj              ──▶  Support(down_proj, index=(…), rank=16)
+PaCA(rank=16)  over q, k, v of one layer   ──▶  ChannelChoice((q, k, v), channels=(3, 17, …))
+RoSA(…)        over down_proj              ──▶  Support(down_proj, index=(…), rank=16)
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from tqdm import tqdm
 
-from sparsify.calibration import gradient_statistics, input_squares, need_batches
+from sparsify.calibration import gradient_statistics, input_squares, need_batches, sum_over_ranks
 from sparsify.errors import PlanError, Refusal, RefusedError
 from sparsify.passes.assign_rules import is_conv1d, owner_name, why_not_trainable
 from sparsify.passes.base import Context
@@ -23,7 +23,19 @@ from sparsify.selection import choose, generator, random_scores, unit_channels
 
 VIEWS = frozenset(
     getattr(torch.ops.aten, name)
-    for name in ("view", "reshape", "_unsafe_view", "alias", "detach", "clone", "contiguous", "to", "_to_copy", "flatten", "dropout")
+    for name in (
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "alias",
+        "detach",
+        "clone",
+        "contiguous",
+        "to",
+        "_to_copy",
+        "flatten",
+        "dropout",
+    )
 )
 
 
@@ -63,13 +75,17 @@ def serve(
         if refusals:
             raise PlanError(f"rule {index}, {rule}, serves nothing: " + "; ".join(map(str, refusals[:3])))
         if clashes:
-            raise PlanError(f"rule {index}, {rule}, serves nothing: {clashes[0]}, and a module takes one rule that trains it")
+            raise PlanError(
+                f"rule {index}, {rule}, serves nothing: {clashes[0]}, and a module takes one rule that trains it"
+            )
         names = [owner_name(p) for p in linears]
         raise PlanError(f"rule {index}, {rule}, matches no linear{nearest(rule.match.strip('*.'), names)}")
     return served, refusals
 
 
-def select_linears(program: Program, context: Context, index: int, rule: LinearRule, taken: dict[str, int]) -> dict[str, Any]:
+def select_linears(
+    program: Program, context: Context, index: int, rule: LinearRule, taken: dict[str, int]
+) -> dict[str, Any]:
     """What one linear rule adds to the program; `taken` learns its weights."""
     linears = first_linears(program)
     served, refusals = serve(program, index, rule, linears, taken)
@@ -110,7 +126,9 @@ def choose_columns(
             raise PlanError(f"rule {index}, {rule}: no pattern of rank names {owner_name(param)}; add '*' for the rest")
         width = program.tensor(param).shape[linears[param].in_axis]
         if rank >= width:
-            raise PlanError(f"rule {index}, {rule}: rank {rank} for {owner_name(param)}, which has {width} input columns")
+            raise PlanError(
+                f"rule {index}, {rule}: rank {rank} for {owner_name(param)}, which has {width} input columns"
+            )
         groups.setdefault((input_root(linears[param].x), rank), []).append(param)
     scores = column_scores(program, context, index, rule, list(groups.values()), linears)
     movable = movable_consumers(program) if rule.permute else {}
@@ -145,10 +163,15 @@ def column_scores(
 ) -> dict[str, Tensor]:
     """Score per input column of each group (by its first weight), fp64; members of a group add their squares."""
     if rule.select == "random":
-        return {g[0]: random_scores(context.plan.seed, g[0], program.tensor(g[0]).shape[linears[g[0]].in_axis]) for g in groups}
+        return {
+            g[0]: random_scores(context.plan.seed, g[0], program.tensor(g[0]).shape[linears[g[0]].in_axis])
+            for g in groups
+        }
     members = {p for g in groups for p in g}
     modules = {p: program.host.get_submodule(owner_name(p)) for p in members}
-    weights = {p: program.tensor(p).detach().float().square().sum(1 - linears[p].in_axis).double().cpu() for p in members}
+    weights = {
+        p: program.tensor(p).detach().float().square().sum(1 - linears[p].in_axis).double().cpu() for p in members
+    }
     if rule.select == "weight":
         return {g[0]: torch.stack([weights[p] for p in g]).sum(0).sqrt() for g in groups}
     batches = need_batches(context.calibration, f"rule {index}, select={rule.select!r},")
@@ -160,7 +183,7 @@ def column_scores(
             sums[name] = sums[name] + total if name in sums else total
 
         gradient_statistics(program.host, modules, batches, reduce, context.loss, context.progress)
-        return {g[0]: (torch.stack([sums[p] for p in g]).sum(0) / len(batches)).sqrt() for g in groups}
+        return {g[0]: sum_over_ranks(torch.stack([sums[p] for p in g]).sum(0) / len(batches)).sqrt() for g in groups}
     squares = input_squares(program.host, {g[0]: modules[g[0]] for g in groups}, batches, context.progress)
     result = {name: s.sqrt() for name, s in squares.items()}
     if rule.select == "product":
@@ -171,7 +194,9 @@ def column_scores(
 # --- RoSA, LoRA ----------------------------------------------------------------------------------------------------------
 
 
-def choose_supports(program: Program, context: Context, index: int, rule: RoSA | LoRA, served: list[str]) -> list[Support]:
+def choose_supports(
+    program: Program, context: Context, index: int, rule: RoSA | LoRA, served: list[str]
+) -> list[Support]:
     settings: dict[str, tuple[int, int]] = {}
     for param in served:
         module, size = owner_name(param), program.tensor(param).numel()
@@ -196,7 +221,9 @@ def choose_supports(program: Program, context: Context, index: int, rule: RoSA |
     supports = []
     for param in served:
         rank, count = settings[param]
-        support = Support(param, index, rank, rule.scale(rank) if rank else 1.0, rule.dropout, count, mask, found.get(param))
+        support = Support(
+            param, index, rank, rule.scale(rank) if rank else 1.0, rule.dropout, count, mask, found.get(param)
+        )
         supports.append(support)
     return supports
 
@@ -232,9 +259,8 @@ def gradient_supports(
 
     gradient_statistics(model, modules, batches, reduce, context.loss, context.progress)
     found = {}
-    for name in list(sums):
-        score = sums.pop(name).abs()
+    for name in modules:  # one order on every rank
+        score = sum_over_ranks(sums.pop(name)).abs()
         stored = score.t() if is_conv1d(modules[name]) else score
         found[name] = stored.reshape(-1).topk(counts[name]).indices.sort().values
     return found
-

@@ -1,6 +1,6 @@
 """Select units: score the heads and channels of every assigned structure and choose which train.
 
-    S2FT(fraction=0.03) over model.layers.*.mlp  ──▶  UnitChoice(model.layers.0.mlp, consumers=(17, 230, …))
+S2FT(fraction=0.03) over model.layers.*.mlp  ──▶  UnitChoice(model.layers.0.mlp, consumers=(17, 230, …))
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparsify.calibration import gradient_statistics, input_squares, need_batches
+from sparsify.calibration import gradient_statistics, input_squares, need_batches, sum_over_ranks
 from sparsify.passes.assign_rules import Assignment, assign_rule, owner_name
 from sparsify.passes.base import Context
 from sparsify.passes.select_linears import select_linears
@@ -133,7 +133,7 @@ def consumer_squares(program: Program, assignment: Assignment, context: Context)
             sums[name] = sums[name] + total if name in sums else total
 
         gradient_statistics(program.host, modules, batches, reduce, context.loss, context.progress)
-        found = {name: total / len(batches) for name, total in sums.items()}
+        found = {name: sum_over_ranks(sums[name] / len(batches)) for name in modules}
     else:
         found = input_squares(program.host, modules, batches, context.progress)
     return {(s.param, s.axis): found[s.param] for s in sites}

@@ -71,7 +71,9 @@ def by_sensitivity(curves: Mapping[str, SaliencyCurve], sparsity: float, max_shi
     return spread_remainder(shares, {name: c.numel for name, c in curves.items()}, sparsity, low, high)
 
 
-def spread_remainder(shares: dict[str, float], sizes: Mapping[str, int], sparsity: float, low: float, high: float) -> dict[str, float]:
+def spread_remainder(
+    shares: dict[str, float], sizes: Mapping[str, int], sparsity: float, low: float, high: float
+) -> dict[str, float]:
     """Ties leave the total a little off: move every layer that has room by the same amount."""
     for _ in range(50):
         total = sum(sizes.values())

@@ -78,7 +78,9 @@ class Watcher(TorchDispatchMode):
                 return name, tensor.storage_offset() - start
         return None
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor):
             self.look(func, args, kwargs or {}, result)

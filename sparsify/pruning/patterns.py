@@ -96,14 +96,18 @@ def parse_pattern(text: str | Pattern) -> Pattern:
         return NM(int(found[1]), int(found[2]))
     if found := re.fullmatch(r"(\d+)[x×](\d+)", text):
         return Block(int(found[1]), int(found[2]))
-    raise PlanError(f"unknown sparsity pattern {text!r}: use 'unstructured', 'N:M' such as '2:4', or 'HxW' such as '4x1'")
+    raise PlanError(
+        f"unknown sparsity pattern {text!r}: use 'unstructured', 'N:M' such as '2:4', or 'HxW' such as '4x1'"
+    )
 
 
 def check_sparsity(where: str, sparsity: float) -> None:
     """Raises PlanError unless `0 ≤ sparsity < 1`."""
     if not 0 <= sparsity < 1:
         hint = f"; did you mean {sparsity / 100:g}?" if 1 < sparsity < 100 else ""
-        raise PlanError(f"{where}: sparsity is the fraction of zeros and must lie in 0 ≤ sparsity < 1, got {sparsity:g}{hint}")
+        raise PlanError(
+            f"{where}: sparsity is the fraction of zeros and must lie in 0 ≤ sparsity < 1, got {sparsity:g}{hint}"
+        )
 
 
 def keep_largest(scores: Tensor, zeros: int) -> Tensor:
@@ -145,7 +149,9 @@ def spread_blocks(mask: Tensor, pattern: Block) -> Tensor:
     return mask.repeat_interleave(pattern.h, 0).repeat_interleave(pattern.w, 1)
 
 
-def mask_from_scores(scores: Tensor, sparsity: float, pattern: Pattern, *, per_row: bool = False, where: str = "layer") -> Tensor:
+def mask_from_scores(
+    scores: Tensor, sparsity: float, pattern: Pattern, *, per_row: bool = False, where: str = "layer"
+) -> Tensor:
     """Survivor mask `(n, m)` of a pattern: the smallest `scores (n, m)` go.
 
     sparsity: fraction of zeros; for N:M it must equal `1 − N/M`.

@@ -1,8 +1,8 @@
 """The pruning methods that only score: magnitude, Wanda (arXiv 2306.11695), random. Survivors keep their values.
 
-    magnitude   |w|                     the smallest of the whole layer go
-    Wanda       |w| · ‖x_j‖₂            compared inside each output row; needs only Σ x² per input
-    random      a seeded uniform draw   the control that every method must beat
+magnitude   |w|                     the smallest of the whole layer go
+Wanda       |w| · ‖x_j‖₂            compared inside each output row; needs only Σ x² per input
+random      a seeded uniform draw   the control that every method must beat
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def magnitude_prune(weight: Tensor, sparsity: float, pattern: Pattern, *, where:
     return keep_values(weight, mask_from_scores(weight.float().square(), sparsity, pattern, where=where), None)
 
 
-def wanda_prune(weight: Tensor, mean_squares: Tensor, sparsity: float, pattern: Pattern, *, where: str = "layer") -> Pruned:
+def wanda_prune(
+    weight: Tensor, mean_squares: Tensor, sparsity: float, pattern: Pattern, *, where: str = "layer"
+) -> Pruned:
     """Drop the entries with the smallest `|w| · ‖x_j‖₂`, row by row; `mean_squares (m,)` is `E[x²]` per input."""
     scores = weight.float().square() * mean_squares.to(weight.device)
     return keep_values(weight, mask_from_scores(scores, sparsity, pattern, per_row=True, where=where), mean_squares)

@@ -94,7 +94,9 @@ class PruneResult:
     def __str__(self) -> str:
         lines = [f"{'layer':60} {'method':10} {'pattern':12} {'zeros':>7} {'error':>9} {'seconds':>8}"]
         for s in self.layers:
-            lines.append(f"{s.name:60} {s.method:10} {s.pattern:12} {s.sparsity:7.2%} {s.error:9.2e} {s.seconds:8.2f}  {s.note}".rstrip())
+            lines.append(
+                f"{s.name:60} {s.method:10} {s.pattern:12} {s.sparsity:7.2%} {s.error:9.2e} {s.seconds:8.2f}  {s.note}".rstrip()
+            )
         lines += [f"not pruned: {refusal}" for refusal in self.refusals]
         return "\n".join(lines)
 
@@ -123,7 +125,9 @@ def prune_model(
     Raises PlanError (unknown name, sparsity or pattern that does not fit, missing calibration, foreign `resume_dir`) before anything is
     changed, and SparsifyError for NaN in a batch or at a layer's input.
     """
-    driver = Driver(host, program, rules, calibration, seed, progress, resume_dir, max_hessian_bytes, residence or NoStreaming())
+    driver = Driver(
+        host, program, rules, calibration, seed, progress, resume_dir, max_hessian_bytes, residence or NoStreaming()
+    )
     return driver.run()
 
 
@@ -175,7 +179,9 @@ class Driver:
                 raise PlanError(f"prune_model: '{given}' has two Prune rules")
             shape = tuple(self.parameter(name).shape)
             if len(shape) not in (2, 3):
-                raise PlanError(f"{given}: only matrices and packed experts can be pruned, not a tensor of shape {shape}")
+                raise PlanError(
+                    f"{given}: only matrices and packed experts can be pruned, not a tensor of shape {shape}"
+                )
             checked[name] = rule
         return checked
 
@@ -310,7 +316,9 @@ class Driver:
 
     def curve(self, name: str, views: list[View], norms: Mapping[View, InputNorms]) -> SaliencyCurve:
         tensor = self.parameter(name).detach()
-        parts = [saliency_curve(view.of(tensor), norms[view].mean_squares() if view in norms else None) for view in views]
+        parts = [
+            saliency_curve(view.of(tensor), norms[view].mean_squares() if view in norms else None) for view in views
+        ]
         if len(parts) == 1:
             return parts[0]
         sample = torch.cat([part.sample / len(parts) for part in parts]).sort().values
@@ -385,7 +393,9 @@ class Driver:
             for view in [v for v in group.views if v.param == name] or self.plain_views(name):
                 self.write(view, *self.prune_view(view, Statistics(False)))
 
-    def collect(self, unit: Unit, group: Group, views: list[View], here: list[tuple[LockstepForward, Any]], forward: Any) -> Statistics:
+    def collect(
+        self, unit: Unit, group: Group, views: list[View], here: list[tuple[LockstepForward, Any]], forward: Any
+    ) -> Statistics:
         """Run the unit on every batch, up to the group's last product, and accumulate."""
         rules = {name: self.rules[name] for name in group.params}
         statistics = Statistics(group.experts)
@@ -439,16 +449,24 @@ class Driver:
         scale = 1.0
         if method == "sparsegpt":
             factor = statistics.factor(view, rule.damping, where)
-            pruned = sparsegpt_prune(weight, factor[0], sparsity, rule.shape, damping=rule.damping, where=where, factor=factor)
+            pruned = sparsegpt_prune(
+                weight, factor[0], sparsity, rule.shape, damping=rule.damping, where=where, factor=factor
+            )
             scale = 2 / tokens
         elif method == "wanda":
-            pruned = wanda_prune(weight, statistics.mean_squares(view).to(weight.device), sparsity, rule.shape, where=where)
+            pruned = wanda_prune(
+                weight, statistics.mean_squares(view).to(weight.device), sparsity, rule.shape, where=where
+            )
             scale = 2 / tokens
         elif method == "random":
             pruned = random_prune(weight, sparsity, rule.shape, seed=rule.seed * 1_000_003 + self.seed, where=where)
         else:
             pruned = magnitude_prune(weight, sparsity, rule.shape, where=where)
-        energy = statistics.energy(view) * scale if method in ("sparsegpt", "wanda") else float(weight.float().square().sum()) * 2
+        energy = (
+            statistics.energy(view) * scale
+            if method in ("sparsegpt", "wanda")
+            else float(weight.float().square().sum()) * 2
+        )
         stats = {
             "method": method,
             "error": relative(pruned, energy),
@@ -467,7 +485,9 @@ class Driver:
         state = self.finished.get(name)
         if state is None:
             old = self.parameter(name)
-            fresh = nn.Parameter(old.detach().clone(memory_format=torch.preserve_format), requires_grad=old.requires_grad)
+            fresh = nn.Parameter(
+                old.detach().clone(memory_format=torch.preserve_format), requires_grad=old.requires_grad
+            )
             state = {"mask": torch.ones_like(old, dtype=torch.bool), "numel": 0, "stats": []}
             self.finished[name] = state
             self.rebind(name, fresh)
@@ -555,7 +575,9 @@ class Statistics:
             self.inputs[key].add(x)
             self.counts[key] = self.inputs[key].tokens
         output = y.float() if bias is None else y.float() - bias.float()
-        self.energies[view] = self.energies.get(view, 0.0) + float(output.square_().sum() if bias is not None else output.square().sum())
+        self.energies[view] = self.energies.get(view, 0.0) + float(
+            output.square_().sum() if bias is not None else output.square().sum()
+        )
 
     def tokens(self, view: View) -> int:
         return self.counts.get(self.key(view), 0)

@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import SparsifyError
-from sparsify.pruning.patterns import NM, Block, Pattern, check_sparsity, keep_largest, keep_largest_per_row, spread_blocks
+from sparsify.pruning.patterns import (
+    NM,
+    Block,
+    Pattern,
+    check_sparsity,
+    keep_largest,
+    keep_largest_per_row,
+    spread_blocks,
+)
 
 COLUMN_BLOCK = 128
 INNER_BLOCK = 32
@@ -159,7 +167,13 @@ def sparsegpt_prune(
         errors = torch.empty_like(block)
         for low in range(start, stop, inner):
             high = min(low + inner, stop)
-            prune_columns(work[low:high], survivors[low:high], errors[low - start : high - start], upper[low:high, low:high], pattern)
+            prune_columns(
+                work[low:high],
+                survivors[low:high],
+                errors[low - start : high - start],
+                upper[low:high, low:high],
+                pattern,
+            )
             if high < stop:
                 work[high:stop].addmm_(upper[low:high, high:stop].t(), errors[low - start : high - start], alpha=-1)
         if stop < columns:

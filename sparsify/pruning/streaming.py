@@ -1,10 +1,10 @@
 """Where weights live while their block is not being pruned: in memory, or on disk for models larger than memory.
 
-    host on the meta device ─▶ load block i from safetensors ─▶ prune ─▶ write shard i ─▶ back to meta
+host on the meta device ─▶ load block i from safetensors ─▶ prune ─▶ write shard i ─▶ back to meta
 
-    with parameters_on_meta():
-        host = LlamaForCausalLM(config)                         # buffers are real, parameters have no memory
-    prune_model(host, None, rules, batches, residence=StreamedWeights("dense/", "pruned/"), resume_dir="state/")
+with parameters_on_meta():
+    host = LlamaForCausalLM(config)                         # buffers are real, parameters have no memory
+prune_model(host, None, rules, batches, residence=StreamedWeights("dense/", "pruned/"), resume_dir="state/")
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
-
 
 from torch import Tensor, nn
 
@@ -143,7 +142,11 @@ class StreamedWeights:
         """Canonical names of the tensors under a module that a checkpoint holds."""
         module = self.host.get_submodule(path)
         prefix = f"{path}." if path else ""
-        return list(dict.fromkeys(self.canonical.get(prefix + name, prefix + name) for name in module.state_dict(keep_vars=True)))
+        return list(
+            dict.fromkeys(
+                self.canonical.get(prefix + name, prefix + name) for name in module.state_dict(keep_vars=True)
+            )
+        )
 
     def tensor(self, name: str) -> Tensor:
         owner, _, leaf = name.rpartition(".")
@@ -167,7 +170,9 @@ class StreamedWeights:
                 for name in inside_file:
                     value = file.get_tensor(name)
                     if value.shape != self.tensor(name).shape:
-                        raise SparsifyError(f"{path.name}: '{name}' has shape {tuple(value.shape)}, the model {tuple(self.tensor(name).shape)}")
+                        raise SparsifyError(
+                            f"{path.name}: '{name}' has shape {tuple(value.shape)}, the model {tuple(self.tensor(name).shape)}"
+                        )
                     self.bind(name, value)
 
     def bind(self, name: str, value: Tensor) -> None:
@@ -232,8 +237,9 @@ def find_tensors(folder: Path) -> dict[str, Path]:
 
 def memory_of(module: nn.Module) -> int:
     """Bytes of the parameters and buffers that are really allocated."""
-    seen = {id(t): t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()) if t.device.type != "meta"}
+    seen = {
+        id(t): t.numel() * t.element_size()
+        for t in (*module.parameters(), *module.buffers())
+        if t.device.type != "meta"
+    }
     return sum(seen.values())
-
-
-

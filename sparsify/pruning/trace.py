@@ -1,7 +1,7 @@
 """One dense forward that tells the driver what to do: which matrices meet which inputs, in which order, inside which modules.
 
-    events ─▶ units (what to stop at: repeated blocks, else the smallest module that holds all uses of a weight)
-           ─▶ groups inside a unit (matrices that read the same tensor share one Hessian), in order of execution
+events ─▶ units (what to stop at: repeated blocks, else the smallest module that holds all uses of a weight)
+       ─▶ groups inside a unit (matrices that read the same tensor share one Hessian), in order of execution
 """
 
 from __future__ import annotations
@@ -116,7 +116,9 @@ def plan_units(
         path = common_path([use.path for use in uses])
         chosen[name] = next((part for part in path if part in blocks), path[-1] if path else "")
     outer = set(chosen.values())
-    absorbed = {name: next((o for o in sorted(outer, key=len) if inside(unit, o)), unit) for name, unit in chosen.items()}
+    absorbed = {
+        name: next((o for o in sorted(outer, key=len) if inside(unit, o)), unit) for name, unit in chosen.items()
+    }
     units: dict[str, Unit] = {}
     for name in by_param:  # order of first use
         unit = units.setdefault(absorbed[name], Unit(absorbed[name]))

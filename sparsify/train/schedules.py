@@ -185,7 +185,9 @@ def gradual_pruning_callback(pruner: GradualPruner) -> Any:
             if isinstance(args.resume_from_checkpoint, str):
                 folder = Path(args.resume_from_checkpoint)
             if not (folder / MASK_FILE).exists():
-                raise PlanError(f"{folder} has no {MASK_FILE}: it was not saved with this callback, so its masks are unknown")
+                raise PlanError(
+                    f"{folder} has no {MASK_FILE}: it was not saved with this callback, so its masks are unknown"
+                )
             reached = json.loads((folder / STATE_FILE).read_text())["sparsity"]
             pruner.load_state_dict({"masks": load_file(folder / MASK_FILE), "sparsity": reached})
 

@@ -80,7 +80,9 @@ def squarehead_loss(
         loss = torch.zeros((), device=device)
         for layer, (own, other, kept) in enumerate(zip(student, teacher, masks, strict=True)):
             if own.shape != other.shape:
-                raise PlanError(f"hidden state {layer}: the student has shape {tuple(own.shape)}, the teacher {tuple(other.shape)}")
+                raise PlanError(
+                    f"hidden state {layer}: the student has shape {tuple(own.shape)}, the teacher {tuple(other.shape)}"
+                )
             other = other.to(own.device)
             squared, tokens = token_sums((own.float() - other.float()).square(), kept)
             energy, all_tokens = hidden_energy(other, kept) if totals is None else totals[layer]
@@ -112,8 +114,14 @@ def kl_loss(
     total: number of valid predictions in the whole step (gradient accumulation, DDP) instead of in this batch.
     """
     if student.shape != teacher.shape:
-        raise PlanError(f"KL: the student's logits have shape {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}")
-    kept = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device) if valid is None else valid.bool().to(student.device)
+        raise PlanError(
+            f"KL: the student's logits have shape {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}"
+        )
+    kept = (
+        torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
+        if valid is None
+        else valid.bool().to(student.device)
+    )
     teacher = teacher.to(student.device)
     if shift and student.dim() == 3:
         student, teacher, kept = shift_targets(student, teacher, kept)
@@ -144,7 +152,9 @@ class BlockOutputs:
         self.model = model
         self.stacks: list[Stack] = repeated_blocks(model)
         if not self.stacks:
-            raise PlanError(f"{type(model).__name__} has no repeated blocks (no ModuleList of layers): nothing to distil between")
+            raise PlanError(
+                f"{type(model).__name__} has no repeated blocks (no ModuleList of layers): nothing to distil between"
+            )
         self.armed = False
         self.store: dict[int, Tensor] = {}
         self.names = [name for stack in self.stacks for name in stack.names]
@@ -383,14 +393,24 @@ class Distiller:
             assert taught.logits is not None
             total = None if window is None else window.predictions / world
             kl = kl_loss(
-                logits, taught.logits, self.valid_targets(inputs, logits), temperature=self.temperature, shift=self.causal, total=total
+                logits,
+                taught.logits,
+                self.valid_targets(inputs, logits),
+                temperature=self.temperature,
+                shift=self.causal,
+                total=total,
             )
         sq = zero
         if self.sq:
             masks = [
-                token_mask(inputs, state, encoder, not self.causal) for state, encoder in zip(hidden, self.encoder_blocks, strict=True)
+                token_mask(inputs, state, encoder, not self.causal)
+                for state, encoder in zip(hidden, self.encoder_blocks, strict=True)
             ]
-            if any(s.grad_fn is None for s in hidden) and torch.is_grad_enabled() and any(p.requires_grad for p in self.student.parameters()):
+            if (
+                any(s.grad_fn is None for s in hidden)
+                and torch.is_grad_enabled()
+                and any(p.requires_grad for p in self.student.parameters())
+            ):
                 self._explain_detached(hidden)
             totals = None if window is None else window.energies
             sq = squarehead_loss(hidden, taught.hidden, masks, eps=self.eps, totals=totals) * world
@@ -443,7 +463,9 @@ def shifts_labels(model: nn.Module) -> bool:
 def own_loss(outputs: Any) -> Tensor:
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     if not isinstance(loss, Tensor):
-        raise SparsifyError("the student returned no loss: put labels in the batch, or pass Distiller(task_loss=…), or ce=0")
+        raise SparsifyError(
+            "the student returned no loss: put labels in the batch, or pass Distiller(task_loss=…), or ce=0"
+        )
     return loss
 
 
@@ -465,15 +487,22 @@ def check_teacher(student: nn.Module, teacher: nn.Module, tokenizers: tuple[Any,
     own, other = repeated_blocks(student), repeated_blocks(teacher)
     if [len(s) for s in own] != [len(s) for s in other]:
         show = lambda stacks: ", ".join(f"{len(s)} blocks in {s.path}" for s in stacks) or "no repeated blocks"  # noqa: E731
-        raise PlanError(f"the teacher has another depth: {show(other)}, but the student has {show(own)}; SquareHead pairs block by block")
+        raise PlanError(
+            f"the teacher has another depth: {show(other)}, but the student has {show(own)}; SquareHead pairs block by block"
+        )
     own_config, other_config = getattr(student, "config", None), getattr(teacher, "config", None)
-    for names, what in ((("hidden_size", "d_model", "n_embd"), "hidden size"), (("vocab_size",), "vocabulary (tokenizer)")):
+    for names, what in (
+        (("hidden_size", "d_model", "n_embd"), "hidden size"),
+        (("vocab_size",), "vocabulary (tokenizer)"),
+    ):
         for name in names:
             here, there = getattr(own_config, name, None), getattr(other_config, name, None)
             if here is not None and there is not None and here != there:
                 raise PlanError(f"the teacher has another {what}: {name} is {there}, but the student's is {here}")
     if tokenizers is not None and tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
-        raise PlanError("the teacher has another tokenizer: its vocabulary differs from the student's, so their tokens do not align")
+        raise PlanError(
+            "the teacher has another tokenizer: its vocabulary differs from the student's, so their tokens do not align"
+        )
 
 
 def distillation_trainer(base: type | None = None) -> type:
@@ -496,7 +525,9 @@ def distillation_trainer(base: type | None = None) -> type:
             self.loss_is_scaled_for_ga = True
             self._window: Window | None = None
 
-        def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        def get_batch_samples(
+            self, epoch_iterator: Any, num_batches: int, device: torch.device
+        ) -> tuple[list[Any], Any]:
             samples, count = super().get_batch_samples(epoch_iterator, num_batches, device)
             self._window = self.distiller.window(samples) if samples else None
             return samples, count

@@ -30,7 +30,11 @@ def batch_key(batch: Mapping[str, Any]) -> str:
         value = batch[name]
         if isinstance(value, Tensor):
             digest.update(f"{name}:{value.dtype}:{tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+            digest.update(
+                value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+                if value.numel()
+                else b""
+            )
         else:
             digest.update(f"{name}={value!r}".encode())
     return digest.hexdigest()

@@ -19,7 +19,7 @@ from benchmarks import compile_time, harness, layouts, train_step  # noqa: E402
 TINY = train_step.Case(train_step.PRESETS["tiny"], torch.float32, "cpu")
 
 
-# --- harness -------------------------------------------------------------------------------------------------------------
+# --- harness ----------------------------------------------------------------------------------------------------------
 
 
 def test_saved_bytes_count_a_storage_once_in_full_and_no_parameters():
@@ -95,7 +95,7 @@ def test_every_script_has_help(script, capsys):
     assert "--fast" in capsys.readouterr().out
 
 
-# --- layouts -------------------------------------------------------------------------------------------------------------
+# --- layouts ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -116,7 +116,7 @@ def test_layouts_runs(capsys):
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1]) == record
 
 
-# --- train_step ----------------------------------------------------------------------------------------------------------
+# --- train_step -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,7 @@ def test_a_method_that_fails_is_named_with_its_reason(monkeypatch, capsys):
     assert "broken failed: NotImplementedError: no such thing" in record["notes"]
 
 
-# --- the others ----------------------------------------------------------------------------------------------------------
+# --- the others -------------------------------------------------------------------------------------------------------
 
 
 def test_compile_time_runs_and_accounts_for_the_total():

@@ -18,14 +18,24 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 from sparsify.errors import SparsifyError
 from sparsify.kernels.cpu.codegen import Variant, generate
 
-BASE_FLAGS = ("-O3", "-std=gnu++17", "-ffp-contract=fast", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-w")
+BASE_FLAGS = (
+    "-O3",
+    "-std=gnu++17",
+    "-ffp-contract=fast",
+    "-fPIC",
+    "-shared",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wno-psabi",
+    "-w",
+)
 TIMEOUT = 300.0
 build_lock = threading.Lock()
 
@@ -85,7 +95,7 @@ def compile_library(source: str, flags: tuple[str, ...]) -> Path:
     return target
 
 
-@lru_cache(maxsize=None)
+@cache
 def openmp_entry() -> int:
     """Address of `GOMP_parallel` in the OpenMP runtime that torch uses, or 0 (kernels then run on one thread)."""
     import torch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,6 @@ FLAGS: dict[Isa, tuple[str, ...]] = {
     "avx2": AVX2_FLAGS,
     "portable": (),
 }
-MAX_TILES = 4  # token tiles that share one decoding of the masks
 ACTIVATION_BYTES = 384 << 10  # packed activations that a range of columns may take: they stay in L2
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -49,7 +48,7 @@ class Variant:
         return (*common, "vnni") if self.isa == "avx512vnni" and self.value == "s8" else common
 
 
-@lru_cache(maxsize=None)
+@cache
 def environment() -> Any:
     import jinja2
 
@@ -57,7 +56,7 @@ def environment() -> Any:
     return jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
 
 
-@lru_cache(maxsize=None)
+@cache
 def generate(variant: Variant) -> str:
     """C++ source of one variant; deterministic, so that it can key the build cache."""
     template = environment().get_template("bitmask.cpp.jinja")
@@ -67,6 +66,5 @@ def generate(variant: Variant) -> str:
         value=variant.value,
         lanes=LANES[isa],
         max_vectors=VECTORS[isa],
-        max_tiles=MAX_TILES,
         activation_bytes=ACTIVATION_BYTES,
     )

@@ -202,7 +202,9 @@ def predict(packed: Bitmask, isa: Isa, kernel: str, tokens: int, threads: int) -
     passes = 1
     if kernel == "gemv":
         passes = -(-tokens // 8)
-        cycles = weights / lanes * (GEMV_CYCLES[lanes] + VALUE_EXTRA[packed.value]) * passes + weights / lanes * tokens * 0.8
+        cycles = (
+            weights / lanes * (GEMV_CYCLES[lanes] + VALUE_EXTRA[packed.value]) * passes + weights / lanes * tokens * 0.8
+        )
     elif kernel == "vnni":
         groups = weights / BLOCK
         cycles = groups * (7.5 + tokens * 0.8) if tokens <= 8 else groups * (8.0 + tokens * 0.75)
@@ -314,9 +316,7 @@ def tune_key(packed: Bitmask, isa: Isa, tokens: int, threads: int, vnni: bool) -
     return f"kernel/{TUNE_VERSION}/{cpu_name()}/{isa}/{threads}/{shape}/{tokens}/{int(vnni)}"
 
 
-def choose(
-    packed: Bitmask, kernels: Kernels, layer: LayerStruct, tokens: int, vnni: bool, measure: bool
-) -> Choice:
+def choose(packed: Bitmask, kernels: Kernels, layer: LayerStruct, tokens: int, vnni: bool, measure: bool) -> Choice:
     """The kernel for `tokens` tokens: by an earlier or a new measurement, or by the cost model when `measure` is False."""
     isa = kernels.variant.isa
     threads = torch.get_num_threads()

@@ -119,17 +119,24 @@ class Bitmask:
                 check(tensor.is_contiguous(), f"{name} is not contiguous")
         check(self.masks.dtype == torch.int64, f"masks are {self.masks.dtype}, expected torch.int64")
         check(self.panel_ptr.dtype == torch.int64, f"panel_ptr is {self.panel_ptr.dtype}, expected torch.int64")
-        check(self.values.dtype in VALUE_DTYPES, f"values are {self.values.dtype}, expected one of {list(VALUE_DTYPES)}")
+        check(
+            self.values.dtype in VALUE_DTYPES, f"values are {self.values.dtype}, expected one of {list(VALUE_DTYPES)}"
+        )
         shape = (self.panels, blocks, PANEL)
         check(tuple(self.masks.shape) == shape, f"masks have shape {tuple(self.masks.shape)}, expected {shape}")
         shape = (self.panels + 1,)
-        check(tuple(self.panel_ptr.shape) == shape, f"panel_ptr has shape {tuple(self.panel_ptr.shape)}, expected {shape}")
+        check(
+            tuple(self.panel_ptr.shape) == shape, f"panel_ptr has shape {tuple(self.panel_ptr.shape)}, expected {shape}"
+        )
         check(self.values.dim() == 1 and self.nnz >= 0, f"values need {PADDING} elements of padding")
         counts = mask_counts(self.masks)
         if self.cols % BLOCK:
             beyond = -1 << (self.cols % BLOCK)
             check(not bool((self.masks[:, -1] & beyond).any()), f"a mask bit is set beyond column {self.cols}")
-        check(not bool(counts[-1, :, self.rows - (self.panels - 1) * PANEL :].any()), f"a mask bit is set beyond row {self.rows}")
+        check(
+            not bool(counts[-1, :, self.rows - (self.panels - 1) * PANEL :].any()),
+            f"a mask bit is set beyond row {self.rows}",
+        )
         expected = torch.zeros(self.panels + 1, dtype=torch.int64)
         torch.cumsum(counts.sum((1, 2)), 0, out=expected[1:])
         check(bool(torch.equal(expected, self.panel_ptr)), "panel_ptr does not match the number of bits in the masks")

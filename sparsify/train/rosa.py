@@ -1,0 +1,123 @@
+"""RoSA's schedule (arXiv 2401.04679): low-rank warm-up → collect the masks → restart from the base with both parts.
+
+    model = sparsify.compile(model, Plan([RoSA(rank=16, density=0.006)]))     no calibration: the masks stay open
+    …train 64 steps: only the low-rank part moves…
+    collect_masks(model, batches, optimizer=optimizer)                       choose the supports, restart
+    …train…                                                                  both parts
+
+or, under Hugging Face's Trainer, `callbacks=[RosaCallback(batches, warmup_steps=64)]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.calibration import need_batches
+from sparsify.errors import SparsifyError
+from sparsify.passes.assign_rules import owner_name
+from sparsify.passes.base import Context
+from sparsify.passes.select_linears import gradient_supports
+
+if TYPE_CHECKING:
+    from sparsify.handle import Handle
+
+
+def collect_masks(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    restart: bool = True,
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """Choose every open support from gradients at the model's *current* state, then restart from the base.
+
+    batches: calibration batches with labels, or with `loss(outputs, batch)`. One dense gradient is alive at a time.
+    optimizer: its state for the restarted parameters is dropped (moments of the warm-up belong to other weights).
+    restart: put the low-rank factors back to their start (the paper's recipe); False goes on from the warm-up.
+
+    Under `torch.distributed` the batches of all ranks count: scores are averaged, so that the supports are equal on every rank.
+    Returns the supports by parameter name, flat in the stored weight, original coordinates.
+    """
+    handle = handle_of(model)
+    pending = handle.open_masks()
+    if not pending:
+        raise SparsifyError(
+            "collect_masks: no mask is open; the supports are fixed already, or the plan has no RoSA rule"
+        )
+    found = need_batches(list(batches), "collect_masks")
+    parts = {p.param: p for p in handle.program.lowranks}
+    by_mask: dict[str, list[str]] = {}
+    for param in pending:
+        by_mask.setdefault(parts[param].mask, []).append(param)
+    context = Context(handle.plan, found, loss, progress=progress)
+    supports: dict[str, Tensor] = {}
+    for mask, params in by_mask.items():
+        modules = {p: handle.host.get_submodule(owner_name(p)) for p in params}
+        counts = {p: parts[p].count for p in params}
+        supports |= gradient_supports(handle.host, modules, counts, mask, found, context)
+    supports = {p: to_original(handle, p, index) for p, index in supports.items()}
+    handle.set_masks(supports)
+    if restart:
+        handle.reset_lowrank()
+    if optimizer is not None:
+        forget(optimizer, [q for p in pending for q in handle.parts[p].parameters()])
+    return supports
+
+
+def to_original(handle: Handle, param: str, index: Tensor) -> Tensor:
+    """Flat entries of a stored weight from current to original coordinates, sorted."""
+    shape = handle.shapes()[param]
+    places = list(torch.unravel_index(index.long(), shape))
+    for axis, move in handle.layout(param).moves.get(param.rpartition(".")[2], []):
+        places[axis] = move[places[axis]]
+    return (places[0] * shape[1] + places[1]).sort().values
+
+
+def forget(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+    """Drop an optimizer's state (moments, steps) and gradients for some parameters."""
+    for parameter in parameters:
+        optimizer.state.pop(parameter, None)
+        parameter.grad = None
+
+
+def handle_of(model: nn.Module) -> Handle:
+    inner = getattr(model, "module", model)
+    handle = inner.__dict__.get("sparsify")
+    if handle is None:
+        raise SparsifyError(f"{type(inner).__name__} was not compiled by sparsify")
+    return handle
+
+
+def RosaCallback(
+    batches: Iterable[Any],
+    *,
+    warmup_steps: int = 64,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    progress: bool = True,
+) -> Any:
+    """A `transformers.TrainerCallback` that collects the masks after `warmup_steps` optimizer steps and restarts.
+
+    A run that resumes from a checkpoint taken after the collection finds the supports in the checkpoint and leaves them alone.
+    """
+    from transformers import TrainerCallback
+
+    kept = list(batches)
+
+    class Callback(TrainerCallback):
+        """Low-rank warm-up, mask collection, restart."""
+
+        def on_step_end(
+            self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
+        ) -> None:
+            if model is None or state.global_step < warmup_steps or not handle_of(model).open_masks():
+                return
+            inner = getattr(optimizer, "optimizer", optimizer)
+            collect_masks(model, kept, loss=loss, optimizer=inner, progress=progress)
+
+    return Callback()
