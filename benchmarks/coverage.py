@@ -1,4 +1,4 @@
-"""Which coupled structures does detection find, in which families, and are they right? Next to Torch-Pruning's DepGraph.
+"""Which coupled structures does detection find, where, and are they right? Next to Torch-Pruning's DepGraph.
 
 Every model of `tests/zoo.py` is analysed with each of its attention implementations. A structure counts as exact when
 it passes both controls of `sparsify.testing`: permuting all its sites keeps the output, all but one changes it.

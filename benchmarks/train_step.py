@@ -370,16 +370,16 @@ def bars(rows: list[dict[str, Any]], times: dict[str, Timing]) -> list[Bar]:
             continue
         for floor in ("floor" + mode, "floor_cut" + mode):
             if floor in times:
-                found.append(Bar(f"time of {ours} / {floor}", times[ours].over(times[floor]).median, 1.05))
+                found.append(Bar.of(f"time of {ours} / {floor}", times[ours].over(times[floor]), 1.05))
                 saved = by_name[ours]["saved MiB"] / by_name[floor]["saved MiB"]
                 found.append(Bar(f"bytes saved for backward of {ours} / {floor}", saved, 1.05))
         for peer, bound in (("lora", 1.1 if mode else 1.3), ("miss", 1.1)):
             if peer + mode in times and not (mode and peer == "miss"):
-                value = times[peer + mode].over(times[ours]).median
-                found.append(Bar(f"time of {peer}{mode} / {ours}", value, bound, at_least=True))
+                ratio = times[peer + mode].over(times[ours])
+                found.append(Bar.of(f"time of {peer}{mode} / {ours}", ratio, bound, at_least=True))
         if "miss" + mode in times:
-            ratio = by_name[ours]["peak MiB"] / by_name["miss" + mode]["peak MiB"]
-            found.append(Bar(f"peak memory of {ours} / miss{mode}", ratio, 1.0))
+            peak = by_name[ours]["peak MiB"] / by_name["miss" + mode]["peak MiB"]
+            found.append(Bar(f"peak memory of {ours} / miss{mode}", peak, 1.0))
     return found
 
 

@@ -32,6 +32,7 @@ FORMAT_VERSION = 1
 TENSORS, DOCUMENT = "adapter.safetensors", "adapter.json"
 HASH_SAMPLES = 65536
 Kind = Literal["column", "row", "sparse", "lora", "full"]
+VALUE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 KINDS = ("column", "row", "sparse", "lora", "full")
 
 
@@ -173,7 +174,7 @@ def read_document(text: str | None, file: Path) -> dict[str, Any]:
         raise AdapterError(f"{file}: not written by sparsify (no 'sparsify' metadata)")
     try:
         document = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"{file}: its metadata is not JSON: {error}") from error
     if not isinstance(document, dict) or document.get("format") != "sparsify-adapter":
         raise AdapterError(f"{file}: not a sparsify adapter")
@@ -185,6 +186,8 @@ def read_document(text: str | None, file: Path) -> dict[str, Any]:
         raise AdapterError(f"{file}: 'bases' must map parameters to hashes")
     if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
         raise AdapterError(f"{file}: 'entries' must be a list of objects")
+    if not isinstance(document.get("info", {}), dict):
+        raise AdapterError(f"{file}: 'info' must be an object")
     return document
 
 
@@ -208,17 +211,18 @@ def read_deltas(document: dict[str, Any], keys: set[str], opened: Any, file: Pat
         shape = list(opened.get_slice(names[1]).get_shape())
         if shape != entry.get("shape") or opened.get_slice(names[0]).get_shape() != [entry.get("channels")]:
             raise AdapterError(f"{file}: {param}: the tensors have other shapes than the document says")
-        channels, values = opened.get_tensor(names[0]), opened.get_tensor(names[1])
+        # copies: what safe_open returns is a view of the mapped file, which somebody may truncate or overwrite later
+        channels, values = opened.get_tensor(names[0]).clone(), opened.get_tensor(names[1]).clone()
         if channels.dtype != torch.int64:
             raise AdapterError(f"{file}: {param}: channels are {channels.dtype}, expected int64")
-        if not values.is_floating_point():
+        if values.dtype not in VALUE_DTYPES:
             raise AdapterError(f"{file}: {param}: values are {values.dtype}, expected a floating type")
         if not bool(torch.isfinite(values).all()):
             raise AdapterError(f"{file}: {param}: values are not finite")
-        factor = opened.get_tensor(names[2]) if kind == "lora" else None
+        factor = opened.get_tensor(names[2]).clone() if kind == "lora" else None
         if factor is not None:
             fits = values.dim() == 2 and factor.dim() == 2 and factor.shape[0] == values.shape[1]
-            if not fits or not factor.is_floating_point() or not bool(torch.isfinite(factor).all()):
+            if not fits or factor.dtype not in VALUE_DTYPES or not bool(torch.isfinite(factor).all()):
                 raise AdapterError(
                     f"{file}: {param}: low-rank factors {tuple(values.shape)}, {tuple(factor.shape)} do not fit"
                 )

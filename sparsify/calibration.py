@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from sparsify.capture import evaluating
@@ -23,7 +24,7 @@ IGNORED = -100  # the label of positions that carry no loss
 def run_batch(model: nn.Module, batch: Any) -> Any:
     """One forward on a batch: mapping → keywords, tuple or list → positional, tensor → one argument."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    batch = torch.utils._pytree.tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, batch)
+    batch = pytree.tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, batch)
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import sparsify.ops  # noqa: F401  (registers the operators that a host may already contain)
 from sparsify.errors import CaptureError
@@ -79,7 +80,7 @@ def example_inputs(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], dic
         if switch in accepted or (open_ended and hasattr(getattr(model, "config", None), switch)):
             kwargs[switch] = False
     move = lambda t: t.to(device) if isinstance(t, torch.Tensor) else t  # noqa: E731
-    args, kwargs = torch.utils._pytree.tree_map(move, (args, kwargs))
+    args, kwargs = pytree.tree_map(move, (args, kwargs))
     return args, kwargs
 
 

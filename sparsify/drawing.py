@@ -141,18 +141,15 @@ def count_parameters(program: Program) -> tuple[int, int]:
         for i, node in zip(program.inputs, program.graph.find_nodes(op="placeholder"), strict=True)
         if i.kind == "parameter" and i.target is not None and isinstance(node.meta.get("val"), torch.Tensor)
     }
-    total = sum(size for name, size in sizes.items() if name in program.aliases)
-    total += sum(
-        p.numel() for name, p in program.host.named_parameters() if name in program.aliases and name not in sizes
-    )
-    trained = sum(program.tensor(piece.block_name).numel() for piece in program.slices)
+    names = {piece.block_name for piece in program.slices}
     for part in program.lowranks:
         owner = part.param.rpartition(".")[0]
-        names = [f"{owner}.{leaf}" for leaf in ("sparse_values", "lora_A", "lora_B")]
-        trained += sum(program.tensors[name].numel() for name in names if name in program.tensors)
+        names |= {f"{owner}.{leaf}" for leaf in ("sparse_values", "lora_A", "lora_B")}
+    trained = sum(size for name, size in sizes.items() if name in names)
     handle = program.host.__dict__.get("sparsify")
-    trained += sum(program.tensor(name).numel() for name in getattr(handle, "train", ()))
-    return trained, total
+    if handle is None:
+        return trained, sum(size for name, size in sizes.items() if name not in names)
+    return trained + sum(program.tensor(name).numel() for name in handle.train), handle.count_parameters()[1]
 
 
 def shared_parts(names: list[str]) -> int:

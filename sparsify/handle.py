@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from sparsify import adapter as files
 from sparsify import peft_format
@@ -701,7 +702,7 @@ def group_by_param(loaded: Adapter) -> dict[str, list[Delta]]:
 
 def largest_move(before: Any, after: Any) -> float:
     """Largest change between two outputs, relative to the largest entry."""
-    pairs = zip(torch.utils._pytree.tree_leaves(before), torch.utils._pytree.tree_leaves(after), strict=True)
+    pairs = zip(pytree.tree_leaves(before), pytree.tree_leaves(after), strict=True)
     moves = [
         float((a.float() - b.float()).abs().max() / a.float().abs().max().clamp_min(1e-30))
         for a, b in pairs

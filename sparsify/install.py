@@ -283,7 +283,7 @@ def swap_modules(program: Program, host: nn.Module) -> list[str]:
 
 def install(program: Program, train: tuple[str, ...] = ()) -> tuple[nn.Module, dict[str, Layout]]:
     """The host copy with the program's nodes in it, and the layouts whose hooks it carries."""
-    host = copy_host(program, trained_in_full(program, train))
+    host: Any = copy_host(program, trained_in_full(program, train))
     fixed = swap_modules(program, host)
     if fixed:  # equal on all ranks by construction, and large
         host._ddp_params_and_buffers_to_ignore = [*getattr(host, "_ddp_params_and_buffers_to_ignore", []), *fixed]

@@ -300,11 +300,13 @@ class MaskedModule(nn.Module):
 
 def local_fill(parameter: Tensor, gone: Tensor) -> None:
     """`parameter[gone] = 0`, also when it is a DTensor (FSDP2): the mask is sharded like the parameter."""
-    if hasattr(parameter, "placements") and hasattr(parameter, "device_mesh"):
-        from torch.distributed.tensor import distribute_tensor
+    if hasattr(parameter, "placements"):
+        from torch.distributed.tensor import DTensor, distribute_tensor
 
-        gone = distribute_tensor(gone, parameter.device_mesh, parameter.placements).to_local()
-        parameter = parameter.to_local()
+        assert isinstance(parameter, DTensor)
+        gone = distribute_tensor(gone, parameter.device_mesh, parameter.placements)
+        assert isinstance(gone, DTensor)
+        parameter, gone = parameter.to_local(), gone.to_local()
     parameter.masked_fill_(gone, 0)
 
 

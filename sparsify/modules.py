@@ -52,6 +52,7 @@ class PartialMixin(AdaptedMixin):
     """
 
     weight_slice: nn.Parameter
+    slice_channels: Tensor
     slice_start: int
     slice_axis: int
 
@@ -209,7 +210,8 @@ def rebuild_conv1d(kind: str) -> nn.Module:
 
 def become(module: nn.Module, kind: str) -> None:
     """Turn a linear of *our own* module tree into an adapted one, in place: hooks, name and references stay."""
-    module.__class__ = LINEARS[kind] if isinstance(module, nn.Linear) else conv1d_class(kind)
+    cls: Any = LINEARS[kind] if isinstance(module, nn.Linear) else conv1d_class(kind)
+    module.__class__ = cls
 
 
 def make_plain(module: nn.Module) -> None:
@@ -231,7 +233,7 @@ def attach_slice(module: Any, piece: TrainedSlice, block: Tensor) -> None:
     module.weight_slice = as_parameter(block)
     module.slice_start = piece.start
     module.slice_axis = piece.logical_axis
-    if piece.places or isinstance(module, QuantizedMixin):
+    if piece.places or hasattr(module, "packed_names"):
         places = piece.places or tuple(range(piece.start, piece.start + piece.length))
         module.register_buffer("slice_channels", torch.tensor(places, device=block.device), persistent=False)
 

@@ -177,9 +177,10 @@ def _choices(program: Program, ids: int) -> list[str]:
 
     lines = [line(c) for c in program.choices]
     for choice in program.channel_choices:
-        shared = f" and {len(choice.params) - 1} more that share its input" if len(choice.params) > 1 else ""
+        first, *others = choice.params
+        shared = f" and {len(others)} more that share its input" if others else ""
         which = f"{len(choice.channels)} channels: {ids_text(choice.channels, ids)}"
-        lines.append(f"{choice.params[0]}{shared} by rule {choice.rule} ({choice.method}), {which}")
+        lines.append(f"{first}{shared} by rule {choice.rule} ({choice.method}), {which}")
     return _section(f"chosen: {len(lines)}", lines)
 
 

@@ -235,19 +235,23 @@ class Program:
     ) -> Program:
         signature = exported.graph_signature
         named: dict[str, tuple[Literal["parameter", "buffer", "constant"], str]] = {}
-        for table, kind in (
+        kinds: tuple[tuple[Any, Literal["parameter", "buffer", "constant"]], ...] = (
             (signature.inputs_to_parameters, "parameter"),
             (signature.inputs_to_buffers, "buffer"),
             (signature.inputs_to_lifted_tensor_constants, "constant"),
-        ):
+        )
+        for table, kind in kinds:
             named.update({name: (kind, target) for name, target in table.items()})
         canonical = canonical_names(host)
         inputs = []
         for node in exported.graph.nodes:
             if node.op != "placeholder":
                 continue
-            kind, target = named.get(node.name, ("user", None))
-            inputs.append(Input(node.name, kind, canonical.get(target, target) if target else None))
+            if node.name in named:
+                kind, target = named[node.name]
+                inputs.append(Input(node.name, kind, canonical.get(target, target)))
+            else:
+                inputs.append(Input(node.name, "user"))
         in_spec, out_spec = exported.call_spec.in_spec, exported.call_spec.out_spec
         if in_spec is None or out_spec is None:  # pragma: no cover - export always sets both
             raise SparsifyError("torch.export returned no calling convention")

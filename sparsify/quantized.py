@@ -11,6 +11,7 @@ torchao's primitives have. Both are loaded when the first weight is packed, neve
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ def pack(weight: Tensor, format: str) -> list[Tensor]:
     """Quantise a stored weight `(rows, columns)` to the tensors that `unpack` reads."""
     weight = weight.detach()
     if format == "nf4":
+        weight = weight.float() if weight.dtype == torch.float64 else weight  # the library takes 16 and 32 bits
         data, state = bitsandbytes().quantize_4bit(
             weight.contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
         )
@@ -72,11 +74,12 @@ def unpack(packed: list[Tensor], format: str, shape: tuple[int, ...], dtype: tor
         nested = functional.QuantState(
             absmax=nested_absmax, code=nested_code, blocksize=NESTED_BLOCK, dtype=torch.float32
         )
+        # Flat: blocks run over row ends, and the library's CPU kernel gets rows shorter than a block wrong (0.50.2).
+        flat, inner = torch.Size((math.prod(shape),)), torch.float32 if dtype == torch.float64 else dtype
         state = functional.QuantState(
-            absmax=absmax, shape=torch.Size(shape), code=code, blocksize=BLOCK, quant_type="nf4", dtype=dtype,
-            offset=offset[0], state2=nested,
+            absmax=absmax, shape=flat, code=code, blocksize=BLOCK, quant_type="nf4", dtype=inner, offset=offset[0], state2=nested
         )  # fmt: skip
-        return functional.dequantize_4bit(data, state).view(shape)
+        return functional.dequantize_4bit(data, state).view(shape).to(dtype)
     if format == "int8":
         data, scales = packed
         return (data.to(torch.float32) * (scales.float() / 127.0).unsqueeze(1)).to(dtype)

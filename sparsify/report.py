@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 
 from sparsify.errors import Refusal
+from sparsify.modules import QuantizedMixin
 from sparsify.plan import Plan
 from sparsify.program import Program
 from sparsify.verify import SPARSIFY_OPS
@@ -107,7 +108,7 @@ def make_report(program: Program, plan: Plan, host: nn.Module) -> Report:
         declined=declined,
         trainable=sum(p.numel() for p in parameters.values() if p.requires_grad),
         total=sum(p.numel() for n, p in parameters.items() if n.rpartition(".")[2] not in added)
-        + sum(m.shape.numel() for m in host.modules() if hasattr(m, "packed_names")),
+        + sum(m.shape.numel() for m in host.modules() if isinstance(m, QuantizedMixin)),
         saved_bytes=saved,
         saved_bytes_full=full,
         history=program.history,

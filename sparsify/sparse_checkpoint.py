@@ -169,7 +169,7 @@ def collect(
     for name, tensor in source.items():
         if name.endswith((VALUES, BITMASK)):
             raise SparseCheckpointError(f"tensor name '{name}' ends like a compressed part")
-        place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
+        place = (tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), tuple(tensor.shape))
         if tensor.numel() and place in seen:
             continue
         seen.add(place)
@@ -313,7 +313,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], set[str], list[str], str 
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            parts = {name: file.get_slice(name) for name in file.keys()}
+            parts = {name: file.get_slice(name) for name in list(file.keys())}
             stored = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
     except FileNotFoundError as error:
         raise bad("no such file") from error

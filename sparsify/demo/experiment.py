@@ -223,7 +223,7 @@ def fuse_two_tasks(bench: Bench) -> list[dict[str, Any]]:
     """Two adapters for two tasks, each trained on half of the modules, then both in one model at once.
 
     The head stays as it is and an answer is chosen among the modules of the task, so the difference is the encoder's
-    alone. The two plans have different seeds, hence other heads and channels: little overlaps, and adapters may be added.
+    alone. The two plans have different seeds, hence other heads and channels: little overlaps, and they may be added.
     """
     settings, console = bench.settings, bench.console
     console.rule("[bold]4. Two adapters, one model")

@@ -24,8 +24,8 @@ def model_directory() -> Path:
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
-def load_encoder() -> nn.Module:
-    """A fresh copy of the pretrained encoder, in fp32, without its unused pooler."""
+def load_encoder() -> Any:
+    """A fresh copy of the pretrained encoder (a `BertModel`), in fp32, without its unused pooler."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import transformers
 

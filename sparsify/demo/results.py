@@ -119,8 +119,8 @@ def adapter_sections(encoder: Any, checks: dict[str, Any], two: list[dict[str, A
         Section(
             "The adapter",
             (
-                "An adapter holds the change of the trained channels, in the coordinates of the original model, with a hash "
-                "of the base.",
+                "An adapter holds the change of the trained channels, in the coordinates of the original model, with a "
+                "hash of the base.",
             ),
             (
                 Table("", ("what", "measured"), facts),
@@ -128,17 +128,17 @@ def adapter_sections(encoder: Any, checks: dict[str, Any], two: list[dict[str, A
                     "Two adapters in one model",
                     ("active adapter", "task even", "task odd", "mean"),
                     rows,
-                    "Each adapter was trained on half of the modules, with the head frozen; answers are chosen among the "
-                    "task's modules.",
+                    "Each adapter was trained on half of the modules, with the head frozen; answers are chosen among "
+                    "the task's modules.",
                 ),
             ),
         ),
         Section(
             "The program",
             (
-                "Every box is an attention or a feed-forward of the encoder, in its present order: the chosen heads and "
-                "channels stand at the front of every tensor that they run through, so that what trains is one contiguous "
-                "block. Hover for the original ids.",
+                "Every box is an attention or a feed-forward of the encoder, in its present order: the chosen heads "
+                "and channels stand at the front of every tensor that they run through, so that what trains is one "
+                "contiguous block. Hover for the original ids.",
             ),
             program=encoder.sparsify.program,
         ),

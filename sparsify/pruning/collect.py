@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsify.errors import SparsifyError
@@ -65,7 +66,7 @@ class Watcher(TorchDispatchMode):
         self.ranges.clear()
         for name, tensor in self.params().items():
             if tensor.device.type != "meta":
-                start = tensor.storage_offset()
+                start = int(tensor.storage_offset())
                 place = self.ranges.setdefault(tensor.untyped_storage().data_ptr(), [])
                 place.append((start, start + tensor.numel(), name))
 
@@ -75,7 +76,7 @@ class Watcher(TorchDispatchMode):
             return None
         for start, stop, name in self.ranges.get(tensor.untyped_storage().data_ptr(), ()):
             if start <= tensor.storage_offset() < stop:
-                return name, tensor.storage_offset() - start
+                return name, int(tensor.storage_offset()) - start
         return None
 
     def __torch_dispatch__(
@@ -91,7 +92,7 @@ class Watcher(TorchDispatchMode):
         name = func.name()
         if func is aten.mm.default:
             self.product(args[0], args[1], None, result)
-        elif func is aten.addmm.default and not kwargs.get("beta", 1) != 1:
+        elif func is aten.addmm.default and kwargs.get("beta", 1) == 1:
             self.product(args[1], args[2], args[0], result)
         elif func is aten.linear.default:
             self.product(args[0], args[1].t(), args[2] if len(args) > 2 else None, result)
@@ -146,11 +147,11 @@ def choose_mask(masks: Mapping[str, Tensor], rows: int, side: str) -> Tensor | N
 
 def check_batch(number: int, batch: Any) -> None:
     """Raises SparsifyError naming the batch and the input when a calibration batch has NaN or Inf."""
-    leaves, _ = torch.utils._pytree.tree_flatten_with_path(batch)
+    leaves, _ = pytree.tree_flatten_with_path(batch)
     for path, leaf in leaves:
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
             raise SparsifyError(
-                f"calibration batch {number}{torch.utils._pytree.keystr(path)} has NaN or Inf: drop or repair it "
+                f"calibration batch {number}{pytree.keystr(path)} has NaN or Inf: drop or repair it "
                 "(one such batch would poison every Hessian)"
             )
 
@@ -180,9 +181,12 @@ class PaddingDropper:
 
     def _drop(self, _module: nn.Module, args: Any, kwargs: Any) -> Any:
         assert self.mask is not None
-        rows = self.mask.numel()
-        keep = lambda t: t[self.mask.to(t.device)] if isinstance(t, Tensor) and t.dim() and t.shape[0] == rows else t  # noqa: E731
-        return torch.utils._pytree.tree_map(keep, (args, kwargs))
+        mask = self.mask
+
+        def keep(t: Any) -> Any:
+            return t[mask.to(t.device)] if isinstance(t, Tensor) and t.dim() and t.shape[0] == mask.numel() else t
+
+        return pytree.tree_map(keep, (args, kwargs))
 
     def _restore(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         assert self.mask is not None
@@ -196,4 +200,4 @@ class PaddingDropper:
             full[mask.to(t.device)] = t
             return full
 
-        return torch.utils._pytree.tree_map(spread, output)
+        return pytree.tree_map(spread, output)

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from sparsify.capture import evaluating
@@ -196,7 +197,7 @@ class Driver:
         digest = hashlib.sha256(f"{STATE_VERSION}:{self.seed}:{len(self.batches)}".encode())
         for name, rule in self.rules.items():
             digest.update(f"{name}{tuple(self.parameter(name).shape)}{rule!r}".encode())
-        for leaf in torch.utils._pytree.tree_leaves(self.batches):
+        for leaf in pytree.tree_leaves(self.batches):
             if isinstance(leaf, Tensor) and leaf.numel():
                 digest.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
@@ -257,14 +258,13 @@ class Driver:
     def plain_views(self, name: str) -> list[View]:
         """Views of a parameter that no forward has shown: `(out, in)`, transposed for Conv1D, one per expert."""
         parameter = self.parameter(name)
-        if parameter.dim() == 3:
-            step, (rows, columns) = parameter.stride(0), parameter.shape[1:]
-            return [View(name, e * step, (rows, columns), parameter.stride()[1:]) for e in range(parameter.shape[0])]
-        stored: tuple[int, int] = (parameter.shape[0], parameter.shape[1])
-        strides: tuple[int, int] = (parameter.stride(0), parameter.stride(1))
-        if type(self.host.get_submodule(self.module_of(name))).__name__.endswith("Conv1D"):
-            stored, strides = stored[::-1], strides[::-1]
-        return [View(name, 0, stored, strides)]
+        stored: tuple[int, int] = (parameter.shape[-2], parameter.shape[-1])
+        strides: tuple[int, int] = (parameter.stride(-2), parameter.stride(-1))
+        if stored_transposed(self.host.get_submodule(self.module_of(name))):
+            stored, strides = (stored[1], stored[0]), (strides[1], strides[0])
+        if parameter.dim() == 2:
+            return [View(name, 0, stored, strides)]
+        return [View(name, e * parameter.stride(0), stored, strides) for e in range(parameter.shape[0])]
 
     def label(self, view: View) -> str:
         parameter = self.parameter(view.param)
@@ -527,6 +527,11 @@ class Driver:
             setattr(self.host.get_submodule(owner), leaf, fresh)
 
 
+def stored_transposed(module: nn.Module) -> bool:
+    """Whether a module stores its matrices as `(in, out)`: Conv1D, and packed experts that say so."""
+    return type(module).__name__.endswith("Conv1D") or bool(getattr(module, "is_transposed", False))
+
+
 class GroupDone(BaseException):
     """The group has its inputs: the rest of the unit need not run."""
 
@@ -542,7 +547,7 @@ def copied_inputs(inputs: Any) -> Any:
             copies[id(leaf)] = leaf.clone()
         return copies[id(leaf)]
 
-    return torch.utils._pytree.tree_map(copy, inputs)
+    return pytree.tree_map(copy, inputs)
 
 
 def id_of(x: Tensor) -> int:
@@ -609,7 +614,7 @@ class Statistics:
 def run_batch(model: nn.Module, batch: Any) -> Any:
     """One forward: mapping → keywords, tuple or list → positional, tensor → one argument; caches off."""
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    batch = torch.utils._pytree.tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, batch)
+    batch = pytree.tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, batch)
     extra: dict[str, Any] = {}
     config = getattr(model, "config", None)
     if hasattr(config, "use_cache"):
@@ -669,7 +674,8 @@ class ResumeStore:
                 raise PlanError(f"{state} is damaged: {error}; delete the folder to start again") from error
             if not isinstance(found, dict) or found.get("fingerprint") != fingerprint:
                 raise PlanError(
-                    f"{folder} holds another pruning run (other rules, layers, seed or calibration): choose another resume_dir, or delete it"
+                    f"{folder} holds another pruning run (other rules, layers, seed or calibration): choose another "
+                    "resume_dir, or delete it"
                 )
         else:
             write_atomically(state, json.dumps({"version": STATE_VERSION, "fingerprint": fingerprint}).encode())

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from sparsify.errors import PlanError
 from sparsify.masked import MaskedModule, load_mask_state, mask_modules, mask_state, masked_parameters
 from sparsify.pruning.patterns import NM, Pattern, keep_largest, mask_from_scores, parse_pattern
-from sparsify.pruning.sequential import write_atomically
+from sparsify.pruning.sequential import stored_transposed, write_atomically
 
 MASK_FILE = "sparsify_masks.safetensors"
 STATE_FILE = "sparsify_pruning.json"
@@ -161,8 +161,8 @@ class GradualPruner:
 
 
 def oriented(module: MaskedModule, leaf: str, tensor: Tensor) -> Tensor:
-    """A tensor of the stored layout as `(…, out, in)` and back (Conv1D is transposed; it is its own inverse)."""
-    return tensor.t() if hasattr(module, "nf") and leaf == "weight" and tensor.dim() == 2 else tensor
+    """A tensor of the stored layout as `(…, out, in)` and back (a transposition is its own inverse)."""
+    return tensor.transpose(-2, -1) if stored_transposed(module) and tensor.dim() > 1 else tensor
 
 
 def clear_state(optimizer: torch.optim.Optimizer, parameter: Tensor, mask: Tensor) -> None:
@@ -197,8 +197,9 @@ def gradual_pruning_callback(pruner: GradualPruner) -> Any:
             pruner.step(time, getattr(optimizer, "optimizer", optimizer))
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if logs is not None:
-                logs["sparsity"] = pruner.sparsity
+            for entry in (logs, state.log_history[-1] if state.log_history else None):
+                if entry is not None:
+                    entry["sparsity"] = pruner.sparsity
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if not state.is_world_process_zero:

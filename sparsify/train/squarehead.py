@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from sparsify.blocks import Stack, repeated_blocks
 from sparsify.errors import PlanError, SparsifyError
@@ -74,7 +75,8 @@ def squarehead_loss(
     """
     if len(student) != len(teacher):
         raise PlanError(f"the student has {len(student)} hidden states and the teacher {len(teacher)}")
-    masks = list(mask) if isinstance(mask, list | tuple) else [mask] * len(student)
+    shared = mask if isinstance(mask, Tensor) else None
+    masks = [shared] * len(student) if mask is None or isinstance(mask, Tensor) else list(mask)
     device = student[0].device if student else torch.device("cpu")
     with torch.autocast(device.type, enabled=False):
         loss = torch.zeros((), device=device)
@@ -84,7 +86,7 @@ def squarehead_loss(
                     f"hidden state {layer}: the student has shape {tuple(own.shape)}, the teacher {tuple(other.shape)}"
                 )
             other = other.to(own.device)
-            squared, tokens = token_sums((own.float() - other.float()).square(), kept)
+            squared, _ = token_sums((own.float() - other.float()).square(), kept)
             energy, all_tokens = hidden_energy(other, kept) if totals is None else totals[layer]
             # mean(d²) / mean(h_t²) = Σ d² / Σ h_t²: both means have the same count
             floor = torch.where(energy > 0, energy * (1 + eps), (all_tokens * own.shape[-1]).clamp_min(1))
@@ -138,7 +140,7 @@ def kl_loss(
 
 def first_tensor(output: Any) -> Tensor | None:
     """The hidden state in what a block returns: the first floating tensor with at least three axes, or the first one."""
-    leaves = [t for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    leaves = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
     return next((t for t in leaves if t.dim() >= 3), leaves[0] if leaves else None)
 
 

@@ -384,7 +384,7 @@ class File:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.tensors = load_file(directory / files.TENSORS)
+        self.tensors = {n: t.clone() for n, t in load_file(directory / files.TENSORS).items()}  # not views of the file
         with safe_open(directory / files.TENSORS, "pt") as opened:
             self.document = json.loads(opened.metadata()["sparsify"])
         self.metadata: dict[str, str] | None = None
@@ -584,6 +584,17 @@ def test_the_readable_document_is_not_trusted(victim, tmp_path):
     host.sparsify.remove_adapter("same")
 
 
+def test_a_loaded_adapter_does_not_depend_on_its_file(victim, tmp_path):
+    """Views of the mapped file would change, or crash the process, when somebody truncates it."""
+    host, source = victim
+    tampered(tmp_path, source)
+    host.sparsify.load_adapter(tmp_path, "same")
+    expected = [d.values.clone() for d in host.sparsify.get("same").deltas]
+    (tmp_path / files.TENSORS).write_bytes(b"")
+    assert all(torch.equal(d.values, e) for d, e in zip(host.sparsify.get("same").deltas, expected, strict=True))
+    host.sparsify.remove_adapter("same")
+
+
 def test_adapter_of_another_base_needs_strict_false(victim, tmp_path):
     host, source = victim
     other = tiny.lower(tiny.llama(seed=4), S2FT(structure="ffn", units=4))
@@ -629,7 +640,7 @@ def test_fully_trained_parameter_needs_the_same_plan(tmp_path):
 def test_a_save_that_fails_leaves_the_old_adapter_and_no_litter(fails_at, tmp_path, monkeypatch):
     _, host = trained_host()
     host.sparsify.save_adapter(tmp_path)
-    old = load_file(tmp_path / files.TENSORS)
+    old = {n: t.clone() for n, t in load_file(tmp_path / files.TENSORS).items()}
     tiny.disturb(host, seed=77)
     real, calls = os.replace, []
 
@@ -673,7 +684,7 @@ def test_a_save_that_is_killed_leaves_the_old_adapter(function, at, tmp_path):
     host = tiny.lower(tiny.Mlp(), S2FT(units=3), example=torch.randn(2, 12))
     tiny.disturb(host, seed=1)
     host.sparsify.save_adapter(tmp_path)
-    old = load_file(tmp_path / files.TENSORS)
+    old = {n: t.clone() for n, t in load_file(tmp_path / files.TENSORS).items()}
     code = KILLED.format(tests=str(Path(__file__).parents[1]), function=function, at=at, directory=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr

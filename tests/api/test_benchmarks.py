@@ -65,12 +65,19 @@ def test_interleave_calls_in_turn_and_pairs_rounds():
     assert slow.over(quick) == harness.Ratio(median=2.0, minimum=2.0, paired=2.0)
 
 
-@pytest.mark.parametrize(("at_least", "met"), [(False, False), (True, True)])
-def test_a_bar_says_which_side_it_is_on(at_least, met):
+@pytest.mark.parametrize(("at_least", "verdict"), [(False, "MISSED"), (True, "met")])
+def test_a_bar_says_which_side_it_is_on(at_least, verdict):
     bar = harness.Bar("time", 1.2, 1.1, at_least)
-    assert bar.met is met
+    assert bar.verdict == verdict
     assert ("≥" in str(bar)) is at_least
-    assert ("MISSED" in str(bar)) is not met
+    assert str(bar).startswith(verdict)
+
+
+def test_a_bar_is_undecided_where_the_estimates_part():
+    ratio = harness.Ratio(median=0.95, minimum=1.07, paired=1.04)
+    assert harness.Bar.of("time", ratio, 1.05).verdict == "undecided"
+    assert harness.Bar.of("time", ratio, 1.10).verdict == "met"
+    assert harness.Bar.of("time", ratio, 0.90).verdict == "MISSED"
 
 
 def test_table_has_a_cell_for_each_column_and_ends_in_json(tmp_path, capsys):

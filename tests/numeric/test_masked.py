@@ -37,7 +37,12 @@ SHAPES = [(5,), (2, 3), (0,), (2, 1, 4), ()]
 def operands(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mask = torch.rand(7, 13) > 0.6
     weight = (torch.randn(7, 13, dtype=dtype) * mask).requires_grad_()
-    return torch.randn(*shape, 13, dtype=dtype, requires_grad=True), weight, mask, torch.randn(7, dtype=dtype, requires_grad=True)
+    return (
+        torch.randn(*shape, 13, dtype=dtype, requires_grad=True),
+        weight,
+        mask,
+        torch.randn(7, dtype=dtype, requires_grad=True),
+    )
 
 
 def small(masked: bool = True) -> tuple[nn.Sequential, dict[str, Tensor]]:
@@ -96,7 +101,7 @@ def test_opcheck_and_second_derivatives() -> None:
 
 
 def test_shapes_that_do_not_fit_are_refused_by_the_fake() -> None:
-    x, weight, mask, bias = (t.to("meta") for t in operands((3,)))
+    x, weight, _mask, bias = (t.to("meta") for t in operands((3,)))
     with pytest.raises(RuntimeError, match="channels"):
         torch.ops.sparsify.masked_linear(x[:, :5], weight, torch.empty(12, dtype=torch.uint8, device="meta"), bias)
     with pytest.raises(RuntimeError, match="do not describe"):

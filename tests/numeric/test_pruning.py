@@ -42,7 +42,9 @@ def correlated(tokens: int, width: int, seed: int = 0) -> Tensor:
     return (torch.randn(tokens, width, generator=generator) * scale) @ mix
 
 
-def oracle_sparsegpt(weight: Tensor, x: Tensor, sparsity: float, pattern: Pattern, damping: float = 0.01) -> tuple[Tensor, Tensor]:
+def oracle_sparsegpt(
+    weight: Tensor, x: Tensor, sparsity: float, pattern: Pattern, damping: float = 0.01
+) -> tuple[Tensor, Tensor]:
     """The algorithm of the paper in fp64, one column at a time, no lazy updates: `(weight, survivors)`."""
     w = weight.double().clone()
     rows, columns = w.shape
@@ -62,7 +64,9 @@ def oracle_sparsegpt(weight: Tensor, x: Tensor, sparsity: float, pattern: Patter
             wanted = round(sparsity * rows * stop) - zeros
             zeros += wanted
             order = scores.flatten().argsort(stable=True)[:wanted]
-            mask[:, start:stop] = torch.ones(scores.numel(), dtype=torch.bool).index_fill(0, order, False).view(scores.shape)
+            mask[:, start:stop] = (
+                torch.ones(scores.numel(), dtype=torch.bool).index_fill(0, order, False).view(scores.shape)
+            )
         elif isinstance(pattern, Block):
             summed = scores.view(rows // pattern.h, pattern.h, -1, pattern.w).sum((1, 3))
             wanted = round(sparsity * rows * stop / (pattern.h * pattern.w)) - zeros
@@ -117,7 +121,9 @@ def test_sparsegpt_follows_the_fp64_oracle(text: str, sparsity: float, rows: int
 
 
 @pytest.mark.parametrize(("text", "sparsity", "rows", "columns"), CASES)
-def test_sparsegpt_beats_magnitude_and_everything_beats_random(text: str, sparsity: float, rows: int, columns: int) -> None:
+def test_sparsegpt_beats_magnitude_and_everything_beats_random(
+    text: str, sparsity: float, rows: int, columns: int
+) -> None:
     pattern = parse_pattern(text)
     x, weight = correlated(4 * columns, columns, seed=3), torch.randn(rows, columns)
     hessian, norms = Hessian(columns), InputNorms(columns)
@@ -225,7 +231,7 @@ def test_patterns_read_from_text_and_refuse_with_the_layer_named() -> None:
         mask_from_scores(torch.rand(3, 10), 0.5, NM(2, 4), where="h.0.mlp")
     with pytest.raises(PlanError, match=r"q_proj: blocks of 4x1 do not tile a layer with 6 outputs"):
         mask_from_scores(torch.rand(6, 10), 0.5, Block(4, 1), where="q_proj")
-    with pytest.raises(PlanError, match="pattern 2:4 has sparsity 0.5, not 0.75"):
+    with pytest.raises(PlanError, match=r"pattern 2:4 has sparsity 0.5, not 0.75"):
         mask_from_scores(torch.rand(6, 8), 0.75, NM(2, 4))
 
 
@@ -249,7 +255,7 @@ def test_the_rule_is_validated_at_construction() -> None:
     assert by_layer.sparsity_of("model.layers.0.mlp.up_proj") == 0.8
     assert not by_layer.needs_calibration
     assert hash(by_layer) is not None
-    with pytest.raises(PlanError, match="keeping 2 of 4 is sparsity 0.5"):
+    with pytest.raises(PlanError, match=r"keeping 2 of 4 is sparsity 0.5"):
         Prune(pattern="2:4", sparsity=0.75)
     with pytest.raises(PlanError, match="N:M fixes every layer's sparsity"):
         Prune(pattern="2:4", allocation="sensitivity")

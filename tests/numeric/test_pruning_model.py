@@ -48,7 +48,9 @@ def prune(
     return host, prune_model(host, program, [(n, rule) for n in names], data, progress=False, **options)
 
 
-def by_full_forwards(model: nn.Module, data: list[dict[str, Tensor]], groups: list[list[str]], sparsity: float) -> nn.Module:
+def by_full_forwards(
+    model: nn.Module, data: list[dict[str, Tensor]], groups: list[list[str]], sparsity: float
+) -> nn.Module:
     """The plain reference: one full forward of the partly pruned model per group of linears, hooks, padding dropped by hand."""
     host = copy.deepcopy(model)
     for group in groups:
@@ -163,7 +165,9 @@ def test_each_expert_is_pruned_with_its_own_tokens(implementation: str) -> None:
         wanted = sparsegpt_prune(weight[expert], hessian.value(), 0.5, Prune().shape)
         found = result.masks[name][expert]
         assert (found != wanted.mask).float().mean() < 0.02
-        assert torch.allclose(host.get_parameter(name)[expert][found & wanted.mask], wanted.weight[found & wanted.mask], atol=1e-2)
+        assert torch.allclose(
+            host.get_parameter(name)[expert][found & wanted.mask], wanted.weight[found & wanted.mask], atol=1e-2
+        )
 
 
 def test_an_expert_without_tokens_says_so() -> None:
@@ -201,7 +205,7 @@ def test_encoder_decoders(family: str) -> None:
     assert cross
     assert all(sides[n] == "encoder" for n in cross)
     assert any(side == "decoder" for side in sides.values())
-    host, result = prune(model, [example], Prune(sparsity=0.5), program)
+    _host, result = prune(model, [example], Prune(sparsity=0.5), program)
     assert result.sparsity == pytest.approx(0.5, abs=0.01)
     tokens = {layer.name: layer.tokens for layer in result.layers}
     decoder = next(n for n, side in sides.items() if side == "decoder" and "decoder" in n and n in tokens)
@@ -253,7 +257,7 @@ def test_packed_projections_of_multihead_attention() -> None:
 @pytest.mark.parametrize("method", ["magnitude", "random"])
 def test_methods_without_data_need_no_calibration(method: Any) -> None:
     model = tiny.build("Mixtral")
-    host, result = prune(model, None, Prune(method=method, sparsity=0.75))
+    _host, result = prune(model, None, Prune(method=method, sparsity=0.75))
     assert result.sparsity == pytest.approx(0.75, abs=1e-3)
     again = prune(model, None, Prune(method=method, sparsity=0.75))[1]
     assert all(torch.equal(result.masks[n], again.masks[n]) for n in result.masks)
@@ -373,7 +377,9 @@ def test_nan_inside_the_model_names_the_layer() -> None:
     model = tiny.llama()
     with torch.no_grad():
         model.model.layers[1].input_layernorm.weight[0] = float("nan")
-    with pytest.raises(SparsifyError, match=r"model\.layers\.1\.self_attn\.q_proj\.weight: the calibration data gives NaN"):
+    with pytest.raises(
+        SparsifyError, match=r"model\.layers\.1\.self_attn\.q_proj\.weight: the calibration data gives NaN"
+    ):
         prune(model, batches(), Prune())
 
 
@@ -400,7 +406,9 @@ def test_units_are_blocks_and_groups_share_inputs() -> None:
     params = {n: model.get_parameter(n) for n in names}
     from contextlib import nullcontext
 
-    events, other = record_events(model, lambda: model(**tiny.inputs_of(model, "T5 (gated)")), lambda: params, lambda _w: nullcontext())
+    events, other = record_events(
+        model, lambda: model(**tiny.inputs_of(model, "T5 (gated)")), lambda: params, lambda _w: nullcontext()
+    )
     units, refused = plan_units(model, events, params, other)
     assert not refused
     assert [u.name for u in units] == [f"{side}.block.{i}" for side in ("encoder", "decoder") for i in range(2)]

@@ -1,0 +1,133 @@
+"""The program as a picture: well-formed, complete, small enough, true to the moves, written whole or not at all."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+import tiny
+import zoo
+
+import sparsify
+from sparsify import S2FT, LoRA, Plan, Quantize
+from sparsify.api import PIPELINE
+from sparsify.capture import capture
+from sparsify.drawing import View, count_parameters, draw_program, shared_parts, split_layer, write_atomically
+from sparsify.passes.base import Context, run_passes
+from sparsify.structure import Declined
+
+PLAN = Plan([S2FT(structure="ffn", fraction=0.1), S2FT(structure="attention", fraction=0.3, producer_fraction=0.5)])
+
+
+def test_every_stage_draws_well_formed_svg() -> None:
+    program = capture(tiny.llama())
+    assert "no structures yet" in draw_program(program)
+    for step in PIPELINE:
+        program = run_passes(program, [step], Context(PLAN))
+        root = ET.fromstring(draw_program(program))
+        assert root.tag.endswith("svg")
+        text = " ".join(root.itertext())
+        assert "LlamaForCausalLM" in text
+        assert f"stage: {program.stage.name.lower()}" in text
+        assert "2 attention, 2 feed-forward" in text
+
+
+def test_title_counts_what_trains() -> None:
+    model = tiny.llama()
+    total = sum(p.numel() for p in model.parameters())
+    host = sparsify.compile(model, PLAN, progress=False)
+    trained = sum(p.numel() for p in host.parameters() if p.requires_grad)
+    assert count_parameters(host.sparsify.program) == (trained, total)
+    assert f"{trained:,} of {total:,} parameters train" in host.sparsify.program.svg()
+
+
+def test_counts_include_low_rank_parts_and_quantised_weights() -> None:
+    model = tiny.llama()
+    plan = Plan([LoRA(match="*.q_proj", rank=2), Quantize(match="*.up_proj", format="int8")])
+    host = sparsify.compile(model, plan, progress=False)
+    trained = sum(p.numel() for p in host.parameters() if p.requires_grad)
+    assert count_parameters(host.sparsify.program)[0] == trained
+    assert "low-rank, sparse or quantised" in host.sparsify.program.svg()
+
+
+def test_cells_show_original_units_and_what_trains() -> None:
+    """Read back from the tensors: the unit drawn at a place is the one whose weights stand there."""
+    model = tiny.llama(num_attention_heads=6, num_key_value_heads=2)
+    host = sparsify.compile(model, PLAN, progress=False)
+    program = host.sparsify.program
+    slices: dict = {}
+    for piece in program.slices:
+        slices.setdefault((piece.param, piece.axis), []).append(piece)
+    for structure in program.structures:
+        cells = View(program, structure, slices).cells
+        choice = next(c for c in program.choices if c.structure == structure.name)
+        assert sorted(c.original for c in cells) == list(range(len(cells)))
+        assert {c.original for c in cells if c.consumer} == set(choice.consumers)
+        group = structure.inner.units if structure.inner is not None else 1
+        assert {c.original // group for c in cells if c.producer} == set(choice.producers)
+        site = structure.with_role("q", "up")[0]
+        width = site.block // group
+        before, after = model.get_parameter(site.param), program.tensor(site.param)
+        for place, cell in enumerate(cells):
+            assert after[place * width].equal(before[cell.original * width])
+
+
+def test_trained_ranges_are_contiguous() -> None:
+    host = sparsify.compile(tiny.llama(), Plan([S2FT(structure="ffn", fraction=0.2)], seed=3), progress=False)
+    program = host.sparsify.program
+    slices = {(s.param, s.axis): [s] for s in program.slices}
+    for structure in (s for s in program.structures if s.kind == "ffn"):
+        on = [i for i, cell in enumerate(View(program, structure, slices).cells) if cell.consumer]
+        assert len(on) > 1
+        assert on == list(range(on[0], on[0] + len(on)))
+
+
+def test_declined_structures_are_grey_with_their_reason() -> None:
+    reason = "slopes <of> the heads & more"
+    program = capture(tiny.llama()).evolve(
+        "by hand", declined=(Declined("model.layers.1.self_attn", "attention", reason),)
+    )
+    root = ET.fromstring(draw_program(program))
+    group = next(g for g in root.iter() if g.get("class") == "declined")
+    title = next(e for e in group if e.tag.endswith("title"))
+    assert reason in (title.text or "")
+
+
+def test_deep_model_is_readable_and_small() -> None:
+    host = sparsify.compile(tiny.llama(num_hidden_layers=32), PLAN, progress=False)
+    text = host.sparsify.program.svg()
+    assert len(text) < 1_500_000
+    labels = re.findall(r">(layers\.\d+)</text>", text)
+    assert labels == [f"layers.{i}" for i in range(32)]
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "GPT-NeoX", "T5", "Whisper", "BERT", "ViT", "Mixtral"])
+def test_families_draw(name: str) -> None:
+    family = next(f for f in zoo.FAMILIES if f.name == name)
+    model = zoo.build(family)[0]
+    args, kwargs = zoo.example(family, model)
+    program = sparsify.analyse(model, kwargs or args)
+    root = ET.fromstring(draw_program(program))
+    groups = [g for g in root.iter() if g.get("class") in ("attention", "ffn", "other")]
+    assert len(groups) == len(program.structures)
+
+
+def test_writing_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "deep" / "graph.svg"
+    program = sparsify.analyse(tiny.llama())
+    assert program.svg(str(target)) == target.read_text()
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    old = target.read_text()
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(target, "half")
+    assert target.read_text() == old
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_names() -> None:
+    assert split_layer("model.layers.3.mlp") == ("model.layers.3", "mlp")
+    assert split_layer("head.mlp") == ("head.mlp", "")
+    assert shared_parts(["model.encoder.layers.0", "model.decoder.layers.0"]) == 1
+    assert shared_parts([]) == 0

@@ -1,0 +1,83 @@
+"""The weight gradient on a support: dense tiles, and one dot product per entry, against `(aᵀ b)[index]` in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import sparsify.lowrank_ops as ops
+from sparsify.lowrank_ops import oracle_sampled_product, sampled_by_tile, sampled_per_entry
+
+VARIANTS = [sampled_by_tile, sampled_per_entry, torch.ops.sparsify.sampled_product]
+SHAPES = [(5, 7, 9), (1, 1, 1), (0, 4, 3), (13, 1, 33), (6, 40, 2)]
+
+
+def make(tokens: int, p: int, q: int, count: int, dtype: torch.dtype, wide: bool) -> tuple[Tensor, Tensor, Tensor]:
+    a, b = (torch.randn(tokens, w, dtype=torch.float64).to(dtype) for w in (p, q))
+    index = torch.randperm(p * q)[:count].sort().values
+    return a, b, index.to(torch.int64 if wide else torch.int32)
+
+
+@pytest.mark.parametrize("tile_bytes", [1, 300, 2**25], ids=["row", "rows", "whole"])
+@pytest.mark.parametrize("variant", VARIANTS, ids=["tile", "entry", "operator"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_variants_equal_the_oracle(variant, shape, tile_bytes, monkeypatch):
+    """Tiles of one row, of a few, and the whole matrix; no entry, some, all."""
+    monkeypatch.setattr(ops, "TILE_BYTES", tile_bytes)
+    tokens, p, q = shape
+    for count in sorted({0, 1, p * q // 3, p * q}):
+        for wide in (False, True):
+            for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
+                a, b, index = make(tokens, p, q, min(count, p * q), dtype, wide)
+                found = variant(a, b, index)
+                expected = oracle_sampled_product(a.double(), b.double(), index)
+                assert found.dtype == dtype
+                assert found.shape == index.shape
+                scale = float((a.double().abs().t() @ b.double().abs()).max().clamp_min(1))
+                torch.testing.assert_close(found.double(), expected, rtol=0, atol=bound * scale)
+
+
+def test_tiles_without_an_entry_are_not_computed(monkeypatch):
+    """All entries in the last rows: the tiles above them cost nothing."""
+    a, b = torch.randn(4, 64), torch.randn(4, 8)
+    a[:, :60] = float("nan")  # would spread if they were multiplied and gathered from
+    monkeypatch.setattr(ops, "TILE_BYTES", 4 * 8 * 4)
+    index = torch.arange(60 * 8, 64 * 8, 3)
+    assert torch.isfinite(sampled_by_tile(a, b, index)).all()
+    torch.testing.assert_close(sampled_by_tile(a, b, index), sampled_per_entry(a[:, :], b, index))
+
+
+def test_strided_factors():
+    a, b = torch.randn(7, 5).t(), torch.randn(9, 5).t()
+    index = torch.randperm(63)[:20].sort().values
+    for variant in VARIANTS:
+        torch.testing.assert_close(variant(a, b, index), oracle_sampled_product(a, b, index))
+
+
+@pytest.mark.parametrize(("threshold", "expected"), [(0.0, "tile"), (1.1, "entry")])
+def test_density_decides_between_the_two(threshold, expected, monkeypatch):
+    seen = []
+    monkeypatch.setitem(ops.PER_ENTRY_DENSITY, "cpu", threshold)
+    monkeypatch.setattr(ops, "sampled_by_tile", lambda a, b, i: seen.append("tile") or sampled_by_tile(a, b, i))
+    monkeypatch.setattr(ops, "sampled_per_entry", lambda a, b, i: seen.append("entry") or sampled_per_entry(a, b, i))
+    torch.ops.sparsify.sampled_product(torch.randn(3, 4), torch.randn(3, 5), torch.tensor([2, 7]))
+    assert seen == [expected]
+
+
+def test_flat_positions_above_the_range_of_int32():
+    """46,400 × 46,400 has more entries than an int32 can number; the tiles stay small, so this needs little memory."""
+    p = q = 46_400
+    a, b = torch.randn(2, p), torch.randn(2, q)
+    index = torch.tensor([5, 40_000 * q + 33_000, p * q - 1])
+    assert int(index[-1]) > torch.iinfo(torch.int32).max
+    rows, columns = index // q, index % q
+    expected = (a[:, rows] * b[:, columns]).sum(0)
+    torch.testing.assert_close(sampled_per_entry(a, b, index), expected)
+    torch.testing.assert_close(sampled_by_tile(a, b, index), expected)
+
+
+def test_operator_passes_opcheck():
+    for dtype in (torch.int32, torch.int64):
+        index = torch.tensor([0, 3, 19], dtype=dtype)
+        torch.library.opcheck(torch.ops.sparsify.sampled_product.default, (torch.randn(3, 4), torch.randn(3, 5), index))
