@@ -10,7 +10,10 @@ from sparsify.errors import (
     SparsifyError,
     VerifyError,
 )
-from sparsify.plan import S2FT, LoRA, PaCA, Plan, Quantize, RoSA
+from sparsify.plan import S2FT, LoRA, PaCA, Plan, Quantize, RoSA, register_rule
+from sparsify.rules_prune import Prune
+
+register_rule(Prune)
 
 __version__ = "0.1.0"
 
@@ -22,6 +25,7 @@ __all__ = [
     "PaCA",
     "Plan",
     "PlanError",
+    "Prune",
     "Quantize",
     "Refusal",
     "RefusedError",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from sparsify.passes.base import Context, Pass, run_passes
 from sparsify.passes.find_structures import find_structures
 from sparsify.passes.insert_partial import insert_partial
 from sparsify.passes.permute_weights import permute_weights
+from sparsify.passes.prune import prune
 from sparsify.passes.select_units import select_units
 from sparsify.plan import Plan, Rule
 from sparsify.program import Program, Stage
@@ -33,6 +35,7 @@ def find_pass(program: Program, context: Context) -> Program:
 
 PIPELINE = (
     Pass("find-structures", Stage.CAPTURED, Stage.STRUCTURED, find_pass),
+    Pass("prune", Stage.STRUCTURED, Stage.STRUCTURED, prune),
     Pass("select", Stage.STRUCTURED, Stage.SELECTED, select_units),
     Pass("permute-weights", Stage.SELECTED, Stage.PERMUTED, permute_weights),
     Pass("insert", Stage.PERMUTED, Stage.EXPANDED, insert_partial),
@@ -57,12 +60,14 @@ def compile(
     loss: Callable[[Any, Any], torch.Tensor] | None = None,
     donate: bool = False,
     progress: bool = True,
+    resume_dir: str | Path | None = None,
 ) -> Model:
     """Apply a plan to a model: a new host of the same class, in which only what the plan names trains.
 
     model: any `nn.Module`; it is not written to (the host shares its frozen tensors).
     example: one batch for the trace; Hugging Face models need none.
     calibration: batches for data-driven selections; `loss(outputs, batch)` for gradient scores (default `outputs.loss`).
+    resume_dir: a folder in which an interrupted pruning is kept and continued.
     donate: free the model's tensors as they are replaced (peak memory = model + one tensor); `model` is unusable afterwards.
 
     Returns the host; `host.sparsify` has `report`, `program`, and the adapter verbs.
@@ -75,11 +80,11 @@ def compile(
         raise PlanError(
             "compile: this model is compiled already; compile the original, or call model.sparsify.restore() first"
         )
-    context = Context(plan, calibration, loss, donate, progress)
+    context = Context(plan, calibration, loss, donate, progress, resume_dir)
     program = run_passes(capture(source, example), PIPELINE, context)
     flags = {name: p.requires_grad for name, p in source.named_parameters()}
     train = tuple(sorted(trained_in_full(program, tuple(plan.train))))
-    host, layouts = install(program, tuple(plan.train))
+    host, layouts = install(program, tuple(plan.train), whole=not plan.adapts)
     program.host, program.tensors, program.packed = host, {}, {}
     host.train(source.training)
     host.__dict__["sparsify"] = Handle(host, program, plan, layouts, train, flags, dict(program.hashes))

@@ -528,7 +528,9 @@ class Handle:
         """
         self.need_unmerged("merge")
         packed = [p for p in self.parts if self.is_packed(p)]
-        before = self.example_outputs() if packed else None
+        low = [p for p, part in self.parts.items() if isinstance(part, LowRankPart) and part.part.rank]
+        masked = [p for p in low if p in self.program.masks and p not in packed]
+        before = self.example_outputs() if packed or masked else None
         moved: dict[str, float] = {}
         for param, part in self.parts.items():
             module = part.module
@@ -549,18 +551,52 @@ class Handle:
             if isinstance(part, LowRankPart):
                 self.merge_backups[param] = [module.weight.data.clone()]
             write_parts(module)
+            if param in self.program.masks and isinstance(part, LowRankPart) and part.part.rank:
+                moved[param] = self.keep_mask(param, module.weight)
             part.detach()
             make_plain(module)
         self.merged = True
-        if packed:
+        if packed or masked:
             self.merge_note = MergeNote(moved, largest_move(before, self.example_outputs()))
             worst = max(moved.values())
+            what = f"{len(packed)} packed weights were quantised again" if packed else ""
+            what += " and " if packed and masked else ""
+            what += f"{len(masked)} low-rank parts lost what fell on pruned entries" if masked else ""
             warnings.warn(
-                f"merge: {len(packed)} packed weights were quantised again; a weight moves by up to {worst:.2%} (Frobenius), the "
+                f"merge: {what}; a weight moves by up to {worst:.2%} (Frobenius), the "
                 f"example's outputs by {self.merge_note.outputs:.2%}. save_adapter keeps base + delta exactly instead.",
                 stacklevel=2,
             )
         return self.host
+
+    def keep_mask(self, param: str, weight: Tensor) -> float:
+        """Zero what a dense low-rank product put on pruned entries; returns the relative Frobenius change."""
+        gone = ~self.program.masks[param].to(weight.device)
+        lost = float(weight.data[gone].float().norm() / weight.data.float().norm().clamp_min(1e-30))
+        weight.data.masked_fill_(gone, 0)
+        return lost
+
+    def save_sparse(self, path: str | os.PathLike[str], **options: Any) -> Any:
+        """Write the model as a compressed sparse checkpoint (bitmask + values); returns its `SizeReport`.
+
+        Opens again with `sparsify.sparse_checkpoint.open_sparse`. Names, shapes and order are the original model's.
+        """
+        from sparsify.sparse_checkpoint import save_sparse
+
+        state = self.host.state_dict()
+        added = ("weight_slice", "sparse_values", "sparse_index", "lora_A", "lora_B")
+        state = {k: v for k, v in state.items() if k.rpartition(".")[2] not in added}
+        masks = {}
+        for name, mask in self.program.masks.items():
+            if not torch.equal(self.mask_original(name, mask), state[name] != 0) and bool(
+                (state[name][~self.mask_original(name, mask)] != 0).any()
+            ):
+                continue  # a low-rank part fills pruned entries: the tensor is stored by its own zeros
+            masks[name] = self.mask_original(name, mask)
+        return save_sparse(state, Path(path), masks=masks, **options)
+
+    def mask_original(self, name: str, mask: Tensor) -> Tensor:
+        return self.layout(name).to_original(name.rpartition(".")[2], mask)
 
     def example_outputs(self) -> Any:
         args, kwargs = self.program.example
@@ -589,6 +625,11 @@ class Handle:
             raise SparsifyError(
                 "restore: the base was packed by Quantize and its dense bits are not kept; the model that was passed to compile "
                 "still has them (unless donated), and set_adapter(None) gives the packed base"
+            )
+        if self.program.masks:
+            raise SparsifyError(
+                "restore: Prune replaced the weights and their dense values are not kept; the model that was passed to compile "
+                "still has them (unless donated)"
             )
         if self.merged:
             self.unmerge()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sparsify.errors import PlanError
 from sparsify.lowrank_ops import write_values
+from sparsify.masked import mask_modules
 from sparsify.modules import (
     AdaptedMixin,
     PartialMixin,
@@ -203,8 +204,11 @@ def trained_in_full(program: Program, patterns: tuple[str, ...]) -> set[str]:
     return found
 
 
-def copy_host(program: Program, train: set[str]) -> nn.Module:
-    """Copy the module tree; parameters are new objects over shared memory, frozen unless in `train` (which get their own memory)."""
+def copy_host(program: Program, train: set[str], whole: bool = False) -> nn.Module:
+    """Copy the module tree; parameters are new objects over shared memory, frozen unless they train (and own their memory).
+
+    train: names that train. whole: everything trains that did in the user's model (a plan that only prunes).
+    """
     host = program.host
     memo: dict[int, Any] = {}
     for name, parameter in host.named_parameters():
@@ -212,7 +216,7 @@ def copy_host(program: Program, train: set[str]) -> nn.Module:
         value = program.tensors.get(name, parameter.detach())
         if name in program.quantize:
             value = parameter.detach().new_empty(0)
-        trains = name in train
+        trains = name in train or (whole and parameter.requires_grad)
         memo[id(parameter)] = nn.Parameter(value.clone() if trains else value, requires_grad=trains)
     for name, buffer in host.named_buffers():
         name = program.aliases.get(name, name)
@@ -272,19 +276,28 @@ def swap_modules(program: Program, host: nn.Module) -> list[str]:
         else:
             become(module, "SparseLowRank" if part is not None else "Partial")
         if piece is not None:
-            attach_slice(module, piece, program.tensors[piece.block_name])
+            bits = program.tensors.get(f"{owner}.slice_mask_bits")
+            attach_slice(module, piece, program.tensors[piece.block_name], bits)
         if part is not None or packed is not None:
             leaves = ("sparse_values", "sparse_index", "lora_A", "lora_B")
             found = {n: program.tensors[f"{owner}.{n}"] for n in leaves if part and f"{owner}.{n}" in program.tensors}
             attach_parts(module, part, found)
-        fixed += [f"{owner}.{n}" for n in ("sparse_index", "slice_channels") if n in module._buffers]
+        fixed += [f"{owner}.{n}" for n in ("sparse_index", "slice_channels", "slice_mask_bits") if n in module._buffers]
     return fixed
 
 
-def install(program: Program, train: tuple[str, ...] = ()) -> tuple[nn.Module, dict[str, Layout]]:
-    """The host copy with the program's nodes in it, and the layouts whose hooks it carries."""
-    host: Any = copy_host(program, trained_in_full(program, train))
+def install(
+    program: Program, train: tuple[str, ...] = (), *, whole: bool = False
+) -> tuple[nn.Module, dict[str, Layout]]:
+    """The host copy with the program's nodes in it, and the layouts whose hooks it carries.
+
+    whole: the plan has no rule that trains parts beside a frozen base, so a pruned model trains all survivors.
+    """
+    whole = whole and bool(program.masks) and not program.quantize
+    host: Any = copy_host(program, trained_in_full(program, train), whole)
     fixed = swap_modules(program, host)
+    if whole:
+        mask_modules(host, program.masks)
     if fixed:  # equal on all ranks by construction, and large
         host._ddp_params_and_buffers_to_ignore = [*getattr(host, "_ddp_params_and_buffers_to_ignore", []), *fixed]
     found = layouts(program)

@@ -279,7 +279,7 @@ def _setup_quantized(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     need = ctx.needs_input_grad  # flattened: positions hold up to `packed`, which is why it stands last
     whole = any(need[i] for i in (9, 11, 12)) or (need[6] and axis == 0)
     some = need[6] and not whole
-    kept = x if whole else x.index_select(-1, channels.long()) if some else None
+    kept = x if whole else x.index_select(-1, channels) if some else None
     ctx.save_for_backward(kept, bias, block, channels, values, index, a, b, *packed)
     ctx.meta = (format, rows, columns, transposed, axis, scale, whole)
     ctx.wants = tuple(bool(need[i]) for i in (0, 5, 6, 9, 11, 12))

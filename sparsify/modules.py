@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import sparsify.masked  # registers apply_mask and masked_linear
 import sparsify.ops
 from sparsify.lowrank_ops import dense_weight, write_values
 from sparsify.program import SparseLowRank, TrainedSlice
@@ -56,16 +57,19 @@ class PartialMixin(AdaptedMixin):
     slice_start: int
     slice_axis: int
 
+    def trained_block(self) -> Tensor:
+        """The trained channels; over a pruned base the pruned entries stay zero and get no gradient."""
+        bits = getattr(self, "slice_mask_bits", None)
+        return self.weight_slice if bits is None else torch.ops.sparsify.apply_mask(self.weight_slice, bits)
+
     def forward(self, x: Tensor) -> Tensor:
         self.check_dtype(x)
-        weight = self.weight.t() if self.conv1d else self.weight
+        weight, block = self.weight.t() if self.conv1d else self.weight, self.trained_block()
         if self.slice_start < 0:
             return torch.ops.sparsify.partial_linear_at(
-                x, weight, self.bias, self.weight_slice, self.slice_channels, self.slice_axis
+                x, weight, self.bias, block, self.slice_channels, self.slice_axis
             )
-        return torch.ops.sparsify.partial_linear(
-            x, weight, self.bias, self.weight_slice, self.slice_start, self.slice_axis
-        )
+        return torch.ops.sparsify.partial_linear(x, weight, self.bias, block, self.slice_start, self.slice_axis)
 
     def extra_repr(self) -> str:
         return f"{self.described()}, {describe_slice(self)}"
@@ -129,7 +133,7 @@ class QuantizedMixin(SparseLowRankMixin, PartialMixin):
     def multiply(
         self, x: Tensor, values: Tensor | None, index: Tensor | None, a: Tensor | None, b: Tensor | None
     ) -> Tensor:
-        block = getattr(self, "weight_slice", None)
+        block = self.trained_block() if hasattr(self, "weight_slice") else None
         channels = getattr(self, "slice_channels", None) if block is not None else None
         axis = self.slice_axis if block is not None else 1
         return torch.ops.sparsify.quantized_linear(
@@ -140,7 +144,7 @@ class QuantizedMixin(SparseLowRankMixin, PartialMixin):
     def dense(self) -> Tensor:
         """The weight that the packed base and its trained channels and entries stand for (no low-rank part)."""
         values, index, _, _ = self.parts()
-        block = getattr(self, "weight_slice", None)
+        block = self.trained_block() if hasattr(self, "weight_slice") else None
         channels = getattr(self, "slice_channels", None) if block is not None else None
         axis = self.slice_axis if block is not None else 1
         parts = (block, channels, axis, values, index)
@@ -228,20 +232,23 @@ def as_parameter(value: Tensor) -> nn.Parameter:
     return value if isinstance(value, nn.Parameter) else nn.Parameter(value)
 
 
-def attach_slice(module: Any, piece: TrainedSlice, block: Tensor) -> None:
-    """Give a module its trained channels (its class is set by `become`)."""
+def attach_slice(module: Any, piece: TrainedSlice, block: Tensor, bits: Tensor | None = None) -> None:
+    """Give a module its trained channels (its class is set by `become`), and their packed mask over a pruned base."""
     module.weight_slice = as_parameter(block)
     module.slice_start = piece.start
     module.slice_axis = piece.logical_axis
     if piece.places or hasattr(module, "packed_names"):
         places = piece.places or tuple(range(piece.start, piece.start + piece.length))
         module.register_buffer("slice_channels", torch.tensor(places, device=block.device), persistent=False)
+    if bits is not None:
+        module.register_buffer("slice_mask_bits", bits, persistent=False)
 
 
 def detach_slice(module: Any) -> nn.Parameter:
     block = module._parameters.pop("weight_slice")
-    module._buffers.pop("slice_channels", None)
-    module._non_persistent_buffers_set.discard("slice_channels")
+    for leaf in ("slice_channels", "slice_mask_bits"):
+        module._buffers.pop(leaf, None)
+        module._non_persistent_buffers_set.discard(leaf)
     del module.slice_start, module.slice_axis
     return block
 

@@ -37,6 +37,7 @@ class SlicePart:
     layout: Layout
     base: Tensor
     detached: nn.Parameter | None = None
+    bits: Tensor | None = None
 
     @property
     def param(self) -> str:
@@ -106,13 +107,14 @@ class SlicePart:
         self.block.data.copy_(self.piece.read(self.module.weight.detach()))
 
     def detach(self) -> None:
+        self.bits = getattr(self.module, "slice_mask_bits", None)
         self.detached = detach_slice(self.module)
 
     def attach(self) -> None:
         become(self.module, "Quantized" if hasattr(self.module, "packed_names") else "Partial")
         assert self.detached is not None
         block, self.detached = self.detached, None
-        attach_slice(self.module, self.piece, block)
+        attach_slice(self.module, self.piece, block, self.bits)
 
 
 @dataclass

@@ -316,6 +316,11 @@ class Plan:
             raise PlanError("Plan: no rules, so nothing would train")
         check_types(self)
 
+    @property
+    def adapts(self) -> bool:
+        """Whether some rule trains parts beside a frozen base; a plan that only prunes trains every survivor instead."""
+        return any(rule.phase == "adapt" for rule in self.rules)
+
     def to_json(self, **options: Any) -> str:
         """JSON text that `from_json` reads back to an equal plan."""
         document = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "rules"}

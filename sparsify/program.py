@@ -227,6 +227,8 @@ class Program:
     packed: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     packings: tuple[Packed, ...] = ()
     hashes: dict[str, str] = field(default_factory=dict)
+    masks: dict[str, torch.Tensor] = field(default_factory=dict)
+    pruned: tuple[Any, ...] = ()
     history: tuple[str, ...] = ()
 
     @classmethod

@@ -74,12 +74,13 @@ def unpack(packed: list[Tensor], format: str, shape: tuple[int, ...], dtype: tor
         nested = functional.QuantState(
             absmax=nested_absmax, code=nested_code, blocksize=NESTED_BLOCK, dtype=torch.float32
         )
-        # Flat: blocks run over row ends, and the library's CPU kernel gets rows shorter than a block wrong (0.50.2).
-        flat, inner = torch.Size((math.prod(shape),)), torch.float32 if dtype == torch.float64 else dtype
+        # Flat and even: blocks run over row ends, the library's CPU kernel gets rows shorter than a block wrong (0.50.2), and
+        # odd sizes would go to a fallback that it compiles.
+        flat, inner = torch.Size((2 * data.numel(),)), torch.float32 if dtype == torch.float64 else dtype
         state = functional.QuantState(
             absmax=absmax, shape=flat, code=code, blocksize=BLOCK, quant_type="nf4", dtype=inner, offset=offset[0], state2=nested
         )  # fmt: skip
-        return functional.dequantize_4bit(data, state).view(shape).to(dtype)
+        return functional.dequantize_4bit(data, state)[: math.prod(shape)].view(shape).to(dtype)
     if format == "int8":
         data, scales = packed
         return (data.to(torch.float32) * (scales.float() / 127.0).unsqueeze(1)).to(dtype)

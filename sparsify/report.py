@@ -89,6 +89,10 @@ def make_report(program: Program, plan: Plan, host: nn.Module) -> Report:
             open_mask = ", still to be collected" if part.index is None else ""
             texts.append(f"{part.count:,} entries ({part.mask}{open_mask})")
         chosen.append(f"{part.param}: {' + '.join(texts)} (rule {part.rule})")
+    if program.pruned:
+        zeros = sum(float((~m).sum()) for m in program.masks.values()) / sum(m.numel() for m in program.masks.values())
+        chosen.append(f"{len(program.pruned)} weights pruned: {zeros:.1%} zeros")
+        chosen += [f"  {p.name}: {p.sparsity:.1%} {p.pattern}, {p.method}, error {p.error:.2e}" for p in program.pruned]
     packed = [f"{p.param}: {p.format}, error {p.error:.2%}" for p in program.packings]
     if packed:
         before, after = sum(p.dense_bytes for p in program.packings), sum(p.packed_bytes for p in program.packings)
@@ -128,12 +132,14 @@ def backward_bytes(program: Program) -> tuple[int, int]:
     saved, whole, inputs = 0, {}, {}
     ops = torch.ops.sparsify
     for node in program.graph.nodes:
-        if node.op != "call_function" or node.target not in SPARSIFY_OPS:
+        if node.op != "call_function" or node.target not in SPARSIFY_OPS or node.target is ops.apply_mask.default:
             continue
         x = node.args[0]
         inputs[x.name] = node_bytes(x)
         if node.target in (ops.partial_linear.default, ops.partial_linear_at.default):
             block, axis, rest = node.args[3], node.args[5], ()
+        elif node.target is ops.masked_linear.default:
+            block, axis, rest = None, 1, (node.args[1],)
         elif node.target is ops.sparse_lowrank_linear.default:
             block, axis, rest = None, 1, (node.args[3], node.args[5])
         else:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-import sparsify.lowrank_ops  # noqa: F401  (registers the operators named below)
+import sparsify.lowrank_ops
+import sparsify.masked  # noqa: F401  (both register the operators named below)
 from sparsify.errors import VerifyError
 from sparsify.program import Program, Stage
 
@@ -16,6 +17,8 @@ SPARSIFY_OPS = (
     torch.ops.sparsify.partial_linear_at.default,
     torch.ops.sparsify.sparse_lowrank_linear.default,
     torch.ops.sparsify.quantized_linear.default,
+    torch.ops.sparsify.masked_linear.default,
+    torch.ops.sparsify.apply_mask.default,
 )
 
 

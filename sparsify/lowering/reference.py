@@ -12,6 +12,8 @@ KERNELS = {
     torch.ops.sparsify.partial_linear.default: "reference: block copied into the weight, one GEMM",
     torch.ops.sparsify.partial_linear_at.default: "reference: channels copied into the weight, one GEMM",
     torch.ops.sparsify.sparse_lowrank_linear.default: "reference: values scattered into the weight, one GEMM, two small ones",
+    torch.ops.sparsify.masked_linear.default: "reference: one GEMM over exact zeros, gradient masked",
+    torch.ops.sparsify.apply_mask.default: "reference: element-wise",
     torch.ops.sparsify.quantized_linear.default: "reference: unpacked to a temporary, one GEMM",
 }
 

@@ -321,7 +321,9 @@ class Call:
         self.along: Axis | None = None
         self.contractions: list[Contraction] = []
         self.core: AttentionCore | None = None
-        self.inputs: tuple[Value, ...] = ()
+        self.inputs: tuple[Value, ...] | None = (
+            None  # what the result is computed from, when that is not every argument
+        )
 
     def __getitem__(self, name: str) -> Any:
         return self.args[name]
@@ -622,6 +624,7 @@ class Interpreter:
 
     def record(self, call: Call, axes: Any, inputs: tuple[Value, ...]) -> Any:
         view = call.op.removeprefix("aten::") in self.views
+        inputs = inputs if call.inputs is None else call.inputs
         origin: frozenset[str] | None = frozenset()
         for value in inputs:
             origin = None if origin is None or value.origin is None else origin | value.origin
@@ -630,7 +633,6 @@ class Interpreter:
             origin = inputs[0].origin  # experts picked by a router are still weights
 
         written = call.node in self.written
-        inputs = call.inputs or inputs
 
         def value_of(item: Axes, index: int) -> Value:
             if written and any(a.uniform for a in item):

@@ -207,7 +207,8 @@ def complex_pairs(call: Call) -> Axes:
 
 @rule(*CONSTANT_FILL)
 def constant_fill(call: Call) -> Axes:
-    """The same value everywhere: any order will do."""
+    """The same value everywhere: any order will do. `zeros_like(x)` reads nothing of x but its shape."""
+    call.inputs = ()
     return tuple(ONE if s == 1 else Axis(s, uniform=True) for s in shape_of(call))
 
 

@@ -441,7 +441,7 @@ class Finder:
         return structures, declined, used
 
     def attention_roles(self, flows: list[Flow], leaf: Axis) -> Callable[[Member], Role]:
-        read = {name for c in self.consumers.get(leaf, []) for name in (weight_of(c) or c.right).origin or ()}
+        read = {name for c in self.consumers.get(leaf, []) for name in params_of(c)}
         sources: dict[str, list[tuple[Role, frozenset[Span]]]] = {}
         for flow in flows:
             for role, found in flow.roles.items():
@@ -464,7 +464,7 @@ class Finder:
         leaf_names = [
             name
             for c in (*self.consumers.get(self.lead(member), ()), *self.producers.get(self.lead(member), ()))
-            for name in (weight_of(c) or c.right).origin or ()
+            for name in params_of(c)
         ]
         return member.param not in leaf_names
 
@@ -504,20 +504,20 @@ class Finder:
 
     def whole_outputs(self, role: Role, sources: list[Source]) -> list[Site]:
         """The part of each projection's output that reaches one operand of the core, as a single unit."""
-        sites: dict[Site, None] = {}
-        for name, spans in sources:
+        sites: list[Site] = []
+        for name in dict.fromkeys(name for name, _ in sources):
+            reached = [spans for other, spans in sources if other == name]
             kept = self.leaf_set(
-                a
-                for c in self.machine.contractions
-                if name in ((weight_of(c) or c.right).origin or ())
-                for a in kept_by_weight(c)
+                axis
+                for contraction in self.machine.contractions
+                if name in params_of(contraction)
+                for axis in kept_by_weight(contraction)
             )
             for i, axis in enumerate(self.machine.placeholders[name].axes):
-                if not kept & set(self.leaves(axis)):
-                    continue
-                raw = [layout(term, None) for term in terms_of(axis) if compatible(term, spans)]
-                sites.update(dict.fromkeys(item.site(name, i, role) for item in merge(raw)))
-        return list(sites)
+                if kept & set(self.leaves(axis)):
+                    terms = [t for t in terms_of(axis) if any(compatible(t, spans) for spans in reached)]
+                    sites += [item.site(name, i, role) for item in merge([layout(term, None) for term in terms])]
+        return sites
 
     def declined_core(self, flow: Flow) -> Declined:
         lead = flow.outer or flow.inner
@@ -525,13 +525,29 @@ class Finder:
         sites: list[Site] = []
         if lead is not None:
             role_of = self.attention_roles([flow], lead)
-            near = [m for m in self.members.get(lead, []) if m.param in params]
+            near = [m for m in self.members.get(lead, []) if m.param in {*params, *self.readers(flow.core, lead)}]
             sites = list(self.sites(lead, role_of, members=near) or ())
         count = "Its heads"
         if lead is not None and not any(has_cut(axis) for axis in flow.core.heads):
             count = f"Its {lead.size * (flow.inner.size if flow.outer and flow.inner else 1)} heads"
         name = self.unique(common_path(params) if params else flow.core.node)
         return Declined(name, "attention", f"{count} must keep their order, because {flow.problem}.", tuple(sites))
+
+    def readers(self, core: AttentionCore, lead: Axis) -> set[str]:
+        """Parameters of the products that read this core's result along its heads."""
+        found: set[str] = set()
+        stack, seen = [core.out], set()
+        while stack:
+            value = stack.pop()
+            if value is None or id(value) in seen or lead not in self.carried[id(value)]:
+                continue
+            seen.add(id(value))
+            for user in value.users:
+                products = [c for c in self.products.get(id(user), []) if lead in self.leaf_set(c.contracted)]
+                found.update(name for c in products for name in params_of(c))
+                if not self.products.get(id(user)):
+                    stack.append(user)
+        return found
 
     def nested(self, leaf: Axis, outer: Axis) -> bool:
         """Whether `leaf` never occurs but inside `outer`, so that every index of `outer` may order it on its own."""
@@ -692,8 +708,8 @@ class Finder:
         return False
 
     def ffn_roles(self, leaf: Axis, gates: set) -> Callable[[Member], Role]:
-        made = {name for c in self.producers[leaf] for name in (weight_of(c) or c.right).origin or ()}
-        read = {name for c in self.consumers[leaf] for name in (weight_of(c) or c.right).origin or ()}
+        made = {name for c in self.producers[leaf] for name in params_of(c)}
+        read = {name for c in self.consumers[leaf] for name in params_of(c)}
 
         def role_of(member: Member) -> Role:
             if member.param in made and member.param in read:
@@ -708,7 +724,7 @@ class Finder:
 
     def declined_ffn(self, leaf: Axis, part: tuple, gates: object) -> Declined:
         _, producers, consumers = part
-        params = {n for c in (*producers, *consumers) for n in (weight_of(c) or c.right).origin or ()}
+        params = {n for c in (*producers, *consumers) for n in params_of(c)}
         near = [m for m in self.members[leaf] if m.param in params]
         sites = self.sites(leaf, self.ffn_roles(leaf, gates if isinstance(gates, set) else set()), members=near) or ()
         name = self.unique(common_path([s.param for s in sites] or sorted(params)))
@@ -792,6 +808,12 @@ def weight_of(contraction: Contraction) -> Value | None:
     if not left.active and left.origin:
         return left
     return None
+
+
+def params_of(contraction: Contraction) -> frozenset[str]:
+    """Parameters that the weight operand is made of."""
+    weight = weight_of(contraction)
+    return (weight.origin if weight is not None else None) or frozenset()
 
 
 def activation_of(contraction: Contraction) -> Value:

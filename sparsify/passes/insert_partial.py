@@ -18,6 +18,7 @@ from torch import fx
 
 from sparsify.adapter import tensor_hash
 from sparsify.errors import VerifyError
+from sparsify.masked import pack_bits
 from sparsify.passes.assign_rules import is_conv1d, owner_name
 from sparsify.passes.base import Context
 from sparsify.permutation import invert_index
@@ -58,14 +59,23 @@ def insert_partial(program: Program, context: Context) -> Program:
         tensors[piece.block_name] = block_of(tensors[piece.param], piece)
         if piece.places:
             tensors[f"{owner_name(piece.param)}.slice_channels"] = torch.tensor(piece.places)
+        if piece.param in program.masks:
+            kept = piece.read(program.masks[piece.param]).contiguous()
+            tensors[f"{owner_name(piece.param)}.slice_mask_bits"] = pack_bits(kept.to(tensors[piece.block_name].device))
+    survivors = [] if context.plan.adapts else [p for p in program.masks if can_mask(program, p)]
+    for param in survivors:
+        tensors.setdefault(param, program.tensor(param).detach())
+        bits = pack_bits(program.masks[param].to(tensors[param].device))
+        tensors[f"{owner_name(param)}.weight_mask_bits"] = bits
     for part in lowranks:
         tensors |= initial_parts(tensors[part.param], part, context.plan.seed)
     program = replace(program, tensors=tensors, packed=packed, slices=tuple(slices), lowranks=tuple(lowranks))
-    graph_module, inputs = rewrite(program)
+    graph_module, inputs = rewrite(program, survivors)
     for param in program.quantize:  # the dense values are gone from here on
         del tensors[param]
     notes = [f"{len(slices)} trained slices"] if slices else []
     notes += [f"{len(lowranks)} sparse or low-rank parts"] if lowranks else []
+    notes += [f"{len(survivors)} masked linears"] if survivors else []
     if packings:
         saved = sum(p.dense_bytes - p.packed_bytes for p in packings)
         notes.append(f"{len(packings)} weights packed, {saved / 2**20:.1f} MiB saved")
@@ -208,7 +218,15 @@ def kaiming_a(part: SparseLowRank, width: int, seed: int) -> torch.Tensor:
     return (torch.rand(part.rank, width, generator=generator(seed, part.param + ".lora_A")) * 2 - 1) * bound
 
 
-def rewrite(program: Program) -> tuple[fx.GraphModule, tuple[Input, ...]]:
+def can_mask(program: Program, param: str) -> bool:
+    """Whether a pruned weight is multiplied by its own linear (packed experts keep their mask by a gradient hook)."""
+    if program.tensor(param).dim() != 2 or param.rpartition(".")[2] != "weight":
+        return False
+    module = program.host.get_submodule(owner_name(param))
+    return type(module).forward is torch.nn.Linear.forward or is_conv1d(module)
+
+
+def rewrite(program: Program, survivors: list[str]) -> tuple[fx.GraphModule, tuple[Input, ...]]:
     """A copy of the graph in which every linear over a changed weight is the sparsify operator that stands for it."""
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
@@ -233,10 +251,22 @@ def rewrite(program: Program) -> tuple[fx.GraphModule, tuple[Input, ...]]:
         name = f"{owner_name(param)}.{leaf}"
         return tensor_input(name, program.tensors[name]) if name in program.tensors else None
 
+    def masked_block(param: str) -> fx.Node | None:
+        """The trained block; over a pruned base its pruned entries are held at zero."""
+        block = optional(param, f"{param.rpartition('.')[2]}_slice")
+        bits = optional(param, "slice_mask_bits")
+        if bits is None or block is None:
+            return block
+        with graph.inserting_before(node):
+            kept = graph.call_function(torch.ops.sparsify.apply_mask.default, (block, bits))
+        kept.meta["val"] = block.meta["val"]
+        return kept
+
     for linear in list(program.linears()):
         param = linear.weight
         piece, part, format = pieces.get(param), parts.get(param), program.quantize.get(param)
-        if piece is None and part is None and format is None:
+        masked = param in survivors and format is None
+        if piece is None and part is None and format is None and not masked:
             continue
         node = mapping[linear.node]
         if node.target is torch.ops.aten.addmm.default:
@@ -254,7 +284,7 @@ def rewrite(program: Program) -> tuple[fx.GraphModule, tuple[Input, ...]]:
         if format is not None:
             shape = list(stored.meta["val"].shape)
             packed = [tensor_input(f"{owner_name(param)}.packed_{i}", t) for i, t in enumerate(program.packed[param])]
-            block = optional(param, f"{param.rpartition('.')[2]}_slice") if piece is not None else None
+            block = masked_block(param) if piece is not None else None
             channels, axis = None, 1
             if piece is not None:
                 name = f"{owner_name(param)}.slice_channels"
@@ -264,12 +294,16 @@ def rewrite(program: Program) -> tuple[fx.GraphModule, tuple[Input, ...]]:
             target = torch.ops.sparsify.quantized_linear.default
             layout = (format, *shape, linear.transposed)
             args: tuple[Any, ...] = (x, *layout, bias, block, channels, axis, *values, scale, packed)
+        elif masked:
+            bits = optional(param, "weight_mask_bits")
+            target = torch.ops.sparsify.masked_linear.default
+            args = (x, stored, bits, bias, *([True] if linear.transposed else []))
         elif part is not None:
             target = torch.ops.sparsify.sparse_lowrank_linear.default
             args = (x, stored, bias, *values, scale, linear.transposed)
         else:
             assert piece is not None
-            block = optional(param, f"{param.rpartition('.')[2]}_slice")
+            block = masked_block(param)
             where: Any = piece.start
             target = torch.ops.sparsify.partial_linear.default
             if piece.places:

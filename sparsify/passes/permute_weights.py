@@ -35,17 +35,19 @@ def permute_weights(program: Program, context: Context) -> Program:
                 index = permutation.expand(site, length)
                 before = indices.get((site.param, site.axis))
                 indices[site.param, site.axis] = index if before is None else before[index]
-    moves, tensors = [], dict(program.tensors)
+    moves, tensors, masks = [], dict(program.tensors), dict(program.masks)
     for (param, axis), index in indices.items():
         if torch.equal(index, torch.arange(index.numel())):
             continue
         moves.append(Move(param, axis, index))
         old = tensors.get(param, program.tensor(param)).detach()
         tensors[param] = old.index_select(axis, index.to(old.device))
+        if param in masks:
+            masks[param] = masks[param].index_select(axis, index.to(masks[param].device))
         if context.donate:
             release(program, param)
     note = f"permute-weights: {len(permutations)} structures, {len(moves)} tensors reordered"
-    return program.evolve(note, permutations=permutations, moves=tuple(moves), tensors=tensors)
+    return program.evolve(note, permutations=permutations, moves=tuple(moves), tensors=tensors, masks=masks)
 
 
 def release(program: Program, param: str) -> None:

@@ -205,7 +205,8 @@ def choose_supports(
         if rank is None or density is None:
             field = "rank" if rank is None else "density"
             raise PlanError(f"rule {index}, {rule}: no pattern of {field} names {module}; add '*' for the rest")
-        settings[param] = (rank, max(1, round(density * size)) if density else 0)
+        survivors = int(program.masks[param].sum()) if param in program.masks else size
+        settings[param] = (rank, min(survivors, max(1, round(density * size))) if density else 0)
     mask = rule.mask if isinstance(rule, RoSA) else "none"
     sparse = [p for p in served if settings[p][1]]
     gradient = mask.startswith("gradient")
@@ -214,10 +215,11 @@ def choose_supports(
         batches = need_batches(context.calibration, f"rule {index}, mask={mask!r},")
         modules = {p: program.host.get_submodule(owner_name(p)) for p in sparse}
         counts = {p: settings[p][1] for p in sparse}
-        found = gradient_supports(program.host, modules, counts, mask, batches, context)
+        found = gradient_supports(program.host, modules, counts, mask, batches, context, program.masks)
     elif not gradient:
         for param in tqdm(sparse, desc=f"mask: {mask}", disable=not context.progress or len(sparse) < 8, leave=False):
-            found[param] = plain_support(program.tensor(param), settings[param][1], mask, context.plan.seed, param)
+            weight, survivors = program.tensor(param), program.masks.get(param)
+            found[param] = plain_support(weight, settings[param][1], mask, context.plan.seed, param, survivors)
     supports = []
     for param in served:
         rank, count = settings[param]
@@ -228,12 +230,24 @@ def choose_supports(
     return supports
 
 
-def plain_support(weight: Tensor, count: int, mask: str, seed: int, name: str) -> Tensor:
-    """Random or largest-magnitude entries, flat and sorted."""
+def plain_support(
+    weight: Tensor, count: int, mask: str, seed: int, name: str, survivors: Tensor | None = None
+) -> Tensor:
+    """Random or largest-magnitude entries, flat and sorted; pruned entries stay zero and are never chosen."""
     if mask == "random":
         scores = torch.rand(weight.numel(), generator=generator(seed, name))
-        return scores.topk(count).indices.sort().values
-    return weight.detach().float().abs().reshape(-1).topk(count).indices.sort().values.cpu()
+    else:
+        scores = weight.detach().float().abs().reshape(-1).cpu()
+    return best_entries(scores, count, survivors)
+
+
+def best_entries(scores: Tensor, count: int, survivors: Tensor | None) -> Tensor:
+    """Top `count` of flat scores ≥ 0 among the survivors of a pruned weight, sorted."""
+    if survivors is not None:
+        kept = survivors.reshape(-1).to(scores.device)
+        scores = scores.masked_fill(~kept, -1.0)
+        count = min(count, int(kept.sum()))
+    return scores.topk(count).indices.sort().values.cpu()
 
 
 def gradient_supports(
@@ -243,6 +257,7 @@ def gradient_supports(
     mask: str,
     batches: list[Any],
     context: Context,
+    survivors: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Top-k entries by mean of dW² ("gradient") or |mean dW| ("gradient_abs"), fp32, one dense gradient alive at a time.
 
@@ -262,5 +277,5 @@ def gradient_supports(
     for name in modules:  # one order on every rank
         score = sum_over_ranks(sums.pop(name)).abs()
         stored = score.t() if is_conv1d(modules[name]) else score
-        found[name] = stored.reshape(-1).topk(counts[name]).indices.sort().values
+        found[name] = best_entries(stored.reshape(-1), counts[name], (survivors or {}).get(name))
     return found

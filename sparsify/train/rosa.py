@@ -60,7 +60,7 @@ def collect_masks(
     for mask, params in by_mask.items():
         modules = {p: handle.host.get_submodule(owner_name(p)) for p in params}
         counts = {p: parts[p].count for p in params}
-        supports |= gradient_supports(handle.host, modules, counts, mask, found, context)
+        supports |= gradient_supports(handle.host, modules, counts, mask, found, context, handle.program.masks)
     supports = {p: to_original(handle, p, index) for p, index in supports.items()}
     handle.set_masks(supports)
     if restart:

@@ -1,0 +1,68 @@
+"""Prune: each matched weight loses its least important entries; the survivors' mask becomes part of the program.
+
+    @down_proj.weight (n, m) dense   ──▶   @down_proj.weight with exact zeros, masks["…down_proj.weight"] (n, m) bool
+
+Works on a copy of the host (the user's tensors are not written), layer by layer in the order of the graph.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from sparsify.errors import PlanError, Refusal, RefusedError
+from sparsify.passes.base import Context
+from sparsify.program import Program
+from sparsify.rules_prune import Prune
+
+
+def prune(program: Program, context: Context) -> Program:
+    """STRUCTURED → STRUCTURED."""
+    wanted: dict[str, Prune] = {}
+    refusals: list[Refusal] = []
+    for index, rule in enumerate(context.plan.rules):
+        if not isinstance(rule, Prune):
+            continue
+        targets, refused = rule.targets(program)
+        fresh = [name for name in targets if name not in wanted]
+        if not any(c in rule.match for c in "*?[") and refused:
+            raise RefusedError(f"rule {index}, {rule}: {refused[0]}")
+        if not fresh:
+            why = f": {refused[0]}" if refused else "; it matches no linear that is still dense"
+            raise PlanError(f"rule {index}, {rule}, serves nothing{why}")
+        wanted.update(dict.fromkeys(fresh, rule))
+        refusals += refused
+    if not wanted:
+        return program
+    from sparsify.pruning.sequential import prune_model
+
+    host = shared_copy(program.host)
+    batches = list(context.calibration) if context.calibration is not None else None
+    result = prune_model(
+        host,
+        program,
+        list(wanted.items()),
+        batches,
+        seed=context.plan.seed,
+        progress=context.progress,
+        resume_dir=context.resume_dir,
+    )
+    note = f"prune: {len(result.masks)} weights, {result.sparsity:.1%} zeros"
+    return program.evolve(
+        note,
+        host=host,
+        masks=dict(result.masks),
+        pruned=tuple(result.layers),
+        refusals=(*program.refusals, *refusals, *result.refusals),
+    )
+
+
+def shared_copy(host: nn.Module) -> nn.Module:
+    """A copy of the module tree with its own Parameter objects over the same memory."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for _, p in host.named_parameters()
+    }
+    memo.update({id(b): b for _, b in host.named_buffers()})
+    return copy.deepcopy(host, memo)

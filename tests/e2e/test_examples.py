@@ -1,0 +1,67 @@
+"""Every example runs as a script, as a reader would start it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+#: script → (arguments, what its output must contain)
+SCRIPTS: dict[str, tuple[list[str], list[str]]] = {
+    "s2ft_minilm.py": (
+        ["--fast", "--out", "{tmp}"],
+        ["sparsify report: BertModel", "trainable%: 0.79", "step 5: loss"],
+    ),
+    "tiny_decoder.py": (["--fast"], ["trained on code: loss", "adapter on:", "off is the base again"]),
+    "trainer.py": (["--fast", "--out", "{tmp}"], ["before:", "after:", "saved and read back as a plain model"]),
+    "inspect_graph.py": (["llama", "--svg", "{tmp}/graph.svg"], ["found      2 attention, 2 ffn", "» %", "drawn in"]),
+    "serve_adapters.py": (
+        ["--fast", "--out", "{tmp}"],
+        ["mean shift", "merged into plain", "restored, bit for bit: True"],
+    ),
+}
+
+
+def run(script: str, *arguments: str) -> str:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, str(EXAMPLES / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_every_example_is_tested() -> None:
+    assert {p.name for p in EXAMPLES.glob("*.py")} == set(SCRIPTS)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_example(script: str, tmp_path: Path) -> None:
+    arguments, expected = SCRIPTS[script]
+    output = run(script, *(a.replace("{tmp}", str(tmp_path)) for a in arguments))
+    for text in expected:
+        assert text in output, output
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert", "vit", "bloom", "qwen3"])
+def test_inspect_other_families(family: str, tmp_path: Path) -> None:
+    target = tmp_path / "graph.svg"
+    assert "drawn in" in run("inspect_graph.py", family, "--svg", str(target), "--text", str(tmp_path / "graph.txt"))
+    ET.fromstring(target.read_text())
+    assert "graph(" in (tmp_path / "graph.txt").read_text()
+
+
+def test_inspect_config_file_on_meta(tmp_path: Path) -> None:
+    """A config of another model, deep, without any memory for weights."""
+    config = tmp_path / "config.json"
+    config.write_text(
+        '{"model_type": "mistral", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, '
+        '"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 1000}'
+    )
+    output = run("inspect_graph.py", str(tmp_path), "--meta", "--svg", str(tmp_path / "graph.svg"))
+    assert "ffn model.layers.7.mlp: 1536 units" in output
