@@ -79,7 +79,7 @@ def main() -> None:
                     "held MiB": mib(held),
                     "bytes per weight": held / size**2,
                     "peak in step MiB": mib(peak.peak),
-                }  # fmt: skip
+                }
             )
     report("masked_step", arguments, rows)
 

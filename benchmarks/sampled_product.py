@@ -2,11 +2,12 @@
 
     tile     `sampled_by_tile`: dense products a block of rows at a time, each gathered at once
     entry    `sampled_per_entry`: gather both columns of every entry, one dot product over the tokens each
-    csr      `torch.sparse.sampled_addmm`, the support's CSR tensor built from the flat index in every call
-    csr0     the same with the CSR tensor kept from call to call (what caching the structure could gain at most)
+    csr      `sampled_csr`: `torch.sparse.sampled_addmm`, the support's CSR tensor built from the flat index in every call;
+             16-bit inputs go through fp32
+    csr0     the same, fp32 only, with the CSR tensor kept from call to call (what caching the structure could gain at most)
 
 All four compute the same numbers (checked on the first call). The last lines give, per token count, the density below which
-each of the others beats the dense tile; `PER_ENTRY_DENSITY` in `sparsify/lowrank_ops.py` is set from that, and
+each of the others beats the dense tile; `CSR_DENSITY` and `PER_ENTRY_DENSITY` in `sparsify/lowrank_ops.py` are set from that, and
 `sparsify/kernels/SAMPLED.md` holds the table.
 
     python benchmarks/sampled_product.py --threads 1 --clock cpu --save
@@ -30,7 +31,7 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.harness import Timing, begin, interleave, parser, report  # noqa: E402
-from sparsify.lowrank_ops import sampled_by_tile, sampled_per_entry  # noqa: E402
+from sparsify.lowrank_ops import csr_support, sampled_by_tile, sampled_csr, sampled_per_entry  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHAPES = ((1024, 1024), (4096, 1024))
@@ -54,20 +55,6 @@ class Case:
         return max(1, round(self.density * self.n * self.m))
 
 
-def csr_of(index: Tensor, n: int, m: int, dtype: torch.dtype) -> Tensor:
-    """The support as a CSR tensor of zeros."""
-    index = index.long()
-    rows = torch.searchsorted(index, torch.arange(n + 1, device=index.device) * m)
-    values = torch.zeros(index.numel(), dtype=dtype, device=index.device)
-    return torch.sparse_csr_tensor(rows, index % m, values, (n, m), check_invariants=False)
-
-
-def sampled_csr(a: Tensor, b: Tensor, index: Tensor, ready: Tensor | None = None) -> Tensor:
-    """SDDMM through PyTorch (MKL on CPU, cuSPARSE on CUDA)."""
-    support = csr_of(index, a.shape[1], b.shape[1], a.dtype) if ready is None else ready
-    return torch.sparse.sampled_addmm(support, a.t(), b, beta=0.0).values()
-
-
 def variants(case: Case, seed: int = 0) -> dict[str, Callable[[], Tensor]]:
     """The four ways over the same data."""
     generator = torch.Generator().manual_seed(seed)
@@ -78,10 +65,10 @@ def variants(case: Case, seed: int = 0) -> dict[str, Callable[[], Tensor]]:
         "tile": lambda: sampled_by_tile(g, x, index),
         "entry": lambda: sampled_per_entry(g, x, index),
     }
-    if case.dtype is torch.float32:  # the library's kernel takes no 16-bit inputs
-        ready = csr_of(index, case.n, case.m, case.dtype)
-        found["csr"] = lambda: sampled_csr(g, x, index)
-        found["csr0"] = lambda: sampled_csr(g, x, index, ready)
+    found["csr"] = lambda: sampled_csr(g, x, index)
+    if case.dtype is torch.float32:
+        ready = csr_support(index, case.n, case.m, case.dtype)
+        found["csr0"] = lambda: torch.sparse.sampled_addmm(ready, g.t(), x, beta=0.0).values()
     return found
 
 

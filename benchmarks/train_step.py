@@ -3,7 +3,8 @@
     floor       everything frozen, the gradient flows from the loss through every layer to `inputs_embeds`: forward + dX
     floor_cut   the same, but the backward ends where S2FT's ends, at the output of the first layer's o_proj. This is
                 the stricter floor for S2FT, whose backward stops below the lowest trained weight; `floor` is the one
-                for methods that train every linear. Neither has an optimizer.
+                for methods that train every linear. Neither has an optimizer. Eager only: compiled, its backward is
+                removed as dead code.
     s2ft        `sparsify.compile(model, Plan([S2FT(fraction=…)]))`: columns of O and Down
     full        full fine-tuning
     lora        PEFT LoRA on all linears
@@ -12,7 +13,7 @@
 Trainable sizes are made equal: `--rank` is LoRA's, S2FT's fraction and MiSS' rank follow from it (units are whole, so
 up to about a tenth remains; the table has the counts). AdamW is the fused one for all, as in Hugging Face's Trainer.
 Memory: see harness.py; `saved` is counted by hooks, which a compiled graph hides, so there and for its bar `held` counts:
-what the allocator still holds after the forward. `peak` is weights + optimizer state + the allocator's peak within one warm step.
+what the allocator still holds after the forward. `peak` is weights + optimizer state + the allocator's peak in a step.
 A method is one entry of METHODS; one that fails is shown with its reason.
 
     python benchmarks/train_step.py --compile --save
@@ -281,6 +282,10 @@ METHODS: dict[str, Callable[[Case], Trainee]] = {
 }
 
 
+#: `floor_cut` ends in a gradient that does not depend on anything, so a compiler removes its whole backward: no floor.
+EAGER_ONLY = frozenset({"floor_cut"})
+
+
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
@@ -344,7 +349,7 @@ def run(
             if eager:
                 memory[name] = measure_memory(trainee, case.device)
                 trainees[name] = trainee
-            if compiled:
+            if compiled and name not in EAGER_ONLY:
                 fast = Trainee(trainee.model, trainee.inputs, trainee.leaves, trainee.extra, trainee.optimizer)
                 fast.call = torch.compile(trainee.model, dynamic=False)
                 memory[name + "+compile"] = measure_memory(fast, case.device)

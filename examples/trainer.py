@@ -55,7 +55,13 @@ def main() -> None:
     tokenizer = load_tokenizer()
     torch.manual_seed(0)
     base = AutoModelForSequenceClassification.from_pretrained(model_directory(), num_labels=len(task.classes))
-    plan = Plan([S2FT(structure="ffn", fraction=0.03), S2FT(structure="attention", fraction=0.1)], train=["classifier"])
+    rules = [
+        S2FT(
+            match="bert.encoder.*", structure="ffn", fraction=0.03
+        ),  # pooler and classifier are an FFN too: leave them
+        S2FT(match="bert.encoder.*", structure="attention", fraction=0.1),
+    ]
+    plan = Plan(rules, train=["classifier"])
     model = sparsify.compile(base, plan)
     model.sparsify.print_trainable_parameters()
 

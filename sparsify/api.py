@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -77,10 +78,14 @@ def compile(
         raise PlanError(f"compile: expected a Plan, got {type(plan).__name__}; write Plan([…rules…])")
     source = unwrap(model)
     if "sparsify" in source.__dict__:
-        raise PlanError(
-            "compile: this model is compiled already; compile the original, or call model.sparsify.restore() first"
-        )
+        if plan.target != "cpu":
+            raise PlanError(
+                "compile: this model is compiled already; compile the original, or call model.sparsify.restore() first"
+            )
+        source = source.__dict__["sparsify"].plain()
     context = Context(plan, calibration, loss, donate, progress, resume_dir)
+    if plan.target == "cpu":
+        return compile_for_cpu(source, context, example)  # type: ignore[return-value]
     program = run_passes(capture(source, example), PIPELINE, context)
     flags = {name: p.requires_grad for name, p in source.named_parameters()}
     train = tuple(sorted(trained_in_full(program, tuple(plan.train))))
@@ -88,4 +93,27 @@ def compile(
     program.host, program.tensors, program.packed = host, {}, {}
     host.train(source.training)
     host.__dict__["sparsify"] = Handle(host, program, plan, layouts, train, flags, dict(program.hashes))
+    return host  # type: ignore[return-value]
+
+
+def compile_for_cpu(source: nn.Module, context: Context, example: Any) -> nn.Module:
+    """Prune if the plan says so, then replace linears by generated sparse kernels where they are measured to be faster."""
+    from sparsify.lowering.cpu import lower_model
+
+    plan = context.plan
+    program = run_passes(capture(source, example), PIPELINE[:3], context)
+    wrong = {f for f in program.quantize.values() if f != "int8"}
+    if wrong:
+        raise PlanError(
+            f"Plan(target='cpu'): the CPU kernels read int8, not {sorted(wrong)[0]}; use Quantize(format='int8')"
+        )
+    quantize = {param.rpartition(".")[0]: "int8" for param in program.quantize}
+    host, layouts = install(replace(program, quantize={}), ())
+    host.eval()
+    for parameter in host.parameters():
+        parameter.requires_grad_(False)
+    lowered = lower_model(host, program, quantize=quantize)
+    program.host, program.tensors = host, {}
+    flags = {name: p.requires_grad for name, p in source.named_parameters()}
+    host.__dict__["sparsify"] = Handle(host, program, plan, layouts, (), flags, cpu=lowered)
     return host  # type: ignore[return-value]

@@ -20,8 +20,9 @@ from sparsify import peft_format
 from sparsify.adapter import Adapter, Delta
 from sparsify.capture import evaluating
 from sparsify.errors import AdapterError, SparsifyError
-from sparsify.install import Layout
-from sparsify.modules import QuantizedMixin, low_rank_delta, make_plain, write_parts
+from sparsify.install import Layout, LoadHook, SaveHook, Unshare
+from sparsify.masked import MaskedModule, bits_name
+from sparsify.modules import AdaptedMixin, QuantizedMixin, low_rank_delta, make_plain, write_parts
 from sparsify.parts import LowRankPart, Part, SlicePart, Snapshot
 from sparsify.passes.assign_rules import is_conv1d, owner_name
 from sparsify.passes.insert_partial import activate_support, current_index
@@ -84,6 +85,7 @@ class Handle:
     train: tuple[str, ...]
     flags: dict[str, bool]
     hashes: dict[str, str] = field(default_factory=dict)
+    cpu: Any = None
     parts: dict[str, Part] = field(default_factory=dict)
     base_full: dict[str, Tensor] = field(default_factory=dict)
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -93,6 +95,7 @@ class Handle:
     parked: dict[str, dict[str, Snapshot]] = field(default_factory=dict)
     backups: list[tuple[str, int | None, Tensor, Tensor]] = field(default_factory=list)
     merge_backups: dict[str, list[Tensor]] = field(default_factory=dict)
+    owned: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         for piece in self.program.slices:
@@ -116,7 +119,7 @@ class Handle:
     @property
     def report(self) -> Report:
         """What was found, chosen and declined and why; trainable parameters; bytes saved for backward."""
-        return make_report(self.program, self.plan, self.host)
+        return make_report(self.program, self.plan, self.host, self.cpu)
 
     def count_parameters(self) -> tuple[int, int]:
         """`(trainable, all)`; parts that stand for entries of their weight do not add to `all`, packed weights count as dense."""
@@ -159,7 +162,17 @@ class Handle:
     def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
         clone = copy.copy(self)
         memo[id(self)] = clone
-        for name in ("host", "layouts", "parts", "base_full", "adapters", "parked", "backups", "merge_backups"):
+        for name in (
+            "host",
+            "layouts",
+            "parts",
+            "base_full",
+            "adapters",
+            "parked",
+            "backups",
+            "merge_backups",
+            "owned",
+        ):
             setattr(clone, name, copy.deepcopy(getattr(self, name), memo))
         clone.program = copy.copy(self.program)
         clone.program.host = clone.host
@@ -173,6 +186,14 @@ class Handle:
     def stored(self, param: str) -> nn.Parameter:
         return getattr(self.module(param), param.rpartition(".")[2])
 
+    def own(self, param: str) -> nn.Parameter:
+        """The stored weight, in memory of its own: what the plan did not change is shared with the user's model until now."""
+        weight = self.stored(param)
+        if param not in self.program.tensors and param not in self.owned:
+            weight.data = weight.data.clone()
+            self.owned.add(param)
+        return weight
+
     def layout(self, param: str) -> Layout:
         return self.layouts.get(owner_name(param)) or Layout()
 
@@ -181,7 +202,8 @@ class Handle:
 
     def shapes(self) -> dict[str, torch.Size]:
         """Stored shape of every parameter, packed weights included."""
-        found = {n: p.shape for n, p in self.host.named_parameters()}
+        added = {id(p) for part in self.parts.values() for p in part.parameters()}
+        found = {n: p.shape for n, p in self.host.named_parameters() if id(p) not in added}
         return found | {p: self.module(p).shape for p in self.program.quantize}
 
     def base_original(self, param: str) -> Tensor:
@@ -319,12 +341,12 @@ class Handle:
     def reset_to_base(self) -> None:
         """Every bit of the base is back in the stored weights and in the parts."""
         for param, axis, places, values in reversed(self.backups):
-            put_back(self.stored(param).data, axis, places, values)
+            put_back(self.stored(param).detach(), axis, places, values)
         self.backups = []
         for part in self.parts.values():
             part.reset()
         for name, base in self.base_full.items():
-            self.stored(name).data.copy_(base)
+            self.stored(name).detach().copy_(base)
 
     def allow_training(self, on: bool) -> Mix:
         for part in self.parts.values():
@@ -351,7 +373,7 @@ class Handle:
             else:
                 part.fill(by_param[param])
         for n in self.train:
-            self.stored(n).data.copy_(parked[n]["full"] if parked is not None else by_param[n][0].values)
+            self.stored(n).detach().copy_(parked[n]["full"] if parked is not None else by_param[n][0].values)
 
     def check_mix(self, chosen: Mapping[str, Adapter]) -> None:
         """A packed base has no dense weight to add to: there only changes over its own trained parts can be mixed."""
@@ -380,7 +402,7 @@ class Handle:
                 change = torch.zeros_like(base)
                 for name, delta in members:
                     change += weights[name] * (delta.values.to(base.device).float() - base)
-                self.stored(param).data.copy_(base + change)
+                self.stored(param).detach().copy_(base + change)
                 continue
             for kind in dict.fromkeys(d.kind for _, d in members):
                 same = [(n, d) for n, d in members if d.kind == kind]
@@ -411,7 +433,7 @@ class Handle:
 
     def add_to(self, param: str, parts: list[tuple[float, Delta]]) -> None:
         """Add whole channels, or single entries, of one kind to a stored dense weight."""
-        weight = self.stored(param)
+        weight = self.own(param)
         layout, leaf = self.layout(param), param.rpartition(".")[2]
         first = parts[0][1]
         channels = torch.cat([d.channels for _, d in parts]).unique()
@@ -425,7 +447,7 @@ class Handle:
             total = total[torch.searchsorted(channels, original)]
             places, axis = places.long().to(weight.device), None
             old = weight.data.view(-1)[places]
-            weight.data.view(-1).index_copy_(0, places, (old.float() + total.to(old.device)).to(weight.dtype))
+            weight.detach().view(-1).index_copy_(0, places, (old.float() + total.to(old.device)).to(weight.dtype))
         else:
             axis = first.axis
             total = torch.zeros(channels.numel(), weight.shape[1 - axis])
@@ -441,12 +463,12 @@ class Handle:
             places, total = places.to(weight.device), total.to(weight.device)
             old = weight.data.index_select(axis, places)
             change = total if axis == 0 else total.t()
-            weight.data.index_copy_(axis, places, (old.float() + change).to(weight.dtype))
+            weight.detach().index_copy_(axis, places, (old.float() + change).to(weight.dtype))
         self.backups.append((param, axis, places, old))
 
     def add_dense(self, param: str, parts: list[tuple[float, Delta]]) -> None:
         """Add low-rank products to a stored dense weight that has no factors beside it."""
-        weight, layout = self.stored(param), self.layout(param)
+        weight, layout = self.own(param), self.layout(param)
         total = torch.zeros(tuple(weight.shape))
         for scale, delta in parts:
             assert delta.a is not None
@@ -454,7 +476,7 @@ class Handle:
             total += product.t() if delta.transposed else product
         total = layout.to_current(param.rpartition(".")[2], total).to(weight.device)
         self.backups.append((param, -1, torch.empty(0), weight.data.clone()))
-        weight.data.copy_((weight.data.float() + total).to(weight.dtype))
+        weight.detach().copy_((weight.data.float() + total).to(weight.dtype))
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter; if it is active, the base becomes active."""
@@ -497,7 +519,7 @@ class Handle:
         base = stored.reshape(-1)[index.long().to(stored.device)].clone()
         part.part = replace(part.part, index=index, original=original)
         part.base = base
-        module.sparse_values.data.copy_(base)
+        module.sparse_values.detach().copy_(base)
         module.sparse_index.data = index.to(module.sparse_index.device, module.sparse_index.dtype)
         module.mask_open = False
         lowranks = tuple(part.part if p.param == part.param else p for p in self.program.lowranks)
@@ -637,15 +659,14 @@ class Handle:
         for part in self.parts.values():
             part.detach()
             make_plain(part.module)
-        done: set[int] = set()
+        done: set[int] = set()  # a shared module, or a tensor tied between modules, is put back once
         for owner, layout in self.layouts.items():
             module = self.host.get_submodule(owner)
-            if id(module) in done:
-                continue
-            done.add(id(module))
             for leaf in layout.moves:
                 tensor = getattr(module, leaf)
-                tensor.data = layout.to_original(leaf, tensor.detach())
+                if id(tensor) not in done:
+                    done.add(id(tensor))
+                    tensor.data = layout.to_original(leaf, tensor.detach())
         for handle in self.host.__dict__.pop("_sparsify_hooks", []):
             handle.remove()
         for name, parameter in self.host.named_parameters():
@@ -656,6 +677,35 @@ class Handle:
             self.host._keys_to_ignore_on_save = [k for k in keys if k not in ignored] or None  # type: ignore[assignment]
         self.host.__dict__.pop("sparsify", None)
         return self.host
+
+    def plain(self) -> nn.Module:
+        """A copy of the model as plain modules, with everything that is active folded in, in original order: no sparsify left.
+
+        Pruned entries are exact zeros in it. The copy shares nothing with the host.
+        """
+        state = self.host.state_dict()
+        added = ("weight_slice", "sparse_values", "sparse_index", "lora_A", "lora_B")
+        state = {k: v.detach().clone() for k, v in state.items() if k.rpartition(".")[2] not in added}
+        hidden = {k: self.host.__dict__.pop(k) for k in ("sparsify", "_sparsify_hooks") if k in self.host.__dict__}
+        try:
+            bare: Any = copy.deepcopy(self.host)
+        finally:
+            self.host.__dict__.update(hidden)
+        for module in bare.modules():
+            for table in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
+                for key in [k for k, hook in table.items() if is_own_hook(hook)]:
+                    del table[key]
+            if isinstance(module, AdaptedMixin):
+                strip(module)
+            elif isinstance(module, MaskedModule):
+                unmask(module)
+        bare.load_state_dict(state, assign=True)
+        for name, parameter in bare.named_parameters():
+            parameter.requires_grad_(self.flags.get(name, True))
+        if hasattr(bare, "_keys_to_ignore_on_save"):
+            ignored = {s.block_name for s in self.program.slices}
+            bare._keys_to_ignore_on_save = [k for k in bare._keys_to_ignore_on_save or [] if k not in ignored] or None
+        return bare
 
     def export_lora(
         self, directory: str | os.PathLike[str], name: str | None = None, *, sparse: str = "refuse"
@@ -704,6 +754,34 @@ class Handle:
         kept = {k: v for k, v in state.items() if k.rpartition(".")[2] not in added}
         self.host.save_pretrained(directory, state_dict=kept)  # type: ignore[operator]
         return directory
+
+
+def is_own_hook(hook: Any) -> bool:
+    return isinstance(getattr(hook, "hook", hook), SaveHook | LoadHook | Unshare)
+
+
+def strip(module: Any) -> None:
+    """Take every trained or packed tensor from an adapted module and give it an (empty) dense weight again."""
+    shape, dtype = module.stored_shape(), module.weight.dtype
+    packed = getattr(module, "packed_names", ())
+    for leaf in ("weight_slice", "sparse_values", "lora_A", "lora_B"):
+        module._parameters.pop(leaf, None)
+    for leaf in ("slice_channels", "slice_mask_bits", "sparse_index", *packed):
+        module._buffers.pop(leaf, None)
+        module._non_persistent_buffers_set.discard(leaf)
+    for leaf in ("slice_start", "slice_axis", "scale", "dropout", "mask_open", "packed_names", "format", "shape"):
+        module.__dict__.pop(leaf, None)
+    module.weight = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+    make_plain(module)
+
+
+def unmask(module: Any) -> None:
+    """Back from a masked module to the user's class; the zeros stay in the weights."""
+    for leaf in module.masked_leaves:
+        module._buffers.pop(bits_name(leaf), None)
+        module._non_persistent_buffers_set.discard(bits_name(leaf))
+    module.__dict__.pop("masked_leaves", None)
+    module.__class__ = next(c for c in type(module).__mro__ if not issubclass(c, MaskedModule))
 
 
 @dataclass

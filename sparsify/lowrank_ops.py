@@ -14,6 +14,8 @@ A quantised base is unpacked inside the operator, forward and backward, and drop
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import Any
 
 import torch
@@ -40,7 +42,9 @@ LIBRARY.define(
 )
 LIBRARY.define("sampled_product(Tensor a, Tensor b, Tensor index) -> Tensor")
 
-# Below this density one dot product per entry is cheaper than the dense tile (kernels/README.md has the measurement).
+# Up to this density PyTorch's SDDMM over a CSR support is cheaper than the dense tile, and below the next one a dot product
+# per entry is (kernels/README.md has the measurements).
+CSR_DENSITY = {"cpu": 0.03}
 PER_ENTRY_DENSITY = {"cpu": 0.0, "cuda": 0.0035}
 TILE_BYTES = 32 * 2**20
 
@@ -172,10 +176,39 @@ def sampled_per_entry(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
     return torch.cat(parts) if parts else a.new_zeros(0)
 
 
+def csr_support(index: Tensor, p: int, q: int, dtype: torch.dtype) -> Tensor:
+    """Sorted flat positions in a `(p, q)` matrix as a CSR tensor of zeros."""
+    index = index.long()
+    starts = torch.searchsorted(index, torch.arange(p + 1, device=index.device) * q)
+    values = torch.zeros(index.numel(), dtype=dtype, device=index.device)
+    return torch.sparse_csr_tensor(starts, index % q, values, (p, q), check_invariants=False)
+
+
+def sampled_csr(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
+    """PyTorch's SDDMM; 16-bit inputs go through fp32, which the kernel wants (a copy of the inputs, not of the product)."""
+    dtype = a.dtype if a.dtype in (torch.float32, torch.float64) else torch.float32
+    support = csr_support(index, a.shape[1], b.shape[1], dtype)
+    return torch.sparse.sampled_addmm(support, a.t().to(dtype), b.to(dtype), beta=0.0).values().to(a.dtype)
+
+
+@functools.cache
+def csr_works() -> bool:
+    """Whether this build of PyTorch has the kernel; says its one warning (that CSR is in beta) to nobody."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            found = sampled_csr(torch.ones(1, 2), torch.ones(1, 2), torch.tensor([1]))
+        except RuntimeError:
+            return False
+    return found.tolist() == [1.0]
+
+
 def _sampled_product(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
     if a.shape[0] == 0 or index.numel() == 0:
         return a.new_zeros(index.shape)
     density = index.numel() / max(1, a.shape[1] * b.shape[1])
+    if density <= CSR_DENSITY.get(a.device.type, 0.0) and csr_works():
+        return sampled_csr(a, b, index)
     per_entry = density < PER_ENTRY_DENSITY.get(a.device.type, 0.0)
     return (sampled_per_entry if per_entry else sampled_by_tile)(a, b, index)
 
@@ -326,5 +359,6 @@ __all__ = [
     "oracle_sampled_product",
     "oracle_weight",
     "sampled_by_tile",
+    "sampled_csr",
     "sampled_per_entry",
 ]

@@ -331,7 +331,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """After any optimizer's step: the zeros of every masked parameter that it holds are written again."""
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for module in list(_LIVE):
-        for leaf in module.masked_leaves:
+        for leaf in module.masked_leaves if isinstance(module, MaskedModule) else ():  # unmasked meanwhile
             if id(getattr(module, leaf)) in stepped:
                 module.rezero(leaf)
 

@@ -54,11 +54,11 @@ class SlicePart:
         return {"block": self.block.detach().clone()}
 
     def restore(self, snapshot: Snapshot) -> None:
-        self.block.data.copy_(snapshot["block"])
+        self.block.detach().copy_(snapshot["block"])
 
     def reset(self) -> None:
         """The base is back, in the block and (dense) in the weight."""
-        self.block.data.copy_(self.base)
+        self.block.detach().copy_(self.base)
         if not isinstance(self.module, QuantizedMixin):
             self.piece.write(self.module.weight.data, self.base)
 
@@ -94,17 +94,17 @@ class SlicePart:
         return values.to(self.block.device, self.block.dtype)
 
     def fill(self, deltas: Sequence[Delta]) -> None:
-        self.block.data.copy_(self.base).add_(self.values_of(deltas[0]))
+        self.block.detach().copy_(self.base).add_(self.values_of(deltas[0]))
 
     def mix(self, weighted: Sequence[tuple[float, Delta]]) -> None:
         """Base plus a weighted sum of fitting deltas (a packed base has nothing else to add to)."""
-        self.block.data.copy_(self.base)
+        self.block.detach().copy_(self.base)
         for weight, delta in weighted:
-            self.block.data.add_(self.values_of(delta), alpha=weight)
+            self.block.detach().add_(self.values_of(delta), alpha=weight)
 
     def read_back(self) -> None:
         """After deltas were added to the stored weight: take the block from it."""
-        self.block.data.copy_(self.piece.read(self.module.weight.detach()))
+        self.block.detach().copy_(self.piece.read(self.module.weight.detach()))
 
     def detach(self) -> None:
         self.bits = getattr(self.module, "slice_mask_bits", None)
@@ -148,22 +148,22 @@ class LowRankPart:
 
     def restore(self, snapshot: Snapshot) -> None:
         for name, parameter in self.tensors().items():
-            parameter.data.copy_(snapshot[name])
+            parameter.detach().copy_(snapshot[name])
 
     def reset(self) -> None:
         self.drop_mixed_factors()
         tensors = self.tensors()
         if "lora_B" in tensors:
-            tensors["lora_B"].data.zero_()
+            tensors["lora_B"].detach().zero_()
             a = tensors["lora_A"]
-            a.data.copy_(kaiming_a(self.part, a.shape[1], self.seed))
+            a.detach().copy_(kaiming_a(self.part, a.shape[1], self.seed))
         self.reset_sparse()
 
     def reset_sparse(self) -> None:
         """Base values back at the support, in the sparse values and (dense) in the weight."""
         values = self.tensors().get("sparse_values")
         if values is not None and self.base is not None:
-            values.data.copy_(self.base)
+            values.detach().copy_(self.base)
             if not isinstance(self.module, QuantizedMixin):
                 self.restore_base(self.module.weight.data)
 
@@ -224,21 +224,21 @@ class LowRankPart:
         for delta in deltas:
             if delta.kind == "lora":
                 a, b = self.factors_of(delta)
-                tensors["lora_A"].data.copy_(a)
-                tensors["lora_B"].data.copy_(b)
+                tensors["lora_A"].detach().copy_(a)
+                tensors["lora_B"].detach().copy_(b)
             else:
                 values = tensors["sparse_values"]
-                values.data.copy_(self.base).add_(self.sparse_values_of(delta).to(values.device, values.dtype))
+                values.detach().copy_(self.base).add_(self.sparse_values_of(delta).to(values.device, values.dtype))
 
     def mix(self, weighted: Sequence[tuple[float, Delta]]) -> None:
         """A weighted sum of deltas: sparse values add up, low-rank factors stand side by side."""
         tensors = self.tensors()
         if "sparse_values" in tensors and self.base is not None:
             values = tensors["sparse_values"]
-            values.data.copy_(self.base)
+            values.detach().copy_(self.base)
             for weight, delta in weighted:
                 if delta.kind == "sparse":
-                    values.data.add_(self.sparse_values_of(delta).to(values.device, values.dtype), alpha=weight)
+                    values.detach().add_(self.sparse_values_of(delta).to(values.device, values.dtype), alpha=weight)
         self.mix_factors([(w, d) for w, d in weighted if d.kind == "lora"])
 
     def mix_factors(self, weighted: Sequence[tuple[float, Delta]]) -> None:
@@ -261,7 +261,7 @@ class LowRankPart:
         tensors = self.tensors()
         if "sparse_values" in tensors and self.part.index is not None:
             flat = self.module.weight.detach().reshape(-1)
-            tensors["sparse_values"].data.copy_(flat[self.part.index.long().to(flat.device)])
+            tensors["sparse_values"].detach().copy_(flat[self.part.index.long().to(flat.device)])
 
     def detach(self) -> None:
         settings = {"scale": self.module.scale, "mask_open": self.module.mask_open}

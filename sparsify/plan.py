@@ -312,8 +312,16 @@ class Plan:
         for rule in self.rules:
             if not isinstance(rule, Rule):
                 raise PlanError(f"Plan: {rule!r} is not a rule; rules are {', '.join(RULES)}")
-        if not self.rules:
-            raise PlanError("Plan: no rules, so nothing would train")
+        if not self.rules and self.target != "cpu":
+            raise PlanError(
+                "Plan: no rules, so nothing would train; only target='cpu' needs none (it lowers what is sparse)"
+            )
+        if self.target == "cpu" and self.adapts:
+            rule = next(r for r in self.rules if r.phase == "adapt")
+            raise PlanError(
+                f"Plan(target='cpu') is for inference, but {type(rule).__name__} trains parts: train first, then compile the "
+                "trained model with a plan of Prune and Quantize rules only"
+            )
         check_types(self)
 
     @property

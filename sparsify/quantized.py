@@ -80,7 +80,7 @@ def unpack(packed: list[Tensor], format: str, shape: tuple[int, ...], dtype: tor
         state = functional.QuantState(
             absmax=absmax, shape=flat, code=code, blocksize=BLOCK, quant_type="nf4", dtype=inner, offset=offset[0], state2=nested
         )  # fmt: skip
-        return functional.dequantize_4bit(data, state)[: math.prod(shape)].view(shape).to(dtype)
+        return functional.dequantize_4bit(data, state).view(-1)[: math.prod(shape)].view(shape).to(dtype)
     if format == "int8":
         data, scales = packed
         return (data.to(torch.float32) * (scales.float() / 127.0).unsqueeze(1)).to(dtype)

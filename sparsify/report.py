@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from typing import Any
+
 import torch
 from torch import fx, nn
 
@@ -31,6 +33,7 @@ class Report:
     saved_bytes: int
     saved_bytes_full: int
     history: tuple[str, ...]
+    cpu: str = ""
 
     def __str__(self) -> str:
         share = 100 * self.trainable / max(self.total, 1)
@@ -45,6 +48,7 @@ class Report:
                 f"full fine-tuning would keep {human(self.saved_bytes_full)}"
             )
         lines += [("passes     " if i == 0 else "           ") + note for i, note in enumerate(self.history)]
+        lines += [self.cpu] if self.cpu else []
         return "\n".join(lines)
 
 
@@ -62,7 +66,7 @@ def fold(lines: tuple[str, ...], limit: int = 12) -> list[str]:
     return [*lines[: limit - 2], f"… {len(lines) - limit + 1} more like these …", lines[-1]]
 
 
-def make_report(program: Program, plan: Plan, host: nn.Module) -> Report:
+def make_report(program: Program, plan: Plan, host: nn.Module, cpu: Any = None) -> Report:
     found: dict[str, int] = {}
     for structure in program.structures:
         found[structure.kind] = found.get(structure.kind, 0) + 1
@@ -116,6 +120,7 @@ def make_report(program: Program, plan: Plan, host: nn.Module) -> Report:
         saved_bytes=saved,
         saved_bytes_full=full,
         history=program.history,
+        cpu="" if cpu is None else str(cpu),
     )
 
 

@@ -15,6 +15,7 @@ collected over all its uses by running the smallest module that holds them all.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
@@ -615,10 +617,10 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
     """One forward: mapping → keywords, tuple or list → positional, tensor → one argument; caches off."""
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     batch = pytree.tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, batch)
-    extra: dict[str, Any] = {}
-    config = getattr(model, "config", None)
-    if hasattr(config, "use_cache"):
-        extra["use_cache"] = False
+    accepted = inspect.signature(model.forward).parameters
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
+    cached = "use_cache" in accepted or (open_ended and hasattr(getattr(model, "config", None), "use_cache"))
+    extra: dict[str, Any] = {"use_cache": False} if cached else {}
     if isinstance(batch, Mapping):
         return model(**{**extra, **batch})
     return model(*batch, **extra) if isinstance(batch, tuple | list) else model(batch, **extra)

@@ -82,8 +82,8 @@ def test_a_reloaded_adapter_is_not_a_no_op(tmp_path):
     base = logits(fresh)
     fresh.sparsify.load_adapter(tmp_path, "again")
     fresh.sparsify.set_adapter("again")
-    assert torch.equal(logits(fresh), expected)
-    assert not torch.allclose(expected, base)
+    torch.testing.assert_close(logits(fresh), expected, atol=1e-6, rtol=1e-5)  # base + (value − base) rounds once
+    assert not torch.allclose(expected, base, atol=1e-3)
 
 
 def test_disabling_the_adapter_restores_the_base_and_enabling_it_the_training():

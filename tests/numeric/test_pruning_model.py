@@ -383,6 +383,24 @@ def test_nan_inside_the_model_names_the_layer() -> None:
         prune(model, batches(), Prune())
 
 
+class Wrapped(nn.Module):
+    """Has a Hugging Face config, but its forward takes no `use_cache`."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.config = encoder, encoder.config
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.encoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+
+
+def test_a_wrapper_that_takes_no_cache_switch() -> None:
+    host = Wrapped(tiny.llama())
+    name = "encoder.model.layers.1.mlp.up_proj.weight"
+    result = prune_model(host, None, [(name, Prune(sparsity=0.5))], batches(1), progress=False)
+    assert result.layers[0].tokens == int(batches(1)[0]["attention_mask"].sum())
+
+
 def test_an_error_inside_the_model_reaches_the_caller_and_leaves_no_thread() -> None:
     import threading
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
 
 import sparsify.lowrank_ops as ops
-from sparsify.lowrank_ops import oracle_sampled_product, sampled_by_tile, sampled_per_entry
+from sparsify.lowrank_ops import oracle_sampled_product, sampled_by_tile, sampled_csr, sampled_per_entry
 
-VARIANTS = [sampled_by_tile, sampled_per_entry, torch.ops.sparsify.sampled_product]
+VARIANTS = [sampled_by_tile, sampled_per_entry, sampled_csr, torch.ops.sparsify.sampled_product]
 SHAPES = [(5, 7, 9), (1, 1, 1), (0, 4, 3), (13, 1, 33), (6, 40, 2)]
 
 
@@ -20,7 +23,7 @@ def make(tokens: int, p: int, q: int, count: int, dtype: torch.dtype, wide: bool
 
 
 @pytest.mark.parametrize("tile_bytes", [1, 300, 2**25], ids=["row", "rows", "whole"])
-@pytest.mark.parametrize("variant", VARIANTS, ids=["tile", "entry", "operator"])
+@pytest.mark.parametrize("variant", VARIANTS, ids=["tile", "entry", "csr", "operator"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_variants_equal_the_oracle(variant, shape, tile_bytes, monkeypatch):
     """Tiles of one row, of a few, and the whole matrix; no entry, some, all."""
@@ -55,14 +58,30 @@ def test_strided_factors():
         torch.testing.assert_close(variant(a, b, index), oracle_sampled_product(a, b, index))
 
 
-@pytest.mark.parametrize(("threshold", "expected"), [(0.0, "tile"), (1.1, "entry")])
-def test_density_decides_between_the_two(threshold, expected, monkeypatch):
+@pytest.mark.parametrize(
+    ("per_entry", "csr", "works", "expected"),
+    [(0.0, 0.0, True, "tile"), (1.1, 0.0, True, "entry"), (1.1, 0.1, True, "csr"), (0.0, 0.1, False, "tile")],
+)
+def test_density_and_build_decide_which_one_runs(per_entry, csr, works, expected, monkeypatch):
     seen = []
-    monkeypatch.setitem(ops.PER_ENTRY_DENSITY, "cpu", threshold)
-    monkeypatch.setattr(ops, "sampled_by_tile", lambda a, b, i: seen.append("tile") or sampled_by_tile(a, b, i))
-    monkeypatch.setattr(ops, "sampled_per_entry", lambda a, b, i: seen.append("entry") or sampled_per_entry(a, b, i))
-    torch.ops.sparsify.sampled_product(torch.randn(3, 4), torch.randn(3, 5), torch.tensor([2, 7]))
+    monkeypatch.setitem(ops.PER_ENTRY_DENSITY, "cpu", per_entry)
+    monkeypatch.setitem(ops.CSR_DENSITY, "cpu", csr)
+    monkeypatch.setattr(ops, "csr_works", lambda: works)
+    for name, function in (("tile", sampled_by_tile), ("per_entry", sampled_per_entry), ("csr", sampled_csr)):
+        spy = f"sampled_{'by_tile' if name == 'tile' else name}"
+        monkeypatch.setattr(ops, spy, lambda a, b, i, n=name, f=function: seen.append(n.removeprefix("per_")) or f(a, b, i))
+    a, b, index = torch.randn(3, 4), torch.randn(3, 5), torch.tensor([2, 7])
+    torch.testing.assert_close(torch.ops.sparsify.sampled_product(a, b, index), oracle_sampled_product(a, b, index))
     assert seen == [expected]
+
+
+def test_first_use_of_the_sparse_kernel_warns_nobody():
+    code = (
+        "import warnings, torch; warnings.simplefilter('error'); import sparsify.lowrank_ops\n"
+        "torch.ops.sparsify.sampled_product(torch.ones(2, 50), torch.ones(2, 40), torch.tensor([3, 9]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_flat_positions_above_the_range_of_int32():
@@ -75,6 +94,7 @@ def test_flat_positions_above_the_range_of_int32():
     expected = (a[:, rows] * b[:, columns]).sum(0)
     torch.testing.assert_close(sampled_per_entry(a, b, index), expected)
     torch.testing.assert_close(sampled_by_tile(a, b, index), expected)
+    torch.testing.assert_close(sampled_csr(a, b, index), expected)
 
 
 def test_operator_passes_opcheck():
