@@ -108,8 +108,13 @@ def slices_of(program: Program, structure: Structure, choice: UnitChoice) -> lis
         outer = Structure(structure.name, structure.kind, structure.units, structure.sites)
         for site in structure.with_role("v", "up"):
             channels = channels_of(outer, site, choice.producers)
-            found.append(slice_at(program, site.param, site.axis, channels, "row", structure.name, choice.rule))
+            found.append(slice_at(program, site.param, site.axis, channels, "row", structure.name, choice.rule, neighbours(site)))
     return found
+
+
+def neighbours(site: Site) -> bool:
+    """Whether neighbouring units lie side by side: not in a projection that interleaves q, k and v (GPT-NeoX)."""
+    return site.step == site.block and not site.outer
 
 
 def channels_of(structure: Structure, site: Site, units: tuple[int, ...]) -> torch.Tensor:
@@ -128,13 +133,17 @@ def slice_at(
     side: Literal["column", "row"],
     structure: str = "",
     rule: int = 0,
+    together: bool = True,
 ) -> TrainedSlice:
-    """Where channels given in original coordinates lie now: a contiguous range, or scattered places."""
+    """Where channels given in original coordinates lie now: a contiguous range, or scattered places.
+
+    together: the permutation must have brought a structure's channels together.
+    """
     moved = moved_index(program, param, axis)
     places = (original if moved is None else invert_index(moved)[original]).sort()
     start, length = int(places.values[0]), original.numel()
     contiguous = torch.equal(places.values, torch.arange(start, start + length))
-    if structure and not contiguous:
+    if structure and together and not contiguous:
         raise VerifyError(f"{structure}: the chosen units in {param} are not contiguous after the permutation")
     return TrainedSlice(
         param=param,

@@ -29,7 +29,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from sparsify.capture import evaluating

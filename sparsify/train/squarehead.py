@@ -31,7 +31,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
-from torch.utils import _pytree as pytree
 
 from sparsify.blocks import Stack, repeated_blocks
 from sparsify.errors import PlanError, SparsifyError

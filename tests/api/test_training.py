@@ -104,7 +104,7 @@ def test_autocast_trains_a_16_bit_forward_with_32_bit_gradients():
 
 def test_a_dtype_mismatch_is_an_error_outside_autocast_as_in_linear():
     layer = tiny.lower(tiny.Mlp().double(), example=torch.randn(3, 12, dtype=torch.float64)).layers[0]["down"]
-    with pytest.raises(RuntimeError, match="the input is torch.float32, the weight torch.float64"):
+    with pytest.raises(RuntimeError, match=r"the input is torch\.float32, the weight torch\.float64"):
         layer(torch.randn(2, 20))
 
 
@@ -509,7 +509,8 @@ def test_train_patterns_add_whole_parameters_with_memory_of_their_own():
 
 
 def test_train_pattern_that_matches_nothing_names_the_nearest():
-    with pytest.raises(sparsify.PlanError, match=r"Plan\(train=\['clasifier'\]\) matches no parameter or module; did you mean 'classifier'"):
+    message = r"Plan\(train=\['clasifier'\]\) matches no parameter or module; did you mean 'classifier'"
+    with pytest.raises(sparsify.PlanError, match=message):
         tiny.lower(tiny.build("BERT (classifier)"), S2FT(fraction=0.1, structure="attention"), train=["clasifier"])
 
 

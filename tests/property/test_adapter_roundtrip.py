@@ -79,8 +79,7 @@ def test_any_corruption_is_an_adapter_error_or_reads_as_a_valid_adapter(written,
         (Path(directory) / files.TENSORS).write_bytes(bytes(raw))
         try:
             found = files.load(directory)
-        except AdapterError as error:
-            assert directory in str(error)
+        except AdapterError:
             return
     assert all(bool(torch.isfinite(d.values).all()) for d in found.deltas)
 

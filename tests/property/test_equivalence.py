@@ -68,15 +68,17 @@ def test_permuted_equals_original_and_restores_bit_for_bit(name, plan):
     tiny.assert_same(tiny.snapshot(model), base)
 
 
-def partial_nodes(program: Program) -> list[tuple[str, str, int, int]]:
-    """(weight, block, start, axis) of every partial linear, by qualified names."""
+def partial_nodes(program: Program) -> list[tuple[str, str, str, int]]:
+    """(weight, block, start or places, axis) of every partial linear, by qualified names."""
     names, found = program.tensor_names, []
+    ours = (torch.ops.sparsify.partial_linear.default, torch.ops.sparsify.partial_linear_at.default)
     for node in program.graph.nodes:
-        if node.target is torch.ops.sparsify.partial_linear.default:
-            weight = node.args[1]
+        if node.target in ours:
+            weight, where = node.args[1], node.args[4]
             while weight.op != "placeholder":  # Conv1D: the transposed view
                 weight = weight.args[0]
-            found.append((names[weight.name], names[node.args[3].name], node.args[4], node.args[5]))
+            where = where if isinstance(where, int) else names[where.name]
+            found.append((names[weight.name], names[node.args[3].name], str(where), node.args[5]))
     return sorted(found)
 
 

@@ -43,8 +43,7 @@ def test_block_gradient_is_the_masked_full_gradient(name, fraction, producers, s
         block = module.weight_slice.grad
         # put the block's gradient into a tensor of the stored shape, then back into original order with the layout
         stored = torch.zeros(expected[piece.param].shape, dtype=torch.float64)
-        transposed = piece.axis != (1 if piece.side == "column" else 0)
-        stored.narrow(piece.axis, piece.start, piece.length).copy_(block.t() if transposed else block)
+        piece.write(stored, block)
         found = handle.layout(piece.param).to_original("weight", stored)
         mask = torch.zeros_like(stored)
         mask.index_fill_(piece.axis, torch.tensor(piece.channels), 1.0)

@@ -1,0 +1,82 @@
+"""The command line: look at a model, look at an adapter, run the demo, time sparse inference."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Sparse fine-tuning and sparse inference of PyTorch models.")
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="A Hugging Face model folder, or a model type such as 'llama' (small random weights).")],
+    svg: Annotated[Path | None, typer.Option(help="Draw the structures here.")] = None,
+    graph: Annotated[bool, typer.Option(help="Print the whole graph, not only the structures.")] = False,
+) -> None:
+    """Find a model's coupled structures: what could train, and what is declined and why."""
+    from transformers import AutoConfig, AutoModel
+
+    import sparsify
+
+    if Path(model).is_dir():
+        loaded = AutoModel.from_pretrained(model)
+    else:
+        try:
+            config = AutoConfig.for_model(model)
+        except ValueError as error:
+            raise typer.BadParameter(f"{model!r} is neither a folder nor a model type that transformers knows") from error
+        for name in ("num_hidden_layers", "n_layer", "num_layers"):
+            if hasattr(config, name):
+                setattr(config, name, 2)
+        import torch
+
+        with torch.device("meta"):
+            loaded = AutoModel.from_config(config)
+    program = sparsify.analyse(loaded)
+    if graph:
+        typer.echo(str(program))
+    for structure in program.structures:
+        typer.echo(str(structure))
+    for declined in program.declined:
+        typer.echo(f"declined: {declined}")
+    typer.echo(f"{len(program.structures)} structures, {len(program.declined)} declined")
+    if svg is not None:
+        program.svg(str(svg))
+        typer.echo(f"drawn to {svg}")
+
+
+@app.command()
+def adapter(
+    folder: Annotated[Path, typer.Argument(help="A folder that save_adapter wrote.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the document as JSON.")] = False,
+) -> None:
+    """Check an adapter and say what it changes."""
+    from sparsify import adapter as files
+    from sparsify.errors import AdapterError
+
+    try:
+        loaded = files.load(folder)
+    except AdapterError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    if as_json:
+        typer.echo(json.dumps(files.to_document(loaded), indent=1, sort_keys=True))
+        return
+    for delta in loaded.deltas:
+        size = delta.values.numel() + (delta.a.numel() if delta.a is not None else 0)
+        what = {"column": "columns", "row": "rows", "sparse": "entries", "lora": "rank", "full": "in full"}[delta.kind]
+        count = "" if delta.kind == "full" else f"{delta.rank} "
+        typer.echo(f"{delta.param}: {count}{what}, {size:,} numbers")
+    typer.echo(f"{len(loaded.deltas)} weights, {loaded.nbytes() / 1024:.1f} KiB, made by sparsify {loaded.info.get('sparsify', '?')}")
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()
