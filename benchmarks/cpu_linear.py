@@ -3,10 +3,11 @@
     python benchmarks/cpu_linear.py --shapes 4096x4096 --batch 1 16 64 256 --sparsity 0.5 0.75 0.9 --dtype fp32 int8
     python benchmarks/cpu_linear.py --peer deepsparse --peer-python ENV/bin/python
 
-All contestants take turns in one process tree, so that a noisy moment hits everybody; the table holds medians (and the JSON
-minima too), the ratios are ratios of medians. The floor is the larger of bytes over read bandwidth and nonzero flops over the
-peak of one large torch matmul, both measured in the same run. The peer runs in a process of its own, with the Python given,
-on the same weights, and answers one batch of timings each time it is asked. The last line is JSON; `--save` keeps it.
+All contestants take turns in one process tree, so that a noisy moment hits everybody; the table holds medians (and the
+JSON minima too), the ratios are ratios of medians. The floor is the larger of bytes over read bandwidth and nonzero
+flops over the peak of one large torch matmul, both measured in the same run. The peer runs in a process of its own, with
+the Python given, on the same weights, and answers one batch of timings each time it is asked. The last line is JSON; `--save`
+keeps it.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ from sparsify.kernels.cpu.dispatch import best_isa, cpu_name
 from sparsify.kernels.cpu.formats import pack
 from sparsify.lowering.cpu import SparseLinear, pack_linear
 
-PEER = r'''
+PEER = r"""
 import json, sys, time
 import numpy as np
 kind, directory, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
+clock = time.process_time if sys.argv[4] == "cpu" else time.perf_counter
 runners = {}
 def onnx_file(weight, batch):
     import onnx
@@ -66,7 +68,8 @@ def prepare(weight, batch):
     from openvino import opset13 as ops
     node = ops.parameter([batch, weight.shape[1]], np.float32)
     model = ov.Model([ops.matmul(node, ops.constant(weight), False, True)], [node])
-    compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"})
+    hints = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = ov.Core().compile_model(model, "CPU", hints)
     request = compiled.create_infer_request()
     def run(x):
         request.infer([x])
@@ -88,21 +91,21 @@ for line in sys.stdin:
         continue
     seconds = []
     for _ in range(job["runs"]):
-        start = time.perf_counter()
+        start = clock()
         run(x)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     print(json.dumps({"seconds": seconds}), flush=True)
-'''
+"""
 
 
 class Peer:
     """Another engine in a process of its own."""
 
-    def __init__(self, kind: str, python: str, threads: int) -> None:
+    def __init__(self, kind: str, python: str, threads: int, clock: str) -> None:
         self.kind, self.scratch = kind, tempfile.TemporaryDirectory()
         script = Path(self.scratch.name) / "peer.py"
         script.write_text(PEER)
-        command = [python, str(script), kind, self.scratch.name, str(threads)]
+        command = [python, str(script), kind, self.scratch.name, str(threads), clock]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
@@ -133,12 +136,15 @@ class Peer:
         return self.ask(runs=runs)["seconds"]
 
 
+clock: Callable[[], float] = time.perf_counter
+
+
 def seconds_of(call: Callable[[], Any], runs: int) -> list[float]:
     seconds = []
     for _ in range(runs):
-        start = time.perf_counter()
+        start = clock()
         call()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     return seconds
 
 
@@ -172,7 +178,10 @@ def measure(args: argparse.Namespace, peer: Peer | None) -> list[dict[str, Any]]
                 for name, layer in layers.items():
                     calls[name] = lambda n, x=x, layer=layer: seconds_of(lambda: layer(x), n)
                 exact = F.linear(x.double(), weight.double())
-                error = {n: float((la(x).double() - exact).norm() / exact.norm().clamp_min(1e-30)) for n, la in layers.items()}
+                error = {
+                    n: float((la(x).double() - exact).norm() / exact.norm().clamp_min(1e-30))
+                    for n, la in layers.items()
+                }
                 if peer is not None:
                     difference = peer.load(weight, x).double() - exact
                     error[peer.kind] = float(difference.norm() / exact.norm().clamp_min(1e-30))
@@ -191,8 +200,9 @@ def measure(args: argparse.Namespace, peer: Peer | None) -> list[dict[str, Any]]
                     choice = layer.choice(batch)
                     row = {
                         "shape": shape, "batch": batch, "sparsity": sparsity, "dtype": dtype, "kernel": choice.kernel,
-                        "us": median[dtype] * 1e6, "us_min": fastest[dtype] * 1e6, "predicted_us": choice.predicted * 1e6,
-                        "floor_us": floor * 1e6, "dense_us": median["dense"] * 1e6, "dense_us_min": fastest["dense"] * 1e6,
+                        "us": median[dtype] * 1e6, "us_min": fastest[dtype] * 1e6,
+                        "predicted_us": choice.predicted * 1e6, "floor_us": floor * 1e6,
+                        "dense_us": median["dense"] * 1e6, "dense_us_min": fastest["dense"] * 1e6,
                         "vs_dense": median["dense"] / median[dtype], "error": error[dtype],
                     }  # fmt: skip
                     if "dense compiled" in median:
@@ -222,23 +232,33 @@ def main() -> None:
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.5, 0.75, 0.9])
     parser.add_argument("--dtype", nargs="+", choices=["fp32", "int8"], default=["fp32", "int8"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=5, help="at least this many turns")
+    parser.add_argument("--rounds", type=int, default=3, help="at least this many turns")
     parser.add_argument("--seconds", type=float, default=1.0, help="at least this long per row")
+    parser.add_argument(
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="cpu: processor seconds of each process; with --threads 1, fair on a machine that others use too",
+    )
     parser.add_argument("--compile", action="store_true", help="also time torch.compile of the dense product")
     parser.add_argument("--peer", choices=["deepsparse", "openvino", "onnxruntime"])
     parser.add_argument("--peer-python", default=sys.executable, help="Python of an environment that has the peer")
     parser.add_argument("--save", type=Path, help="write the JSON here")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    global clock
+    clock = time.process_time if args.clock == "cpu" else time.perf_counter
     torch.manual_seed(0)
     SparseLinear(pack(torch.ones(1, 1)))  # build before anything is timed
-    peer = Peer(args.peer, args.peer_python, args.threads) if args.peer else None
-    header = f"{'shape':>12} {'batch':>5} {'spars':>5} {'dtype':>5} {'kernel':>10} {'us':>9} {'floor':>9} {'dense':>9} {'ratio':>6}"
+    peer = Peer(args.peer, args.peer_python, args.threads, args.clock) if args.peer else None
+    header = f"{'shape':>12} {'batch':>5} {'spars':>5} {'dtype':>5} {'kernel':>10} "
+    header += f"{'us':>9} {'floor':>9} {'dense':>9} {'ratio':>6}"
     print(header + (f" {peer.kind:>10} {'ratio':>6}" if peer else ""))
     with torch.inference_mode():
         results = measure(args, peer)
     summary = {
-        "benchmark": "cpu_linear", "cpu": cpu_name(), "isa": best_isa(), "threads": args.threads, "date": str(date.today()),
+        "benchmark": "cpu_linear", "cpu": cpu_name(), "isa": best_isa(), "threads": args.threads, "clock": args.clock,
+        "date": str(date.today()),
         "torch": torch.__version__, "python": platform.python_version(), "peer": args.peer,
         "peer_version": peer.version if peer else None, "results": results,
     }  # fmt: skip

@@ -21,7 +21,7 @@ from sparsify import S2FT, Plan
 
 
 class Block(nn.Module):
-    """A feed-forward block with a residual: no Hugging Face model is needed, any `nn.Module` can be compiled."""
+    """A feed-forward block with a residual."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -30,6 +30,19 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+class Tower(nn.Module):
+    """Three blocks: no Hugging Face model is needed, any `nn.Module` can be compiled."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
 
 
 def train(base: nn.Module, data: torch.Tensor, target: torch.Tensor, seed: int, steps: int) -> nn.Module:
@@ -52,7 +65,7 @@ def main() -> None:
     steps = 20 if options.fast else 200
 
     torch.manual_seed(0)
-    base = nn.Sequential(*(Block(32) for _ in range(3))).eval()
+    base = Tower(32).eval()
     data = torch.randn(64, 32)
     with torch.no_grad():
         answer = base(data)

@@ -482,7 +482,7 @@ def _heading(kind: str, leaves: set[str]) -> str:
     """Title of a column: what stands in it, and the module's name if that is the same in all rows."""
     name = {"attention": "attention", "ffn": "feed-forward"}.get(kind, "other")
     leaf = next(iter(leaves)) if len(leaves) == 1 else ""
-    return f"{name} · {leaf}" if leaf else name
+    return f"{name} · {leaf}" if leaf not in ("", name) else name
 
 
 def _chip_svg(x: float, y: float, name: str, moved: bool, extra: bool = False) -> str:

@@ -190,7 +190,7 @@ class Handle:
         """The stored weight, in memory of its own: what the plan did not change is shared with the user's model until now."""
         weight = self.stored(param)
         if param not in self.program.tensors and param not in self.owned:
-            weight.data = weight.data.clone()
+            weight.data = weight.data.clone(memory_format=torch.contiguous_format)
             self.owned.add(param)
         return weight
 

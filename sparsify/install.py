@@ -124,6 +124,11 @@ class Layout:
                     errors.append(f"{prefix}sparse_index: the checkpoint's mask was still open, this model's is chosen")
             elif module.mask_open or not torch.equal(index.to(module.sparse_index), module.sparse_index):
                 self.adopt(index)
+        if not missing and not same_base(module, state, prefix):
+            errors.append(
+                f"{prefix}weight: the checkpoint was made over another base, and only its trained parts would be taken; "
+                "compile the base that it was trained on (for Quantize, with the same format), then load it"
+            )
         state[prefix + "weight"] = module.weight.detach()  # the frozen base stays; the parts carry the training
 
 
@@ -145,6 +150,26 @@ class LoadHook:
 
     def __call__(self, *arguments: Any) -> None:
         self.layout.on_load(*arguments)
+
+
+def same_base(module: Any, state: dict[str, Any], prefix: str) -> bool:
+    """Whether a checkpoint's folded weight is this module's base plus the checkpoint's parts, up to rounding."""
+    weight = state[prefix + "weight"]
+    parts = {n: state[prefix + n] for n in ("weight_slice", "sparse_values", "lora_A", "lora_B") if n in module._parameters}
+    own = {n: module._parameters[n] for n in parts}
+    if any(t.device.type == "meta" for t in (weight, *parts.values(), *own.values())):
+        return True
+    if any(parts[n].shape != own[n].shape for n in parts):
+        return True  # torch says so itself
+    try:
+        for name, value in parts.items():
+            module._parameters[name] = nn.Parameter(value.to(own[name].device, own[name].dtype), requires_grad=False)
+        expected = effective_weight(module).float()
+    finally:
+        module._parameters.update(own)
+    error = (expected - weight.to(expected.device).float()).norm() / expected.norm().clamp_min(1e-30)
+    rounding = max(torch.finfo(weight.dtype).eps, torch.finfo(module.weight.dtype).eps)
+    return bool(error <= max(1e-5, 4 * rounding))
 
 
 def read_slice(module: Any, stored: Tensor) -> Tensor:

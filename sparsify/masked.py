@@ -1,6 +1,7 @@
 """Masks as part of the program: weights whose pruned entries are exactly zero and stay so, whatever trains them.
 
     masked_linear(x, weight, bits, bias)        y = x (W∘M)ᵀ + b          dW = (gᵀ x)∘M         (transposed: W is stored (in, out))
+    masked_grad(g, x, bits)                     (gᵀ x)∘M                  masked in place, in pieces that stay in cache
     apply_mask(t, bits)                         t∘M                       its own gradient
 
 `weight` is an ordinary `nn.Parameter` with exact zeros where `M` is zero: that is the operator's precondition, so the forward is one
@@ -32,6 +33,7 @@ from sparsify.errors import SparsifyError
 LIBRARY = torch.library.Library("sparsify", "FRAGMENT")
 LIBRARY.define("masked_linear(Tensor x, Tensor weight, Tensor bits, Tensor? bias, bool transposed=False) -> Tensor")
 LIBRARY.define("apply_mask(Tensor t, Tensor bits) -> Tensor")
+LIBRARY.define("masked_grad(Tensor g, Tensor x, Tensor bits) -> Tensor")
 LIBRARY.define("survivor_linear(Tensor x, Tensor values, Tensor index, Tensor? bias, int rows) -> Tensor")
 
 # --- bits ------------------------------------------------------------------------------------------------------------------
@@ -107,6 +109,41 @@ LIBRARY.impl("apply_mask", _apply_mask, "CompositeExplicitAutograd")
 torch.library.register_fake("sparsify::apply_mask", _apply_mask_fake, lib=LIBRARY)
 torch.library.register_autograd("sparsify::apply_mask", _apply_mask_backward, setup_context=_keep_bits, lib=LIBRARY)
 
+# --- masked_grad ---------------------------------------------------------------------------------------------------------
+
+PIECE = 1 << 18
+
+
+def _masked_grad(g: Tensor, x: Tensor, bits: Tensor) -> Tensor:
+    dense = g.t().mm(x)
+    flat = dense.view(-1)
+    for start in range(0, flat.numel(), PIECE):  # a multiple of 8 entries, so of whole bytes
+        piece = flat[start : start + PIECE]
+        part = bits[start // 8 : (start + piece.numel() + 7) // 8]
+        piece.masked_fill_(~unpack_bits(part, piece.shape), 0)
+    return dense
+
+
+def _masked_grad_fake(g: Tensor, x: Tensor, bits: Tensor) -> Tensor:
+    return g.new_empty((g.shape[1], x.shape[1]))
+
+
+def _save_factors(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _masked_grad_backward(ctx: Any, outer: Tensor) -> tuple[Tensor, Tensor, None]:
+    g, x, bits = ctx.saved_tensors
+    kept = torch.ops.sparsify.apply_mask(outer, bits)
+    return x.mm(kept.t()), g.mm(kept), None
+
+
+LIBRARY.impl("masked_grad", _masked_grad, "CompositeExplicitAutograd")
+torch.library.register_fake("sparsify::masked_grad", _masked_grad_fake, lib=LIBRARY)
+torch.library.register_autograd(
+    "sparsify::masked_grad", _masked_grad_backward, setup_context=_save_factors, lib=LIBRARY
+)
+
 # --- masked_linear ---------------------------------------------------------------------------------------------------------------
 
 
@@ -139,8 +176,8 @@ def _masked_linear_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         dx = g.matmul(weight.t() if ctx.transposed else weight)
     if ctx.needs_input_grad[1]:
         flat_g, flat_x = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
-        dense = flat_x.t().mm(flat_g) if ctx.transposed else flat_g.t().mm(flat_x)
-        dw = torch.ops.sparsify.apply_mask(dense, bits)
+        left, right = (flat_x, flat_g) if ctx.transposed else (flat_g, flat_x)
+        dw = torch.ops.sparsify.masked_grad(left, right, bits)
     if ctx.has_bias and ctx.needs_input_grad[3]:
         db = g.reshape(-1, g.shape[-1]).sum(0)
     return dx, dw, None, db, None

@@ -130,6 +130,15 @@ class QuantizedMixin(SparseLowRankMixin, PartialMixin):
     def packed(self) -> list[Tensor]:
         return [getattr(self, name) for name in self.packed_names]
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """`.to(dtype)`, `.half()`: scales of the packed base keep their precision, or the base would move."""
+        kept = {name: self._buffers.pop(name) for name in self.packed_names}
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        for name, tensor in kept.items():
+            moved = fn(tensor)
+            self._buffers[name] = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+        return self
+
     def multiply(
         self, x: Tensor, values: Tensor | None, index: Tensor | None, a: Tensor | None, b: Tensor | None
     ) -> Tensor:
@@ -215,17 +224,14 @@ def rebuild_conv1d(kind: str) -> nn.Module:
 def become(module: nn.Module, kind: str) -> None:
     """Turn a linear of *our own* module tree into an adapted one, in place: hooks, name and references stay."""
     cls: Any = LINEARS[kind] if isinstance(module, nn.Linear) else conv1d_class(kind)
+    if not isinstance(module, AdaptedMixin):
+        module.__dict__["user_class"] = type(module)
     module.__class__ = cls
 
 
 def make_plain(module: nn.Module) -> None:
     """Back to the class that the user had; parameters of trained parts must be gone."""
-    if isinstance(module, nn.Linear):
-        module.__class__ = nn.Linear
-    else:
-        from transformers.pytorch_utils import Conv1D
-
-        module.__class__ = Conv1D
+    module.__class__ = module.__dict__.pop("user_class", type(module))
 
 
 def as_parameter(value: Tensor) -> nn.Parameter:

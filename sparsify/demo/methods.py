@@ -66,9 +66,9 @@ def prepare_lora(encoder: nn.Module, seed: int) -> nn.Module:
 
 
 METHODS = {
-    "s2ft": Method("s2ft", "S2FT", prepare_s2ft, save_adapter, 3e-3, (1e-3, 3e-3, 1e-2)),
-    "lora": Method("lora", f"LoRA r={LORA_RANK}", prepare_lora, save_adapter, 3e-3, (1e-3, 3e-3, 1e-2)),
-    "full": Method("full", "full fine-tuning", prepare_full, save_full, 1e-4, (3e-5, 1e-4, 3e-4)),
+    "s2ft": Method("s2ft", "S2FT", prepare_s2ft, save_adapter, 3e-3, (3e-4, 1e-3, 3e-3, 1e-2)),
+    "lora": Method("lora", f"LoRA r={LORA_RANK}", prepare_lora, save_adapter, 1e-3, (3e-4, 1e-3, 3e-3, 1e-2)),
+    "full": Method("full", "full fine-tuning", prepare_full, save_full, 1e-4, (3e-5, 1e-4, 3e-4, 1e-3)),
 }
 
 

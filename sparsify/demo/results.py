@@ -95,7 +95,7 @@ def fine_print(bench: Bench) -> str:
         f"{METHODS[n].label} {'/'.join(f'{r:g}' for r in METHODS[n].rates)}" for n in bench.settings.methods
     )
     return (
-        f"{count} held-out texts: one standard error is about {error:.1%}. Learning rates: the best of three for each "
+        f"{count} held-out texts: one standard error is about {error:.1%}. Learning rates: the best of four for each "
         f"method, judged on a quarter of the training texts, one seed ({tested}); repeat with --tune. The head "
         f"({bench.head.weight.numel():,} "
         "weights) trains with every method and is not counted. Step: median of forward, backward and optimizer."

@@ -3,9 +3,9 @@
     nn.Linear(weight (out, in), bias)  ──lower_model──▶  SparseLinear(masks, values, panel_ptr, …)
     Conv1D(weight (in, out), bias)                       or the module as it is, with the reason in the report
 
-The host keeps its class, so `generate()`, pipelines and hooks go on working; packed tensors replace the dense weight, and
-`state_dict()` still says `weight` (unpacked, in the original shape and dtype). A layer is replaced only if it was measured to
-be at least as fast as torch's own dense product for every number of tokens that it was asked about.
+The host keeps its class, so `generate()`, pipelines and hooks go on working; packed tensors replace the dense weight,
+and `state_dict()` still says `weight` (unpacked, in the original shape and dtype). A layer is replaced only if it was
+measured to be at least as fast as torch's own dense product for every number of tokens that it was asked about.
 """
 
 from __future__ import annotations
@@ -207,7 +207,9 @@ class SparseLinear(nn.Module):
         old = self.packed  # one set of tensors after a copy, not two
         rest = (old.group, old.dtype)
         masks, values, panel_ptr = buffers["masks"], buffers["values"], buffers["panel_ptr"]
-        assert masks is not None and values is not None and panel_ptr is not None
+        assert masks is not None
+        assert values is not None
+        assert panel_ptr is not None
         self.packed = Bitmask(old.rows, old.cols, masks, values, panel_ptr, buffers["scales"], *rest)
         self.prepare()
 
@@ -220,7 +222,7 @@ class SparseLinear(nn.Module):
 
 @dataclass(frozen=True)
 class LoweredLinear:
-    """One replaced layer. seconds: tokens → (kernel, predicted, measured, torch dense); bytes of weights before, after."""
+    """One replaced layer. seconds: tokens → (kernel, predicted, measured, torch dense); bytes of its weight."""
 
     name: str
     shape: tuple[int, int]
@@ -241,7 +243,7 @@ class LoweredLinear:
 
 @dataclass(frozen=True)
 class CpuReport:
-    """What lowering did: layers replaced, layers left dense with the reason, bytes of the whole model before and after."""
+    """What lowering did: layers replaced, layers left dense and why, bytes of the whole model before and after."""
 
     machine: str
     lowered: tuple[LoweredLinear, ...]
@@ -348,7 +350,7 @@ def lower_model(
         None: every nn.Linear and Conv1D.
     quantize: "int8" for all of them, or per module name; weights then get one scale per row, or per `group` columns.
     int8_activations: let int8 weights meet int8 activations (dynamic, per token); False keeps activations in fp32.
-    tokens: numbers of tokens (batch × sequence) to be measured; a layer that is slower than dense at one of them stays dense.
+    tokens: numbers of tokens (batch × sequence) to measure; a layer slower than dense at one of them stays dense.
     mode: "small" packs also where dense is faster, for the memory.
     tied: a weight that an embedding shares stays dense ("skip"), or is packed beside the embedding's copy ("copy").
     """

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from sparsify.errors import PlanError, Refusal, RefusedError
 from sparsify.plan import S2FT, Rule, nearest
-from sparsify.program import LinearNode, Program
+from sparsify.program import LinearNode, Program, through_transpose
 from sparsify.structure import Site, Structure
 
 
@@ -32,6 +33,23 @@ def owner_name(param: str) -> str:
 def is_conv1d(module: nn.Module) -> bool:
     """transformers' Conv1D (weight stored `(in, out)`), recognised without importing transformers."""
     return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
+
+
+def only_multiplies(program: Program, names: list[str], nodes: list[LinearNode]) -> bool:
+    """Whether all that the weight's module computes in the graph is `x Wᵀ + b` (Falcon writes that out in a subclass)."""
+    paths = {owner_name(n) for n in names}
+    products = {n.node for n in nodes}
+    biases = {program.placeholder(f"{path}.bias") for path in paths}
+    for node in program.graph.nodes:
+        stack = node.meta.get("nn_module_stack") or {}
+        innermost = list(stack.values())[-1][0].split("@")[0] if stack else ""
+        if node.op != "call_function" or innermost not in paths or node in products:
+            continue
+        transposes = through_transpose(node)[0] is program.placeholder(names[0])
+        adds_bias = node.target is torch.ops.aten.add.Tensor and not node.kwargs and node.args[0] in products
+        if not transposes and not (adds_bias and node.args[1] in biases):
+            return False
+    return bool(products)
 
 
 def why_not_trainable(program: Program, param: str, linears: dict[str, list[LinearNode]]) -> str | None:
@@ -59,7 +77,7 @@ def why_not_trainable(program: Program, param: str, linears: dict[str, list[Line
         return f"the weight is tied: {', '.join(sorted(names))}"
     owner = program.host.get_submodule(owner_name(param))
     plain = type(owner).forward is nn.Linear.forward or is_conv1d(owner)
-    if not plain:
+    if not plain and not (isinstance(owner, nn.Linear) and only_multiplies(program, names, nodes)):
         return (
             f"its module is a {type(owner).__name__}, whose own forward would be lost; nn.Linear and Conv1D can train"
         )

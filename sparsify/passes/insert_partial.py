@@ -54,7 +54,7 @@ def insert_partial(program: Program, context: Context) -> Program:
         tensors[param] = back  # selections, blocks and values start from what the packed weight really holds
     for param in dict.fromkeys([s.param for s in slices] + [p.param for p in lowranks]):
         if param not in tensors:  # entries under trained parts are scratch, so they may not be the user's own memory
-            tensors[param] = program.tensor(param).detach().clone()
+            tensors[param] = program.tensor(param).detach().clone(memory_format=torch.contiguous_format)
     for piece in slices:
         tensors[piece.block_name] = block_of(tensors[piece.param], piece)
         if piece.places:
@@ -200,8 +200,12 @@ def current_index(
         if moved is not None:
             places[axis] = invert_index(moved)[places[axis]]
     flat = (places[0] * shape[1] + places[1]).sort()
-    wide = torch.int64 if shape.numel() > torch.iinfo(torch.int32).max else torch.int32
-    return flat.values.to(wide), original[flat.indices]
+    return flat.values.to(index_dtype(shape)), original[flat.indices]
+
+
+def index_dtype(shape: torch.Size) -> torch.dtype:
+    """Wide enough for every flat position of a weight."""
+    return torch.int64 if shape.numel() > torch.iinfo(torch.int32).max else torch.int32
 
 
 def initial_parts(weight: torch.Tensor, part: SparseLowRank, seed: int) -> dict[str, torch.Tensor]:
@@ -211,7 +215,8 @@ def initial_parts(weight: torch.Tensor, part: SparseLowRank, seed: int) -> dict[
     n, m = reversed(weight.shape) if part.transposed else weight.shape
     found: dict[str, torch.Tensor] = {}
     if part.count:
-        index = part.index if part.index is not None else torch.full((part.count,), OPEN, dtype=torch.int32)
+        wide = index_dtype(weight.shape)
+        index = part.index if part.index is not None else torch.full((part.count,), OPEN, dtype=wide)
         found[f"{owner}.sparse_index"] = index.to(weight.device)
         places = index.long().clamp_min(0).to(weight.device)
         found[f"{owner}.sparse_values"] = weight.detach().reshape(-1)[places].to(dtype)
@@ -318,15 +323,19 @@ def rewrite(program: Program, survivors: list[str]) -> tuple[fx.GraphModule, tup
             if piece.places:
                 target = torch.ops.sparsify.partial_linear_at.default
                 where = optional(param, "slice_channels")
+            logical = stored
             if linear.transposed:
                 with graph.inserting_before(node):
-                    weight = graph.call_function(torch.ops.aten.t.default, (stored,))
-            args = (x, weight, bias, block, where, piece.logical_axis)
+                    logical = graph.call_function(torch.ops.aten.t.default, (stored,))
+            args = (x, logical, bias, block, where, piece.logical_axis)
         with graph.inserting_before(node):
             new = graph.call_function(target, args)
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
+        while weight is not stored and not weight.users:  # a transpose that nobody reads any more
+            dead, weight = weight, weight.args[0]
+            graph.erase_node(dead)
     for name in program.quantize:  # the dense weight is no input any more
         drop_input(graph, inputs, name)
     graph_module = fx.GraphModule(program.graph_module, graph)

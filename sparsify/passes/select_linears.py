@@ -223,6 +223,8 @@ def choose_supports(
     supports = []
     for param in served:
         rank, count = settings[param]
+        if not rank and not count:  # a pattern that says so; nothing to train, nothing to store
+            continue
         support = Support(
             param, index, rank, rule.scale(rank) if rank else 1.0, rule.dropout, count, mask, found.get(param)
         )

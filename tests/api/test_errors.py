@@ -92,6 +92,27 @@ def test_a_linear_with_a_forward_of_its_own_is_refused_by_name():
         tiny.lower(model, S2FT(match="layers.0.down", units=2), example=torch.randn(3, 12))
 
 
+class Written(nn.Linear):
+    """A subclass whose forward is a linear written out (as Falcon's)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T + self.bias
+
+
+def test_a_linear_that_is_written_out_trains_and_gets_its_class_back():
+    model = tiny.Mlp()
+    model.layers[0]["down"].__class__ = Written
+    base, x = tiny.snapshot(model), torch.randn(3, 12)
+    expected = model(x)
+    host = tiny.lower(model, S2FT(match="layers.0.down", units=2), example=x, check="numeric")
+    torch.testing.assert_close(host(x), expected)
+    tiny.train(host, x=x)
+    assert not torch.allclose(host(x), expected)
+    restored = host.sparsify.restore()
+    assert type(restored.layers[0]["down"]) is Written
+    tiny.assert_same(tiny.snapshot(restored), base)
+
+
 class Reader(tiny.Mlp):
     """Something else reads the weight of a down-projection."""
 

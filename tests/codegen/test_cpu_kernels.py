@@ -37,7 +37,8 @@ def test_source_is_deterministic_and_whole(isa: codegen.Isa, value: str) -> None
     first = generate(variant)
     generate.cache_clear()
     assert generate(variant) == first
-    assert "{{" not in first and "{%" not in first
+    assert "{{" not in first
+    assert "{%" not in first
     assert f"isa={isa}, values={value}" in first
     for name in variant.kernels:
         assert f"int sparsify_{name}(" in first
@@ -58,7 +59,8 @@ def test_cache_is_keyed_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path))
     first = build.compile_library(TRIVIAL, ())
     stamp = first.stat().st_mtime_ns
-    assert build.compile_library(TRIVIAL, ()) == first and first.stat().st_mtime_ns == stamp
+    assert build.compile_library(TRIVIAL, ()) == first
+    assert first.stat().st_mtime_ns == stamp
     assert build.compile_library(TRIVIAL.replace("42", "43"), ()) != first
     assert build.compile_library(TRIVIAL, ("-DX",)) != first
     assert sorted(p.suffix for p in (tmp_path / "kernels").iterdir()) == [".so"] * 3
@@ -107,7 +109,8 @@ def test_without_a_compiler_the_model_stays_dense(tmp_path: Path, monkeypatch: p
     without_compiler(monkeypatch, tmp_path)
     model = sparse_model()
     report = lower_model(model, mode="small", tokens=(1,))
-    assert report.lowered == () and len(report.refusals) == 2
+    assert report.lowered == ()
+    assert len(report.refusals) == 2
     assert "no C++ compiler found (tried no-such-compiler)" in str(report)
     assert type(model[0]) is nn.Linear
     with pytest.raises(RefusedError, match="no C"):
@@ -155,7 +158,8 @@ def test_choice_is_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path))
     monkeypatch.setattr(dispatch, "tuned", None)
     first = layer.choice(9, measure=True)
-    assert first.measured is not None and first.predicted > 0
+    assert first.measured is not None
+    assert first.predicted > 0
     assert dispatch.cpu_name() in (tmp_path / "tune.json").read_text()
     monkeypatch.setattr(dispatch, "tuned", None)
     layer.choices.clear()
@@ -310,11 +314,13 @@ int main() {
       panel_ptr.push_back(int64_t(values.size()));
     }
     values.resize(values.size() + 64);
-    Layer layer{rows, cols, blocks, masks.data(), values.data(), panel_ptr.data(), %(scales)s, 0, sums.data(), bias.data(), 4, 0};
+    Layer layer{rows, cols, blocks, masks.data(), values.data(), panel_ptr.data(), %(scales)s, 0, sums.data(),
+                bias.data(), 4, 0};
     for (int64_t tokens : token_counts) {
       std::vector<float> x(tokens * cols), out(tokens * rows), residual(tokens * rows, 0.125f);
       for (auto& v : x) v = uniform();
-      typedef int (*entry)(const Layer*, const float*, int64_t, int64_t, float*, int64_t, const float*, int64_t, int, int64_t);
+      typedef int (*entry)(const Layer*, const float*, int64_t, int64_t, float*, int64_t, const float*, int64_t, int,
+                           int64_t);
       entry entries[] = {%(entries)s};
       for (int k = 0; k < int(sizeof entries / sizeof *entries); ++k) {
         if (entries[k](&layer, x.data(), cols, tokens, out.data(), rows, residual.data(), rows, 1, 16) != 0) return 2;
@@ -324,7 +330,8 @@ int main() {
           y = y / (1 + std::exp(-y)) + 0.125;
           double allowed = k == 3 ? 0.02 * (cols * 64.0) : 1e-3 * (1 + std::fabs(y)) ;
           if (!(std::fabs(out[t * rows + r] - y) <= allowed)) {
-            std::printf("kernel %%d, %%ld x %%ld, %%ld tokens: %%g, expected %%g\n", k, long(rows), long(cols), long(tokens), out[t * rows + r], y);
+            std::printf("kernel %%d, %%ld x %%ld, %%ld tokens: %%g, expected %%g\n", k, long(rows), long(cols),
+                        long(tokens), out[t * rows + r], y);
             return 1;
           }
         }
@@ -355,7 +362,15 @@ def test_sanitizers_find_nothing(isa: codegen.Isa, value: str, tmp_path: Path) -
     source, program = tmp_path / "driver.cpp", tmp_path / "driver"
     source.write_text(generate(variant) + driver)
     command, _ = build.find_compiler(None)
-    flags = ["-O1", "-g", "-std=gnu++17", "-w", "-Wno-psabi", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags = [
+        "-O1",
+        "-g",
+        "-std=gnu++17",
+        "-w",
+        "-Wno-psabi",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+    ]
     result = subprocess.run(
         [*command, *flags, *variant.flags, str(source), "-o", str(program)], capture_output=True, text=True
     )

@@ -41,7 +41,7 @@ def make(shape: tuple[int, int], density: float, value: str, group: int = 0) -> 
 
 
 def budget(packed: Bitmask, x: torch.Tensor, kernel: str) -> torch.Tensor:
-    """Largest error that the kernel may make: rounding of a sum of `cols` products, and the activation's quantisation."""
+    """Largest error a kernel may make: rounding of a sum of `cols` products, and the activation's quantisation."""
     weight = packed.unpack().double().abs()
     magnitude = x.double().abs() @ weight.t()
     tolerance = (packed.cols + 16) * EPSILON * magnitude + 1e-30
@@ -143,7 +143,8 @@ def test_half_precision_models(dtype: torch.dtype) -> None:
         x = torch.randn(2, tokens, 96).to(dtype)
         with torch.inference_mode():
             y = layer(x)
-        assert y.dtype == dtype and y.shape == (2, tokens, 70)
+        assert y.dtype == dtype
+        assert y.shape == (2, tokens, 70)
         expected = x.double() @ weight.double().t()
         step = torch.finfo(dtype).eps
         assert bool(((y.double() - expected).abs() <= step * expected.abs() + 1e-4).all())

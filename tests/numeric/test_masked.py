@@ -92,12 +92,26 @@ def test_opcheck_and_second_derivatives() -> None:
     torch.library.opcheck(ops.masked_linear.default, (x, weight, bits, bias))
     torch.library.opcheck(ops.masked_linear.default, (x, weight, bits, None))
     torch.library.opcheck(ops.apply_mask.default, (weight, bits))
+    g, flat = (
+        torch.randn(4, 7, dtype=torch.float64, requires_grad=True),
+        x.detach().reshape(-1, 13)[:4].requires_grad_(),
+    )
+    torch.library.opcheck(ops.masked_grad.default, (g, flat, bits))
+    assert torch.autograd.gradcheck(lambda a, b: ops.masked_grad(a, b, bits), (g, flat))
     torch.library.opcheck(ops.survivor_linear.default, (x, values, index, bias, 7))
     # gradcheck moves pruned entries of a plain weight, which breaks the precondition: go through apply_mask
     through = lambda x, w, b: ops.masked_linear(x, ops.apply_mask(w, bits), bits, b)  # noqa: E731
     assert torch.autograd.gradcheck(through, (x, weight, bias))
     assert torch.autograd.gradgradcheck(through, (x, weight, bias))
     assert torch.autograd.gradcheck(lambda v: ops.survivor_linear(x, v, index, bias, 7), (values,))
+
+
+def test_the_gradient_is_masked_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparsify.masked.PIECE", 16)
+    mask = torch.rand(7, 13) > 0.5
+    g, x = torch.randn(5, 7), torch.randn(5, 13)
+    found = torch.ops.sparsify.masked_grad(g, x, pack_bits(mask))
+    assert torch.equal(found, (g.T @ x).masked_fill(~mask, 0))
 
 
 def test_shapes_that_do_not_fit_are_refused_by_the_fake() -> None:

@@ -178,7 +178,11 @@ def test_int8_needs_fitting_scales() -> None:
     integers, scales = quantize_int8(random_weight((6, 100), 0.5, 1))
     packed = pack_int8(integers, scales)
     assert packed.values.numel() == packed.nnz + PADDING
-    for scale, text in ((scales[:-1], "scales have shape"), (None, "need scales"), (scales * float("nan"), "NaN or Inf")):
+    for scale, text in (
+        (scales[:-1], "scales have shape"),
+        (None, "need scales"),
+        (scales * float("nan"), "NaN or Inf"),
+    ):
         with pytest.raises(FormatError, match=text):
             replace(packed, scales=scale).validate()
     with pytest.raises(FormatError, match="multiple of 64"):

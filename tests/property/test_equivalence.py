@@ -124,7 +124,10 @@ def test_generation_with_a_cache_is_unchanged(name, implementation):
     assert torch.equal(host.generate(x, **options), expected)
     tiny.disturb(host, scale=0.5)
     trained = host.generate(x, **options)
-    assert not torch.equal(trained, expected), "the adapter must show"
+    with torch.no_grad():
+        assert not torch.allclose(host(x).logits, model(x).logits, atol=0.1), "the adapter must show"
+    if name != "GPT-2":  # whose small random model says the same token whatever it reads
+        assert not torch.equal(trained, expected)
     assert torch.equal(host.generate(x, **options | {"use_cache": False, "cache_implementation": None}), trained)
     host.sparsify.set_adapter(None)
     assert torch.equal(host.generate(x, **options), expected)

@@ -188,14 +188,14 @@ def candidates(isa: Isa, value: str, tokens: int, vnni: bool) -> list[tuple[str,
     return found
 
 
-# Cycles per unit of work on one core, from counting instructions and port pressure (README.md); the ratio between kernels
-# matters, the clock is calibrated. Keys: instruction set family.
+# Cycles per unit of work on one core, from counting instructions and port pressure (README.md); the ratio between
+# kernels matters. Keys: instruction set family.
 GEMV_CYCLES = {16: 3.2, 8: 2.2, 4: 40.0}  # expand one vector of weights
 VALUE_EXTRA = {"f32": 0.0, "f16": 1.0, "bf16": 1.0, "s8": 1.0}
 
 
 def predict(packed: Bitmask, isa: Isa, kernel: str, tokens: int, threads: int) -> float:
-    """Seconds that a kernel should take: the larger of its bytes over bandwidth and its cycles over clock, plus a call."""
+    """Seconds that a kernel should take: the larger of bytes over bandwidth and cycles over clock, plus a call."""
     machine = calibrate()
     lanes = LANES[isa]
     weights, nnz = packed.rows * packed.blocks * BLOCK, packed.nnz
@@ -279,8 +279,8 @@ def calibrate() -> Machine:
     stored = tuning().get(key)
     if isinstance(stored, dict):
         return Machine(float(stored["bandwidth"]), float(stored["clock"]))
-    data = torch.ones(32 << 20)
-    bandwidth = data.numel() * 4 / min(timed(data.sum, 5)) / 1e9
+    data = torch.ones(16 << 20)
+    bandwidth = data.numel() * 4 / min(timed(data.sum, 12)) / 1e9
     machine = Machine(bandwidth, clock_ghz())
     remember(key, {"bandwidth": machine.bandwidth, "clock": machine.clock})
     return machine
@@ -317,7 +317,7 @@ def tune_key(packed: Bitmask, isa: Isa, tokens: int, threads: int, vnni: bool) -
 
 
 def choose(packed: Bitmask, kernels: Kernels, layer: LayerStruct, tokens: int, vnni: bool, measure: bool) -> Choice:
-    """The kernel for `tokens` tokens: by an earlier or a new measurement, or by the cost model when `measure` is False."""
+    """The kernel for `tokens` tokens: by an earlier or a new measurement, or by the cost model without `measure`."""
     isa = kernels.variant.isa
     threads = torch.get_num_threads()
     size = bucket(tokens)

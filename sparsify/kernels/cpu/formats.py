@@ -1,13 +1,13 @@
 """The bitmask format: what is stored of a sparse weight, exactly and reversibly.
 
-    W (rows, cols) ──pack──▶ masks      (panels, blocks, 4) int64  bit c of word [p, b, r]: row 4 p + r, column 64 b + c is stored
+    W (rows, cols) ──pack──▶ masks      (panels, blocks, 4) int64  bit c of word [p, b, r]: row 4 p + r, column 64 b + c
                              values     (nnz + 64,)                stored values, in the order panel, block, row, column
                              panel_ptr  (panels + 1,) int64        first value of each panel of four rows
                              scales     (rows,) or (rows, groups) float32, for int8 values only
 
-One bit per weight and one value per nonzero: at 75 % sparsity 1.125 bytes per weight in fp32, 0.375 in int8 (dense int4
-with a scale per 32 weights takes 0.5625). N:M patterns use the same words: their popcounts are constant, which is what a
-rate-fixed format would buy. The kernels read 16 values at a time, so 64 zeros stand behind the last value.
+One bit per weight and one value per nonzero: at 75 % sparsity 1.125 bytes per weight in fp32, 0.375 in int8 (dense
+int4 with a scale per 32 weights takes 0.5625). N:M patterns use the same words: their popcounts are constant, which is
+what a rate-fixed format would buy. The kernels read 16 values at a time, so 64 zeros stand behind the last value.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def pack_bits(kept: torch.Tensor) -> torch.Tensor:
 
 
 def pack(weight: torch.Tensor) -> Bitmask:
-    """Pack a float32, float16 or bfloat16 weight (rows, cols) as it is. Raises FormatError for NaN, Inf, other dtypes."""
+    """Pack a float32, float16 or bfloat16 weight (rows, cols) as it is; FormatError for NaN, Inf, other dtypes."""
     check(weight.dim() == 2, f"a weight has two axes, got shape {tuple(weight.shape)}")
     check(weight.dtype in VALUE_DTYPES and weight.dtype.is_floating_point, f"cannot pack {weight.dtype}")
     weight = weight.detach()
@@ -242,7 +242,7 @@ def unpack_values(packed: Bitmask) -> torch.Tensor:
 
 
 def concatenate(parts: list[Bitmask], interleave: bool = False) -> Bitmask:
-    """Weights over the same input as one product: q, k, v below one another, or gate and up row by row (`interleave`)."""
+    """Weights over the same input as one: q, k, v below one another, or gate and up row by row (`interleave`)."""
     first = parts[0]
     for part in parts[1:]:
         same = (part.cols, part.value, part.group, part.dtype) == (first.cols, first.value, first.group, first.dtype)

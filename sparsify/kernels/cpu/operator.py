@@ -108,7 +108,7 @@ def packed_linear_fake(
 
 
 def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: torch.Tensor) -> None:
-    x, masks, values, panel_ptr, scales, row_sums, bias, residual, rows, cols, group, activation, gated, _ = inputs
+    x, masks, values, panel_ptr, scales, _, _, _, rows, cols, group, activation, gated, _ = inputs
     if activation != "none" or gated:
         raise RefusedError("packed_linear: a fused activation has no gradient; run under torch.inference_mode()")
     assert isinstance(x, torch.Tensor)
