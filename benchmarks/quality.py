@@ -41,7 +41,7 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.harness import begin, parser, report  # noqa: E402
+from benchmarks.harness import begin, parser, report
 
 PAD, END, VOCABULARY = 256, 257, 258
 IGNORED = -100
@@ -259,7 +259,10 @@ def rules(method: str, setting: Setting) -> list[Any]:
         return [LoRA(rank=setting.rank)]
     if method == "s2ft":  # one head, the rest in Down: nearest to equal shares that whole heads allow
         head = width // setting.heads * width
-        return [S2FT(structure="attention", units=1), S2FT(structure="ffn", units=max(1, round((total - head) / width)))]
+        return [
+            S2FT(structure="attention", units=1),
+            S2FT(structure="ffn", units=max(1, round((total - head) / width))),
+        ]
     if method == "paca":  # equal ranks, what is left over in Down
         outputs = 5 * width + 2 * setting.ffn
         rank = total // outputs
@@ -287,7 +290,9 @@ def prepare(method: str, base: Any, setting: Setting, seed: int) -> Any:
     from sparsify import Plan
 
     model = copy.deepcopy(base)
-    return model if method == "full" else sparsify.compile(model, Plan(rules(method, setting), seed=seed), progress=False)
+    return (
+        model if method == "full" else sparsify.compile(model, Plan(rules(method, setting), seed=seed), progress=False)
+    )
 
 
 def groups_of(model: Any, method: str, lr: float) -> list[dict[str, Any]]:

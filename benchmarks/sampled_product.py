@@ -30,8 +30,8 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.harness import Timing, begin, interleave, parser, report  # noqa: E402
-from sparsify.lowrank_ops import csr_support, sampled_by_tile, sampled_csr, sampled_per_entry  # noqa: E402
+from benchmarks.harness import Timing, begin, interleave, parser, report
+from sparsify.lowrank_ops import csr_support, sampled_by_tile, sampled_csr, sampled_per_entry
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHAPES = ((1024, 1024), (4096, 1024))

@@ -379,7 +379,7 @@ def run(
 
 
 def bars(rows: list[dict[str, Any]], times: dict[str, Timing]) -> list[Bar]:
-    """PEERS.md's bars for S2FT, as far as the methods ran."""
+    """The project's bars for S2FT, as far as the methods ran."""
     by_name = {row["method"]: row for row in rows}
     found: list[Bar] = []
     for mode in ("", "+compile"):

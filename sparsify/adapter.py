@@ -228,14 +228,13 @@ def read_deltas(document: dict[str, Any], keys: set[str], opened: Any, file: Pat
                 )
         if kind == "sparse" and (values.dim() != 1 or values.shape != channels.shape):
             raise AdapterError(f"{file}: {param}: values {tuple(values.shape)} do not fit {channels.numel()} entries")
-        if kind in ("column", "row"):
-            if values.dim() != 2 or values.shape[1 if kind == "column" else 0] != channels.numel():
-                raise AdapterError(
-                    f"{file}: {param}: values {tuple(values.shape)} do not fit {channels.numel()} channels"
-                )
-        if kind in ("column", "row", "sparse"):
-            if channels.numel() == 0 or int(channels.min()) < 0 or channels.unique().numel() != channels.numel():
-                raise AdapterError(f"{file}: {param}: channels must be distinct and not negative")
+        side = {"column": 1, "row": 0}.get(str(kind))
+        if side is not None and (values.dim() != 2 or values.shape[side] != channels.numel()):
+            raise AdapterError(f"{file}: {param}: values {tuple(values.shape)} do not fit {channels.numel()} channels")
+        if kind in ("column", "row", "sparse") and (
+            channels.numel() == 0 or int(channels.min()) < 0 or channels.unique().numel() != channels.numel()
+        ):
+            raise AdapterError(f"{file}: {param}: channels must be distinct and not negative")
         yield Delta(param, kind, channels, values, transposed, factor, float(scale))
     extra = keys - seen
     if extra:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -107,7 +107,7 @@ def compile_for_cpu(source: nn.Module, context: Context, example: Any) -> nn.Mod
         raise PlanError(
             f"Plan(target='cpu'): the CPU kernels read int8, not {sorted(wrong)[0]}; use Quantize(format='int8')"
         )
-    quantize = {param.rpartition(".")[0]: "int8" for param in program.quantize}
+    quantize: dict[str, Literal["int8"]] = {param.rpartition(".")[0]: "int8" for param in program.quantize}
     host, layouts = install(replace(program, quantize={}), ())
     host.eval()
     for parameter in host.parameters():

@@ -8,12 +8,16 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Sparse fine-tuning and sparse inference of PyTorch models.")
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="Sparse fine-tuning and sparse inference of PyTorch models."
+)
 
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="A Hugging Face model folder, or a model type such as 'llama' (small random weights).")],
+    model: Annotated[
+        str, typer.Argument(help="A Hugging Face model folder, or a model type such as 'llama' (small random weights).")
+    ],
     svg: Annotated[Path | None, typer.Option(help="Draw the structures here.")] = None,
     graph: Annotated[bool, typer.Option(help="Print the whole graph, not only the structures.")] = False,
 ) -> None:
@@ -28,7 +32,9 @@ def inspect(
         try:
             config = AutoConfig.for_model(model)
         except ValueError as error:
-            raise typer.BadParameter(f"{model!r} is neither a folder nor a model type that transformers knows") from error
+            raise typer.BadParameter(
+                f"{model!r} is neither a folder nor a model type that transformers knows"
+            ) from error
         for name in ("num_hidden_layers", "n_layer", "num_layers"):
             if hasattr(config, name):
                 setattr(config, name, 2)
@@ -71,7 +77,9 @@ def adapter(
         what = {"column": "columns", "row": "rows", "sparse": "entries", "lora": "rank", "full": "in full"}[delta.kind]
         count = "" if delta.kind == "full" else f"{delta.rank} "
         typer.echo(f"{delta.param}: {count}{what}, {size:,} numbers")
-    typer.echo(f"{len(loaded.deltas)} weights, {loaded.nbytes() / 1024:.1f} KiB, made by sparsify {loaded.info.get('sparsify', '?')}")
+    typer.echo(
+        f"{len(loaded.deltas)} weights, {loaded.nbytes() / 1024:.1f} KiB, made by sparsify {loaded.info.get('sparsify', '?')}"
+    )
 
 
 def main() -> None:

@@ -155,7 +155,9 @@ class LoadHook:
 def same_base(module: Any, state: dict[str, Any], prefix: str) -> bool:
     """Whether a checkpoint's folded weight is this module's base plus the checkpoint's parts, up to rounding."""
     weight = state[prefix + "weight"]
-    parts = {n: state[prefix + n] for n in ("weight_slice", "sparse_values", "lora_A", "lora_B") if n in module._parameters}
+    parts = {
+        n: state[prefix + n] for n in ("weight_slice", "sparse_values", "lora_A", "lora_B") if n in module._parameters
+    }
     own = {n: module._parameters[n] for n in parts}
     if any(t.device.type == "meta" for t in (weight, *parts.values(), *own.values())):
         return True

@@ -15,6 +15,7 @@ A quantised base is unpacked inside the operator, forward and backward, and drop
 from __future__ import annotations
 
 import functools
+import itertools
 import warnings
 from typing import Any
 
@@ -156,7 +157,7 @@ def sampled_by_tile(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
     out = a.new_empty(index.shape)
     edges = torch.arange(0, p + rows, rows, device=index.device) * q
     bounds = torch.searchsorted(index, edges).tolist()  # index is sorted
-    for i, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for i, (start, end) in enumerate(itertools.pairwise(bounds)):
         if end > start:
             tile = a[:, i * rows : (i + 1) * rows].t().mm(b)
             out[start:end] = tile.view(-1)[index[start:end] - i * rows * q]

@@ -13,7 +13,19 @@ that is not part of the state dict: a checkpoint has the dense model's names and
 `M` is packed flat and little-endian: bit `k % 8` of byte `k // 8` is entry `k` of the *stored* tensor.
 
 Optimizer state for survivors only (`SurvivorLinear`, `survivor_linear`): the Parameter holds the surviving values alone, so gradient,
-moments and master copy shrink with them, and the dense weight exists only while its layer runs. See the class for what was measured.
+moments and master copy shrink with them, and the dense weight exists only while its layer runs.
+
+    held between steps (weight, gradient, two Adam moments, mask or positions), fp32, bytes per weight   50 %   75 %   90 %
+    nn.Linear                                                                                            16.0   16.0   16.0
+    MaskedLinear                                                                                         16.1   16.1   16.1
+    SurvivorLinear                                                                                       10.0    5.0    2.0
+
+    peak inside one step of a 4096 × 4096 layer, above what is held: 80 MiB, 80.5 MiB, 168 MiB
+
+Measured with `benchmarks/masked_step.py`. So state for survivors saves memory from 50 % on as soon as a model has a few layers (its
+transient cost is one dense weight and one dense gradient, of one layer). The default is `MaskedLinear` all the same: its Parameter is the
+user's own, with the user's name and shape, and its forward is exactly the dense layer's GEMM; `SurvivorLinear` is there for when
+memory decides.
 """
 
 from __future__ import annotations

@@ -120,6 +120,7 @@ class SparseLowRankMixin(AdaptedMixin):
 class QuantizedMixin(SparseLowRankMixin, PartialMixin):
     """A linear over a packed base, with any trained part beside it. `weight` is empty and only carries dtype and device."""
 
+    _buffers: dict[str, Any]
     packed_names: tuple[str, ...]
     format: str
     shape: torch.Size

@@ -2,9 +2,9 @@
 
     CAPTURED → STRUCTURED → SELECTED → PERMUTED → EXPANDED → LOWERED
 
-The graph is lifted: parameters, buffers and constants are placeholders tied to qualified names (`inputs`), their current
-values come from `tensors` first and from the host module else. It is runnable: `program(*args, **kwargs)` takes what the model takes (of the
-captured shapes) and returns what the model returns.
+The graph is lifted: parameters, buffers and constants are placeholders tied to qualified names (`inputs`), their
+current values come from `tensors` first and from the host module else. It is runnable: `program(*args, **kwargs)`
+takes what the model takes (of the captured shapes) and returns what the model returns.
 """
 
 from __future__ import annotations

@@ -26,6 +26,9 @@ class Assignment:
     structures: tuple[Structure, ...]
 
 
+WHOLE = -1  # stands for Plan(train=…) where the index of the rule that trains a weight is kept
+
+
 def owner_name(param: str) -> str:
     return param.rpartition(".")[0]
 
@@ -132,6 +135,9 @@ def why_not_served(
 ) -> str | None:
     if not structure.consumers:
         return "nothing reads the units through a matrix product"
+    for site in structure.sites:
+        if taken.get(site.param) == WHOLE:
+            return f"{site.param} trains in full (Plan(train=…))"
     for site in trained_sites(structure, rule):
         if site.param in taken:
             return f"rule {taken[site.param]} already trains {site.param}"

@@ -108,7 +108,9 @@ def slices_of(program: Program, structure: Structure, choice: UnitChoice) -> lis
         outer = Structure(structure.name, structure.kind, structure.units, structure.sites)
         for site in structure.with_role("v", "up"):
             channels = channels_of(outer, site, choice.producers)
-            found.append(slice_at(program, site.param, site.axis, channels, "row", structure.name, choice.rule, neighbours(site)))
+            found.append(
+                slice_at(program, site.param, site.axis, channels, "row", structure.name, choice.rule, neighbours(site))
+            )
     return found
 
 
@@ -247,7 +249,7 @@ def rewrite(program: Program, survivors: list[str]) -> tuple[fx.GraphModule, tup
     graph.output(graph.graph_copy(program.graph, mapping))
     pieces = {s.param: s for s in program.slices}
     parts = {p.param: p for p in program.lowranks}
-    inputs = list(program.inputs)
+    inputs = copied_inputs(program, mapping)
     last = [n for n in graph.nodes if n.op == "placeholder"][-1]
     added: dict[str, fx.Node] = {}
 
@@ -333,8 +335,9 @@ def rewrite(program: Program, survivors: list[str]) -> tuple[fx.GraphModule, tup
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         graph.erase_node(node)
-        while weight is not stored and not weight.users:  # a transpose that nobody reads any more
-            dead, weight = weight, weight.args[0]
+        above: Any = weight
+        while above is not stored and not above.users:  # a transpose that nobody reads any more
+            dead, above = above, above.args[0]
             graph.erase_node(dead)
     for name in program.quantize:  # the dense weight is no input any more
         drop_input(graph, inputs, name)
@@ -346,9 +349,11 @@ def rewrite(program: Program, survivors: list[str]) -> tuple[fx.GraphModule, tup
 def activate_support(program: Program, param: str) -> Program:
     """The program once an open mask is chosen: the operator of `param` reads its sparse values and index."""
     graph = fx.Graph()
-    graph.output(graph.graph_copy(program.graph, {}))
+    mapping: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(program.graph, mapping))
     owner = owner_name(param)
-    by_target = {i.target: i.name for i in program.inputs}
+    inputs = copied_inputs(program, mapping)
+    by_target = {i.target: i.name for i in inputs}
     nodes = {n.name: n for n in graph.nodes if n.op == "placeholder"}
     values, index = (nodes[by_target[f"{owner}.{leaf}"]] for leaf in ("sparse_values", "sparse_index"))
     places = {
@@ -363,7 +368,13 @@ def activate_support(program: Program, param: str) -> Program:
             if source.name in own:
                 node.args = (*node.args[:first], values, index, *node.args[first + 2 :])
     graph_module = fx.GraphModule(program.graph_module, graph)
-    return replace(program, graph_module=graph_module)
+    return replace(program, graph_module=graph_module, inputs=tuple(inputs))
+
+
+def copied_inputs(program: Program, mapping: dict[fx.Node, fx.Node]) -> list[Input]:
+    """The table of inputs of a copied graph: a copy may rename a placeholder that is called like a Python builtin."""
+    names = {node.name: mapping[node].name for node in program.graph.nodes if node.op == "placeholder"}
+    return [replace(i, name=names[i.name]) for i in program.inputs]
 
 
 def stored_input(weight: Any) -> fx.Node:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from sparsify.calibration import gradient_statistics, input_squares, need_batches, sum_over_ranks
 from sparsify.errors import PlanError, Refusal, RefusedError
-from sparsify.passes.assign_rules import is_conv1d, owner_name, why_not_trainable
+from sparsify.passes.assign_rules import WHOLE, is_conv1d, owner_name, why_not_trainable
 from sparsify.passes.base import Context
 from sparsify.plan import LinearRule, LoRA, PaCA, Quantize, RoSA, nearest, pattern_value
 from sparsify.program import ChannelChoice, LinearNode, Program, Support, UnitChoice
@@ -59,6 +59,9 @@ def serve(
     for param in linears:
         names = [owner_name(n) for n, canonical in program.aliases.items() if canonical == param]
         if not rule.matches(*names):
+            continue
+        if taken.get(param) == WHOLE:
+            refusals.append(Refusal(owner_name(param), "it trains in full (Plan(train=…))"))
             continue
         if param in taken:
             clashes.append(f"rule {taken[param]} already has {owner_name(param)}")

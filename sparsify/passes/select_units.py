@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparsify.calibration import gradient_statistics, input_squares, need_batches, sum_over_ranks
-from sparsify.passes.assign_rules import Assignment, assign_rule, owner_name
+from sparsify.install import trained_in_full
+from sparsify.passes.assign_rules import WHOLE, Assignment, assign_rule, owner_name
 from sparsify.passes.base import Context
 from sparsify.passes.select_linears import select_linears
 from sparsify.plan import DATA_DRIVEN, S2FT, LinearRule, Quantize
@@ -22,7 +23,7 @@ from sparsify.structure import Site, Structure
 
 def select_units(program: Program, context: Context) -> Program:
     """STRUCTURED → SELECTED: every rule in the plan's order; the first that takes a weight keeps it."""
-    taken: dict[str, int] = {}
+    taken = dict.fromkeys(trained_in_full(program, tuple(context.plan.train)), WHOLE)
     quantized: dict[str, int] = {}
     added: dict[str, Any] = {}
     for index, rule in enumerate(context.plan.rules):

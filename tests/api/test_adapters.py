@@ -28,7 +28,9 @@ BOTH = S2FT(fraction=0.1, producer_fraction=0.1)
 LAYOUTS = ["Llama", "Qwen2", "GPT-2", "GPT-NeoX", "Phi-3"]
 
 
-def trained_host(name: str = "Llama", dtype: torch.dtype = torch.float32, seed: int = 0, rule: S2FT = BOTH) -> tuple[nn.Module, nn.Module]:
+def trained_host(
+    name: str = "Llama", dtype: torch.dtype = torch.float32, seed: int = 0, rule: S2FT = BOTH
+) -> tuple[nn.Module, nn.Module]:
     """A base, and a host over it with trained values."""
     model = tiny.build(name, dtype)
     host = tiny.lower(model, rule, seed=seed)
@@ -134,7 +136,9 @@ def test_switching_off_and_back_is_exact(name, dtype):
     assert host.sparsify.set_adapter("default").trainable
     tiny.assert_same(tiny.state_of(host), state)
     assert torch.equal(host(x).logits, trained)
-    assert all(a is b for a, b in zip(own, tiny.trainable(host), strict=True)), "an optimizer must go on with the same objects"
+    assert all(a is b for a, b in zip(own, tiny.trainable(host), strict=True)), (
+        "an optimizer must go on with the same objects"
+    )
     assert all(torch.equal(a, b) for a, b in zip(blocks, own, strict=True))
 
 
@@ -155,7 +159,11 @@ def test_a_switch_writes_channels_and_not_weights():
     for piece in host.sparsify.program.slices:
         weight = host.sparsify.stored(piece.param).detach()
         keep = [i for i in range(weight.shape[piece.axis]) if not piece.start <= i < piece.start + piece.length]
-        frozen[piece.param] = (piece.axis, torch.tensor(keep), weight.index_select(piece.axis, torch.tensor(keep)).clone())
+        frozen[piece.param] = (
+            piece.axis,
+            torch.tensor(keep),
+            weight.index_select(piece.axis, torch.tensor(keep)).clone(),
+        )
     host.sparsify.set_adapter(None)
     assert {n: p.data_ptr() for n, p in host.named_parameters()} == addresses
     for param, (axis, keep, values) in frozen.items():
@@ -190,9 +198,7 @@ def test_fusing_two_selections_gives_base_plus_the_weighted_changes(name, tmp_pa
         if param in found:
             torch.testing.assert_close(found[param], value, atol=3e-7, rtol=1e-6)
     inputs = tiny.inputs_of(model, name)
-    torch.testing.assert_close(
-        tiny.output_of(host(**inputs)), tiny.output_of(plain(**inputs)), atol=2e-5, rtol=1e-4
-    )
+    torch.testing.assert_close(tiny.output_of(host(**inputs)), tiny.output_of(plain(**inputs)), atol=2e-5, rtol=1e-4)
     host.sparsify.set_adapter(None)
     tiny.assert_same(tiny.state_of(host), before)
     tiny.assert_same(tiny.snapshot(model), base)
@@ -233,7 +239,10 @@ def test_overlapping_channels_are_reported(tmp_path):
     assert {c.param: (c.shared, c.total) for c in mix.conflicts} == shared
     assert all(c.adapters == ("a", "b") for c in mix.conflicts)
     assert "0.5·a + 0.5·b" in str(mix)
-    assert f"conflict model.layers.0.mlp.down_proj.weight: a and b share {shared['model.layers.0.mlp.down_proj.weight'][0]}" in str(mix)
+    assert (
+        f"conflict model.layers.0.mlp.down_proj.weight: a and b share {shared['model.layers.0.mlp.down_proj.weight'][0]}"
+        in str(mix)
+    )
     assert first.sparsify.set_adapter({"a": 1.0}).conflicts == ()
 
 
@@ -303,7 +312,9 @@ def test_merge_unmerge_restore_are_exact(name, dtype):
     assert not any(type(m).__name__.startswith("Partial") for m in host.modules())
     assert torch.equal(host(x).logits, expected)
     tiny.assert_same(tiny.state_of(host), state)
-    with pytest.raises(SparsifyError, match=r"set_adapter: the adapter is merged into the weights; call unmerge\(\) first"):
+    with pytest.raises(
+        SparsifyError, match=r"set_adapter: the adapter is merged into the weights; call unmerge\(\) first"
+    ):
         host.sparsify.set_adapter(None)
     with pytest.raises(SparsifyError, match="merge: the adapter is merged"):
         host.sparsify.merge()
@@ -318,7 +329,9 @@ def test_merge_unmerge_restore_are_exact(name, dtype):
     plain = host.sparsify.restore()
     tiny.assert_same(tiny.snapshot(plain), base)
     assert [type(m) for m in plain.modules()] == [type(m) for m in model.modules()]
-    assert {n: p.requires_grad for n, p in plain.named_parameters()} == {n: p.requires_grad for n, p in model.named_parameters()}
+    assert {n: p.requires_grad for n, p in plain.named_parameters()} == {
+        n: p.requires_grad for n, p in model.named_parameters()
+    }
     assert "sparsify" not in plain.__dict__
     assert torch.equal(plain(x).logits, model(x).logits)
     again = tiny.lower(plain, BOTH)  # a restored model is as good as new
@@ -458,28 +471,66 @@ def huge(header: dict[str, Any]) -> None:
 
 
 TAMPER: dict[str, tuple[Callable[[File], Any], str]] = {
-    "channel past the end": (lambda f: f.set("channels", channels_with(f, 44)), r"is \(36, 44\) here; the file has channels up to 44"),
-    "channel far past the end": (lambda f: f.set("channels", channels_with(f, 2**62)), r"the file has channels up to \d{15,}"),
-    "negative channel": (lambda f: f.set("channels", channels_with(f, -1)), "channels must be distinct and not negative"),
-    "duplicate channel": (lambda f: f.set("channels", channels_with(f, int(f.get("channels")[1]))), "channels must be distinct"),
-    "channels as int32": (lambda f: f.set("channels", f.get("channels").int()), "channels are torch.int32, expected int64"),
-    "channels as floats": (lambda f: f.set("channels", f.get("channels").float()), "channels are torch.float32, expected int64"),
+    "channel past the end": (
+        lambda f: f.set("channels", channels_with(f, 44)),
+        r"is \(36, 44\) here; the file has channels up to 44",
+    ),
+    "channel far past the end": (
+        lambda f: f.set("channels", channels_with(f, 2**62)),
+        r"the file has channels up to \d{15,}",
+    ),
+    "negative channel": (
+        lambda f: f.set("channels", channels_with(f, -1)),
+        "channels must be distinct and not negative",
+    ),
+    "duplicate channel": (
+        lambda f: f.set("channels", channels_with(f, int(f.get("channels")[1]))),
+        "channels must be distinct",
+    ),
+    "channels as int32": (
+        lambda f: f.set("channels", f.get("channels").int()),
+        "channels are torch.int32, expected int64",
+    ),
+    "channels as floats": (
+        lambda f: f.set("channels", f.get("channels").float()),
+        "channels are torch.float32, expected int64",
+    ),
     "channels in two dimensions": (
-        lambda f: f.set("channels", f.get("channels")[None]), "the tensors have other shapes than the document says"
+        lambda f: f.set("channels", f.get("channels")[None]),
+        "the tensors have other shapes than the document says",
     ),
     "no channels": (
-        lambda f: (f.set("channels", f.get("channels")[:0]), f.set("delta", f.get("delta")[:, :0])), "channels must be distinct"
+        lambda f: (f.set("channels", f.get("channels")[:0]), f.set("delta", f.get("delta")[:, :0])),
+        "channels must be distinct",
     ),
-    "values as integers": (lambda f: f.set("delta", f.get("delta").int()), "values are torch.int32, expected a floating type"),
-    "values as booleans": (lambda f: f.set("delta", f.get("delta") > 0), "values are torch.bool, expected a floating type"),
-    "values as complex": (lambda f: f.set("delta", f.get("delta").to(torch.complex64)), "values are torch.complex64|damaged"),
-    "values in 8 bits": (lambda f: f.set("delta", f.get("delta").to(torch.float8_e4m3fn)), "values are torch.float8_e4m3fn"),
+    "values as integers": (
+        lambda f: f.set("delta", f.get("delta").int()),
+        "values are torch.int32, expected a floating type",
+    ),
+    "values as booleans": (
+        lambda f: f.set("delta", f.get("delta") > 0),
+        "values are torch.bool, expected a floating type",
+    ),
+    "values as complex": (
+        lambda f: f.set("delta", f.get("delta").to(torch.complex64)),
+        "values are torch.complex64|damaged",
+    ),
+    "values in 8 bits": (
+        lambda f: f.set("delta", f.get("delta").to(torch.float8_e4m3fn)),
+        "values are torch.float8_e4m3fn",
+    ),
     "NaN": (lambda f: f.set("delta", f.get("delta") * float("nan")), "values are not finite"),
     "infinity": (lambda f: f.set("delta", f.get("delta") / 0.0), "values are not finite"),
-    "fewer values than channels": (lambda f: f.set("delta", f.get("delta")[:, 1:]), r"values \(36, 3\) do not fit 4 channels"),
+    "fewer values than channels": (
+        lambda f: f.set("delta", f.get("delta")[:, 1:]),
+        r"values \(36, 3\) do not fit 4 channels",
+    ),
     "values of another width": (lambda f: f.set("delta", f.get("delta")[1:]), r"is \(36, 44\) here"),
     "values in three dimensions": (lambda f: f.set("delta", f.get("delta")[None]), "do not fit 4 channels"),
-    "document says another shape": (lambda f: f.set("delta", f.get("delta")[:, 1:], fix=False), "other shapes than the document says"),
+    "document says another shape": (
+        lambda f: f.set("delta", f.get("delta")[:, 1:], fix=False),
+        "other shapes than the document says",
+    ),
     "missing tensor": (lambda f: f.tensors.pop(f"{PARAM}::column::delta"), "tensor '.*::delta' is missing"),
     "extra tensor": (lambda f: f.tensors.update(surprise=torch.zeros(3)), "unexpected tensor 'surprise'"),
     "path as tensor name": (lambda f: f.tensors.update({"../../etc/passwd": torch.zeros(3)}), "unexpected tensor"),
@@ -493,7 +544,13 @@ TAMPER: dict[str, tuple[Callable[[File], Any], str]] = {
     "row instead of column": (
         lambda f: (
             f.entry().update(kind="row"),
-            f.tensors.update({k.replace("column", "row"): f.tensors.pop(k) for k in list(f.tensors) if k.startswith(f"{PARAM}::column")}),
+            f.tensors.update(
+                {
+                    k.replace("column", "row"): f.tensors.pop(k)
+                    for k in list(f.tensors)
+                    if k.startswith(f"{PARAM}::column")
+                }
+            ),
         ),
         "do not fit 4 channels",
     ),
@@ -505,7 +562,10 @@ TAMPER: dict[str, tuple[Callable[[File], Any], str]] = {
     "dunder as parameter": (lambda f: f.rename("__class__.__init__"), "the model has no parameter"),
     "our own block as parameter": (lambda f: f.rename(PARAM + "_slice"), "the model has no parameter"),
     "a vector as parameter": (lambda f: f.rename("model.norm.weight"), "has 1 dimensions here, expected 2"),
-    "foreign base": (lambda f: f.document["bases"].update({PARAM: "0" * 64}), "not the base that the adapter was trained on"),
+    "foreign base": (
+        lambda f: f.document["bases"].update({PARAM: "0" * 64}),
+        "not the base that the adapter was trained on",
+    ),
     "base without a hash": (lambda f: f.document["bases"].pop(PARAM), "not the base that the adapter was trained on"),
     "bases is a list": (lambda f: f.document.update(bases=[]), "'bases' must map parameters to hashes"),
     "entries is an object": (lambda f: f.document.update(entries={}), "'entries' must be a list of objects"),
@@ -517,7 +577,10 @@ TAMPER: dict[str, tuple[Callable[[File], Any], str]] = {
     "no metadata": (lambda f: setattr(f, "metadata", {}), "not written by sparsify"),
     "metadata that is no JSON": (lambda f: setattr(f, "metadata", {"sparsify": "{"}), "its metadata is not JSON"),
     "metadata that is a list": (lambda f: setattr(f, "metadata", {"sparsify": "[]"}), "not a sparsify adapter"),
-    "metadata nested without end": (lambda f: setattr(f, "metadata", {"sparsify": "[" * 100_000}), "its metadata is not JSON"),
+    "metadata nested without end": (
+        lambda f: setattr(f, "metadata", {"sparsify": "[" * 100_000}),
+        "its metadata is not JSON",
+    ),
 }
 RAW: dict[str, tuple[Callable[[File], Any], str]] = {
     "truncated": (lambda f: raw_write(f, lambda b: b[: len(b) // 2]), "damaged or not a safetensors file"),
@@ -525,15 +588,23 @@ RAW: dict[str, tuple[Callable[[File], Any], str]] = {
     "empty": (lambda f: raw_write(f, lambda b: b""), "damaged or not a safetensors file"),
     "random bytes": (lambda f: raw_write(f, lambda b: b"\x93" * 300), "damaged or not a safetensors file"),
     "pickle": (lambda f: torch.save(f.tensors, f.directory / files.TENSORS), "damaged or not a safetensors file"),
-    "header longer than the file": (lambda f: raw_write(f, lambda b: struct.pack("<Q", 2**60) + b[8:]), "damaged or not"),
+    "header longer than the file": (
+        lambda f: raw_write(f, lambda b: struct.pack("<Q", 2**60) + b[8:]),
+        "damaged or not",
+    ),
     "huge shape": (lambda f: rewrite_header(f, huge), "damaged or not a safetensors file"),
     "offsets outside": (
-        lambda f: rewrite_header(f, lambda h: h[f"{PARAM}::column::delta"].update(data_offsets=[0, 2**50])), "damaged or not"
+        lambda f: rewrite_header(f, lambda h: h[f"{PARAM}::column::delta"].update(data_offsets=[0, 2**50])),
+        "damaged or not",
     ),
     "a directory instead of the file": (
-        lambda f: ((f.directory / files.TENSORS).unlink(), (f.directory / files.TENSORS).mkdir()), "no adapter.safetensors there"
+        lambda f: ((f.directory / files.TENSORS).unlink(), (f.directory / files.TENSORS).mkdir()),
+        "no adapter.safetensors there",
     ),
-    "nothing there": (lambda f: (f.directory / files.TENSORS).unlink(), "no adapter.safetensors there; is it an adapter"),
+    "nothing there": (
+        lambda f: (f.directory / files.TENSORS).unlink(),
+        "no adapter.safetensors there; is it an adapter",
+    ),
 }
 
 
@@ -644,7 +715,9 @@ def test_fully_trained_parameter_needs_the_same_plan(tmp_path):
     tiny.disturb(host)
     host.sparsify.save_adapter(tmp_path)
     plain = tiny.lower(tiny.build(name), S2FT(structure="attention", units=1))
-    with pytest.raises(AdapterError, match=r"classifier.bias trained in full there; compile with Plan\(train=\['classifier'\]\)"):
+    with pytest.raises(
+        AdapterError, match=r"classifier.bias trained in full there; compile with Plan\(train=\['classifier'\]\)"
+    ):
         plain.sparsify.load_adapter(tmp_path)
     again = tiny.lower(tiny.build(name), S2FT(structure="attention", units=1), train=["classifier"])
     again.sparsify.load_adapter(tmp_path, "a")

@@ -64,7 +64,9 @@ def test_plain_modules_take_an_example_of_any_form():
 
 
 def test_plain_module_without_an_example_is_told_what_to_pass():
-    with pytest.raises(CaptureError, match=r"^Mlp is not a Hugging Face model: pass example=… \(a batch as a mapping, or a tuple"):
+    with pytest.raises(
+        CaptureError, match=r"^Mlp is not a Hugging Face model: pass example=… \(a batch as a mapping, or a tuple"
+    ):
         capture(tiny.Mlp())
     with pytest.raises(CaptureError, match="example: expected a mapping, a tuple, or a tensor, got int"):
         capture(tiny.Mlp(), 3)
@@ -137,7 +139,10 @@ def test_data_dependent_control_flow_names_the_line_and_the_way_out():
     line = next(i for i, row in enumerate(rows, 1) if row.strip().startswith("if h.sum() > 0:"))
     assert text.startswith("in stage 'capture': Branching could not be traced")
     assert f"test_capture.py:{line}, in forward: `if h.sum() > 0:" in text
-    assert "try: the code branches on the values of a tensor: branch on shapes or config instead, or use torch.where" in text
+    assert (
+        "try: the code branches on the values of a tensor: branch on shapes or config instead, or use torch.where"
+        in text
+    )
 
 
 class Broken(nn.Module):
@@ -160,7 +165,10 @@ def test_other_failures_name_the_line_too():
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (nn.DataParallel(nn.Linear(3, 3)), "DataParallel wraps the model: call sparsify.compile on the model first, then wrap"),
+        (
+            nn.DataParallel(nn.Linear(3, 3)),
+            "DataParallel wraps the model: call sparsify.compile on the model first, then wrap",
+        ),
         ("model", "expected a torch.nn.Module, got str"),
     ],
     ids=["DataParallel", "text"],
@@ -218,7 +226,9 @@ def test_tied_embeddings_stay_tied():
     for name in ("GPT-2", "T5 (gated)"):
         model = tiny.build(name)
         host = tiny.lower(model, S2FT(units=1))
-        owners = [n for n, p in host.named_parameters(remove_duplicate=False) if p is host.get_input_embeddings().weight]
+        owners = [
+            n for n, p in host.named_parameters(remove_duplicate=False) if p is host.get_input_embeddings().weight
+        ]
         assert len(owners) == len(
             [n for n, p in model.named_parameters(remove_duplicate=False) if p is model.get_input_embeddings().weight]
         )

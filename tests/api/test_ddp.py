@@ -57,7 +57,9 @@ def worker(rank: int, store: str, results: str) -> None:
         refusal = ""
     except CaptureError as error:
         refusal = str(error)
-    torch.save({"choices": choices, "grads": grads, "state": host.state_dict(), "refusal": refusal}, f"{results}/{rank}.pt")
+    torch.save(
+        {"choices": choices, "grads": grads, "state": host.state_dict(), "refusal": refusal}, f"{results}/{rank}.pt"
+    )
     dist.destroy_process_group()
 
 

@@ -49,7 +49,11 @@ def test_import_is_lean():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     baseline = subprocess.run(
-        [sys.executable, "-c", code.replace("sparsify; ", "torch; ")], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", code.replace("sparsify; ", "torch; ")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
     )
     assert done.stdout == baseline.stdout
 
@@ -88,7 +92,9 @@ class Norm(nn.Linear):
 def test_a_linear_with_a_forward_of_its_own_is_refused_by_name():
     model = tiny.Mlp()
     model.layers[0]["down"].__class__ = Norm
-    with pytest.raises(RefusedError, match=r"layers\.0\.down\.weight: its module is a Norm, whose own forward would be lost"):
+    with pytest.raises(
+        RefusedError, match=r"layers\.0\.down\.weight: its module is a Norm, whose own forward would be lost"
+    ):
         tiny.lower(model, S2FT(match="layers.0.down", units=2), example=torch.randn(3, 12))
 
 

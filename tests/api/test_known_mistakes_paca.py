@@ -1,4 +1,4 @@
-"""One test for every mistake of the authors' PaCA code (METHODS.md, "Known mistakes" of PaCA)."""
+"""One test for every mistake of the authors' PaCA code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One regression test for each mistake that METHODS.md lists under S2FT, named after it."""
+"""One regression test for each mistake of the authors' S2FT code, named after it."""
 
 from __future__ import annotations
 
@@ -169,7 +169,12 @@ def test_unfuse_outside_no_grad():
     _, host = None, tiny.lower(tiny.llama(), BOTH)
     tiny.disturb(host)
     with torch.enable_grad():
-        for change in (lambda s: s.merge(), lambda s: s.unmerge(), lambda s: s.set_adapter(None), lambda s: s.set_adapter("default")):
+        for change in (
+            lambda s: s.merge(),
+            lambda s: s.unmerge(),
+            lambda s: s.set_adapter(None),
+            lambda s: s.set_adapter("default"),
+        ):
             change(host.sparsify)
             assert all(p.grad_fn is None and p.is_leaf for p in host.parameters())
     tiny.train(host)

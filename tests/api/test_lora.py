@@ -44,7 +44,11 @@ def test_scale(fields, scale):
 
 
 def test_wrong_settings_are_refused():
-    for fields, words in (({"rank": 0}, "out of range"), ({"dropout": 1.0}, "dropout"), ({"rank": {"*": 0}}, "out of range")):
+    for fields, words in (
+        ({"rank": 0}, "out of range"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"rank": {"*": 0}}, "out of range"),
+    ):
         with pytest.raises(PlanError, match=words):
             LoRA(**fields)
     with pytest.raises(PlanError, match=r"no pattern of rank names"):
@@ -82,7 +86,9 @@ def test_what_we_write_peft_reads(case, name, tmp_path):
 def peft_model(name: str, directory: Any, **fields: Any) -> nn.Module:
     torch.manual_seed(3)
     settings = {"r": 3, "lora_alpha": 5, "target_modules": "all-linear", "fan_in_fan_out": name == "GPT-2", **fields}
-    model = peft.get_peft_model(copy.deepcopy(model_of(name)), peft.LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
+    model = peft.get_peft_model(
+        copy.deepcopy(model_of(name)), peft.LoraConfig(task_type="CAUSAL_LM", **settings)
+    ).eval()
     with torch.no_grad():
         for n, p in model.named_parameters():
             if "lora_B" in n:
@@ -153,7 +159,10 @@ def test_what_is_no_plain_low_rank_change_is_refused(tmp_path):
     save_file({k.replace("q_proj", "z_proj"): v for k, v in tensors.items()}, directory / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match="no module"):
         host.sparsify.load_adapter(directory)
-    save_file({k: v[:, :-1].contiguous() if "lora_A" in k else v for k, v in tensors.items()}, directory / "adapter_model.safetensors")
+    save_file(
+        {k: v[:, :-1].contiguous() if "lora_A" in k else v for k, v in tensors.items()},
+        directory / "adapter_model.safetensors",
+    )
     with pytest.raises(AdapterError, match=r"factors make"):
         host.sparsify.load_adapter(directory)
     (directory / "adapter_model.safetensors").write_bytes(b"not a safetensors file")

@@ -52,7 +52,9 @@ def test_rules_for_different_modules_stand_side_by_side():
 def test_a_weight_rule_and_a_training_rule_meet_on_one_module():
     host = compiled(*PACKED)
     assert owners(host) == owners(compiled(*EVERYTHING))
-    formats = {p.removeprefix("model.layers.").removesuffix(".weight"): f for p, f in host.sparsify.program.quantize.items()}
+    formats = {
+        p.removeprefix("model.layers.").removesuffix(".weight"): f for p, f in host.sparsify.program.quantize.items()
+    }
     assert formats["0.mlp.gate_proj"] == "int8"  # packed, not trained
     assert formats["1.mlp.down_proj"] == "nf4"
     assert "1.self_attn.o_proj" not in formats
@@ -62,7 +64,10 @@ def test_the_first_rule_that_trains_a_module_keeps_it():
     first = compiled(LoRA(match="*.down_proj", rank=2), PaCA(match="*.mlp.*", rank=3))
     assert {r for n, r in owners(first).items() if "down" in n} == {0} or owners(first)["0.mlp.down_proj"] == {0}
     assert owners(first)["0.mlp.up_proj"] == {1}
-    with pytest.raises(PlanError, match=r"rule 1, PaCA\(match='\*\.down_proj'.*serves nothing: rule 0 already has model.*one rule that trains"):
+    with pytest.raises(
+        PlanError,
+        match=r"rule 1, PaCA\(match='\*\.down_proj'.*serves nothing: rule 0 already has model.*one rule that trains",
+    ):
         tiny.lower(model_of(), LoRA(match="*.mlp.*", rank=2), PaCA(match="*.down_proj", rank=3))
     with pytest.raises(PlanError, match=r"rule 1, S2FT\(.*matches nothing that is still free"):
         tiny.lower(model_of(), PaCA(match="*.mlp.*", rank=2), S2FT(structure="ffn", units=3))
@@ -70,7 +75,11 @@ def test_the_first_rule_that_trains_a_module_keeps_it():
         tiny.lower(model_of(), S2FT(structure="ffn", units=3), RoSA(match="*.down_proj", rank=2, density=0.0))
 
 
-@pytest.mark.parametrize("rule", [PaCA(match="*.donw_proj"), LoRA(match="*.donw_proj"), RoSA(match="*.donw_proj"), Quantize(match="*.donw_proj")], ids=lambda r: type(r).__name__)
+@pytest.mark.parametrize(
+    "rule",
+    [PaCA(match="*.donw_proj"), LoRA(match="*.donw_proj"), RoSA(match="*.donw_proj"), Quantize(match="*.donw_proj")],
+    ids=lambda r: type(r).__name__,
+)
 def test_a_rule_that_matches_nothing_names_the_nearest(rule):
     with pytest.raises(PlanError, match=r"matches no linear; did you mean .*down_proj|matches no linear; known are"):
         tiny.lower(model_of(), rule)
@@ -116,7 +125,11 @@ def test_every_part_gets_the_masked_dense_gradient(name):
     if name == "Llama":
         rules = EVERYTHING
     else:
-        rules = (S2FT(structure="ffn", match="*.0.*", units=5), PaCA(match="*.h.1.*", rank=4), RoSA(rank=2, density=0.03))
+        rules = (
+            S2FT(structure="ffn", match="*.0.*", units=5),
+            PaCA(match="*.h.1.*", rank=4),
+            RoSA(rank=2, density=0.03),
+        )
     host = compiled(*rules, name=name, dtype=torch.float64)
     tiny.disturb(host)
     x, lr = tiny.tokens(), 1e-3
@@ -138,7 +151,9 @@ def test_every_part_gets_the_masked_dense_gradient(name):
             a, b = old[param, kind].a, old[param, kind].values
             da, db = delta.scale * b.t() @ dw, delta.scale * dw @ a.t()
             torch.testing.assert_close(delta.a - a, -lr * da, rtol=1e-2, atol=1e-6 + 1e-3 * lr * float(da.abs().max()))
-            torch.testing.assert_close(delta.values - b, -lr * db, rtol=1e-2, atol=1e-6 + 1e-3 * lr * float(db.abs().max()))
+            torch.testing.assert_close(
+                delta.values - b, -lr * db, rtol=1e-2, atol=1e-6 + 1e-3 * lr * float(db.abs().max())
+            )
             continue
         if (param, "lora") in new:
             continue  # the product of the factors moved, too; checked by the next test
@@ -318,7 +333,11 @@ def test_the_program_computes_what_the_host_does():
         example = host.sparsify.program.example[1]
         torch.testing.assert_close(host.sparsify.program(**example).logits, host(**example).logits)
         text = str(host.sparsify.program)
-        for word in ("sparse_lowrank_linear", "partial_linear_at", "partial_linear") if rules is EVERYTHING else ("quantized_linear",):
+        for word in (
+            ("sparse_lowrank_linear", "partial_linear_at", "partial_linear")
+            if rules is EVERYTHING
+            else ("quantized_linear",)
+        ):
             assert word in text
 
 
@@ -340,7 +359,13 @@ def test_deepcopies_and_reports_of_a_mix():
 
 def test_weights_that_are_not_contiguous_in_memory():
     """A transposed parameter is legal; supports are flat positions, so our copy of the weight must be laid out in rows."""
-    for rule in (RoSA(rank=2, density=0.1), RoSA(rank=2, density=0.1, mask="random"), PaCA(rank=3), Quantize(format="int8"), LoRA(rank=2)):
+    for rule in (
+        RoSA(rank=2, density=0.1),
+        RoSA(rank=2, density=0.1, mask="random"),
+        PaCA(rank=3),
+        Quantize(format="int8"),
+        LoRA(rank=2),
+    ):
         model = tiny.Mlp()
         for layer in model.layers:
             layer["up"].weight = nn.Parameter(torch.randn(12, 20).t())
@@ -361,7 +386,9 @@ def test_every_family_takes_every_method():
         model = tiny.build(name)
         inputs = tiny.inputs_of(model, name)
         expected = tiny.output_of(model(**inputs))
-        host = tiny.lower(model, PaCA(match="*0.*", rank=3), RoSA(rank=2, density=0.02, mask="magnitude"), check="numeric")
+        host = tiny.lower(
+            model, PaCA(match="*0.*", rank=3), RoSA(rank=2, density=0.02, mask="magnitude"), check="numeric"
+        )
         assert {type(t).__name__ for t in (*host.sparsify.program.slices, *host.sparsify.program.lowranks)} == {
             "TrainedSlice",
             "SparseLowRank",

@@ -186,7 +186,9 @@ def test_before_the_first_step_the_model_is_the_base(name, dtype):
         if not permute:
             assert torch.equal(logits(host), logits(base))
         else:
-            torch.testing.assert_close(logits(host), logits(base), atol=0.05 if dtype != torch.float32 else 1e-4, rtol=0)
+            torch.testing.assert_close(
+                logits(host), logits(base), atol=0.05 if dtype != torch.float32 else 1e-4, rtol=0
+            )
 
 
 @pytest.mark.parametrize("name", ["Llama", "GPT-2"])

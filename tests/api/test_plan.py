@@ -27,11 +27,17 @@ def exactly(text: str) -> str:
 
 WRONG_RULES = [
     ({}, "S2FT: give either fraction=… (share of parameters) or units=… (heads or channels), not both"),
-    ({"fraction": 0.1, "units": 2}, "S2FT: give either fraction=… (share of parameters) or units=… (heads or channels), not both"),
+    (
+        {"fraction": 0.1, "units": 2},
+        "S2FT: give either fraction=… (share of parameters) or units=… (heads or channels), not both",
+    ),
     ({"fraction": 0.0}, "S2FT(fraction=0.0): a fraction 0 < fraction ≤ 1 is needed"),
     ({"fraction": 1.5}, "S2FT(fraction=1.5): a fraction 0 < fraction ≤ 1 is needed"),
     ({"fraction": -0.1}, "S2FT(fraction=-0.1): a fraction 0 < fraction ≤ 1 is needed"),
-    ({"units": 1, "producer_fraction": 2.0}, "S2FT(producer_fraction=2.0): a fraction 0 ≤ producer_fraction ≤ 1 is needed"),
+    (
+        {"units": 1, "producer_fraction": 2.0},
+        "S2FT(producer_fraction=2.0): a fraction 0 ≤ producer_fraction ≤ 1 is needed",
+    ),
     ({"units": 0}, "S2FT(units=0): at least one unit must train"),
     ({"units": 1.5}, "S2FT(units=1.5): expected int or NoneType"),
     ({"units": True}, "S2FT(units=True): expected int or NoneType"),
@@ -101,7 +107,8 @@ def test_plans_are_frozen_values():
 rules = st.builds(
     lambda size, **fields: S2FT(**size, **fields),
     size=st.one_of(
-        st.floats(0, 1, exclude_min=True).map(lambda f: {"fraction": f}), st.integers(1, 10**6).map(lambda u: {"units": u})
+        st.floats(0, 1, exclude_min=True).map(lambda f: {"fraction": f}),
+        st.integers(1, 10**6).map(lambda u: {"units": u}),
     ),
     match=st.text(min_size=1, max_size=12),
     structure=st.sampled_from(["ffn", "attention", "both"]),
@@ -133,7 +140,10 @@ WRONG_JSON = [
     ('{"rules": [3]}', 'rules[0]: expected an object with a "rule" name, got 3'),
     ('{"rules": [{"match": "*"}]}', 'rules[0]: expected an object with a "rule" name'),
     ('{"rules": [{"rule": "S2F"}]}', "rules[0]: unknown rule 'S2F'; did you mean 'S2FT'"),
-    ('{"rules": [{"rule": "S2FT", "fractoin": 0.1}]}', "rules[0] (S2FT): unknown field 'fractoin'; did you mean 'fraction'"),
+    (
+        '{"rules": [{"rule": "S2FT", "fractoin": 0.1}]}',
+        "rules[0] (S2FT): unknown field 'fractoin'; did you mean 'fraction'",
+    ),
     ('{"rules": [{"rule": "S2FT", "units": "2"}]}', "S2FT(units='2'): expected int or NoneType"),
     ('{"rules": [{"rule": "S2FT", "units": 2}], "sed": 1}', "plan: unknown field 'sed'; did you mean 'seed'"),
     ('{"rules": []}', "Plan: no rules, so nothing would train"),
@@ -175,11 +185,17 @@ def test_the_first_rule_that_matches_wins():
         "model.layers.0.mlp.down_proj.weight": 5,
         "model.layers.1.mlp.down_proj.weight": 3,
     }
-    assert {c.structure: c.rule for c in host.sparsify.program.choices} == {"model.layers.0.mlp": 0, "model.layers.1.mlp": 1}
+    assert {c.structure: c.rule for c in host.sparsify.program.choices} == {
+        "model.layers.0.mlp": 0,
+        "model.layers.1.mlp": 1,
+    }
 
 
 def test_a_rule_whose_matches_are_all_taken_is_an_error():
-    with pytest.raises(PlanError, match=r"rule 1, S2FT\(match='\*\.0\.\*', structure='ffn', units=3\), matches nothing that is still free"):
+    with pytest.raises(
+        PlanError,
+        match=r"rule 1, S2FT\(match='\*\.0\.\*', structure='ffn', units=3\), matches nothing that is still free",
+    ):
         tiny.lower(tiny.llama(), S2FT(structure="ffn", units=5), S2FT(match="*.0.*", structure="ffn", units=3))
 
 
@@ -211,7 +227,9 @@ def test_declined_attention_that_is_named_raises_with_the_reason():
 
 def test_data_driven_selection_without_batches_is_an_error():
     for select in ("activation", "product", "gradient"):
-        with pytest.raises(PlanError, match=rf"rule 0, select='{select}', needs calibration batches: sparsify.compile\(…, calibration"):
+        with pytest.raises(
+            PlanError, match=rf"rule 0, select='{select}', needs calibration batches: sparsify.compile\(…, calibration"
+        ):
             tiny.lower(tiny.llama(), S2FT(units=1, select=select))
 
 
@@ -245,7 +263,9 @@ def drop_a_move(program: Any) -> Any:
 def test_numeric_check_names_the_pass_that_drifted(monkeypatch):
     sabotage(monkeypatch, "permute-weights", drop_a_move)
     tiny.lower(tiny.llama(), S2FT(units=3))  # unchecked, the mistake goes through
-    with pytest.raises(VerifyError, match=r"(?s)^in pass 'permute-weights' \(\d/\d+\): output 0 drifted by .*rounding explains"):
+    with pytest.raises(
+        VerifyError, match=r"(?s)^in pass 'permute-weights' \(\d/\d+\): output 0 drifted by .*rounding explains"
+    ):
         tiny.lower(tiny.llama(), S2FT(units=3), check="numeric")
 
 
@@ -262,7 +282,9 @@ def test_grammar_names_the_pass_and_prints_the_program(monkeypatch):
         return program
 
     sabotage(monkeypatch, "permute-weights", spoil)
-    with pytest.raises(VerifyError, match=r"(?s)^in pass 'permute-weights' \(\d/\d+\): the graph's inputs .*LlamaForCausalLM"):
+    with pytest.raises(
+        VerifyError, match=r"(?s)^in pass 'permute-weights' \(\d/\d+\): the graph's inputs .*LlamaForCausalLM"
+    ):
         tiny.lower(tiny.llama(), S2FT(units=3))
 
 

@@ -62,7 +62,9 @@ def test_no_dense_weight_is_left_and_the_bytes_are_reported(format):
         assert packings[param].dense_bytes == module.shape.numel() * 4
         assert 0 < packings[param].error < 0.15
         dense, stored = dense + module.shape.numel() * 4, stored + bytes_here
-    assert stored < (0.7 if format == "nf4" else 0.4) * dense  # NF4's tables weigh 1 KiB, which is much on weights this small
+    assert (
+        stored < (0.7 if format == "nf4" else 0.4) * dense
+    )  # NF4's tables weigh 1 KiB, which is much on weights this small
     assert "weights packed" in str(host.sparsify.report)
     trainable, total = host.sparsify.count_parameters()
     assert (trainable, total) == (0, sum(p.numel() for p in model_of().parameters()))
@@ -74,7 +76,9 @@ def test_every_method_trains_on_top_of_every_format(method, format, tmp_path):
     host = compiled(Quantize(format=format), METHODS[method])
     base = logits(host)
     packed = {n: b.clone() for n, b in host.named_buffers() if "packed_" in n}
-    assert (base - logits(compiled(Quantize(format=format)))).abs().max() < (0.05 if method in ("s2ft", "paca") else 1e-4)
+    assert (base - logits(compiled(Quantize(format=format)))).abs().max() < (
+        0.05 if method in ("s2ft", "paca") else 1e-4
+    )
     assert all(p.dtype == torch.float32 for p in tiny.trainable(host))
     losses = tiny.train(host, steps=4)
     assert losses[-1] < losses[0]
@@ -91,7 +95,9 @@ def test_every_method_trains_on_top_of_every_format(method, format, tmp_path):
     torch.testing.assert_close(logits(fresh), trained, atol=1e-5, rtol=1e-4)
     mix = fresh.sparsify.set_adapter({"z": 0.5, "default": 0.5})
     assert not mix.trainable
-    torch.testing.assert_close(methods.plain_with(fresh)(tiny.tokens()).logits, fresh(tiny.tokens()).logits, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        methods.plain_with(fresh)(tiny.tokens()).logits, fresh(tiny.tokens()).logits, atol=1e-3, rtol=1e-3
+    )
 
 
 @pytest.mark.parametrize("method", list(METHODS))
@@ -156,7 +162,9 @@ def step_peak(layers: int) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as recorded:
         step()
     live = top = 0
-    for event in sorted((e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+    for event in sorted(
+        (e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
+    ):
         live += event.nbytes()
         top = max(top, live)
     return top
@@ -175,7 +183,9 @@ def test_merge_says_by_how_much_it_moves_and_unmerge_is_exact(method, format):
     host = compiled(Quantize(format=format), METHODS[method])
     tiny.disturb(host, scale=0.1)
     expected = logits(host)
-    with pytest.warns(UserWarning, match=r"14 packed weights were quantised again; a weight moves by up to \d+\.\d+% .*outputs by"):
+    with pytest.warns(
+        UserWarning, match=r"14 packed weights were quantised again; a weight moves by up to \d+\.\d+% .*outputs by"
+    ):
         host.sparsify.merge()
     note = host.sparsify.merge_note
     assert note is not None
@@ -190,7 +200,9 @@ def test_merge_says_by_how_much_it_moves_and_unmerge_is_exact(method, format):
 
 
 def test_restore_refuses_and_says_where_the_base_is():
-    with pytest.raises(SparsifyError, match="packed by Quantize and its dense bits are not kept; the model that was passed"):
+    with pytest.raises(
+        SparsifyError, match="packed by Quantize and its dense bits are not kept; the model that was passed"
+    ):
         compiled(Quantize(), PaCA(rank=4)).sparsify.restore()
     with pytest.raises(AdapterError, match="would write the packed base as if it were dense|sparse part"):
         host = compiled(Quantize(), METHODS["rosa"])
@@ -228,7 +240,10 @@ def test_a_packed_base_refuses_an_adapter_of_other_entries(tmp_path):
     other = compiled(Quantize(format="int8"), PaCA(rank=4), seed=2)
     base = logits(other)
     other.sparsify.load_adapter(tmp_path, "z")
-    with pytest.raises(AdapterError, match=r"changes other entries of .* and the base is packed \(int8\); compile with the adapter's own"):
+    with pytest.raises(
+        AdapterError,
+        match=r"changes other entries of .* and the base is packed \(int8\); compile with the adapter's own",
+    ):
         other.sparsify.set_adapter("z")
     assert torch.equal(logits(other), base)
 
@@ -283,7 +298,9 @@ def test_save_pretrained_writes_the_model_that_it_computes_with(tmp_path):
 
 
 def test_the_first_quantize_rule_wins_and_excluded_modules_stay_dense():
-    host = compiled(Quantize(match="*.down_proj", format="int8"), Quantize(match="*.mlp.*", format="nf4", exclude=("*.up_proj",)))
+    host = compiled(
+        Quantize(match="*.down_proj", format="int8"), Quantize(match="*.mlp.*", format="nf4", exclude=("*.up_proj",))
+    )
     formats = {p.split(".")[-2]: f for p, f in host.sparsify.program.quantize.items()}
     assert formats == {"down_proj": "int8", "gate_proj": "nf4"}
     with pytest.raises(PlanError, match=r"rule 1, Quantize\(match='\*\.down_proj'.*serves nothing"):

@@ -197,7 +197,9 @@ def test_function_is_the_base_plus_sparse_plus_scaled_product(name):
     torch.testing.assert_close(logits(plain_with(host, name), name), logits(host, name), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("rslora", "alpha", "scale"), [(False, None, 1.0), (False, 8.0, 2.0), (True, None, 2.0), (True, 8.0, 4.0)])
+@pytest.mark.parametrize(
+    ("rslora", "alpha", "scale"), [(False, None, 1.0), (False, 8.0, 2.0), (True, None, 2.0), (True, 8.0, 4.0)]
+)
 def test_scale(rslora, alpha, scale):
     assert RoSA(rank=4, alpha=alpha, rslora=rslora).scale(4) == scale
     host = compiled(RoSA(rank=4, alpha=alpha, rslora=rslora, density=0.0))
@@ -228,7 +230,9 @@ def test_dropout_acts_on_the_low_rank_branch_only_and_in_training_only():
     torch.manual_seed(5)
     dropped = torch.nn.functional.dropout(x, 0.5)
     values, index, a, b = layer.parts()
-    sparse = torch.ops.sparsify.sparse_lowrank_linear(x, layer.weight, layer.bias, values, index, None, None, 1.0, False)
+    sparse = torch.ops.sparsify.sparse_lowrank_linear(
+        x, layer.weight, layer.bias, values, index, None, None, 1.0, False
+    )
     torch.testing.assert_close(found, sparse + layer.scale * dropped @ a.t() @ b.t())
     assert not torch.allclose(found, eager)
     found.sum().backward()
@@ -340,7 +344,11 @@ def test_weighted_mix_adds_the_changes_and_names_overlaps(tmp_path):
         hosts[-1].sparsify.save_adapter(tmp_path / str(seed))
     changes = [methods.deltas(h) for h in hosts]
     before = model_of().state_dict()
-    for server in (compiled(RANDOM, seed=2), compiled(PaCA(rank=4)), compiled(RoSA(rank=0, density=0.04, mask="random"))):
+    for server in (
+        compiled(RANDOM, seed=2),
+        compiled(PaCA(rank=4)),
+        compiled(RoSA(rank=0, density=0.04, mask="random")),
+    ):
         base = logits(server)
         for i in (0, 1):
             server.sparsify.load_adapter(tmp_path / str(i), str(i))

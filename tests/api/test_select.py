@@ -55,7 +55,9 @@ def reference(model: nn.Module, method: str, weight: str, channels: Tensor) -> T
     norms = {
         "weight": torch.stack([w[:, c].double().norm() for c in channels]),
         "activation": torch.stack([torch.cat(xs)[:, c].double().square().sum(1).mean().sqrt() for c in channels]),
-        "gradient": torch.stack([torch.stack([g[:, c].double().norm() for g in gs]).square().mean().sqrt() for c in channels]),
+        "gradient": torch.stack(
+            [torch.stack([g[:, c].double().norm() for g in gs]).square().mean().sqrt() for c in channels]
+        ),
     }
     norms["product"] = norms["weight"] * norms["activation"]
     return norms[method]
@@ -77,7 +79,10 @@ def test_selection_equals_a_straightforward_computation(family, method, largest)
         expected = score.topk(7, largest=largest).indices
         assert set(choice.consumers) == set(expected.tolist())
         torch.testing.assert_close(
-            torch.tensor(choice.scores, dtype=torch.float64), score[torch.tensor(choice.consumers)], rtol=1e-4, atol=1e-9
+            torch.tensor(choice.scores, dtype=torch.float64),
+            score[torch.tensor(choice.consumers)],
+            rtol=1e-4,
+            atol=1e-9,
         )
 
 
@@ -110,12 +115,16 @@ def test_padding_does_not_count():
     short = batches()
     noisy = [dict(b) for b in short]
     for batch in noisy:
-        batch["input_ids"] = torch.where(batch["attention_mask"].bool(), batch["input_ids"], torch.full_like(batch["input_ids"], 50))
+        batch["input_ids"] = torch.where(
+            batch["attention_mask"].bool(), batch["input_ids"], torch.full_like(batch["input_ids"], 50)
+        )
     name = "model.layers.0.mlp.down_proj"
     squares = [input_squares(model, {name: model.get_submodule(name)}, b, progress=False)[name] for b in (short, noisy)]
     torch.testing.assert_close(squares[0], squares[1])
     unmasked = [{"input_ids": b["input_ids"]} for b in noisy]
-    assert not torch.allclose(squares[0], input_squares(model, {name: model.get_submodule(name)}, unmasked, progress=False)[name])
+    assert not torch.allclose(
+        squares[0], input_squares(model, {name: model.get_submodule(name)}, unmasked, progress=False)[name]
+    )
 
 
 def test_decoder_padding_is_not_taken_from_the_encoder_mask():
@@ -125,7 +134,9 @@ def test_decoder_padding_is_not_taken_from_the_encoder_mask():
     mask = torch.ones_like(x)
     mask[0, 1:] = 0
     batch = {"input_ids": x, "attention_mask": mask, "decoder_input_ids": tiny.tokens(2, 5, seed=8)}
-    name = next(s.consumers[0].param for s in sparsify.analyse(model).structures if s.kind == "ffn" and "decoder" in s.name)
+    name = next(
+        s.consumers[0].param for s in sparsify.analyse(model).structures if s.kind == "ffn" and "decoder" in s.name
+    )
     module = model.get_submodule(name.removesuffix(".weight"))
     seen: list[Tensor] = []
     hook = module.register_forward_pre_hook(lambda _m, a: seen.append(a[0].detach()))
@@ -157,7 +168,9 @@ def test_every_layer_trains_at_least_one_unit(name):
 
 
 def test_o_and_down_get_equal_parameters_within_one_unit():
-    model = tiny.llama(hidden_size=48, intermediate_size=100, head_dim=2, num_attention_heads=24, num_key_value_heads=24)
+    model = tiny.llama(
+        hidden_size=48, intermediate_size=100, head_dim=2, num_attention_heads=24, num_key_value_heads=24
+    )
     for fraction in (0.05, 0.1, 0.25):
         host = tiny.lower(model, S2FT(fraction=fraction))
         size = {"attention": 0, "ffn": 0}
@@ -170,7 +183,9 @@ def test_o_and_down_get_equal_parameters_within_one_unit():
 
 
 def test_balance_by_units_gives_equal_shares():
-    model = tiny.llama(hidden_size=40, intermediate_size=100, head_dim=2, num_attention_heads=20, num_key_value_heads=20)
+    model = tiny.llama(
+        hidden_size=40, intermediate_size=100, head_dim=2, num_attention_heads=20, num_key_value_heads=20
+    )
     host = tiny.lower(model, S2FT(fraction=0.1, balance="units"))
     assert {len(c.consumers) for c in host.sparsify.program.choices} == {2, 10}
 
@@ -210,7 +225,9 @@ def test_scoring_leaves_gradients_flags_modes_and_hooks_as_they_were(method):
     assert all(torch.equal(p.grad, grads[n]) for n, p in model.named_parameters() if n in grads)
     assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
     assert [m.training for m in model.modules()] == modes
-    assert [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()] == hooks
+    assert [
+        (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()
+    ] == hooks
     tiny.assert_same(tiny.snapshot(model), base)
 
 
@@ -245,7 +262,8 @@ def test_one_dense_gradient_is_alive_at_a_time():
         gc.collect()
         own = {p.data_ptr() for p in model.parameters()}
         found = [
-            t for t in gc.get_objects()
+            t
+            for t in gc.get_objects()
             if type(t) is torch.Tensor and t.numel() == size and t.shape == (36, 44) and t.data_ptr() not in own
         ]
         return len({t.data_ptr() for t in found})

@@ -108,7 +108,10 @@ def test_activation_checkpointing_gives_the_same_losses(reentrant, uninterrupted
     dtype, _, _, losses = uninterrupted
     if dtype != torch.float32:
         pytest.skip("once is enough")
-    options: dict[str, Any] = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    options: dict[str, Any] = {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},
+    }
     _, found = run(tmp_path, save_strategy="no", **options)
     torch.testing.assert_close(list(found.values()), list(losses.values()), rtol=1e-5, atol=1e-5)
 

@@ -200,7 +200,9 @@ def optimizers() -> list[tuple[str, dict[str, Any]]]:
     return cases
 
 
-@pytest.mark.parametrize(("name", "options"), optimizers(), ids=lambda v: v if isinstance(v, str) else "-".join(v) or "plain")
+@pytest.mark.parametrize(
+    ("name", "options"), optimizers(), ids=lambda v: v if isinstance(v, str) else "-".join(v) or "plain"
+)
 def test_every_optimizer_moves_the_slices_and_nothing_else(name, options):
     example = torch.randn(9, 12)
     model = tiny.Mlp()
@@ -219,7 +221,9 @@ def test_every_optimizer_moves_the_slices_and_nothing_else(name, options):
 
     for _ in range(3):
         optimizer.step(closure)
-    assert all(not torch.equal(a, b) for a, b in zip(blocks, tiny.trainable(host), strict=True)), "every block must move"
+    assert all(not torch.equal(a, b) for a, b in zip(blocks, tiny.trainable(host), strict=True)), (
+        "every block must move"
+    )
     found = tiny.state_of(host)
     for piece in host.sparsify.program.slices:
         channels = torch.tensor(piece.channels)

@@ -289,7 +289,7 @@ DRIVER = r"""
 #include <vector>
 static uint32_t state = 12345;
 static uint32_t next() { state = state * 1664525u + 1013904223u; return state >> 8; }
-static float uniform() { return float(next() % 2001) / 1000.0f - 1.0f; }
+static float uniform() { return float(next() %% 2001) / 1000.0f - 1.0f; }
 int main() {
   sparsify_init(nullptr);
   const int64_t shapes[][2] = {{1, 1}, {3, 64}, {5, 65}, {37, 53}, {66, 131}, {70, 200}};
@@ -304,7 +304,7 @@ int main() {
     for (int64_t p = 0; p < panels; ++p) {
       for (int64_t b = 0; b < blocks; ++b) for (int r = 0; r < 4; ++r) for (int c = 0; c < 64; ++c) {
         int64_t row = 4 * p + r, col = 64 * b + c;
-        if (row >= rows || col >= cols || int(next() % 100) >= density) continue;
+        if (row >= rows || col >= cols || int(next() %% 100) >= density) continue;
         masks[(p * blocks + b) * 4 + r] |= uint64_t(1) << c;
         value_t v = value_t(%(value)s);
         values.push_back(v);
@@ -313,7 +313,8 @@ int main() {
       }
       panel_ptr.push_back(int64_t(values.size()));
     }
-    values.resize(values.size() + 64);
+    values.resize(values.size() + 96);
+    values.shrink_to_fit();
     Layer layer{rows, cols, blocks, masks.data(), values.data(), panel_ptr.data(), %(scales)s, 0, sums.data(),
                 bias.data(), 4, 0};
     for (int64_t tokens : token_counts) {

@@ -22,7 +22,9 @@ def channels_of(axis: int, at: bool) -> Tensor:
     return torch.tensor([9, 0, 4, 10, 7])[: SIZE[axis]] if at else contiguous
 
 
-def make(axis: int, at: bool = False, shape: tuple[int, ...] = (7, M), dtype: torch.dtype = torch.float64, bias: bool = True):
+def make(
+    axis: int, at: bool = False, shape: tuple[int, ...] = (7, M), dtype: torch.dtype = torch.float64, bias: bool = True
+):
     """x, weight, bias, block (fp32 over a 16-bit weight), where, channels; NaN lies under the block."""
     channels = channels_of(axis, at)
     weight = torch.randn(N, M, dtype=torch.float64).to(dtype)
@@ -116,7 +118,9 @@ def test_strided_inputs_and_a_transposed_weight_give_the_same(axis, at):
     second = torch.autograd.grad(found, (strided, block, b), g)
     for a, c in zip(first, second, strict=True):
         torch.testing.assert_close(a, c, atol=1e-5, rtol=1e-5)
-    assert torch.equal(stored.t().index_select(axis, channels), block.detach()), "the block must reach the stored tensor"
+    assert torch.equal(stored.t().index_select(axis, channels), block.detach()), (
+        "the block must reach the stored tensor"
+    )
 
 
 @pytest.mark.parametrize("at", [False, True], ids=["range", "index"])
@@ -237,7 +241,9 @@ def test_frozen_block_computes_the_input_gradient_only(axis):
 def test_two_forwards_before_one_backward_add_their_gradients(axis, at):
     x, weight, b, block, where, _ = make(axis, at, (5, M))
     other = torch.randn(3, M, dtype=torch.float64)
-    (op_of(at)(x, weight, b, block, where, axis).sum() + op_of(at)(other, weight, b, block, where, axis).sum()).backward()
+    (
+        op_of(at)(x, weight, b, block, where, axis).sum() + op_of(at)(other, weight, b, block, where, axis).sum()
+    ).backward()
     together = block.grad.clone()
     block.grad = None
     op_of(at)(torch.cat([x.detach(), other]), weight, b, block, where, axis).sum().backward()

@@ -152,7 +152,9 @@ def test_forward_and_backward_equal_the_formula(parts, transposed, format):
 )
 def test_operators_pass_opcheck(parts, format, transposed):
     case = make(parts, format, transposed, (2, 3, M))
-    frozen = [None if t is None else t.detach() for t in (case.block, case.channels, case.values, case.index, case.a, case.b)]
+    frozen = [
+        None if t is None else t.detach() for t in (case.block, case.channels, case.values, case.index, case.a, case.b)
+    ]
     block, channels, values, index, a, b = (case.block, case.channels, case.values, case.index, case.a, case.b)
     head = (format, *case.shape, transposed)
     args = (case.x, *head, case.bias, block, channels, case.axis, values, index, a, b, SCALE, case.packed)
@@ -238,7 +240,9 @@ BITS = {"nf4": 4.2, "int8": 8.6, "int4": 4.6}
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("shape", [(5, 7), (64, 48), (32, 48), (13, 70), (36, 44), (48, 36), (1, 128), (128, 1)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(5, 7), (64, 48), (32, 48), (13, 70), (36, 44), (48, 36), (1, 128), (128, 1)], ids=str
+)
 def test_unpacking_is_near_the_weight_for_every_shape(shape, format, dtype):
     """bitsandbytes' CPU kernel (0.50.2) mixes up the scales of rows shorter than a block, 48 wide for example."""
     weight = torch.randn(shape, dtype=torch.float64).to(dtype)

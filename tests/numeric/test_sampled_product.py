@@ -69,7 +69,9 @@ def test_density_and_build_decide_which_one_runs(per_entry, csr, works, expected
     monkeypatch.setattr(ops, "csr_works", lambda: works)
     for name, function in (("tile", sampled_by_tile), ("per_entry", sampled_per_entry), ("csr", sampled_csr)):
         spy = f"sampled_{'by_tile' if name == 'tile' else name}"
-        monkeypatch.setattr(ops, spy, lambda a, b, i, n=name, f=function: seen.append(n.removeprefix("per_")) or f(a, b, i))
+        monkeypatch.setattr(
+            ops, spy, lambda a, b, i, n=name, f=function: seen.append(n.removeprefix("per_")) or f(a, b, i)
+        )
     a, b, index = torch.randn(3, 4), torch.randn(3, 5), torch.tensor([2, 7])
     torch.testing.assert_close(torch.ops.sparsify.sampled_product(a, b, index), oracle_sampled_product(a, b, index))
     assert seen == [expected]

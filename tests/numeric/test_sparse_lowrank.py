@@ -133,7 +133,9 @@ def test_gradients_pass_gradcheck(parts, transposed):
 )
 def test_operators_pass_opcheck(parts, transposed, dtype):
     case = make(parts, transposed, (2, 3, M), dtype)
-    ops.write_values(case.stored, None if case.values is None else case.values.detach(), case.index)  # scratch is settled
+    ops.write_values(
+        case.stored, None if case.values is None else case.values.detach(), case.index
+    )  # scratch is settled
     rest = (case.values, case.index, case.a, case.b, SCALE, transposed)
     torch.library.opcheck(torch.ops.sparsify.sparse_lowrank_linear.default, (case.x, case.stored, case.bias, *rest))
     frozen = tuple(v.detach() if isinstance(v, Tensor) else v for v in rest)
@@ -149,7 +151,11 @@ def test_strided_inputs_and_gradients_give_the_same(transposed):
     assert not case.x.is_contiguous()
     y = case.call()
     close(y, expected, torch.float32)
-    for g in (torch.randn(6, 4, N).transpose(0, 1), torch.ones(()).expand(4, 6, N), torch.randn(N, 4, 6).permute(1, 2, 0)):
+    for g in (
+        torch.randn(6, 4, N).transpose(0, 1),
+        torch.ones(()).expand(4, 6, N),
+        torch.randn(N, 4, 6).permute(1, 2, 0),
+    ):
         wanted = torch.autograd.grad(expected, leaves, g.double(), retain_graph=True)
         for ours, theirs in zip(torch.autograd.grad(y, case.trained(), g, retain_graph=True), wanted, strict=True):
             close(ours, theirs, torch.float32)
@@ -309,5 +315,7 @@ def test_two_forwards_before_one_backward_add_their_gradients():
     other = Case(**{**vars(case), "x": torch.randn(3, M, dtype=torch.float64)})
     together = torch.autograd.grad(first.sum() + other.call().sum(), [case.values, case.a, case.b])
     joint = Case(**{**vars(case), "x": torch.cat([case.x.detach(), other.x])})
-    for ours, theirs in zip(together, torch.autograd.grad(joint.call().sum(), [case.values, case.a, case.b]), strict=True):
+    for ours, theirs in zip(
+        together, torch.autograd.grad(joint.call().sum(), [case.values, case.a, case.b]), strict=True
+    ):
         torch.testing.assert_close(ours, theirs)

@@ -32,7 +32,9 @@ def deltas(draw: st.DrawFn, number: int) -> Delta:
 @st.composite
 def adapters(draw: st.DrawFn) -> Adapter:
     found = [draw(deltas(i)) for i in range(draw(st.integers(1, 4)))]
-    info = draw(st.dictionaries(st.text(max_size=5), st.one_of(st.integers(), st.text(max_size=5), st.booleans()), max_size=3))
+    info = draw(
+        st.dictionaries(st.text(max_size=5), st.one_of(st.integers(), st.text(max_size=5), st.booleans()), max_size=3)
+    )
     return Adapter(tuple(found), {d.param: "0" * 64 for d in found}, info)
 
 

@@ -115,8 +115,13 @@ def test_generation_with_a_cache_is_unchanged(name, implementation):
     host = tiny.lower(model, S2FT(fraction=0.2, producer_fraction=0.2))
     x = tiny.tokens(2, 5)
     options: dict[str, Any] = {
-        "attention_mask": torch.ones_like(x), "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "use_cache": True,
-        "pad_token_id": 0, "cache_implementation": implementation,
+        "attention_mask": torch.ones_like(x),
+        "max_new_tokens": 6,
+        "min_new_tokens": 6,
+        "do_sample": False,
+        "use_cache": True,
+        "pad_token_id": 0,
+        "cache_implementation": implementation,
     }
     if implementation == "static":
         options["disable_compile"] = True

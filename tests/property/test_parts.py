@@ -31,14 +31,20 @@ def close(found: Tensor | None, expected: Tensor, dtype: torch.dtype) -> None:
     torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=BOUND[dtype] * scale)
 
 
-@given(st.data(), SIZES, SIZES, LEADING, DTYPES, st.booleans(), st.integers(0, 3), st.floats(0.1, 3), st.integers(0, 2**30))
-def test_sparse_and_low_rank_gradients_are_the_masked_dense_gradient(data, n, m, leading, dtype, transposed, rank, scale, seed):
+@given(
+    st.data(), SIZES, SIZES, LEADING, DTYPES, st.booleans(), st.integers(0, 3), st.floats(0.1, 3), st.integers(0, 2**30)
+)
+def test_sparse_and_low_rank_gradients_are_the_masked_dense_gradient(
+    data, n, m, leading, dtype, transposed, rank, scale, seed
+):
     support = data.draw(st.sets(st.integers(0, n * m - 1)))
     index = torch.tensor(sorted(support), dtype=data.draw(st.sampled_from([torch.int32, torch.int64])))
     master = torch.float32 if dtype is torch.bfloat16 else dtype
     stored = random(seed, *((m, n) if transposed else (n, m)), dtype=dtype)
     x, g = random(seed + 1, *leading, m, dtype=dtype), random(seed + 2, *leading, n, dtype=dtype)
-    values = stored.reshape(-1)[index.long()].to(master).requires_grad_(True)  # the weight's own: any weight may be written so
+    values = (
+        stored.reshape(-1)[index.long()].to(master).requires_grad_(True)
+    )  # the weight's own: any weight may be written so
     a = random(seed + 3, rank, m, dtype=dtype).to(master).requires_grad_(True) if rank else None
     b = random(seed + 4, n, rank, dtype=dtype).to(master).requires_grad_(True) if rank else None
     x.requires_grad_(True)
@@ -110,7 +116,9 @@ RULES = st.one_of(
         rslora=st.booleans(),
     ),
     st.builds(RoSA, rank=st.just(0), density=st.floats(0.01, 1), mask=st.sampled_from(["gradient", "random"])),
-    st.builds(PaCA, rank=st.integers(1, 2), select=st.sampled_from(["random", "weight", "gradient"]), permute=st.booleans()),
+    st.builds(
+        PaCA, rank=st.integers(1, 2), select=st.sampled_from(["random", "weight", "gradient"]), permute=st.booleans()
+    ),
 )
 
 

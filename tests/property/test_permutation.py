@@ -18,9 +18,7 @@ def families(draw: st.DrawFn, count: int = 3) -> list[Permutation]:
     """Permutations of one size, each with one order or one per repeat."""
     size, repeats = draw(st.integers(1, 7)), draw(st.integers(1, 3))
     order = st.permutations(range(size)).map(tuple)
-    return [
-        Permutation(tuple(draw(order) for _ in range(draw(st.sampled_from([1, repeats]))))) for _ in range(count)
-    ]
+    return [Permutation(tuple(draw(order) for _ in range(draw(st.sampled_from([1, repeats]))))) for _ in range(count)]
 
 
 def same(a: Permutation, b: Permutation) -> bool:

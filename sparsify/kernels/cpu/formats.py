@@ -1,13 +1,14 @@
 """The bitmask format: what is stored of a sparse weight, exactly and reversibly.
 
     W (rows, cols) ──pack──▶ masks      (panels, blocks, 4) int64  bit c of word [p, b, r]: row 4 p + r, column 64 b + c
-                             values     (nnz + 64,)                stored values, in the order panel, block, row, column
+                             values     (nnz + 96,)                stored values, in the order panel, block, row, column
                              panel_ptr  (panels + 1,) int64        first value of each panel of four rows
                              scales     (rows,) or (rows, groups) float32, for int8 values only
 
 One bit per weight and one value per nonzero: at 75 % sparsity 1.125 bytes per weight in fp32, 0.375 in int8 (dense
 int4 with a scale per 32 weights takes 0.5625). N:M patterns use the same words: their popcounts are constant, which is
-what a rate-fixed format would buy. The kernels read 16 values at a time, so 64 zeros stand behind the last value.
+what a rate-fixed format would buy. Two rows advance together
+and 16 values are read at a time, so a row may be read up to 80 values past its start: 96 zeros stand behind the last.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from sparsify.errors import SparsifyError
 
 BLOCK = 64
-PADDING = 64
+PADDING = 96
 PANEL = 4
 VALUE_DTYPES: dict[torch.dtype, str] = {
     torch.float32: "f32",
