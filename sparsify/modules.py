@@ -151,6 +151,7 @@ class QuantizedMixin(SparseLowRankMixin, PartialMixin):
             self.scale, self.packed(),
         )  # fmt: skip
 
+    @torch.no_grad()
     def dense(self) -> Tensor:
         """The weight that the packed base and its trained channels and entries stand for (no low-rank part)."""
         values, index, _, _ = self.parts()

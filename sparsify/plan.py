@@ -70,6 +70,16 @@ def as_tuple(value: Any) -> Any:
     return tuple(as_tuple(v) for v in value) if isinstance(value, list | tuple) else value
 
 
+class Table(dict[str, Any]):
+    """A mapping from glob to number inside a frozen rule: hashable, in its own order, not to be changed."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(self.items()))
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        raise PlanError("a plan is frozen: make a new rule instead of changing its table")
+
+
 def check_fraction(rule: Any, name: str, *, zero: bool = False) -> None:
     value = getattr(rule, name)
     if value is None:
@@ -94,8 +104,11 @@ class Rule:
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
-            if isinstance(getattr(self, spec.name), list):
-                object.__setattr__(self, spec.name, as_tuple(getattr(self, spec.name)))
+            value = getattr(self, spec.name)
+            if isinstance(value, list):
+                object.__setattr__(self, spec.name, as_tuple(value))
+            elif isinstance(value, Mapping):
+                object.__setattr__(self, spec.name, Table(value))
         check_types(self)
         if not self.match:
             raise PlanError(
@@ -313,9 +326,7 @@ class Plan:
             if not isinstance(rule, Rule):
                 raise PlanError(f"Plan: {rule!r} is not a rule; rules are {', '.join(RULES)}")
         if not self.rules and self.target != "cpu":
-            raise PlanError(
-                "Plan: no rules, so nothing would train; only target='cpu' needs none (it lowers what is sparse)"
-            )
+            raise PlanError("Plan: no rules, so nothing would train")
         if self.target == "cpu" and self.adapts:
             rule = next(r for r in self.rules if r.phase == "adapt")
             raise PlanError(

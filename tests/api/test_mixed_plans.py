@@ -51,7 +51,7 @@ def test_rules_for_different_modules_stand_side_by_side():
 
 def test_a_weight_rule_and_a_training_rule_meet_on_one_module():
     host = compiled(*PACKED)
-    assert owners(host) == owners(compiled(*EVERYTHING))
+    assert set(owners(host)) == set(owners(compiled(*EVERYTHING)))
     formats = {
         p.removeprefix("model.layers.").removesuffix(".weight"): f for p, f in host.sparsify.program.quantize.items()
     }
@@ -62,7 +62,7 @@ def test_a_weight_rule_and_a_training_rule_meet_on_one_module():
 
 def test_the_first_rule_that_trains_a_module_keeps_it():
     first = compiled(LoRA(match="*.down_proj", rank=2), PaCA(match="*.mlp.*", rank=3))
-    assert {r for n, r in owners(first).items() if "down" in n} == {0} or owners(first)["0.mlp.down_proj"] == {0}
+    assert owners(first)["0.mlp.down_proj"] == {0}
     assert owners(first)["0.mlp.up_proj"] == {1}
     with pytest.raises(
         PlanError,
@@ -175,7 +175,8 @@ def test_sparse_values_beside_factors_get_the_dense_gradient_at_their_support():
     tiny.probe_loss(host(x)).backward()
     for part in host.sparsify.program.lowranks:
         module = host.get_submodule(part.param.removesuffix(".weight"))
-        torch.testing.assert_close(module.sparse_values.grad, gradient[part.param].flatten()[part.original.long()])
+        expected = gradient[part.param].flatten()[part.original.long()]
+        torch.testing.assert_close(module.sparse_values.grad, expected, rtol=1e-5, atol=1e-5)  # folded factors are fp32
 
 
 # --- PyTorch around it ---------------------------------------------------------------------------------------------------

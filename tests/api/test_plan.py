@@ -123,7 +123,7 @@ plans = st.builds(
     train=st.lists(st.text(max_size=8), max_size=3),
     seed=st.integers(-(2**70), 2**70),
     check=st.sampled_from(["none", "numeric"]),
-    target=st.sampled_from(["auto", "reference", "cpu", "cuda"]),
+    target=st.sampled_from(["auto", "reference", "cuda"]),
 )
 
 
@@ -309,3 +309,10 @@ def test_selection_does_not_touch_or_depend_on_the_global_generator():
     before = torch.get_rng_state()
     assert tiny.lower(model, S2FT(units=4)).sparsify.program.choices == first
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_cpu_is_for_inference():
+    """Without rules it lowers what is sparse already; a rule that trains is refused."""
+    assert Plan([], target="cpu").rules == ()
+    with pytest.raises(PlanError, match=re.escape("Plan(target='cpu') is for inference, but S2FT trains parts")):
+        Plan([S2FT(units=1)], target="cpu")

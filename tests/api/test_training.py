@@ -518,6 +518,9 @@ def test_train_pattern_that_matches_nothing_names_the_nearest():
         tiny.lower(tiny.build("BERT (classifier)"), S2FT(fraction=0.1, structure="attention"), train=["clasifier"])
 
 
-def test_train_pattern_may_not_name_what_a_rule_reorders():
-    with pytest.raises(sparsify.PlanError, match="which a rule reorders or trains in part"):
-        sparsify.compile(tiny.llama(), Plan([S2FT(units=1)], train=["*.down_proj"]), progress=False)
+def test_what_trains_in_full_is_kept_from_the_rules():
+    host = sparsify.compile(tiny.llama(), Plan([S2FT(units=1)], train=["*.down_proj"]), progress=False)
+    assert {s.param.rpartition(".")[0].rpartition(".")[2] for s in host.sparsify.program.slices} == {"o_proj"}
+    assert any("trains in full (Plan(train=…))" in refusal.reason for refusal in host.sparsify.program.refusals)
+    with pytest.raises(sparsify.PlanError, match="trains in full"):
+        sparsify.compile(tiny.llama(), Plan([S2FT(structure="ffn", units=1)], train=["*.down_proj"]), progress=False)

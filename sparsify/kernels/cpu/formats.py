@@ -7,8 +7,8 @@
 
 One bit per weight and one value per nonzero: at 75 % sparsity 1.125 bytes per weight in fp32, 0.375 in int8 (dense
 int4 with a scale per 32 weights takes 0.5625). N:M patterns use the same words: their popcounts are constant, which is
-what a rate-fixed format would buy. Two rows advance together
-and 16 values are read at a time, so a row may be read up to 80 values past its start: 96 zeros stand behind the last.
+what a rate-fixed format would buy. Two rows advance together and 16 values are read at a time, so an empty row may be
+read 80 values past its start: 96 zeros stand behind the last.
 """
 
 from __future__ import annotations
