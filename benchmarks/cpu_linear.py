@@ -151,7 +151,7 @@ def seconds_of(call: Callable[[], Any], runs: int) -> list[float]:
 def machine_limits() -> tuple[float, float]:
     """Read bandwidth in bytes/s and peak fp32 flops/s, as torch reaches them on all threads."""
     data, square = torch.ones(64 << 20), torch.randn(1536, 1536)
-    data.sum(), square @ square
+    seconds_of(data.sum, 1)
     bandwidth = data.numel() * 4 / min(seconds_of(data.sum, 7))
     return bandwidth, 2 * 1536**3 / min(seconds_of(lambda: square @ square, 7))
 
