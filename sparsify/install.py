@@ -190,7 +190,7 @@ def effective_weight(module: Any) -> Tensor:
         weight = module.weight.detach().clone()
         if isinstance(module, PartialMixin):
             logical = weight.t() if module.conv1d else weight
-            block = module.weight_slice.detach()
+            block = module.trained_block().detach()
             if module.slice_start < 0:
                 write_block_at(logical, block, module.slice_channels, module.slice_axis)
             else:
@@ -286,6 +286,7 @@ def swap_modules(program: Program, host: nn.Module) -> list[str]:
     """Turn the owners of changed weights into adapted modules. Returns the names of tensors that DDP need not send."""
     pieces = {s.param: s for s in program.slices}
     parts = {p.param: p for p in program.lowranks}
+    shapes = {p.param: p.shape for p in program.packings}
     fixed: list[str] = []
     for param in changed_weights(program):
         owner = owner_name(param)
@@ -294,8 +295,7 @@ def swap_modules(program: Program, host: nn.Module) -> list[str]:
         packed = program.packed.get(param)
         if packed is not None:
             become(module, "Quantized")
-            source = program.host.get_submodule(owner).get_parameter(param.rpartition(".")[2])
-            module.format, module.shape = program.quantize[param], source.shape
+            module.format, module.shape = program.quantize[param], shapes[param]
             module.packed_names = tuple(f"packed_{i}" for i in range(len(packed)))
             for name, tensor in zip(module.packed_names, packed, strict=True):
                 module.register_buffer(name, tensor, persistent=False)

@@ -165,10 +165,11 @@ class ChannelChoice:
 
 @dataclass(frozen=True)
 class Packed:
-    """One weight is stored quantised: `format`, bytes before and after, relative error of the weight (Frobenius)."""
+    """One weight is stored quantised: `format`, dense shape, bytes before and after, relative error of the weight (Frobenius)."""
 
     param: str
     format: str
+    shape: torch.Size
     dense_bytes: int
     packed_bytes: int
     error: float

@@ -24,7 +24,7 @@ from sparsify.passes.base import Context
 from sparsify.permutation import invert_index
 from sparsify.program import Input, Packed, Program, SparseLowRank, Support, TrainedSlice, UnitChoice
 from sparsify.quantized import pack, packed_bytes, unpack
-from sparsify.selection import generator, unit_channels
+from sparsify.selection import generator, index_dtype, unit_channels
 from sparsify.structure import Site, Structure
 
 OPEN = -1  # every entry of the index of a mask that is still to be collected
@@ -50,7 +50,8 @@ def insert_partial(program: Program, context: Context) -> Program:
         packed[param] = pack(dense, format)
         back = unpack(packed[param], format, tuple(dense.shape), dense.dtype)
         error = float((back.float() - dense.float()).norm() / dense.float().norm().clamp_min(1e-30))
-        packings.append(Packed(param, format, dense.numel() * dense.element_size(), packed_bytes(packed[param]), error))
+        dense_bytes = dense.numel() * dense.element_size()
+        packings.append(Packed(param, format, dense.shape, dense_bytes, packed_bytes(packed[param]), error))
         tensors[param] = back  # selections, blocks and values start from what the packed weight really holds
     for param in dict.fromkeys([s.param for s in slices] + [p.param for p in lowranks]):
         if param not in tensors:  # entries under trained parts are scratch, so they may not be the user's own memory
@@ -195,7 +196,14 @@ def part_of(program: Program, support: Support) -> SparseLowRank:
 def current_index(
     program: Program, param: str, original: torch.Tensor, shape: torch.Size
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flat entries of a stored weight of `shape`, original to current: `(index sorted, original in the same order)`."""
+    """Flat entries of a stored weight of `shape`, original to current: `(index sorted, original in the same order)`.
+
+    The two are one tensor where the weight stays in its order.
+    """
+    original = original.to(index_dtype(shape))
+    if all(moved_index(program, param, axis) is None for axis in (0, 1)):
+        original = original if bool((original.diff() > 0).all()) else original.sort().values
+        return original, original
     places = list(torch.unravel_index(original.long(), shape))
     for axis in (0, 1):
         moved = moved_index(program, param, axis)
@@ -203,11 +211,6 @@ def current_index(
             places[axis] = invert_index(moved)[places[axis]]
     flat = (places[0] * shape[1] + places[1]).sort()
     return flat.values.to(index_dtype(shape)), original[flat.indices]
-
-
-def index_dtype(shape: torch.Size) -> torch.dtype:
-    """Wide enough for every flat position of a weight."""
-    return torch.int64 if shape.numel() > torch.iinfo(torch.int32).max else torch.int32
 
 
 def initial_parts(weight: torch.Tensor, part: SparseLowRank, seed: int) -> dict[str, torch.Tensor]:

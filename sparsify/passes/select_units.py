@@ -5,6 +5,8 @@ S2FT(fraction=0.03) over model.layers.*.mlp  ──▶  UnitChoice(model.layers.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,32 +17,35 @@ from sparsify.install import trained_in_full
 from sparsify.passes.assign_rules import WHOLE, Assignment, assign_rule, owner_name
 from sparsify.passes.base import Context
 from sparsify.passes.select_linears import select_linears
-from sparsify.plan import DATA_DRIVEN, S2FT, LinearRule, Quantize
+from sparsify.plan import DATA_DRIVEN, S2FT, LinearRule, PaCA, Quantize, RoSA
 from sparsify.program import Program, UnitChoice
+from sparsify.quantized import pack, unpack
 from sparsify.selection import choose, random_scores, selectable_units, unit_channels, unit_norms
 from sparsify.structure import Site, Structure
 
 
 def select_units(program: Program, context: Context) -> Program:
-    """STRUCTURED → SELECTED: every rule in the plan's order; the first that takes a weight keeps it."""
+    """STRUCTURED → SELECTED: every rule in the plan's order; the first that takes a weight keeps it.
+
+    `Quantize` comes first wherever it stands, and what trains is scored on the weights that the packed ones stand for.
+    """
     taken = dict.fromkeys(trained_in_full(program, tuple(context.plan.train)), WHOLE)
     quantized: dict[str, int] = {}
-    added: dict[str, Any] = {}
-    for index, rule in enumerate(context.plan.rules):
-        if isinstance(rule, S2FT):
-            assignment, refusals = assign_rule(program, index, rule, taken)
-            added = {"choices": choose_units(program, assignment, context), "refusals": refusals}
-        elif isinstance(rule, LinearRule):
-            added = select_linears(program, context, index, rule, quantized if isinstance(rule, Quantize) else taken)
-        else:
-            continue
-        quantize = added.pop("quantize", {})
-        quantized.update(dict.fromkeys(quantize, index))
-        program = replace(
-            program,
-            quantize=program.quantize | quantize,
-            **{name: (*getattr(program, name), *new) for name, new in added.items()},
-        )
+    rules = list(enumerate(context.plan.rules))
+    for index, rule in rules:
+        if isinstance(rule, Quantize):
+            added = select_linears(program, context, index, rule, quantized)
+            quantize = added.pop("quantize")
+            quantized.update(dict.fromkeys(quantize, index))
+            program = extend(replace(program, quantize=program.quantize | quantize), added)
+    with dequantised(program, any(scored(rule) for _, rule in rules)):
+        for index, rule in rules:
+            if isinstance(rule, S2FT):
+                assignment, refusals = assign_rule(program, index, rule, taken)
+                choices = choose_units(program, assignment, context)
+                program = extend(program, {"choices": choices, "refusals": refusals})
+            elif isinstance(rule, LinearRule) and not isinstance(rule, Quantize):
+                program = extend(program, select_linears(program, context, index, rule, taken))
     units = sum(len(c.consumers) for c in program.choices)
     parts = [f"{len(program.choices)} structures, {units} consumer units"]
     for things, what in (
@@ -50,6 +55,34 @@ def select_units(program: Program, context: Context) -> Program:
     ):
         parts += [f"{len(things)} {what}"] if things else []
     return program.evolve("select: " + ", ".join(parts))
+
+
+def extend(program: Program, added: Mapping[str, Any]) -> Program:
+    return replace(program, **{name: (*getattr(program, name), *new) for name, new in added.items()})
+
+
+def scored(rule: Any) -> bool:
+    """Whether a rule looks at weights, activations or gradients to choose."""
+    if isinstance(rule, S2FT | PaCA):
+        return rule.select != "random"
+    return isinstance(rule, RoSA) and rule.mask != "random"
+
+
+@contextlib.contextmanager
+def dequantised(program: Program, wanted: bool) -> Iterator[None]:
+    """Let the modules that will be packed hold, for a while, what their packed weights stand for."""
+    swapped: list[tuple[nn.Module, str, nn.Parameter]] = []
+    try:
+        for param, format in program.quantize.items() if wanted else ():
+            owner, _, leaf = param.rpartition(".")
+            module, weight = program.host.get_submodule(owner), program.tensor(param).detach()
+            back = unpack(pack(weight, format), format, tuple(weight.shape), weight.dtype)
+            swapped.append((module, leaf, module._parameters[leaf]))  # type: ignore[arg-type]
+            module._parameters[leaf] = nn.Parameter(back, requires_grad=False)
+        yield
+    finally:
+        for module, leaf, parameter in swapped:
+            module._parameters[leaf] = parameter
 
 
 def consumer_parameters(program: Program, structure: Structure) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -118,6 +119,21 @@ class Watcher(TorchDispatchMode):
         shape, stride = tuple(weight_t.shape[::-1]), tuple(weight_t.stride()[::-1])
         view = View(found[0], found[1], (shape[0], shape[1]), (stride[0], stride[1]))
         self.seen(Product(view, x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), bias))
+
+
+class InputIdentities:
+    """Tells inputs apart while it lives, by memory, shape and version; memory that was freed and used again is another input.
+
+    Weak references: the memory itself is released, but no other storage can get the same identity.
+    """
+
+    def __init__(self) -> None:
+        self.alive: list[StorageWeakRef] = []
+
+    def of(self, x: Tensor) -> tuple[Any, ...]:
+        storage = StorageWeakRef(x.untyped_storage())
+        self.alive.append(storage)
+        return storage.cdata, x.storage_offset(), tuple(x.shape), tuple(x.stride()), x._version
 
 
 # --- which rows are tokens --------------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from sparsify.masked import pack_bits, unpack_bits
 from sparsify.program import Program, canonical_names
 from sparsify.pruning.allocate import SaliencyCurve, by_sensitivity, saliency_curve
 from sparsify.pruning.collect import (
+    InputIdentities,
     PaddingDropper,
     Product,
     View,
@@ -54,6 +55,7 @@ from sparsify.rules_prune import Prune
 
 STATE_VERSION = 1
 HESSIAN_BYTES = 2 << 30
+FINGERPRINT_ENTRIES = 4096
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,8 @@ def prune_model(
     rules: `(qualified parameter name, rule)` pairs, each name once.
     calibration: batches as for `forward` (a mapping with `attention_mask`, a tuple, or a tensor); padding is left out.
     seed: mixed into the rules' own.
-    resume_dir: folder for finished groups; must belong to the same rules, weights' names and calibration.
+    resume_dir: folder for finished groups; must belong to the same rules, weights and calibration (of weights a sample is compared,
+        of streamed ones names and shapes).
     residence: where weights live while their block is not being pruned (`sparsify.pruning.streaming`).
 
     Raises PlanError (unknown name, sparsity or pattern that does not fit, missing calibration, foreign `resume_dir`) before anything is
@@ -197,7 +200,11 @@ class Driver:
     def fingerprint(self) -> str:
         digest = hashlib.sha256(f"{STATE_VERSION}:{self.seed}:{len(self.batches)}".encode())
         for name, rule in self.rules.items():
-            digest.update(f"{name}{tuple(self.parameter(name).shape)}{rule!r}".encode())
+            parameter = self.parameter(name).detach()
+            digest.update(f"{name}{tuple(parameter.shape)}{rule!r}".encode())
+            if parameter.device.type != "meta":  # a sample tells models apart; weights that are streamed come later
+                sample = parameter.reshape(-1)[:: max(1, parameter.numel() // FINGERPRINT_ENTRIES)]
+                digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         for leaf in pytree.tree_leaves(self.batches):
             if isinstance(leaf, Tensor) and leaf.numel():
                 digest.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -408,14 +415,21 @@ class Driver:
         for waiting, batch in here:
             masks = token_masks(batch)
             remaining = group.calls
-            inputs: set[int] = set()
+            inputs: set[tuple[Any, ...]] = set()
+            identities = InputIdentities()
 
-            def seen(product: Product, masks: Mapping[str, Tensor] = masks, inputs: set[int] = inputs) -> None:
+            def seen(
+                product: Product,
+                masks: Mapping[str, Tensor] = masks,
+                inputs: set[tuple[Any, ...]] = inputs,
+                identities: InputIdentities = identities,
+            ) -> None:
                 nonlocal remaining
                 if product.view in wanted:
                     x, y = self.tokens_only(product, masks)
-                    statistics.add(product.view, x, y, product.bias, full, fresh=id_of(product.x) not in inputs)
-                    inputs.add(id_of(product.x))
+                    identity = identities.of(product.x)
+                    statistics.add(product.view, x, y, product.bias, full, fresh=identity not in inputs)
+                    inputs.add(identity)
                 if remaining is not None:
                     remaining -= product.view in wanted
                     if remaining == 0:
@@ -549,10 +563,6 @@ def copied_inputs(inputs: Any) -> Any:
         return copies[id(leaf)]
 
     return pytree.tree_map(copy, inputs)
-
-
-def id_of(x: Tensor) -> int:
-    return hash((x.untyped_storage().data_ptr(), x.storage_offset(), tuple(x.shape)))
 
 
 def relative(pruned: Pruned, energy: float) -> float:

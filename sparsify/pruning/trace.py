@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from sparsify.blocks import repeated_blocks
 from sparsify.errors import Refusal
-from sparsify.pruning.collect import Product, View, Watcher
+from sparsify.pruning.collect import InputIdentities, Product, View, Watcher
 
 
 @dataclass
@@ -60,7 +59,7 @@ def record_events(
     """Run one batch inside `scope` and list every product with a named parameter; also how else each parameter was used."""
     events: list[Event] = []
     stack: list[tuple[str, int]] = []
-    alive: list[StorageWeakRef] = []  # weak: the memory is freed, but no other storage gets the same identity
+    identities = InputIdentities()
     calls = 0
 
     def enter(name: str) -> Callable[..., None]:
@@ -75,11 +74,7 @@ def record_events(
         stack.pop()
 
     def seen(product: Product) -> None:
-        x = product.x
-        storage = StorageWeakRef(x.untyped_storage())
-        alive.append(storage)
-        identity = (storage.cdata, x.storage_offset(), tuple(x.shape), tuple(x.stride()), x._version)
-        events.append(Event(product.view, tuple(stack), identity))
+        events.append(Event(product.view, tuple(stack), identities.of(product.x)))
 
     watcher = Watcher(params, seen)
     with ExitStack() as cleanup:

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny
 
 import sparsify
-from sparsify import S2FT, CaptureError
+from sparsify import S2FT, CaptureError, LoRA, PaCA, Plan, RoSA
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 RULE = S2FT(fraction=0.15, producer_fraction=0.1)
@@ -84,3 +84,69 @@ def test_two_processes_train_as_one_with_the_joint_batch():
         optimizer.step()
     for name, value in host.state_dict().items():
         torch.testing.assert_close(first["state"][name], value)
+
+
+PLANS = {
+    "s2ft": [S2FT(fraction=0.2, select="gradient")],
+    "paca": [PaCA(rank=3, select="activation")],
+    "rosa": [RoSA(rank=2, density=0.05, mask="gradient")],
+    "mixed": [PaCA(match="*.up", rank=2, select="gradient"), LoRA(match="*", rank=2)],
+}
+
+
+def local_calibration(rank: int) -> list[torch.Tensor]:
+    return [torch.randn(6, 12, generator=torch.Generator().manual_seed(40 + rank), dtype=torch.float64)]
+
+
+def build(name: str, calibration: list[torch.Tensor]) -> torch.nn.Module:
+    plan = Plan(PLANS[name])
+    return sparsify.compile(
+        model(), plan, example=batch(), calibration=calibration, loss=lambda y, _: loss_of(y), progress=False
+    )
+
+
+def chosen(host: torch.nn.Module) -> dict[str, object]:
+    program = host.sparsify.program  # type: ignore[union-attr]
+    return {
+        "units": [(c.structure, c.consumers, c.producers) for c in program.choices],
+        "columns": [c.channels for c in program.channel_choices],
+        "entries": [None if s.index is None else s.index.tolist() for s in program.supports],
+    }
+
+
+def data_worker(rank: int, store: str, results: str) -> None:
+    """Each rank calibrates on other data; then trains every method for a step."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    found = {}
+    for name in PLANS:
+        host = build(name, local_calibration(rank))
+        start = {n: p.detach().clone() for n, p in host.named_parameters() if p.requires_grad}
+        wrapped = torch.nn.parallel.DistributedDataParallel(host)
+        loss_of(wrapped(batch().chunk(2)[rank])).backward()
+        grads = {n: p.grad.clone() for n, p in host.named_parameters() if p.requires_grad and p.grad is not None}
+        found[name] = {"chosen": chosen(host), "start": start, "grads": grads}
+    torch.save(found, f"{results}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_with_different_data_choose_and_train_the_same():
+    with tempfile.TemporaryDirectory() as directory:
+        mp.spawn(data_worker, args=(f"{directory}/store", directory), nprocs=2)
+        first, second = (torch.load(f"{directory}/{rank}.pt", weights_only=False) for rank in (0, 1))
+    for name in PLANS:
+        a, b = first[name], second[name]
+        assert a["chosen"] == b["chosen"], name
+        tiny.assert_same(a["start"], b["start"])
+        tiny.assert_same(a["grads"], b["grads"])
+        joint = build(name, local_calibration(0) + local_calibration(1))
+        assert chosen(joint) == a["chosen"], "the ranks together choose as one process that has all the data"
+        loss_of(joint(batch())).backward()
+        grads = {n: p.grad for n, p in joint.named_parameters() if p.grad is not None}
+        assert grads
+        assert set(grads) == set(a["grads"])
+        for n, g in grads.items():
+            torch.testing.assert_close(a["grads"][n], g)
+    alone = {name: chosen(build(name, local_calibration(0))) for name in PLANS}
+    assert any(alone[name] != first[name]["chosen"] for name in PLANS), "the data decide, or the test shows nothing"

@@ -224,6 +224,29 @@ def test_a_weight_used_many_times_is_collected_over_all_uses() -> None:
     assert shared.tokens == layers * int(example["attention_mask"].sum())
 
 
+class Again(nn.Module):
+    """Uses one linear three times, dropping each input before the next one is made, so that memory is used again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = self.linear(x).tanh()
+        return x
+
+
+def test_inputs_in_reused_memory_are_not_taken_for_the_same() -> None:
+    """Once a bug: identity by address, so that the second use was sometimes skipped."""
+    for _ in range(20):
+        model = Again()
+        result = prune_model(
+            model, None, [("linear.weight", Prune(sparsity=0.5))], [torch.randn(4, 12)], progress=False
+        )
+        assert result.layers[0].tokens == 12
+
+
 class Packed(nn.Module):
     """`nn.MultiheadAttention` keeps q, k, v in one parameter and never calls its output linear."""
 

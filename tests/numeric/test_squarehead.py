@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
+from sparsify import Prune
 from sparsify.blocks import repeated_blocks
 from sparsify.errors import PlanError, SparsifyError
 from sparsify.masked import check_masks, mask_modules, mask_state
+from sparsify.sparse_checkpoint import open_sparse
 from sparsify.train.schedules import CubicSchedule, GradualPruner, cubic_sparsity, gradual_pruning_callback
 from sparsify.train.squarehead import Distiller, distillation_trainer, kl_loss, squarehead_loss
 from sparsify.train.teacher import Int8Linear, int8_copy
@@ -270,7 +273,7 @@ def test_accumulation_over_uneven_micro_batches_is_the_full_batch() -> None:
         for part in micro:
             result = distiller(part, window=window)
             result.loss.backward()
-            total += float(result.loss)
+            total += result.loss.detach().item()
         assert total == pytest.approx(float(full.loss), rel=1e-5)
         for p, g in zip(student.parameters(), expected, strict=True):
             assert torch.allclose(p.grad, g, rtol=1e-3, atol=1e-6)  # type: ignore[arg-type]
@@ -444,6 +447,24 @@ def test_gradual_pruning_in_a_loop(pattern: str, final: float) -> None:
     assert bool((state["exp_avg"][net[0].weight == 0] == 0).all())
 
 
+def test_a_schedule_in_epochs_and_a_host_that_is_sparse_already(tmp_path: Path) -> None:
+    schedule = CubicSchedule(start=0.5, end=2.5, final=0.8, initial=0.5, every=0.25, unit="epoch")
+    assert [schedule.at(t) for t in (0.49, 0.6, 2.5)] == pytest.approx([0.5, 0.5, 0.8])
+    assert schedule.at(1.0) == pytest.approx(0.8 - 0.3 * 0.75**3)
+    host = tiny.lower(tiny.llama(), Prune(sparsity=0.5, method="magnitude"))
+    pruner = GradualPruner(host, schedule)
+    args = arguments(tmp_path, num_train_epochs=3)
+    hf.Trainer(model=host, args=args, train_dataset=Rows(), callbacks=[gradual_pruning_callback(pruner)]).train()
+    check_masks(host)
+    assert pruner.sparsity == pytest.approx(0.8)
+    report = host.sparsify.save_sparse(tmp_path / "a.sparse")  # with the masks of now, not those of compilation
+    saved = open_sparse(tmp_path / "a.sparse")
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(saved.mask(name), host.get_parameter(name) != 0)
+    assert saved.entries[name].sparsity == pytest.approx(0.8, abs=0.01)
+    assert report.sparse < 0.6 * report.dense
+
+
 def test_regrowth_only_when_asked() -> None:
     net = nn.Sequential(nn.Linear(12, 16))
     pruner = GradualPruner(net, CubicSchedule(start=0, end=2, final=0.5, every=1), names=["0.weight"], regrow=True)
@@ -516,18 +537,54 @@ def two_ranks(rank: int, port: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+def trainer_on_two_ranks(rank: int, port: int, folder: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+    torch.set_num_threads(1)
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "ddp_backend": "gloo"}
+    student = trained_by_trainer(Path(folder) / "ddp", **options)
+    if rank == 0:
+        torch.save(student.state_dict(), Path(folder) / "student.pt")
+    torch.distributed.destroy_process_group()
+
+
+def trained_by_trainer(folder: Path, **changes: Any) -> nn.Module:
+    """A masked student after one optimizer step on eight rows, taken in their order."""
+    teacher = tiny.llama()
+    student = disturbed(teacher)
+    mask_modules(student, {"model.layers.0.mlp.up_proj.weight": masked_like(student)})
+    args = arguments(folder, max_steps=1, learning_rate=1.0, train_sampling_strategy="sequential", **changes)
+    distiller = Distiller(student, teacher, ce=1, kl=0.3, sq=1)
+    distillation_trainer()(model=student, args=args, train_dataset=Rows(), distiller=distiller).train()
+    check_masks(student)
+    return student
+
+
+def test_trainer_on_two_ranks_with_accumulation_is_the_full_batch(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(trainer_on_two_ranks, (free_port(), str(tmp_path)), nprocs=2)
+    found = torch.load(tmp_path / "student.pt")
+    single = trained_by_trainer(tmp_path / "one", per_device_train_batch_size=8)
+    start = disturbed(tiny.llama()).state_dict()
+    name = "model.layers.0.mlp.up_proj.weight"
+    moved = float((single.state_dict()[name] - start[name])[masked_like(single)].abs().max())
+    assert moved > 1e-3
+    for key, value in single.state_dict().items():
+        torch.testing.assert_close(found[key], value, atol=1e-3 * moved, rtol=0)
+
+
 def masked_like(model: nn.Module) -> Tensor:
     shape = model.get_parameter("model.layers.0.mlp.up_proj.weight").shape
     return torch.rand(shape, generator=torch.Generator().manual_seed(2)) > 0.5
 
 
-def test_two_uneven_ranks_give_the_full_batch(tmp_path: Path) -> None:
-    import socket
-
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(two_ranks, (port, str(tmp_path)), nprocs=2)
+        return probe.getsockname()[1]
+
+
+def test_two_uneven_ranks_give_the_full_batch(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(two_ranks, (free_port(), str(tmp_path)), nprocs=2)
     teacher = tiny.llama()
     student = disturbed(teacher)
     mask_modules(student, {"model.layers.0.mlp.up_proj.weight": masked_like(student)})
