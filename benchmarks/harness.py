@@ -146,7 +146,12 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
 def distinct_storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     """Address → bytes of every storage under `tensors`."""
     found: dict[int, int] = {}
-    for tensor in tensors:
+    todo = list(tensors)
+    while todo:
+        tensor = todo.pop()
+        if tensor.layout is torch.sparse_coo:
+            todo += [tensor._indices(), tensor._values()]
+            continue
         storage = tensor.untyped_storage()
         if storage.nbytes():
             found[storage.data_ptr()] = storage.nbytes()

@@ -8,7 +8,7 @@
 
 All four compute the same numbers (checked on the first call). The last lines give, per token count, the density below which
 each of the others beats the dense tile; `CSR_DENSITY` and `PER_ENTRY_DENSITY` in `sparsify/lowrank_ops.py` are set from that, and
-`sparsify/kernels/SAMPLED.md` holds the table.
+`sparsify/kernels/README.md` holds what was measured.
 
     python benchmarks/sampled_product.py --threads 1 --clock cpu --save
     python benchmarks/sampled_product.py --device cuda --dtype bf16 --save

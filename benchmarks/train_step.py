@@ -5,13 +5,18 @@
                 the stricter floor for S2FT, whose backward stops below the lowest trained weight; `floor` is the one
                 for methods that train every linear. Neither has an optimizer. Eager only: compiled, its backward is
                 removed as dead code.
-    s2ft        `sparsify.compile(model, Plan([S2FT(fraction=…)]))`: columns of O and Down
+    s2ft, paca, rosa, our_lora
+                `sparsify.compile(model, Plan([…]))`: columns of O and Down; columns of all linears; a low-rank part of half
+                LoRA's rank and single entries for the rest; our LoRA
+    qs2ft, qpaca, qrosa
+                the same over a base quantised to NF4 (double quantisation), next to `qlora`
     full        full fine-tuning
-    lora        PEFT LoRA on all linears
-    miss        PEFT MiSS on all linears, the lightest method in PEFT
+    lora, miss, shira, supra
+                PEFT's LoRA, MiSS (the lightest method in PEFT), SHiRA and Super-Tuning with its low-rank part, on all linears
+    qlora       PEFT LoRA over bitsandbytes' Linear4bit
 
-Trainable sizes are made equal: `--rank` is LoRA's, S2FT's fraction and MiSS' rank follow from it (units are whole, so
-up to about a tenth remains; the table has the counts). AdamW is the fused one for all, as in Hugging Face's Trainer.
+Trainable sizes are made equal: `--rank` is LoRA's, everybody else's size follows from it (units are whole, so up to about a
+tenth remains; the table has the counts). AdamW is the fused one for all, as in Hugging Face's Trainer.
 Memory: see harness.py; `saved` is counted by hooks, which a compiled graph hides, so there and for its bar `held` counts:
 what the allocator still holds after the forward. `peak` is weights + optimizer state + the allocator's peak in a step.
 A method is one entry of METHODS; one that fails is shown with its reason.
@@ -129,6 +134,19 @@ class Case:
         shapes = self.linears()
         return self.lora_parameters() / sum(shapes[k][0] * shapes[k][1] for k in ("o", "down"))
 
+    def weights(self) -> int:
+        """Entries of all linears of one layer."""
+        return sum(m * n for m, n in self.linears().values())
+
+    def paca_rank(self) -> int:
+        """Columns of every linear with as many parameters."""
+        return max(1, round(self.lora_parameters() / sum(n for _, n in self.linears().values())))
+
+    def halves(self) -> tuple[int, float]:
+        """Half of LoRA's rank, and the density of single entries that makes up for the other half."""
+        low = self.shape.rank // 2
+        return low, self.lora_parameters() * (1 - low / self.shape.rank) / self.weights()
+
     def miss_rank(self) -> int:
         """The rank nearest in size that divides every input (MiSS pads otherwise, which would slow it down)."""
         shapes = self.linears().values()
@@ -240,13 +258,26 @@ def held_by(handle: Any) -> list[Tensor]:
     return found
 
 
-def build_s2ft(case: Case) -> Trainee:
-    """Ours: columns of O and Down."""
-    import sparsify
-    from sparsify import S2FT, Plan
+def rule_of(method: str, case: Case) -> Any:
+    """Our rule with as many trained parameters as LoRA."""
+    from sparsify import S2FT, LoRA, PaCA, RoSA
 
-    plan = Plan([S2FT(fraction=case.s2ft_fraction())], seed=case.seed)
-    model = sparsify.compile(case.model(), plan, progress=False, donate=True)
+    if method == "s2ft":
+        return S2FT(fraction=case.s2ft_fraction())
+    if method == "paca":
+        return PaCA(rank=case.paca_rank())
+    if method == "our_lora":
+        return LoRA(rank=case.shape.rank)
+    low, density = case.halves()
+    return RoSA(rank=low, density=density, mask="random")  # which entries does not matter to the time of a step
+
+
+def build_ours(case: Case, method: str, quantized: bool = False) -> Trainee:
+    import sparsify
+    from sparsify import Plan, Quantize
+
+    rules = [rule_of(method, case), *([Quantize(format="nf4")] if quantized else [])]
+    model = sparsify.compile(case.model(), Plan(rules, seed=case.seed), progress=False, donate=True)
     return Trainee(model, {"input_ids": case.tokens, "labels": case.tokens}, extra=held_by(model.sparsify))
 
 
@@ -255,32 +286,86 @@ def build_full(case: Case) -> Trainee:
     return Trainee(case.model(), {"input_ids": case.tokens, "labels": case.tokens})
 
 
-def build_lora(case: Case) -> Trainee:
-    """PEFT LoRA on all linears."""
-    from peft import LoraConfig, get_peft_model
+def build_peft(case: Case, config: Any, model: nn.Module | None = None) -> Trainee:
+    """A method of PEFT on all linears."""
+    from peft import get_peft_model
 
-    rank = case.shape.rank
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    return Trainee(get_peft_model(case.model(), config), {"input_ids": case.tokens, "labels": case.tokens})
+    config.target_modules, config.task_type = "all-linear", "CAUSAL_LM"
+    made = get_peft_model(model if model is not None else case.model(), config)
+    return Trainee(made, {"input_ids": case.tokens, "labels": case.tokens})
+
+
+def build_lora(case: Case) -> Trainee:
+    from peft import LoraConfig
+
+    return build_peft(case, LoraConfig(r=case.shape.rank, lora_alpha=2 * case.shape.rank))
 
 
 def build_miss(case: Case) -> Trainee:
-    """PEFT MiSS on all linears."""
-    from peft import MissConfig, get_peft_model
+    from peft import MissConfig
 
-    config = MissConfig(r=case.miss_rank(), target_modules="all-linear", task_type="CAUSAL_LM")
-    return Trainee(get_peft_model(case.model(), config), {"input_ids": case.tokens, "labels": case.tokens})
+    return build_peft(case, MissConfig(r=case.miss_rank()))
+
+
+def build_shira(case: Case) -> Trainee:
+    from peft import ShiraConfig
+
+    return build_peft(case, ShiraConfig(r=case.shape.rank, random_seed=case.seed))
+
+
+def build_supra(case: Case) -> Trainee:
+    """Super-Tuning's hybrid: entries of large magnitude and a low-rank part, split as our RoSA's."""
+    from peft import SupertuningConfig
+
+    low, density = case.halves()
+    return build_peft(case, SupertuningConfig(sparsity=1 - density, r=low))
+
+
+def build_qlora(case: Case) -> Trainee:
+    """PEFT LoRA over bitsandbytes' 4-bit linears (NF4, double quantisation), the output head left dense."""
+    import bitsandbytes as bnb
+    from peft import LoraConfig
+
+    model: Any = case.model()
+    scales: list[Tensor] = []
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, nn.Linear) and name != "lm_head":
+            owner, _, leaf = name.rpartition(".")
+            packed = bnb.nn.Linear4bit(
+                linear.in_features, linear.out_features, bias=False, compute_dtype=case.dtype, quant_type="nf4"
+            )
+            packed.weight = bnb.nn.Params4bit(
+                linear.weight.detach().cpu().contiguous(),
+                requires_grad=False,
+                compress_statistics=True,
+                quant_type="nf4",
+            )
+            setattr(model.get_submodule(owner), leaf, packed.to(case.device))
+            state = packed.weight.quant_state
+            scales += [state.absmax, state.code, state.state2.absmax, state.state2.code]
+    model.is_loaded_in_4bit = True
+    trainee = build_peft(case, LoraConfig(r=case.shape.rank, lora_alpha=2 * case.shape.rank), model)
+    trainee.extra += scales
+    return trainee
 
 
 METHODS: dict[str, Callable[[Case], Trainee]] = {
     "floor": build_floor,
     "floor_cut": build_floor_cut,
-    "s2ft": build_s2ft,
+    "s2ft": functools.partial(build_ours, method="s2ft"),
+    "paca": functools.partial(build_ours, method="paca"),
+    "rosa": functools.partial(build_ours, method="rosa"),
+    "our_lora": functools.partial(build_ours, method="our_lora"),
     "full": build_full,
     "lora": build_lora,
     "miss": build_miss,
+    "shira": build_shira,
+    "supra": build_supra,
+    "qs2ft": functools.partial(build_ours, method="s2ft", quantized=True),
+    "qpaca": functools.partial(build_ours, method="paca", quantized=True),
+    "qrosa": functools.partial(build_ours, method="rosa", quantized=True),
+    "qlora": build_qlora,
 }
-
 
 #: `floor_cut` ends in a gradient that does not depend on anything, so a compiler removes its whole backward: no floor.
 EAGER_ONLY = frozenset({"floor_cut"})
@@ -378,27 +463,58 @@ def run(
     return rows, times, failures
 
 
+@dataclass(frozen=True)
+class Target:
+    """`ours` against `other`: at most `time` × its time (or, with `faster`, its time at least that many times ours), and at
+    most `memory` × its bytes, by `column`."""
+
+    ours: str
+    other: str
+    time: float | None = None
+    faster: float | None = None
+    memory: float | None = None
+    column: str = "saved MiB"
+
+
+EAGER_TARGETS = (
+    Target("s2ft", "floor", time=1.05, memory=1.05),
+    Target("s2ft", "floor_cut", time=1.05, memory=1.05),
+    Target("s2ft", "lora", faster=1.3),
+    Target("s2ft", "miss", faster=1.1, memory=1.0, column="peak MiB"),
+    Target("paca", "floor", time=1.05, memory=1.05),
+    Target("paca", "lora", faster=1.3),
+    Target("paca", "miss", faster=1.1, memory=1.0, column="peak MiB"),
+    Target("rosa", "lora", time=1.0, memory=1.0, column="peak MiB"),
+    Target("our_lora", "lora", time=1.0, memory=1.0, column="peak MiB"),
+    Target("qrosa", "qlora", time=1.0, memory=1.0, column="peak MiB"),
+)
+COMPILED_TARGETS = (
+    Target("s2ft", "floor", time=1.05, memory=1.05, column="held MiB"),
+    Target("s2ft", "lora", faster=1.1),
+    Target("s2ft", "miss", memory=1.0, column="peak MiB"),
+    Target("paca", "floor", time=1.05, memory=1.05, column="held MiB"),
+    Target("paca", "lora", faster=1.1),
+    Target("rosa", "lora", time=1.0, memory=1.0, column="peak MiB"),
+)
+
+
 def bars(rows: list[dict[str, Any]], times: dict[str, Timing]) -> list[Bar]:
-    """The project's bars for S2FT, as far as the methods ran."""
+    """The project's bars, as far as the methods ran."""
     by_name = {row["method"]: row for row in rows}
     found: list[Bar] = []
-    for mode in ("", "+compile"):
-        ours = "s2ft" + mode
-        if ours not in times:
-            continue
-        for floor in ("floor" + mode, "floor_cut" + mode):
-            if floor in times:
-                found.append(Bar.of(f"time of {ours} / {floor}", times[ours].over(times[floor]), 1.05))
-                key = "held MiB" if mode else "saved MiB"
-                ratio = by_name[ours][key] / by_name[floor][key]
-                found.append(Bar(f"{key[:-4]} for backward, bytes of {ours} / {floor}", ratio, 1.05))
-        for peer, bound in (("lora", 1.1 if mode else 1.3), ("miss", 1.1)):
-            if peer + mode in times and not (mode and peer == "miss"):
-                ratio = times[peer + mode].over(times[ours])
-                found.append(Bar.of(f"time of {peer}{mode} / {ours}", ratio, bound, at_least=True))
-        if "miss" + mode in times:
-            peak = by_name[ours]["peak MiB"] / by_name["miss" + mode]["peak MiB"]
-            found.append(Bar(f"peak memory of {ours} / miss{mode}", peak, 1.0))
+    for mode, targets in (("", EAGER_TARGETS), ("+compile", COMPILED_TARGETS)):
+        for target in targets:
+            ours, other = target.ours + mode, target.other + mode
+            if ours not in times or other not in times:
+                continue
+            if target.time is not None:
+                found.append(Bar.of(f"time of {ours} / {other}", times[ours].over(times[other]), target.time))
+            if target.faster is not None:
+                ratio = times[other].over(times[ours])
+                found.append(Bar.of(f"time of {other} / {ours}", ratio, target.faster, at_least=True))
+            if target.memory is not None:
+                ratio = by_name[ours][target.column] / by_name[other][target.column]
+                found.append(Bar(f"{target.column[:-4]} bytes of {ours} / {other}", ratio, target.memory))
     return found
 
 

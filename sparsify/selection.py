@@ -102,3 +102,8 @@ def arrange(
         heads, others = picked[g], [j for j in range(size) if j not in picked[g]]
         inner.append(others + heads if g in leading else heads + others)
     return order, inner
+
+
+def index_dtype(shape: torch.Size) -> torch.dtype:
+    """Wide enough for every flat position of a weight."""
+    return torch.int64 if shape.numel() > torch.iinfo(torch.int32).max else torch.int32

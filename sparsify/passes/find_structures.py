@@ -16,11 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from math import prod
 
 from torch import fx
 
-from sparsify.passes.axes import AttentionCore, Axes, Axis, Contraction, Interpreter, Reason, Value, find, leaves, words
+from sparsify.passes.axes import AttentionCore, Axes, Axis, Contraction, Interpreter, Value, find, leaves, words
+from sparsify.passes.axis_terms import Member, Source, Span, Term, compatible, fixed_inside, has_cut, terms_of
+from sparsify.passes.unit_layout import Layout, layout, merge
 from sparsify.structure import Declined, Role, Site, Structure
 
 NONLINEAR = frozenset(
@@ -65,90 +66,6 @@ def find_structures(
     machine = Interpreter(tensors, parameters, aliases or {})
     machine.run(graph)
     return Finder(machine).detect()
-
-
-@dataclass(frozen=True)
-class Term:
-    """One stretch of a parameter's axis: `offset + Σ index(leaf) · stride`, and the cuts that lead to it."""
-
-    offset: int
-    factors: tuple[tuple[Axis, int], ...]
-    cuts: tuple[tuple[Axis, int, int], ...]
-
-
-@dataclass(frozen=True)
-class Member:
-    """One stretch of one axis of one parameter in which a leaf class occurs."""
-
-    param: str
-    axis: int
-    term: Term
-
-
-Span = tuple[Axis, int, int]
-Source = tuple[str, frozenset[Span]]  # a parameter, and the slices through which it was reached
-
-
-def terms_of(axis: Axis) -> list[Term]:
-    """All stretches of an axis, in order."""
-    return [Term(offset, factors, cuts) for offset, factors, cuts, _, _ in expand(find(axis), 1)]
-
-
-Expanded = tuple[int, tuple[tuple[Axis, int], ...], tuple[Span, ...], int, int]
-
-
-def expand(root: Axis, stride: int) -> list[Expanded]:
-    """(offset, factors, cuts, first and last position in `root`) of every stretch of `root` laid out at `stride`."""
-    if root.form is None:
-        return [(0, ((root, stride),) if root.size > 1 else (), (), 0, root.size)]
-    out: list[Expanded] = []
-    if root.form == "concat":
-        at = 0
-        for part in root.parts:
-            for offset, factors, cuts, low, high in expand(find(part), stride):
-                out.append((offset + at * stride, factors, (*cuts, (root, at + low, at + high)), at + low, at + high))
-            at += part.size
-        return out
-    first, *rest = (find(p) for p in root.parts)
-    span = prod(r.size for r in rest)
-    inner: list[Expanded] = [(0, (), (), 0, 1)]
-    for i, part in enumerate(rest):
-        below = prod(r.size for r in rest[i + 1 :])
-        inner = [
-            (o + o2, f + f2, c + c2, 0, 0)
-            for o, f, c, _, _ in inner
-            for o2, f2, c2, _, _ in expand(part, stride * below)
-        ]
-    for offset, factors, cuts, low, high in expand(first, stride * span):
-        for o2, f2, c2, _, _ in inner:
-            bounds = (low * span, high * span)
-            out.append((offset + o2, factors + f2, (*cuts, *c2, (root, *bounds)), *bounds))
-    return out
-
-
-def has_cut(axis: Axis) -> bool:
-    """Whether a concatenation takes part in an axis."""
-    root = find(axis)
-    return root.form == "concat" or any(has_cut(part) for part in root.parts)
-
-
-def fixed_inside(axis: Axis, inside: bool = False) -> Reason | None:
-    """Why the parts of a concatenation inside `axis` are fixed, if one of them is."""
-    root = find(axis)
-    inside = inside or root.form == "concat"
-    if inside and root.fixed is not None:
-        return root.fixed
-    return next((r for r in (fixed_inside(part, inside) for part in root.parts) if r is not None), None)
-
-
-def compatible(term: Term, spans: frozenset[Span]) -> bool:
-    """Whether data read through these slices can come from this stretch."""
-    for axis, start, stop in spans:
-        root = find(axis)
-        for cut_root, low, high in term.cuts:
-            if cut_root is root and (high <= start or stop <= low):
-                return False
-    return True
 
 
 @dataclass
@@ -825,72 +742,6 @@ def kept_by_weight(contraction: Contraction) -> Axes:
     if weight_of(contraction) is contraction.left:
         return contraction.left_kept
     return contraction.right_kept
-
-
-Loop = tuple[int, int]  # count, stride
-
-
-@dataclass(frozen=True, order=True)
-class Layout:
-    """Channels of the units in one stretch, as a site writes them; `group` is an outer loop that must stay visible."""
-
-    offset: int
-    block: int
-    step: int
-    loops: tuple[Loop, ...]
-    group: tuple[Loop, ...] = ()
-
-    def joins(self, after: Layout) -> bool:
-        """Whether `after` begins where each unit of this stretch ends."""
-        same = (self.step, self.loops, self.group) == (after.step, after.loops, after.group)
-        return same and self.offset + self.block == after.offset and self.block not in self.bounds
-
-    @property
-    def bounds(self) -> set[int]:
-        """Block sizes at which the next channel belongs to another unit or group."""
-        return {self.step, *(stride for _, stride in self.group)}
-
-    def joined(self, after: Layout) -> Layout:
-        return normal(self.offset, self.block + after.block, self.step, self.loops, self.group)
-
-    def site(self, param: str, axis: int, role: Role) -> Site:
-        stride = 0 if self.step == self.block else self.step
-        return Site(param, axis, self.block, self.offset, self.group + self.loops, stride, role)
-
-
-def layout(term: Term, unit: Axis | None, group: Axis | None = None) -> Layout:
-    """Channels of one unit in one stretch: contiguous inner factors make the block, all others are loops."""
-    step = next((stride for leaf, stride in term.factors if leaf is unit), 0)
-    loops = tuple((leaf.size, stride) for leaf, stride in term.factors if leaf is not unit and leaf is not group)
-    outer = tuple((leaf.size, stride) for leaf, stride in term.factors if leaf is group)
-    return normal(term.offset, 1, step, loops, outer)
-
-
-def normal(offset: int, block: int, step: int, loops: tuple[Loop, ...], group: tuple[Loop, ...]) -> Layout:
-    """Loops that touch the block become part of it; loops that touch each other become one."""
-    bounds = {step, *(stride for _, stride in group)}
-    rest = sorted(loops, key=lambda loop: -loop[1])
-    while rest and rest[-1][1] == block and block not in bounds:
-        block *= rest.pop()[0]
-    merged: list[Loop] = []
-    for count, stride in rest:
-        if merged and merged[-1][1] == count * stride:
-            count *= merged.pop()[0]
-        merged.append((count, stride))
-    return Layout(offset, block, step, tuple(merged), group)
-
-
-def merge(layouts: list[Layout]) -> list[Layout]:
-    """Join stretches that lie side by side in every unit (the halves of a rotary head, for instance)."""
-    changed = True
-    while changed:
-        changed, out = False, []
-        for item in sorted(dict.fromkeys(layouts)):
-            if out and out[-1].joins(item):
-                item, changed = out.pop().joined(item), True
-            out.append(item)
-        layouts = out
-    return layouts
 
 
 def common_path(params: Iterable[str]) -> str:

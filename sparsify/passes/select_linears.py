@@ -19,7 +19,7 @@ from sparsify.passes.assign_rules import WHOLE, is_conv1d, owner_name, why_not_t
 from sparsify.passes.base import Context
 from sparsify.plan import LinearRule, LoRA, PaCA, Quantize, RoSA, nearest, pattern_value
 from sparsify.program import ChannelChoice, LinearNode, Program, Support, UnitChoice
-from sparsify.selection import choose, generator, random_scores, unit_channels
+from sparsify.selection import choose, generator, index_dtype, random_scores, unit_channels
 
 VIEWS = frozenset(
     getattr(torch.ops.aten, name)
@@ -228,9 +228,9 @@ def choose_supports(
         rank, count = settings[param]
         if not rank and not count:  # a pattern that says so; nothing to train, nothing to store
             continue
-        support = Support(
-            param, index, rank, rule.scale(rank) if rank else 1.0, rule.dropout, count, mask, found.get(param)
-        )
+        entries = found[param].to(index_dtype(program.tensor(param).shape)) if param in found else None
+        scale = rule.scale(rank) if rank else 1.0
+        support = Support(param, index, rank, scale, rule.dropout, count, mask, entries)
         supports.append(support)
     return supports
 
