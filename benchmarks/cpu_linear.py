@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -29,8 +31,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from sparsify.kernels.cpu.dispatch import best_isa, cpu_name
+from sparsify.kernels.cpu.dispatch import best_isa
 from sparsify.kernels.cpu.formats import pack
+from sparsify.kernels.cpu.tune import cpu_name
 from sparsify.lowering.cpu import SparseLinear, pack_linear
 
 PEER = r"""
@@ -119,10 +122,17 @@ class Peer:
         raise RuntimeError(f"{self.kind} ended without an answer")
 
     def ask(self, **job: Any) -> dict[str, Any]:
+        """Ask the peer, which is stopped between its answers: its threads may spin on long after their work is done."""
         assert self.process.stdin is not None
+        os.kill(self.process.pid, signal.SIGCONT)
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
-        return self.answer()
+        found = self.answer()
+        os.kill(self.process.pid, signal.SIGSTOP)
+        return found
+
+    def close(self) -> None:
+        self.process.kill()
 
     def load(self, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Compile one product; returns the peer's result, to be compared with ours."""
@@ -192,6 +202,7 @@ def measure(args: argparse.Namespace, peer: Peer | None) -> list[dict[str, Any]]
                 while rounds < args.rounds or time.perf_counter() - start < args.seconds:
                     rounds += 1
                     for name, call in calls.items():
+                        time.sleep(0.01)  # until the threads of the one before have stopped spinning
                         samples[name] += call(3)[1:]  # the first run warms what the others evicted
                 median = {name: statistics.median(values) for name, values in samples.items()}
                 fastest = {name: min(values) for name, values in samples.items()}
@@ -256,6 +267,8 @@ def main() -> None:
     print(header + (f" {peer.kind:>10} {'ratio':>6}" if peer else ""))
     with torch.inference_mode():
         results = measure(args, peer)
+    if peer is not None:
+        peer.close()
     summary = {
         "benchmark": "cpu_linear", "cpu": cpu_name(), "isa": best_isa(), "threads": args.threads, "clock": args.clock,
         "date": str(date.today()),

@@ -2,12 +2,13 @@
 
     tile     `sampled_by_tile`: dense products a block of rows at a time, each gathered at once
     entry    `sampled_per_entry`: gather both columns of every entry, one dot product over the tokens each
+    kernel   `sampled_by_kernel`: generated C++ (CPU, where there is a compiler)
     csr      `sampled_csr`: `torch.sparse.sampled_addmm`, the support's CSR tensor built from the flat index in every call;
              16-bit inputs go through fp32
     csr0     the same, fp32 only, with the CSR tensor kept from call to call (what caching the structure could gain at most)
 
-All four compute the same numbers (checked on the first call). The last lines give, per token count, the density below which
-each of the others beats the dense tile; `CSR_DENSITY` and `PER_ENTRY_DENSITY` in `sparsify/lowrank_ops.py` are set from that, and
+All compute the same numbers (checked on the first call). The last lines give, per token count, the density below which
+each of the others beats the dense tile; `KERNEL_DENSITY`, `CSR_DENSITY` and `PER_ENTRY_DENSITY` in `sparsify/lowrank_ops.py` are set from that, and
 `sparsify/kernels/README.md` holds what was measured.
 
     python benchmarks/sampled_product.py --threads 1 --clock cpu --save
@@ -31,11 +32,13 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.harness import Timing, begin, interleave, parser, report
+from sparsify.kernels.cpu.dispatch import best_isa
+from sparsify.kernels.cpu.sampled import VALUES, load_sampled, sampled_by_kernel
 from sparsify.lowrank_ops import csr_support, sampled_by_tile, sampled_csr, sampled_per_entry
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHAPES = ((1024, 1024), (4096, 1024))
-DENSITIES = (0.001, 0.002, 0.003, 0.006, 0.01, 0.018, 0.03)
+DENSITIES = (0.001, 0.002, 0.003, 0.006, 0.01, 0.018, 0.03, 0.06)
 TOKENS = (64, 256, 1024, 2048)
 
 
@@ -56,7 +59,7 @@ class Case:
 
 
 def variants(case: Case, seed: int = 0) -> dict[str, Callable[[], Tensor]]:
-    """The four ways over the same data."""
+    """The ways that this machine has, over the same data."""
     generator = torch.Generator().manual_seed(seed)
     g, x = (torch.randn(case.tokens, w, generator=generator).to(case.device, case.dtype) for w in (case.n, case.m))
     places = torch.randperm(case.n * case.m, generator=generator)[: case.count].sort().values
@@ -65,6 +68,8 @@ def variants(case: Case, seed: int = 0) -> dict[str, Callable[[], Tensor]]:
         "tile": lambda: sampled_by_tile(g, x, index),
         "entry": lambda: sampled_per_entry(g, x, index),
     }
+    if case.device == "cpu" and load_sampled(best_isa(), VALUES[case.dtype]) is not None:
+        found["kernel"] = lambda: sampled_by_kernel(g, x, index)
     found["csr"] = lambda: sampled_csr(g, x, index)
     if case.dtype is torch.float32:
         ready = csr_support(index, case.n, case.m, case.dtype)

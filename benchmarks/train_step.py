@@ -416,14 +416,14 @@ def run(
     case: Case,
     methods: Iterable[str],
     *,
-    compiled: bool,
+    compiled: str | None,
     eager: bool,
     rounds: int,
     seconds: float,
     clock: str,
     patience: float,
 ) -> tuple[list[dict[str, Any]], dict[str, Timing], list[str]]:
-    """One row per method and mode; timings by `name` (eager) and `name+compile`; reasons of what failed."""
+    """One row per method and mode (compiled: the backend of `torch.compile`, or None for eager only); timings by `name` (eager) and `name+compile`; reasons of what failed."""
     torch._dynamo.config.recompile_limit = 64  # the methods share the code of Llama's forward: an entry for each
     trainees: dict[str, Trainee] = {}
     memory: dict[str, Memory] = {}
@@ -436,7 +436,7 @@ def run(
                 trainees[name] = trainee
             if compiled and name not in EAGER_ONLY:
                 fast = Trainee(trainee.model, trainee.inputs, trainee.leaves, trainee.extra, trainee.optimizer)
-                fast.call = torch.compile(trainee.model, dynamic=False)
+                fast.call = torch.compile(trainee.model, dynamic=False, backend=compiled)
                 memory[name + "+compile"] = measure_memory(fast, case.device)
                 trainees[name + "+compile"] = fast
         except Exception as error:
@@ -542,6 +542,7 @@ def options() -> argparse.ArgumentParser:
     made.add_argument("--dtype", choices=list(DTYPES), help="default: fp32 on CPU, bf16 on CUDA")
     made.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     made.add_argument("--compile", action="store_true", help="measure torch.compile(model) too")
+    made.add_argument("--backend", default="inductor", help="of torch.compile; 'sparsify' is the project's own")
     made.add_argument("--no-eager", action="store_true", help="measure torch.compile(model) only")
     made.add_argument("--rounds", type=int, default=15)
     made.add_argument("--seconds", type=float, default=240.0, help="of timing, at most")
@@ -565,7 +566,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     rows, times, failures = run(
         case,
         arguments.methods,
-        compiled=arguments.compile or arguments.no_eager,
+        compiled=arguments.backend if arguments.compile or arguments.no_eager else None,
         eager=not arguments.no_eager,
         rounds=arguments.rounds,
         seconds=arguments.seconds,
@@ -576,6 +577,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
         f"Llama, {shape.layers} layers of {shape.width}/{shape.ffn}, {shape.heads}/{shape.kv_heads} heads, vocabulary "
         f"{shape.vocab}, {shape.batch} × {shape.sequence} tokens, {dtype}, {arguments.device}; "
         f"{min((len(t.samples) for t in times.values()), default=0)} rounds; ratios of medians, of minima in brackets",
+        *([f"compiled by {arguments.backend}"] if arguments.compile or arguments.no_eager else []),
         *failures,
     ]
     columns = [

@@ -10,6 +10,8 @@ from sparsify.errors import (
     SparsifyError,
     VerifyError,
 )
+from sparsify.lowering.backend import backend
+from sparsify.lowering.cpu_options import CpuOptions
 from sparsify.plan import S2FT, LoRA, PaCA, Plan, Quantize, RoSA, register_rule
 from sparsify.rules_prune import Prune
 
@@ -21,6 +23,7 @@ __all__ = [
     "S2FT",
     "AdapterError",
     "CaptureError",
+    "CpuOptions",
     "LoRA",
     "PaCA",
     "Plan",
@@ -34,5 +37,6 @@ __all__ = [
     "VerifyError",
     "__version__",
     "analyse",
+    "backend",
     "compile",
 ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -14,6 +15,7 @@ from sparsify.capture import capture, unwrap
 from sparsify.errors import PlanError
 from sparsify.handle import Handle
 from sparsify.install import install, trained_in_full
+from sparsify.lowering.cpu_options import CpuOptions
 from sparsify.lowering.reference import lower_reference
 from sparsify.passes.base import Context, Pass, run_passes
 from sparsify.passes.find_structures import find_structures
@@ -23,6 +25,7 @@ from sparsify.passes.prune import prune
 from sparsify.passes.select_units import select_units
 from sparsify.plan import Plan, Rule
 from sparsify.program import Program, Stage
+from sparsify.verify import verify
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -62,6 +65,7 @@ def compile(
     donate: bool = False,
     progress: bool = True,
     resume_dir: str | Path | None = None,
+    cpu: CpuOptions | None = None,
 ) -> Model:
     """Apply a plan to a model: a new host of the same class, in which only what the plan names trains.
 
@@ -69,6 +73,7 @@ def compile(
     example: one batch for the trace; Hugging Face models need none.
     calibration: batches for data-driven selections; `loss(outputs, batch)` for gradient scores (default `outputs.loss`).
     resume_dir: a folder in which an interrupted pruning is kept and continued.
+    cpu: with `Plan(target="cpu")`: the numbers of tokens that must be fast, and whether speed or memory matters.
     donate: free the model's tensors as they are replaced (peak memory = model + one tensor); `model` is unusable afterwards.
 
     Returns the host; `host.sparsify` has `report`, `program`, and the adapter verbs.
@@ -78,14 +83,20 @@ def compile(
         raise PlanError(f"compile: expected a Plan, got {type(plan).__name__}; write Plan([…rules…])")
     source = unwrap(model)
     if "sparsify" in source.__dict__:
-        if plan.target != "cpu":
+        if not plan.for_inference:
             raise PlanError(
                 "compile: this model is compiled already; compile the original, or call model.sparsify.restore() first"
             )
         source = source.__dict__["sparsify"].plain()
     context = Context(plan, calibration, loss, donate, progress, resume_dir)
     if plan.target == "cpu":
-        return compile_for_cpu(source, context, example)  # type: ignore[return-value]
+        return compile_for_cpu(source, context, example, cpu or CpuOptions())  # type: ignore[return-value]
+    if cpu is not None:
+        raise PlanError(
+            f"compile: cpu=CpuOptions(…) belongs to Plan(target='cpu'), this plan's target is {plan.target!r}"
+        )
+    if plan.for_inference:
+        return compile_for_cuda(source, context, example)  # type: ignore[return-value]
     program = run_passes(capture(source, example), PIPELINE, context)
     flags = {name: p.requires_grad for name, p in source.named_parameters()}
     train = tuple(sorted(trained_in_full(program, tuple(plan.train))))
@@ -96,24 +107,39 @@ def compile(
     return host  # type: ignore[return-value]
 
 
-def compile_for_cpu(source: nn.Module, context: Context, example: Any) -> nn.Module:
+def compile_for_cpu(source: nn.Module, context: Context, example: Any, options: CpuOptions) -> nn.Module:
     """Prune if the plan says so, then replace linears by generated sparse kernels where they are measured to be faster."""
     from sparsify.lowering.cpu import lower_model
 
+    chosen = {f.name: getattr(options, f.name) for f in fields(options)}
+    return compile_for_inference(source, context, example, partial(lower_model, **chosen))
+
+
+def compile_for_cuda(source: nn.Module, context: Context, example: Any) -> nn.Module:
+    """Prune if the plan says so, then replace linears by generated Triton kernels where they read fewer bytes."""
+    from sparsify.lowering.cuda import lower_model
+
+    return compile_for_inference(source, context, example, lower_model)
+
+
+def compile_for_inference(source: nn.Module, context: Context, example: Any, lower: Callable[..., Any]) -> nn.Module:
+    """Prune and quantise, put the result into a copy of the host, and lower its linears."""
     plan = context.plan
     program = run_passes(capture(source, example), PIPELINE[:3], context)
     wrong = {f for f in program.quantize.values() if f != "int8"}
     if wrong:
         raise PlanError(
-            f"Plan(target='cpu'): the CPU kernels read int8, not {sorted(wrong)[0]}; use Quantize(format='int8')"
+            f"Plan(target='{plan.target}'): the {plan.target.upper()} kernels read int8, not {sorted(wrong)[0]}; "
+            "use Quantize(format='int8')"
         )
     quantize: dict[str, Literal["int8"]] = {param.rpartition(".")[0]: "int8" for param in program.quantize}
     host, layouts = install(replace(program, quantize={}), ())
     host.eval()
     for parameter in host.parameters():
         parameter.requires_grad_(False)
-    lowered = lower_model(host, program, quantize=quantize)
+    lowered = lower(host, program, quantize=quantize)
     program.host, program.tensors = host, {}
+    verify(replace(program, quantize={}))
     flags = {name: p.requires_grad for name, p in source.named_parameters()}
     host.__dict__["sparsify"] = Handle(host, program, plan, layouts, (), flags, cpu=lowered)
-    return host  # type: ignore[return-value]
+    return host

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from sparsify.cli_bench import bench
+
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Sparse fine-tuning and sparse inference of PyTorch models."
 )
@@ -80,6 +82,36 @@ def adapter(
     typer.echo(
         f"{len(loaded.deltas)} weights, {loaded.nbytes() / 1024:.1f} KiB, made by sparsify {loaded.info.get('sparsify', '?')}"
     )
+
+
+@app.command()
+def checkpoint(
+    path: Annotated[Path, typer.Argument(help="A file that save_sparse wrote.")],
+    layers: Annotated[bool, typer.Option(help="One line per weight.")] = False,
+) -> None:
+    """Check a sparse checkpoint and say how large it is and how sparse."""
+    from sparsify.sparse_checkpoint import SparseCheckpointError, open_sparse
+
+    try:
+        found = open_sparse(path)
+    except SparseCheckpointError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    sizes = {name: (dense, stored) for name, dense, stored in found.sizes()}
+    if layers:
+        for name, entry in found.entries.items():
+            shape = " × ".join(map(str, entry.shape))
+            typer.echo(f"{name}: {shape}, {entry.sparsity:.1%} zeros, {sizes[name][1] / 1024:.1f} KiB")
+    zeros = sum(entry.numel - entry.survivors for entry in found.entries.values())
+    total = sum(entry.numel for entry in found.entries.values())
+    dense, stored = (sum(pair[i] for pair in sizes.values()) / 2**20 for i in (0, 1))
+    typer.echo(
+        f"{len(found.entries)} compressed tensors, {zeros / max(total, 1):.1%} zeros, {stored:.2f} MiB instead of {dense:.2f} MiB; "
+        f"{len(found.plain)} tensors as they are"
+    )
+
+
+app.command()(bench)
 
 
 def main() -> None:

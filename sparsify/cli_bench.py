@@ -2,82 +2,121 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import statistics
 import time
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 
 def bench(
-    model: Annotated[str, typer.Option("--model", "-m", help="Hugging Face directory or name")],
-    batch: Annotated[int, typer.Option("--batch", "-b", min=1)] = 1,
+    model: Annotated[str, typer.Option("--model", "-m", help="a Hugging Face folder, or a model type such as 'bert'")],
+    batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="sequences per call")] = 1,
     seq: Annotated[int, typer.Option("--seq", "-s", min=1, help="tokens per sequence")] = 128,
     sparsity: Annotated[float, typer.Option(min=0.0, max=0.99, help="prune by magnitude first; 0: as it is")] = 0.0,
     dtype: Annotated[str, typer.Option(help="fp32 or int8: values of the packed weights")] = "fp32",
     threads: Annotated[int, typer.Option("--threads", "-t", min=0, help="0: as torch chooses")] = 0,
-    seconds: Annotated[float, typer.Option(help="how long to measure each variant")] = 5.0,
+    seconds: Annotated[float, typer.Option(min=0.0, help="how long to measure each variant")] = 5.0,
     report: Annotated[bool, typer.Option(help="print what became of every layer")] = False,
 ) -> None:
-    """Time a forward pass, dense against packed; prints a table and a last line of JSON."""
+    """Time a forward pass of a model on this CPU, dense against packed; prints a table and a last line of JSON."""
     if dtype not in ("fp32", "int8"):
         raise typer.BadParameter(f"dtype {dtype!r}: expected fp32 or int8")
-    import copy
-
     import torch
-    from transformers import AutoModel
 
-    from sparsify.kernels.cpu.dispatch import cpu_name
+    from sparsify.capture import capture
     from sparsify.kernels.cpu.operator import module_bytes
+    from sparsify.kernels.cpu.tune import cpu_name
     from sparsify.lowering.cpu import lower_model
 
     if threads:
         torch.set_num_threads(threads)
-    dense = AutoModel.from_pretrained(model, dtype=torch.float32).eval()
+    dense = load_model(model)
+    inputs = make_inputs(dense, model, batch, seq)
     if sparsity:
-        with torch.no_grad():
-            for module in dense.modules():
-                if isinstance(module, torch.nn.Linear):
-                    count = max(1, int(module.in_features * sparsity))
-                    bound = module.weight.abs().kthvalue(count, dim=1, keepdim=True).values
-                    module.weight.mul_(module.weight.abs() > bound)
+        prune_rows(dense, sparsity)
     packed = copy.deepcopy(dense, {id(p): p for p in dense.parameters()})
-    outcome = lower_model(packed, quantize="int8" if dtype == "int8" else None, tokens=(batch * seq,))
+    program = capture(packed, inputs)  # shows which linears one kernel may serve
+    outcome = lower_model(packed, program, quantize="int8" if dtype == "int8" else None, tokens=(batch * seq,))
     typer.echo(str(outcome) if report else str(outcome).splitlines()[0])
-    ids = torch.randint(0, dense.config.vocab_size, (batch, seq))
     contestants = {"dense": dense, f"packed {dtype}": packed}
+    median = {name: statistics.median(s) for name, s in time_in_turn(contestants, inputs, seconds).items()}
+    memory = {name: module_bytes(contestant) / 2**20 for name, contestant in contestants.items()}
+    typer.echo(f"{'':>12} {'latency':>12} {'throughput':>17} {'speed':>8} {'memory':>12}")
+    for name, value in median.items():
+        times = f"{value * 1e3:9.2f} ms {batch / value:9.1f} items/s"
+        typer.echo(f"{name:>12} {times} {median['dense'] / value:6.2f} × {memory[name]:8.1f} MiB")
+    result = {
+        "benchmark": "bench", "model": model, "batch": batch, "seq": seq, "sparsity": sparsity, "dtype": dtype,
+        "threads": torch.get_num_threads(), "cpu": cpu_name(), "ms": {n: v * 1e3 for n, v in median.items()},
+        "MiB": memory, "lowered": len(outcome.lowered), "dense_layers": len(outcome.refusals),
+    }  # fmt: skip
+    typer.echo(json.dumps(result))
+
+
+def load_model(name: str) -> Any:
+    """The model in a folder; or, for a model type, one of the default size with random weights. Eval mode, fp32."""
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    if Path(name).is_dir():
+        return AutoModel.from_pretrained(name, dtype=torch.float32).eval()
+    try:
+        config = AutoConfig.for_model(name)
+    except ValueError as error:
+        raise typer.BadParameter(f"{name!r} is neither a folder nor a model type that transformers knows") from error
+    torch.manual_seed(0)
+    return AutoModel.from_config(config).float().eval()
+
+
+def make_inputs(model: Any, name: str, batch: int, seq: int) -> dict[str, Any]:
+    """Random tokens, for the decoder too where there is one. Raises BadParameter for models that do not take tokens."""
+    import torch
+
+    vocabulary, limit = (
+        getattr(model.config, "vocab_size", None),
+        getattr(model.config, "max_position_embeddings", None),
+    )
+    if vocabulary is None or model.main_input_name != "input_ids":
+        raise typer.BadParameter(f"{name!r} takes {model.main_input_name}; bench times models that take tokens")
+    if isinstance(limit, int) and seq > limit > 0:
+        raise typer.BadParameter(f"--seq {seq}: {name!r} has {limit} positions")
+    ids = torch.randint(0, vocabulary, (batch, seq))
+    return {"input_ids": ids, "decoder_input_ids": ids} if model.config.is_encoder_decoder else {"input_ids": ids}
+
+
+def prune_rows(model: Any, sparsity: float) -> None:
+    """Zero the smallest `sparsity` of every row of every linear but those whose weight an embedding shares."""
+    import torch
+
+    from sparsify.lowering.cpu import is_conv1d
+
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    with torch.no_grad():
+        for module in model.modules():
+            if (isinstance(module, torch.nn.Linear) or is_conv1d(module)) and id(module.weight) not in embeddings:
+                weight = module.weight.t() if is_conv1d(module) else module.weight
+                count = int(weight.shape[1] * sparsity)
+                if count:
+                    bound = weight.abs().kthvalue(count, dim=1, keepdim=True).values
+                    weight.mul_(weight.abs() > bound)
+
+
+def time_in_turn(contestants: dict[str, Any], inputs: dict[str, Any], seconds: float) -> dict[str, list[float]]:
+    """Seconds of every forward; the models take turns for `seconds` each, at least three times."""
+    import torch
+
     samples: dict[str, list[float]] = {name: [] for name in contestants}
     with torch.inference_mode():
         for contestant in contestants.values():
-            contestant(ids)
+            contestant(**inputs)
         start = time.perf_counter()
         while time.perf_counter() - start < seconds * len(contestants) or len(samples["dense"]) < 3:
             for name, contestant in contestants.items():
                 before = time.perf_counter()
-                contestant(ids)
+                contestant(**inputs)
                 samples[name].append(time.perf_counter() - before)
-    median = {name: statistics.median(values) for name, values in samples.items()}
-    for name, contestant in contestants.items():
-        throughput, ratio = batch / median[name], median["dense"] / median[name]
-        memory = module_bytes(contestant) / 2**20
-        typer.echo(
-            f"{name:>12} {median[name] * 1e3:9.2f} ms {throughput:9.1f} items/s {ratio:6.2f} × {memory:9.1f} MiB"
-        )
-    typer.echo(
-        json.dumps(
-            {
-                "benchmark": "bench",
-                "model": model,
-                "batch": batch,
-                "seq": seq,
-                "sparsity": sparsity,
-                "dtype": dtype,
-                "threads": torch.get_num_threads(),
-                "cpu": cpu_name(),
-                "ms": {name: value * 1e3 for name, value in median.items()},
-                "lowered": len(outcome.lowered),
-                "dense_layers": len(outcome.refusals),
-            }
-        )
-    )
+    return samples

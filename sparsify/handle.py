@@ -21,7 +21,7 @@ from sparsify.adapter import Adapter, Delta
 from sparsify.capture import evaluating
 from sparsify.errors import AdapterError, SparsifyError
 from sparsify.install import Layout, LoadHook, SaveHook, Unshare
-from sparsify.masked import MaskedModule, bits_name
+from sparsify.masked import MaskedModule, bits_name, masked_parameters
 from sparsify.modules import AdaptedMixin, QuantizedMixin, low_rank_delta, make_plain, write_parts
 from sparsify.parts import LowRankPart, Part, SlicePart, Snapshot
 from sparsify.passes.assign_rules import is_conv1d, owner_name
@@ -120,6 +120,14 @@ class Handle:
     def report(self) -> Report:
         """What was found, chosen and declined and why; trainable parameters; bytes saved for backward."""
         return make_report(self.program, self.plan, self.host, self.cpu)
+
+    def draw_pruning(self, path: str | os.PathLike[str]) -> None:
+        """Draw zeros and error of every pruned weight into an SVG file. Raises SparsifyError when nothing was pruned."""
+        if not self.program.pruned:
+            raise SparsifyError("draw_pruning: this plan pruned nothing; add a Prune rule")
+        from sparsify.pruning.picture import write_svg
+
+        write_svg(self.program.pruned, path)
 
     def count_parameters(self) -> tuple[int, int]:
         """`(trainable, all)`; parts that stand for entries of their weight do not add to `all`, packed weights count as dense."""
@@ -551,7 +559,7 @@ class Handle:
         self.need_unmerged("merge")
         packed = [p for p in self.parts if self.is_packed(p)]
         low = [p for p, part in self.parts.items() if isinstance(part, LowRankPart) and part.part.rank]
-        masked = [p for p in low if p in self.program.masks and p not in packed]
+        masked = [p for p in low if p in self.program.masks]
         before = self.example_outputs() if packed or masked else None
         moved: dict[str, float] = {}
         for param, part in self.parts.items():
@@ -561,9 +569,12 @@ class Handle:
                 _, _, a, _ = module.parts()
                 if a is not None:
                     dense = (dense.float() + low_rank_delta(module)).to(dense.dtype)
+                exact = dense.float()
+                if param in self.program.masks:
+                    self.keep_mask(param, dense := dense.clone())
                 fresh = pack(dense, module.format)
                 back = unpack(fresh, module.format, tuple(module.shape), dense.dtype)
-                moved[param] = float((back.float() - dense.float()).norm() / dense.float().norm().clamp_min(1e-30))
+                moved[param] = float((back.float() - exact).norm() / exact.norm().clamp_min(1e-30))
                 self.merge_backups[param] = [b.clone() for b in module.packed()]
                 for name, tensor in zip(module.packed_names, fresh, strict=True):
                     setattr(module, name, tensor)
@@ -609,12 +620,15 @@ class Handle:
         added = ("weight_slice", "sparse_values", "sparse_index", "lora_A", "lora_B")
         state = {k: v for k, v in state.items() if k.rpartition(".")[2] not in added}
         masks = {}
-        for name, mask in self.program.masks.items():
-            if not torch.equal(self.mask_original(name, mask), state[name] != 0) and bool(
-                (state[name][~self.mask_original(name, mask)] != 0).any()
-            ):
-                continue  # a low-rank part fills pruned entries: the tensor is stored by its own zeros
-            masks[name] = self.mask_original(name, mask)
+        current = {
+            name: module.mask(leaf) for name, module, leaf in masked_parameters(self.host)
+        }  # gradual pruning moves them
+        for name, mask in (self.program.masks | current).items():
+            kept = self.mask_original(name, mask).to(state[name].device)
+            if not bool(
+                (state[name][~kept] != 0).any()
+            ):  # a low-rank part fills pruned entries: stored by its own zeros
+                masks[name] = kept
         return save_sparse(state, Path(path), masks=masks, **options)
 
     def mask_original(self, name: str, mask: Tensor) -> Tensor:
@@ -691,6 +705,11 @@ class Handle:
             bare: Any = copy.deepcopy(self.host)
         finally:
             self.host.__dict__.update(hidden)
+        if self.cpu is not None:
+            from sparsify.lowering import restore_cpu, restore_cuda
+
+            restore_cpu.restore_modules(bare)
+            restore_cuda.restore_modules(bare)
         for module in bare.modules():
             for table in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
                 for key in [k for k, hook in table.items() if is_own_hook(hook)]:

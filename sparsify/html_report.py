@@ -72,9 +72,18 @@ def render_html(title: str, summary: str, sections: Sequence[Section]) -> str:
     environment = Environment(
         loader=PackageLoader("sparsify", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.globals["draw"] = lambda program: Markup(draw_program(program))
+    environment.globals["draw"] = lambda program: Markup(draw(program))
     environment.globals["chart"] = lambda chart: Markup(chart_svg(chart))
     return environment.get_template("report.html.jinja").render(title=title, summary=summary, sections=sections)
+
+
+def draw(program: Program) -> str:
+    """The program as SVG text, and below it what pruning did, if it did."""
+    if not program.pruned:
+        return draw_program(program)
+    from sparsify.pruning.picture import pruning_svg
+
+    return f"{draw_program(program)}\n{pruning_svg(program.pruned)}"
 
 
 def chart_svg(chart: Chart, width: int = 720, height: int = 320) -> str:

@@ -22,6 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify.kernels.cpu.sampled import kernel_serves, sampled_by_kernel
+from sparsify.kernels.gpu import launch
+from sparsify.kernels.gpu.operator import kernels_take
 from sparsify.ops import LIBRARY, _autocast, effective_weight
 from sparsify.quantized import unpack
 
@@ -43,8 +46,9 @@ LIBRARY.define(
 )
 LIBRARY.define("sampled_product(Tensor a, Tensor b, Tensor index) -> Tensor")
 
-# Up to this density PyTorch's SDDMM over a CSR support is cheaper than the dense tile, and below the next one a dot product
-# per entry is (kernels/README.md has the measurements).
+# Up to these densities the generated CPU kernel, else PyTorch's SDDMM over a CSR support, is cheaper than the dense tile, and
+# below the last one a dot product per entry is (kernels/README.md has the measurements).
+KERNEL_DENSITY = 0.06
 CSR_DENSITY = {"cpu": 0.03}
 PER_ENTRY_DENSITY = {"cpu": 0.0, "cuda": 0.0035}
 TILE_BYTES = 32 * 2**20
@@ -74,16 +78,22 @@ def oracle_sampled_product(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
 
 def write_values(weight: Tensor, values: Tensor | None, index: Tensor | None) -> None:
     """Write the sparse values into a contiguous stored weight; bypasses the version counter (see `sparsify.ops`)."""
-    if values is not None and index is not None:
+    if values is None or index is None:
+        return
+    if weight.is_contiguous() and kernels_take(weight, values):
+        launch.write_values(weight.data, values, index)
+    else:
         weight.data.view(-1).index_copy_(0, index.long(), values.to(weight.dtype))
 
 
-def _project(y: Tensor, x: Tensor, first: Tensor | None, second: Tensor | None, scale: float) -> Tensor:
-    """`y + s (x first) second`, in place on y, factors in the dtype of x."""
-    if first is None or second is None:
-        return y
-    low = x.reshape(-1, x.shape[-1]) @ first.to(x.dtype)
-    y.view(-1, y.shape[-1]).addmm_(low, second.to(x.dtype), alpha=scale)
+def reduced(x: Tensor, rows: Tensor) -> Tensor:
+    """`x rowsᵀ` for `x (T, m)`, `rows (r, m)`: the factor with few rows is kept row by row, which skinny GEMMs want."""
+    return x.reshape(-1, x.shape[-1]) @ rows.to(x.dtype).contiguous().t()
+
+
+def _project(y: Tensor, low: Tensor, second: Tensor, scale: float) -> Tensor:
+    """`y + s low second`, in place on y."""
+    y.view(-1, y.shape[-1]).addmm_(low, second.to(y.dtype), alpha=scale)
     return y
 
 
@@ -92,12 +102,13 @@ def _forward(
 ) -> Tensor:
     weight = (stored.t() if transposed else stored).to(x.dtype)
     y = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    return _project(y, x, None if a is None else a.t(), None if b is None else b.t(), scale)
+    return y if a is None or b is None else _project(y, reduced(x, a), b.t(), scale)
 
 
 def _dx(g: Tensor, stored: Tensor, transposed: bool, a: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
     weight = (stored.t() if transposed else stored).to(g.dtype)
-    return _project(g.matmul(weight), g, b, a, scale)
+    dx = g.matmul(weight)
+    return dx if a is None or b is None else _project(dx, reduced(g, b.t()), a, scale)
 
 
 def _sparse_lowrank(
@@ -208,6 +219,12 @@ def _sampled_product(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
     if a.shape[0] == 0 or index.numel() == 0:
         return a.new_zeros(index.shape)
     density = index.numel() / max(1, a.shape[1] * b.shape[1])
+    if kernels_take(a, b) and a.dtype == b.dtype:
+        if density < PER_ENTRY_DENSITY["cuda"]:
+            return launch.sampled_entries(a, b, index)
+        return launch.sampled_tile(a, b, launch.support_of(index, a.shape[1], b.shape[1]))
+    if density <= KERNEL_DENSITY and kernel_serves(a, b, index):
+        return sampled_by_kernel(a, b, index)
     if density <= CSR_DENSITY.get(a.device.type, 0.0) and csr_works():
         return sampled_csr(a, b, index)
     per_entry = density < PER_ENTRY_DENSITY.get(a.device.type, 0.0)
@@ -277,9 +294,9 @@ def _part_gradients(
         first, second = (tokens_x, tokens_g) if transposed else (tokens_g, tokens_x)
         d_values = torch.ops.sparsify.sampled_product(first, second, index).to(values.dtype)
     if wants[1] and a is not None and b is not None:
-        d_a = (scale * (tokens_g @ b.to(g.dtype)).t().mm(tokens_x)).to(a.dtype)
+        d_a = (scale * reduced(tokens_g, b.t()).t().mm(tokens_x)).to(a.dtype)
     if wants[2] and a is not None and b is not None:
-        d_b = (scale * tokens_g.t().mm(tokens_x @ a.to(x.dtype).t())).to(b.dtype)
+        d_b = (scale * reduced(tokens_x, a).t().mm(tokens_g).t()).to(b.dtype)
     return d_values, d_a, d_b
 
 

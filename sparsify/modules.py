@@ -289,11 +289,11 @@ def write_parts(module: Any) -> None:
     """Bring the stored dense weight up to date with what the operator would compute, low-rank part included."""
     weight = module.weight
     if hasattr(module, "weight_slice"):
-        logical = weight.t() if module.conv1d else weight
+        logical, block = weight.t() if module.conv1d else weight, module.trained_block().detach()
         if module.slice_start < 0:
-            sparsify.ops.write_block_at(logical, module.weight_slice.detach(), module.slice_channels, module.slice_axis)
+            sparsify.ops.write_block_at(logical, block, module.slice_channels, module.slice_axis)
         else:
-            sparsify.ops.write_block(logical, module.weight_slice.detach(), module.slice_start, module.slice_axis)
+            sparsify.ops.write_block(logical, block, module.slice_start, module.slice_axis)
     if isinstance(module, SparseLowRankMixin):
         values, index, a, b = module.parts()
         write_values(weight, None if values is None else values.detach(), index)

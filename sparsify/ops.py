@@ -24,6 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import sparsify.kernels.gpu.operator  # noqa: F401  registers channel_grad
+from sparsify.kernels.gpu.build import can_launch
+
 LIBRARY = torch.library.Library("sparsify", "FRAGMENT")
 LIBRARY.define("partial_linear(Tensor x, Tensor weight, Tensor? bias, Tensor block, int start, int axis) -> Tensor")
 LIBRARY.define("partial_linear_dx(Tensor g, Tensor weight, Tensor block, int start, int axis) -> Tensor")
@@ -141,6 +144,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.where, ctx.axis, ctx.bias_dtype = where if index is None else None, axis, None if bias is None else bias.dtype
 
 
+def _block_gradient(g: Tensor, kept: Tensor, rows: Tensor | slice | None) -> Tensor:
+    """`(gᵀ kept)` for all rows, a range of them, or those at an index. On CUDA in fp32: cuBLAS on a view for a range, the
+    generated kernel, which gathers as it reads, for an index."""
+    tokens_g, tokens_x = g.reshape(-1, g.shape[-1]), kept.reshape(-1, kept.shape[-1])
+    if isinstance(rows, slice):
+        tokens_g, rows = tokens_g[:, rows], None
+    if g.is_cuda or can_launch(g.device):
+        return torch.ops.sparsify.channel_grad(tokens_g, tokens_x, rows)
+    return (tokens_g if rows is None else tokens_g.index_select(1, rows)).t().mm(tokens_x)
+
+
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     kept, weight, block, index = ctx.saved_tensors
     where = ctx.where if index is None else index
@@ -151,10 +165,8 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[2]:
         d_bias = g.reshape(-1, g.shape[-1]).sum(0).to(ctx.bias_dtype)
     if kept is not None:
-        if ctx.axis == 0:
-            g = g.narrow(-1, where, block.shape[0]) if index is None else g.index_select(-1, index)
-        tokens_g, tokens_x = g.reshape(-1, g.shape[-1]), kept.reshape(-1, kept.shape[-1])
-        d_block = tokens_g.t().mm(tokens_x).to(block.dtype)
+        rows = None if ctx.axis == 1 else index if index is not None else slice(where, where + block.shape[0])
+        d_block = _block_gradient(g, kept, rows).to(block.dtype)
     return dx, None, d_bias, d_block, None, None
 
 

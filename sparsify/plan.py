@@ -306,7 +306,8 @@ class Plan:
     train: globs of further parameters or modules that train in full (a new classification head), saved with adapters.
     seed: of every random choice; the same seed gives the same selection on every rank and machine.
     check: "numeric" runs the example after every pass, and both controls of every structure, and names what drifted.
-    target: "auto", "reference" (plain PyTorch), "cpu" (generated sparse kernels), "cuda" (generated Triton kernels).
+    target: "auto", "reference" (plain PyTorch), "cpu" (generated sparse kernels), "cuda" (generated
+        Triton kernels: packed linears for plans of Prune and Quantize rules; training plans use the training kernels).
     """
 
     rules: tuple[Rule, ...] | list[Rule]
@@ -325,7 +326,7 @@ class Plan:
         for rule in self.rules:
             if not isinstance(rule, Rule):
                 raise PlanError(f"Plan: {rule!r} is not a rule; rules are {', '.join(RULES)}")
-        if not self.rules and self.target != "cpu":
+        if not self.rules and self.target not in ("cpu", "cuda"):
             raise PlanError("Plan: no rules, so nothing would train")
         if self.target == "cpu" and self.adapts:
             rule = next(r for r in self.rules if r.phase == "adapt")
@@ -334,6 +335,11 @@ class Plan:
                 "trained model with a plan of Prune and Quantize rules only"
             )
         check_types(self)
+
+    @property
+    def for_inference(self) -> bool:
+        """Whether linears are lowered to kernels that only multiply: target "cpu", or "cuda" when no rule trains parts."""
+        return self.target == "cpu" or (self.target == "cuda" and not self.adapts)
 
     @property
     def adapts(self) -> bool:

@@ -290,11 +290,12 @@ def _node(node: fx.Node, tensors: dict[str, str], notes: dict[str, str], noise: 
     args = [text(a) for a in node.args]
     args += [f"{k}={text(v)}" for k, v in node.kwargs.items() if noise or k not in NOISY_KEYWORDS]
     ours = name.startswith("sparsify.")
+    kernel = node.meta.get("kernel", "") if name.endswith(("packed_linear", "prepacked_linear")) else ""
     note = (
         next((notes[n] for n in (tensors.get(i.name) for i in node.all_input_nodes) if n in notes), "") if ours else ""
     )
     result = f"%{node.name}: {tensor_text(node.meta['val'])}" if node.meta.get("val") is not None else f"%{node.name}"
-    return f"  {'»' if ours else ' '} {result} = {name}({', '.join(args)}){note}"
+    return f"  {'»' if ours else ' '} {result} = {name}({', '.join(args)}){note}{'  # ' + kernel if kernel else ''}"
 
 
 def _notes(program: Program) -> dict[str, str]:

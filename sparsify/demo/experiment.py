@@ -28,6 +28,7 @@ from sparsify.demo.results import (
     write_report,
     write_results,
 )
+from sparsify.demo.sparse_inference import show_sparse_inference
 from sparsify.demo.stdlib_text import describe, docstring_task
 from sparsify.demo.training import (
     Texts,
@@ -60,7 +61,9 @@ def run_demo(settings: Settings) -> dict[str, Any]:
         checks |= show_adapter(bench, encoder, head, next(r for r in results if r.method == "s2ft"))
         two = fuse_two_tasks(bench)
         checks["two tasks"] = two
-        sections = adapter_sections(encoder, checks, two)
+        checks["sparse inference"], inference = show_sparse_inference(bench, encoder, head)
+        first, *rest = adapter_sections(encoder, checks, two)
+        sections = [first, *inference, *rest]
         encoder.sparsify.program.svg(settings.out / "graph.svg")
     seconds = time.perf_counter() - started
     document = write_results(bench, results, checks, seconds)

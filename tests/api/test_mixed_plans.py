@@ -398,3 +398,23 @@ def test_every_family_takes_every_method():
         losses = tiny.train(host, steps=2, **inputs)
         assert losses[-1] < losses[0]
         tiny.assert_same(tiny.snapshot(host.sparsify.restore()), tiny.snapshot(model))
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [[S2FT(units=3)], [PaCA(rank=2)], [RoSA(rank=2, density=0.1)], [Quantize(format="int8"), LoRA(rank=2)]],
+    ids=lambda rules: type(rules[-1]).__name__,
+)
+def test_a_module_whose_input_is_called_input(rules):
+    """`nn.Sequential` calls it so; copying the graph renames it, since Python has a builtin of that name."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)).eval()
+    x = torch.randn(5, 64)
+    host = sparsify.compile(model, Plan(rules), example=x, progress=False)
+    torch.testing.assert_close(host(x), model(x), atol=0.05 if isinstance(rules[0], Quantize) else 1e-5, rtol=0)
+    torch.testing.assert_close(host.sparsify.program(x), host(x))
+    for param in host.sparsify.open_masks():
+        host.sparsify.set_masks({param: torch.arange(0, 64 * 128, 10)[:819]})
+    host(x).sum().backward()
+    assert all(p.grad is not None for p in host.parameters() if p.requires_grad)
+    torch.testing.assert_close(host.sparsify.program(x), host(x))

@@ -298,6 +298,25 @@ def test_loading_replaces_the_masks_of_a_sparse_host(tmp_path: Path) -> None:
     check_masks(host)
 
 
+def test_the_command_line_shows_sizes_and_refuses_damage(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from sparsify.cli import app
+
+    report = save_sparse(pruned_llama(), tmp_path / "a.safetensors")
+    done = CliRunner().invoke(app, ["checkpoint", str(tmp_path / "a.safetensors"), "--layers"])
+    assert done.exit_code == 0
+    entries = open_sparse(tmp_path / "a.safetensors").entries
+    assert len(done.output.splitlines()) == len(entries) + 1
+    stored = sum(report.tensors[name][1] for name in entries)
+    assert f"{stored / 2**20:.2f} MiB instead of" in done.output
+    assert f"{entries['model.layers.0.mlp.up_proj.weight'].sparsity:.1%} zeros" in done.output
+    (tmp_path / "b.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-9])
+    done = CliRunner().invoke(app, ["checkpoint", str(tmp_path / "b.safetensors")])
+    assert done.exit_code == 1
+    assert "error: " in done.output + done.stderr
+
+
 def test_the_base_hash_sees_names_shapes_dtypes_and_bits() -> None:
     base = {"a": torch.arange(6.0).view(2, 3), "b": torch.zeros(0)}
     reference = hash_tensors(base)

@@ -95,6 +95,7 @@ def test_fast_demo(tmp_path: Path) -> None:
         "2. Fine-tuning",
         "3. What the S2FT adapter can do",
         "4. Two adapters, one model",
+        "5. Pruned for fast inference",
         "done",
     ):
         assert line in done.stdout
@@ -109,7 +110,15 @@ def test_fast_demo(tmp_path: Path) -> None:
     assert adapter["merged answers equal"] == 1.0
     rows = {row["adapter"]: row for row in adapter["two tasks"]}
     assert set(rows) == {"none", "even", "odd", "fused, 0.5 + 0.5", "fused, 1 + 1"}
+    sparse = adapter["sparse inference"]
+    assert 0 <= sparse["one shot"] <= 1
+    inference = {row["encoder"]: row for row in sparse["inference"]}
+    assert list(inference) == ["dense, torch", "dense, compiled", "75% sparse, fp32", "75% sparse, int8"]
+    assert inference["dense, torch"]["accuracy"] == inference["dense, compiled"]["accuracy"]
+    assert inference["75% sparse, fp32"]["accuracy"] == pytest.approx(sparse["distilled"], abs=0.02)
+    assert all(row["per second, 1 a call"] > 0 and row["per second, 32 a call"] > 0 for row in inference.values())
     html = (tmp_path / "demo.html").read_text()
+    assert "compiled for the CPU" in html
     assert "BertModel" in html
     assert "http" not in re.sub(r'xmlns="http://www.w3.org/2000/svg"', "", html).split("<pre>")[0]
     ET.fromstring((tmp_path / "graph.svg").read_text())

@@ -21,6 +21,16 @@ SCRIPTS: dict[str, tuple[list[str], list[str]]] = {
     "tiny_decoder.py": (["--fast"], ["trained on code: loss", "adapter on:", "off is the base again"]),
     "trainer.py": (["--fast", "--out", "{tmp}"], ["before:", "after:", "saved and read back as a plain model"]),
     "inspect_graph.py": (["llama", "--svg", "{tmp}/graph.svg"], ["found      2 attention, 2 ffn", "» %", "drawn in"]),
+    "prune_and_distil.py": (
+        ["--fast", "--out", "{tmp}"],
+        [
+            "prune: 36 weights, 75.0% zeros",
+            "after pruning:",
+            "after 8 steps: cosine",
+            "times smaller",
+            "same embeddings: True",
+        ],
+    ),
     "serve_adapters.py": (
         ["--fast", "--out", "{tmp}"],
         ["mean shift", "merged into plain", "restored, bit for bit: True"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 import sparsify.lowrank_ops as ops
+from sparsify.kernels.cpu import sampled
 from sparsify.lowrank_ops import oracle_sampled_product, sampled_by_tile, sampled_csr, sampled_per_entry
 
 VARIANTS = [sampled_by_tile, sampled_per_entry, sampled_csr, torch.ops.sparsify.sampled_product]
@@ -75,6 +78,74 @@ def test_density_and_build_decide_which_one_runs(per_entry, csr, works, expected
     a, b, index = torch.randn(3, 4), torch.randn(3, 5), torch.tensor([2, 7])
     torch.testing.assert_close(torch.ops.sparsify.sampled_product(a, b, index), oracle_sampled_product(a, b, index))
     assert seen == [expected]
+
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None and "CXX" not in os.environ, reason="needs a C++ compiler"
+)
+
+
+@needs_compiler
+@pytest.mark.parametrize("isa", ["best", "portable"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [*SHAPES, (513, 40, 70), (1025, 3, 17), (64, 65, 129)], ids=str)
+def test_the_generated_kernel_equals_the_oracle(shape, dtype, isa):
+    """Tokens below, at and above a chunk; strips and blocks that do not come out even; no entry, some, all; empty rows."""
+    tokens, p, q = shape
+    for count in sorted({0, 1, p * q // 3, p * q}):
+        for wide in (False, True):
+            a, b, index = make(tokens, p, q, min(count, p * q), dtype, wide)
+            found = sampled.sampled_by_kernel(a, b, index, None if isa == "best" else "portable")
+            expected = oracle_sampled_product(a.double(), b.double(), index)
+            scale = float((a.double().abs().t() @ b.double().abs()).max().clamp_min(1))
+            bound = (torch.finfo(dtype).eps if dtype == torch.bfloat16 else 0) + tokens**0.5 * 1.2e-7
+            assert found.dtype == dtype
+            torch.testing.assert_close(found.double(), expected, rtol=0, atol=bound * scale)
+
+
+@needs_compiler
+def test_the_generated_kernel_reads_strides_spreads_nan_and_counts_threads():
+    a, b = torch.randn(9, 40)[:, 3:20], torch.randn(7, 9).t()
+    index = torch.randperm(17 * 7)[:50].sort().values
+    expected = oracle_sampled_product(a, b, index)
+    one = sampled.sampled_by_kernel(a, b, index)
+    torch.testing.assert_close(one, expected)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(sampled.sampled_by_kernel(a, b, index), one), "the same sums whatever the threads"
+    finally:
+        torch.set_num_threads(threads)
+    a = a.clone()
+    a[4, 2] = float("nan")
+    found = sampled.sampled_by_kernel(a, b, index)
+    assert torch.equal(found.isnan(), torch.div(index, 7, rounding_mode="floor") == 2)
+
+
+@needs_compiler
+def test_an_unsorted_index_reads_nothing_outside():
+    index = torch.tensor([30, 2, 900, 5])  # out of order, as no support is
+    assert sampled.sampled_by_kernel(torch.randn(8, 30), torch.randn(8, 31), index).shape == (4,)
+
+
+def test_the_kernel_takes_over_from_some_work_on_and_where_there_is_a_compiler(monkeypatch):
+    a, b, index = torch.randn(600, 40), torch.randn(600, 50), torch.arange(0, 2000, 20)
+    calls = []
+    monkeypatch.setattr(ops, "sampled_by_kernel", lambda *t: calls.append(1) or sampled.sampled_by_kernel(*t))
+    expected = oracle_sampled_product(a, b, index)
+    monkeypatch.setattr(sampled, "load_sampled", lambda isa, value: None)
+    torch.testing.assert_close(torch.ops.sparsify.sampled_product(a, b, index), expected)
+    assert not calls
+    monkeypatch.undo()
+    monkeypatch.setattr(ops, "sampled_by_kernel", lambda *t: calls.append(1) or expected)
+    monkeypatch.setattr(sampled, "load_sampled", lambda isa, value: True)
+    torch.ops.sparsify.sampled_product(a, b, index)
+    assert len(calls) == (sampled.SMALLEST <= 600 * 100)
+    monkeypatch.setattr(sampled, "SMALLEST", 600 * 100)
+    torch.ops.sparsify.sampled_product(a, b, index)
+    torch.ops.sparsify.sampled_product(a[:599], b[:599], index)
+    torch.ops.sparsify.sampled_product(a.double(), b.double(), index)
+    assert len(calls) == 1
 
 
 def test_first_use_of_the_sparse_kernel_warns_nobody():

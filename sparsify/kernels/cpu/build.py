@@ -24,6 +24,7 @@ from typing import Any
 
 from sparsify.errors import SparsifyError
 from sparsify.kernels.cpu.codegen import Variant, generate
+from sparsify.kernels.source import cache_directory
 
 BASE_FLAGS = (
     "-O3",
@@ -42,15 +43,6 @@ build_lock = threading.Lock()
 
 class BuildError(SparsifyError, RuntimeError):
     """Kernels cannot be built on this machine; the dense path serves instead."""
-
-
-def cache_directory() -> Path:
-    """Where kernels and tuning results are kept: `SPARSIFY_CACHE`, else the user's cache directory."""
-    named = os.environ.get("SPARSIFY_CACHE")
-    if named:
-        return Path(named)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "sparsify"
 
 
 @lru_cache(maxsize=8)

@@ -5,15 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-Isa = Literal["avx512vnni", "avx512", "avx2", "portable"]
-ISAS: tuple[Isa, ...] = ("avx512vnni", "avx512", "avx2", "portable")
-LANES: dict[Isa, int] = {"avx512vnni": 16, "avx512": 16, "avx2": 8, "portable": 4}
-VECTORS: dict[Isa, int] = {"avx512vnni": 4, "avx512": 4, "avx2": 2, "portable": 2}
+from sparsify.kernels.source import strict_environment
+
+Isa = Literal["avx512vbmi2", "avx512vnni", "avx512", "avx2", "portable"]
+ISAS: tuple[Isa, ...] = ("avx512vbmi2", "avx512vnni", "avx512", "avx2", "portable")
+LANES: dict[Isa, int] = {"avx512vbmi2": 16, "avx512vnni": 16, "avx512": 16, "avx2": 8, "portable": 4}
+VECTORS: dict[Isa, int] = {"avx512vbmi2": 8, "avx512vnni": 8, "avx512": 8, "avx2": 2, "portable": 2}
 AVX2_FLAGS = ("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mpopcnt", "-mlzcnt")
 AVX512_FLAGS = (*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 FLAGS: dict[Isa, tuple[str, ...]] = {
+    "avx512vbmi2": (*AVX512_FLAGS, "-mavx512vnni", "-mavx512vbmi", "-mavx512vbmi2"),
     "avx512vnni": (*AVX512_FLAGS, "-mavx512vnni"),
     "avx512": AVX512_FLAGS,
     "avx2": AVX2_FLAGS,
@@ -45,24 +48,25 @@ class Variant:
     def kernels(self) -> tuple[str, ...]:
         """Entry points that the source exports, as `sparsify_<name>`."""
         common = ("gemv", "stream", "decompress")
-        return (*common, "vnni") if self.isa == "avx512vnni" and self.value == "s8" else common
+        integers = ("vnni",) if self.vnni and self.value == "s8" else ()
+        return (*common, *integers, "lookup") if self.isa == "avx512vbmi2" else (*common, *integers)
 
-
-@cache
-def environment() -> Any:
-    import jinja2
-
-    loader = jinja2.FileSystemLoader(str(TEMPLATES))
-    return jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    @property
+    def vnni(self) -> bool:
+        """Whether bytes are multiplied four at a time."""
+        return self.isa in ("avx512vbmi2", "avx512vnni")
 
 
 @cache
 def generate(variant: Variant) -> str:
     """C++ source of one variant; deterministic, so that it can key the build cache."""
-    template = environment().get_template("bitmask.cpp.jinja")
+    template = strict_environment(TEMPLATES).get_template("bitmask.cpp.jinja")
     isa = variant.isa
     return template.render(
         isa=isa,
+        avx512=isa.startswith("avx512"),
+        vnni=variant.vnni,
+        vbmi2=isa == "avx512vbmi2",
         value=variant.value,
         lanes=LANES[isa],
         max_vectors=VECTORS[isa],

@@ -1,8 +1,9 @@
 """Which kernel serves how many tokens: what this CPU has, what the cost model predicts, what was measured once.
 
-A packed layer has four ways to run, all on the same bytes:
+A packed layer has five ways to run, all on the same bytes:
     gemv        expand 16 weights against their mask, multiply with every token: bandwidth bound, 1 to 8 tokens
-    stream      one broadcast and a few FMAs per nonzero: work proportional to the nonzeros, from 5 tokens on
+    lookup      fetch the activations of up to 16 stored weights: 1 or 2 tokens, very sparse (AVX512-VBMI2)
+    stream      one broadcast and a few FMAs per nonzero: work proportional to the nonzeros, from 4 tokens on
     decompress  expand rows to L1 and multiply densely: moderate sparsity with many tokens
     vnni        int8 weights × int8 activations (dynamic, per token): any number of tokens
 """
@@ -10,30 +11,25 @@ A packed layer has four ways to run, all on the same bytes:
 from __future__ import annotations
 
 import ctypes
-import json
-import math
+import hashlib
 import os
-import platform
 import statistics
-import tempfile
-import threading
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sparsify.errors import SparsifyError
-from sparsify.kernels.cpu.build import Kernels, cache_directory, load_kernels
-from sparsify.kernels.cpu.codegen import ISAS, LANES, VECTORS, Isa, Variant
+from sparsify.kernels.cpu.build import Kernels, load_kernels
+from sparsify.kernels.cpu.codegen import ISAS, LANES, VECTORS, Isa, Variant, generate
 from sparsify.kernels.cpu.formats import BLOCK, Bitmask
+from sparsify.kernels.cpu.tune import TUNE_VERSION, cpu_name, measured, recorded, remember, seconds_of, tuning
 
 ACTIVATIONS: dict[str, int] = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-TUNE_VERSION = 1
 
 
 class LayerStruct(ctypes.Structure):
@@ -57,12 +53,17 @@ class LayerStruct(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Choice:
-    """A kernel and its tile for one bucket of tokens, with predicted and measured seconds (None: not measured)."""
+    """A kernel and its tile for one bucket of tokens, with predicted and measured seconds (None: not measured).
+
+    dense: seconds of the dense products that were measured in turn with it. steady: whether the measurement was.
+    """
 
     kernel: str
     row_tile: int
     predicted: float
     measured: float | None = None
+    dense: Mapping[str, float] = field(default_factory=dict)
+    steady: bool = True
 
 
 class NonFiniteError(SparsifyError, ArithmeticError):
@@ -86,18 +87,6 @@ def cpu_flags() -> frozenset[str]:
 
 
 @lru_cache(maxsize=1)
-def cpu_name() -> str:
-    """Model name of this CPU, as a key for measurements."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-@lru_cache(maxsize=1)
 def best_isa() -> Isa:
     """The widest instruction set with kernels that this CPU runs; `SPARSIFY_ISA` may name a narrower one."""
     flags = cpu_flags()
@@ -106,6 +95,8 @@ def best_isa() -> Isa:
     best: Isa = "portable"
     if has_avx512:
         best = "avx512vnni" if "avx512_vnni" in flags else "avx512"
+        if {"avx512_vnni", "avx512vbmi", "avx512_vbmi2"} <= flags:
+            best = "avx512vbmi2"
     elif has_avx2:
         best = "avx2"
     named = os.environ.get("SPARSIFY_ISA")
@@ -183,8 +174,10 @@ def candidates(isa: Isa, value: str, tokens: int, vnni: bool) -> list[tuple[str,
         found.append(("stream", 64))
     if tokens >= 8:
         found += [("stream", 128), ("decompress", 48)]
-    if vnni and isa == "avx512vnni" and value == "s8":
-        found.append(("vnni", 32))
+    if tokens <= 2 and isa == "avx512vbmi2":
+        found.append(("lookup", 64))
+    if vnni and isa in ("avx512vbmi2", "avx512vnni") and value == "s8":
+        found += [("vnni", 32), ("vnni", 64)] if tokens > 8 else [("vnni", 32)]
     return found
 
 
@@ -205,22 +198,32 @@ def predict(packed: Bitmask, isa: Isa, kernel: str, tokens: int, threads: int) -
         cycles = (
             weights / lanes * (GEMV_CYCLES[lanes] + VALUE_EXTRA[packed.value]) * passes + weights / lanes * tokens * 0.8
         )
+    elif kernel == "lookup":
+        passes = -(-tokens // 2)
+        cycles = passes * (weights / BLOCK * (5.0 + 2.5 * tokens) + packed.nnz / 16 * (2.0 + 2.5 * tokens))
     elif kernel == "vnni":
-        groups = weights / BLOCK
-        cycles = groups * (7.5 + tokens * 0.8) if tokens <= 8 else groups * (8.0 + tokens * 0.75)
+        groups, expand = weights / BLOCK, 3.0 if isa == "avx512vbmi2" else 7.5
+        cycles = groups * (expand + tokens * (0.8 if tokens <= 8 else 1.3))
         cycles += tokens * packed.cols * 0.3
     else:
         vectors = -(-tokens // lanes)
-        wide = min(vectors, VECTORS[isa])
+        wide = min(vectors, VECTORS[isa] if kernel == "stream" else min(4, VECTORS[isa]))
         passes = -(-vectors // wide)
         packing = vectors * lanes * packed.cols * 1.2
         if kernel == "stream":
-            cycles = nnz * passes * (1.6 + 1.25 * wide) + packed.rows * packed.blocks * passes * 12 + packing
+            cycles = nnz * passes * (1.7 + 1.5 * wide) + packed.rows * packed.blocks * passes * 12 + packing
         else:
             cycles = weights * passes * (0.3 + 0.65 * wide) + packing
     compute = cycles / (machine.clock * 1e9) / max(1, threads)
     memory = packed.nbytes * passes / (machine.bandwidth * 1e9)
     return max(compute, memory) + 6e-6
+
+
+def predict_dense(rows: int, cols: int, tokens: int) -> float:
+    """Seconds that a blocked fp32 dense product should take: bytes over bandwidth or flops over the peak of the FMAs."""
+    machine, threads = calibrate(), torch.get_num_threads()
+    compute = rows * cols * tokens / LANES[best_isa()] / (machine.clock * 1e9) / max(1, threads)
+    return max(compute, 4 * rows * cols / (machine.bandwidth * 1e9)) + 6e-6
 
 
 @dataclass(frozen=True)
@@ -231,47 +234,6 @@ class Machine:
     clock: float
 
 
-def tune_path() -> Path:
-    return cache_directory() / "tune.json"
-
-
-tune_lock = threading.Lock()
-tuned: dict[str, Any] | None = None
-
-
-def tuning() -> dict[str, Any]:
-    """Everything measured on this machine so far; read from disk once per process."""
-    global tuned
-    with tune_lock:
-        if tuned is None:
-            try:
-                stored = json.loads(tune_path().read_text())
-                tuned = stored if isinstance(stored, dict) else {}
-            except (OSError, ValueError):
-                tuned = {}
-        return tuned
-
-
-def remember(key: str, value: Any) -> None:
-    """Keep a measurement; written atomically, merged with what other processes wrote meanwhile. Best effort."""
-    table = tuning()
-    with tune_lock:
-        table[key] = value
-        path = tune_path()
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            try:
-                stored = json.loads(path.read_text())
-            except (OSError, ValueError):
-                stored = {}
-            merged = {**(stored if isinstance(stored, dict) else {}), **table}
-            with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".tmp") as file:
-                json.dump(merged, file)
-            os.replace(file.name, path)
-        except OSError:
-            pass  # a read-only home: measure again in the next process
-
-
 @lru_cache(maxsize=8)
 def calibrate() -> Machine:
     """Bandwidth and clock of this machine; measured once (about 0.1 s) and cached under the CPU's name."""
@@ -280,7 +242,7 @@ def calibrate() -> Machine:
     if isinstance(stored, dict):
         return Machine(float(stored["bandwidth"]), float(stored["clock"]))
     data = torch.ones(16 << 20)
-    bandwidth = data.numel() * 4 / min(timed(data.sum, 12)) / 1e9
+    bandwidth = data.numel() * 4 / min(seconds_of(data.sum) for _ in range(13)) / 1e9
     machine = Machine(bandwidth, clock_ghz())
     remember(key, {"bandwidth": machine.bandwidth, "clock": machine.clock})
     return machine
@@ -298,62 +260,68 @@ def clock_ghz() -> float:
         return 2.5
 
 
-def timed(call: Callable[[], Any], repeats: int) -> list[float]:
-    """Seconds of `repeats` calls after one that does not count."""
-    call()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return seconds
+@lru_cache(maxsize=32)
+def source_digest(variant: Variant) -> str:
+    """Short hash of the generated source: times of other kernels are no times of these."""
+    return hashlib.sha256(generate(variant).encode()).hexdigest()[:12]
 
 
-def tune_key(packed: Bitmask, isa: Isa, tokens: int, threads: int, vnni: bool) -> str:
-    """Layers of one shape and about one sparsity share measurements."""
+def tune_key(packed: Bitmask, layer: LayerStruct, variant: Variant, tokens: int, threads: int, vnni: bool) -> str:
+    """Layers of one shape, epilogue and about one sparsity share measurements."""
     density = round(packed.nnz / (packed.rows * packed.cols), 2)
-    shape = f"{packed.rows}x{packed.cols}/{density}/{packed.value}/{packed.group}"
-    return f"kernel/{TUNE_VERSION}/{cpu_name()}/{isa}/{threads}/{shape}/{tokens}/{int(vnni)}"
+    shape = f"{packed.rows}x{packed.cols}/{density}/{packed.value}/{packed.group}/{packed.dtype}"
+    shape += f"/{layer.activation}/{layer.gated}"
+    machine = f"{cpu_name()}/{variant.isa}/{source_digest(variant)}/{threads}"
+    return f"kernel/{TUNE_VERSION}/{machine}/{shape}/{tokens}/{int(vnni)}"
 
 
-def choose(packed: Bitmask, kernels: Kernels, layer: LayerStruct, tokens: int, vnni: bool, measure: bool) -> Choice:
-    """The kernel for `tokens` tokens: by an earlier or a new measurement, or by the cost model without `measure`."""
-    isa = kernels.variant.isa
-    threads = torch.get_num_threads()
-    size = bucket(tokens)
-    key = tune_key(packed, isa, size, threads, vnni)
-    stored = tuning().get(key)
-    if isinstance(stored, dict) and stored.get("kernel") in kernels.entries:
-        kernel = str(stored["kernel"])
-        predicted = predict(packed, isa, kernel, size, threads)
-        return Choice(kernel, int(stored["row_tile"]), predicted, float(stored["seconds"]))
+@lru_cache(maxsize=16)
+def activations(tokens: int, cols: int) -> torch.Tensor:
+    """Random float32 activations (tokens, cols) to measure with."""
+    return torch.randn(tokens, cols, generator=torch.Generator().manual_seed(0))
+
+
+def option_name(option: tuple[str, int]) -> str:
+    """A kernel with its row tile as a contestant of a measurement: "stream/64"."""
+    return f"{option[0]}/{option[1]}"
+
+
+def choose(
+    packed: Bitmask,
+    kernels: Kernels,
+    layer: LayerStruct,
+    tokens: int,
+    vnni: bool,
+    measure: bool,
+    dense: Callable[[int], Mapping[str, Callable[[], Any]]] | None = None,
+) -> Choice:
+    """The kernel for `tokens` tokens: by an earlier or a new measurement, or by the cost model without `measure`.
+
+    dense: number of tokens → dense products of the same weight by name; they are measured in turn with the kernels.
+    """
+    isa, threads, size = kernels.variant.isa, torch.get_num_threads(), bucket(tokens)
     options = candidates(isa, packed.value, size, vnni)
     costs = {option: predict(packed, isa, option[0], size, threads) for option in options}
     best = min(options, key=lambda option: costs[option])
-    if not measure:
+    key = tune_key(packed, layer, kernels.variant, size, threads, vnni)
+    if measure:
+        x = activations(size, packed.cols)
+        outputs = packed.rows // 2 if layer.gated else packed.rows
+        plausible = [option for option in options if costs[option] <= 4 * costs[best]]
+        calls: dict[str, Callable[[], Any]] = {
+            option_name(o): partial(run_kernel, kernels.entries[o[0]], layer, x, outputs, None, o[1]) for o in plausible
+        }
+        if dense is not None:
+            calls.update(dense(size))
+        timing = measured(key, calls)
+    else:
+        timing = recorded(key)
+    known = [o for o in options if timing is not None and option_name(o) in timing.seconds]
+    if timing is None or not known:
         return Choice(best[0], best[1], costs[best])
-    x = torch.randn(size, packed.cols)
-    outputs = packed.rows // 2 if layer.gated else packed.rows
-    plausible = [option for option in options if costs[option] <= 4 * costs[best]]
-    calls = [lambda o=o: run_kernel(kernels.entries[o[0]], layer, x, outputs, None, o[1]) for o in plausible]
-    seconds = interleaved(calls)
-    index = min(range(len(plausible)), key=seconds.__getitem__)
-    kernel, row_tile = plausible[index]
-    remember(key, {"kernel": kernel, "row_tile": row_tile, "seconds": seconds[index]})
-    return Choice(kernel, row_tile, costs[plausible[index]], seconds[index])
-
-
-def interleaved(calls: list[Callable[[], Any]], budget: float = 0.25) -> list[float]:
-    """Smallest seconds of each call; the calls take turns, so that a noisy moment hits all of them alike."""
-    first = [min(timed(call, 1)) for call in calls]
-    rounds = max(2, min(15, math.ceil(budget / max(sum(first), 1e-6))))
-    best = list(first)
-    for _ in range(rounds):
-        for i, call in enumerate(calls):
-            start = time.perf_counter()
-            call()
-            best[i] = min(best[i], time.perf_counter() - start)
-    return best
+    best = min(known, key=lambda option: timing.seconds[option_name(option)])
+    others = {name: s for name, s in timing.seconds.items() if name not in map(option_name, options)}
+    return Choice(best[0], best[1], costs[best], timing.seconds[option_name(best)], others, timing.steady)
 
 
 def kernels_for(packed: Bitmask) -> Kernels:

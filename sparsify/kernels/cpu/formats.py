@@ -40,6 +40,7 @@ class Bitmask:
 
     group: columns per scale, a multiple of 64; 0 means one scale per row.
     dtype: of the weight that was packed, and of what `unpack` returns.
+    followed: a view of some rows of a larger weight (`part`): the values of the next rows lie behind its own.
     """
 
     rows: int
@@ -50,6 +51,7 @@ class Bitmask:
     scales: torch.Tensor | None = None
     group: int = 0
     dtype: torch.dtype = torch.float32
+    followed: bool = False
 
     @property
     def blocks(self) -> int:
@@ -109,6 +111,23 @@ class Bitmask:
         sums = (total[ends] - total[ends - counts.flatten()]).view(counts.shape).sum(1)
         return sums.flatten()[: self.rows].to(torch.int32)
 
+    def part(self, first: int, rows: int) -> Bitmask:
+        """Rows [first, first + rows) as views of this weight; both multiples of four but at the last row."""
+        check(first % PANEL == 0, f"a part starts at a multiple of {PANEL} rows, not at {first}")
+        check(rows % PANEL == 0 or first + rows == self.rows, f"a part of {rows} rows cuts through a panel")
+        panels = slice(first // PANEL, -(-(first + rows) // PANEL))
+        bounds = self.panel_ptr[panels.start : panels.stop + 1]
+        start, end = int(bounds[0]), int(bounds[-1])
+        return replace(
+            self,
+            rows=rows,
+            masks=self.masks[panels],
+            values=self.values[start : end + PADDING],
+            panel_ptr=bounds - start,
+            scales=self.scales[first : first + rows] if self.scales is not None else None,
+            followed=self.followed or first + rows < self.rows,
+        )
+
     def validate(self) -> Bitmask:
         """Refuse data that a kernel could not read safely; returns self. Raises FormatError saying what is wrong."""
         blocks = self.blocks
@@ -142,7 +161,8 @@ class Bitmask:
         torch.cumsum(counts.sum((1, 2)), 0, out=expected[1:])
         check(bool(torch.equal(expected, self.panel_ptr)), "panel_ptr does not match the number of bits in the masks")
         check(int(expected[-1]) == self.nnz, f"{self.nnz} values are stored, the masks hold {int(expected[-1])} bits")
-        check(not bool(self.values[self.nnz :].any()), "the padding behind the values is not zero")
+        padded = self.followed or not bool(self.values[self.nnz :].any())
+        check(padded, "the padding behind the values is not zero")
         if self.values.dtype.is_floating_point:
             check(bool(torch.isfinite(self.values).all()), "a weight is NaN or Inf")
             check(self.scales is None, "scales belong to int8 values")

@@ -12,8 +12,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from sparsify.errors import RefusedError
-from sparsify.kernels.cpu.build import BuildError
-from sparsify.kernels.cpu.dispatch import NonFiniteError, choose, kernels_for, layer_struct, run_kernel
+from sparsify.kernels.cpu.build import BuildError, Kernels
+from sparsify.kernels.cpu.dispatch import (
+    Choice,
+    LayerStruct,
+    NonFiniteError,
+    bucket,
+    choose,
+    kernels_for,
+    layer_struct,
+    run_kernel,
+)
 from sparsify.kernels.cpu.formats import Bitmask
 
 SCHEMA = (
@@ -77,13 +86,40 @@ def packed_linear_cpu(
         return x.new_empty(shape)
     extra = residual.reshape(-1, outputs).float().contiguous() if residual is not None else None
     try:
-        kernels = kernels_for(packed)
-        layer = layer_struct(packed, row_sums, bias, activation, gated)
-        choice = choose(packed, kernels, layer, flat.shape[0], int8, measure=False)
+        kernels, layer, choice = prepared(packed, row_sums, bias, activation, gated, int8, flat.shape[0])
         y = run_kernel(kernels.entries[choice.kernel], layer, flat, outputs, extra, choice.row_tile)
     except (NonFiniteError, BuildError):
         y = dense_product(packed, flat, bias, activation, gated, extra)
     return y.view(shape).to(x.dtype)
+
+
+Prepared = tuple[Kernels, LayerStruct, Choice]
+known: dict[tuple[object, ...], Prepared] = {}
+
+
+def prepared(
+    packed: Bitmask,
+    row_sums: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    activation: str,
+    gated: bool,
+    int8: bool,
+    tokens: int,
+) -> Prepared:
+    """Kernels, C view and choice for a weight; remembered by all that they are made of, addresses included."""
+    tensors = (packed.masks, packed.values, packed.panel_ptr, packed.scales, row_sums, bias)
+    addresses = tuple(0 if t is None else t.data_ptr() for t in tensors)
+    sizes = (packed.rows, packed.cols, packed.group, packed.dtype, packed.values.dtype, packed.nnz)
+    key = (addresses, sizes, activation, gated, int8, bucket(tokens), torch.get_num_threads())
+    found = known.get(key)
+    if found is None:
+        kernels = kernels_for(packed)
+        layer = layer_struct(packed, row_sums, bias, activation, gated)
+        found = (kernels, layer, choose(packed, kernels, layer, tokens, int8, measure=False))
+        if len(known) >= 10_000:
+            known.clear()
+        known[key] = found
+    return found
 
 
 @torch.library.register_fake("sparsify::packed_linear")
@@ -129,8 +165,12 @@ torch.library.register_autograd("sparsify::packed_linear", backward, setup_conte
 
 
 def module_bytes(module: nn.Module) -> int:
-    """Bytes of all parameters and buffers of a model, tied tensors once."""
+    """Bytes of all parameters and buffers of a model, tied tensors once, and of weights in a layout of oneDNN's."""
     seen: dict[int, int] = {}
+    for part in module.modules():
+        hidden = getattr(part, "hidden_bytes", None)
+        if isinstance(hidden, int):
+            seen[id(part)] = hidden
     for tensor in [*module.parameters(), *module.buffers()]:
         storage = tensor.untyped_storage()
         seen[storage.data_ptr()] = storage.nbytes()

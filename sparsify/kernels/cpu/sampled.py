@@ -1,0 +1,73 @@
+"""The sampled product `(aᵀ b)[index]` on CPU: a generated kernel for fp32 and bf16 (SDDMM; RoSA's sparse weight gradient).
+
+PyTorch's own kernel (`torch.sparse.sampled_addmm`) copies both factors into transposed form on one thread, which is most of
+its time; here one factor is transposed in chunks by all threads and the other in strips that stay in L1.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify.kernels.cpu.build import BuildError, compile_library, openmp_entry
+from sparsify.kernels.cpu.codegen import FLAGS, LANES, TEMPLATES, Isa
+from sparsify.kernels.cpu.dispatch import best_isa
+from sparsify.kernels.source import strict_environment
+
+CHUNK = 512  # tokens whose factors are transposed at a time
+VALUES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+SMALLEST = 1 << 18  # products of `tokens · entries` below which no kernel is built
+
+
+@cache
+def generate_sampled(isa: Isa, value: str) -> str:
+    """C++ source for one instruction set and input type."""
+    template = strict_environment(TEMPLATES).get_template("sampled.cpp.jinja")
+    return template.render(value=value, lanes=LANES[isa], chunk=CHUNK)
+
+
+@cache
+def load_sampled(isa: Isa, value: str) -> Any:
+    """The built library, or None where there is no compiler (remembered)."""
+    try:
+        library = ctypes.CDLL(str(compile_library(generate_sampled(isa, value), FLAGS[isa])))
+    except (BuildError, OSError):
+        return None
+    pointer, word, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    library.sparsify_init.argtypes, library.sparsify_init.restype = [pointer], None
+    library.sparsify_init(openmp_entry())
+    library.sparsify_scratch.argtypes, library.sparsify_scratch.restype = [word], word
+    library.sparsify_sampled.argtypes = [
+        pointer, word, pointer, word, word, word, word, pointer, small, word, pointer, pointer, small,
+    ]  # fmt: skip
+    library.sparsify_sampled.restype = None
+    return library
+
+
+def kernel_serves(a: Tensor, b: Tensor, index: Tensor) -> bool:
+    """Whether the generated kernel takes these: CPU, one of its types, enough work to be worth a compiler run."""
+    if a.device.type != "cpu" or a.dtype not in VALUES or b.dtype != a.dtype:
+        return False
+    if a.shape[0] * index.numel() < SMALLEST:
+        return False
+    return load_sampled(best_isa(), VALUES[a.dtype]) is not None
+
+
+def sampled_by_kernel(a: Tensor, b: Tensor, index: Tensor, isa: Isa | None = None) -> Tensor:
+    """`(aᵀ b)[index]` for `a (T, p)`, `b (T, q)`, sorted flat `index`; summed in fp32, returned in the inputs' type."""
+    library = load_sampled(isa or best_isa(), VALUES[a.dtype])
+    if library is None:
+        raise BuildError("no C++ compiler found: install g++ or clang++, or set CXX")
+    a, b, index = (t if t.stride(-1) == 1 else t.contiguous() for t in (a, b, index))
+    tokens, p, q = a.shape[0], a.shape[1], b.shape[1]
+    out = torch.zeros(index.shape, dtype=torch.float32)
+    scratch = torch.empty(library.sparsify_scratch(q), dtype=torch.float32)
+    library.sparsify_sampled(
+        a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), tokens, p, q, index.data_ptr(),
+        int(index.dtype == torch.int64), index.numel(), out.data_ptr(), scratch.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out.to(a.dtype)

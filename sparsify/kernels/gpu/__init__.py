@@ -1,0 +1,1 @@
+"""Generated Triton kernels. Importing this package, or `sparsify`, does not import triton."""

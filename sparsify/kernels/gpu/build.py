@@ -1,0 +1,146 @@
+"""From a spec to something to call: the source is written once under its hash, imported, and launched.
+
+    KernelSpec ──generate──▶ source ──sha256──▶ <cache>/kernels/<key>.py ──import──▶ kernel ──launch──▶ current stream
+
+A launch reads nothing back and allocates nothing, so it may be captured in a CUDA graph (after one warm-up call, which
+compiles). With `TRITON_INTERPRET=1` kernels run in Triton's interpreter, on CPU tensors, slowly and exactly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import threading
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify.errors import SparsifyError
+from sparsify.kernels.gpu.codegen import generate, parameters
+from sparsify.kernels.gpu.spec import KernelSpec
+from sparsify.kernels.source import write_once
+
+POINTER_DTYPES = {
+    "*bf16": torch.bfloat16,
+    "*fp16": torch.float16,
+    "*fp32": torch.float32,
+    "*i8": torch.int8,
+    "*i16": torch.int16,
+    "*i32": torch.int32,
+    "*i64": torch.int64,
+}
+REINTERPRETED = {
+    "x_ptr",
+    "values_ptr",
+    "bias_ptr",
+    "residual_ptr",
+    "dense_ptr",
+    "a_ptr",
+    "b_ptr",
+}  # read as integers, see templates/macros.jinja
+load_lock = threading.Lock()
+loaded: dict[tuple[KernelSpec, bool], Any] = {}
+
+
+class TritonError(SparsifyError, RuntimeError):
+    """Triton kernels cannot run here; the reference serves instead."""
+
+
+@cache
+def triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether `TRITON_INTERPRET=1` is set, so that kernels take CPU tensors."""
+    import os
+
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0") and triton_installed()
+
+
+def can_launch(device: torch.device) -> bool:
+    """Whether generated kernels can run on tensors of this device."""
+    if device.type == "cpu":
+        return interpreting()
+    if device.type != "cuda" or not triton_installed():
+        return False
+    return torch.version.hip is not None or device_capability(device) >= (8, 0)
+
+
+@cache
+def device_capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def target_of(device: torch.device) -> str:
+    """The architecture whose tiles serve a device; the interpreter uses sm_90's."""
+    if device.type != "cuda":
+        return "sm_90"
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, minor = device_capability(device)
+    return {8: "sm_80", 9: "sm_90", 10: "sm_100"}.get(major, "sm_120" if major > 10 else f"sm_{major}{minor}")
+
+
+def import_module(path: Path) -> Any:
+    """Import a generated file; Triton reads its source from disk."""
+    spec = importlib.util.spec_from_file_location(f"sparsify_generated_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_kernel(spec: KernelSpec) -> Any:
+    """The kernel of a spec, generated and imported once per process. Raises TritonError without triton."""
+    key = (spec, interpreting())
+    found = loaded.get(key)
+    if found is None:
+        if not triton_installed():
+            raise TritonError("the GPU kernels need triton: pip install 'sparsify[triton]'")
+        with load_lock:
+            found = loaded.get(key)
+            if found is None:
+                found = import_module(write_once(generate(spec), ".py")).kernel
+                loaded[key] = found
+    return found
+
+
+def launch(spec: KernelSpec, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+    """Run a kernel on the current stream. `arguments` must be the kernel's, in order; tensors are reinterpreted as the
+    kernel reads them and must be contiguous, of one device, and of the right width."""
+    types = parameters(spec)
+    if list(types) != list(arguments):
+        raise TritonError(f"{spec.op}: arguments {list(arguments)}, the kernel takes {list(types)}")
+    passed, device = [], None
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            value = as_pointer(name, value, types[name])
+            device = device or value.device
+            if value.device != device:
+                raise TritonError(f"{spec.op}: {name} is on {value.device}, the first argument on {device}")
+        passed.append(value)
+    if 0 in grid:
+        return
+    with on_device(device):
+        load_kernel(spec)[grid](*passed, num_warps=spec.tile.warps, num_stages=spec.tile.stages)
+
+
+def as_pointer(name: str, tensor: Tensor, type: str) -> Tensor:
+    expected = POINTER_DTYPES[type]
+    if tensor.dtype == expected:
+        return tensor
+    if name not in REINTERPRETED or expected not in (torch.int16, torch.int32):
+        raise TritonError(f"{name} is {tensor.dtype}, the kernel reads {expected}")
+    return tensor.view(expected)
+
+
+def on_device(device: torch.device | None) -> Any:
+    """Triton launches on the current device: make it the tensors' one."""
+    if device is None or device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)

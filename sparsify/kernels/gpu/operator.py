@@ -1,0 +1,159 @@
+"""Operators over packed weights and for trained channels, one node each for torch.compile and export.
+
+    gpu_linear     y = act(x Wᵀ + b) (· up) + residual, W packed      inference; differentiable in x without an activation
+    channel_grad   (g[:, rows])ᵀ x in fp32                            the weight gradient of some channels
+
+On a CUDA device the generated kernels run; elsewhere, and without triton, the same result is computed by unpacking. Up to 16
+tokens go through the stream kernel; more are worth one expansion of the weight and a library GEMM.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsify.errors import RefusedError
+from sparsify.kernels.cpu.operator import epilogue
+from sparsify.kernels.gpu import launch
+from sparsify.kernels.gpu.build import can_launch
+from sparsify.kernels.gpu.formats import Blocks, Stream
+
+LIBRARY = torch.library.Library("sparsify", "FRAGMENT")
+LIBRARY.define(
+    "gpu_linear(Tensor x, Tensor? bias, Tensor? residual, str format, int rows, int cols, bool gated, str activation, "
+    "Tensor[] packed) -> Tensor"
+)
+LIBRARY.define("channel_grad(Tensor g, Tensor x, Tensor? rows) -> Tensor")
+
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def kernels_take(*tensors: Tensor) -> bool:
+    """Whether generated kernels can run on these tensors: device and types. The interpreter's bf16 is not to be trusted."""
+    device = tensors[0].device
+    types = KERNEL_DTYPES if device.type == "cuda" else KERNEL_DTYPES[1:]
+    return all(t.dtype in types for t in tensors) and can_launch(device)
+
+
+def rebuild(
+    format: str, rows: int, cols: int, gated: bool, packed: list[Tensor], dtype: torch.dtype
+) -> Stream | Blocks:
+    """The packed weight that an operator's arguments describe."""
+    count = 3 if format == "blocks" else 5
+    scales = packed[count] if len(packed) > count else None
+    if format == "blocks":
+        values, column, start = packed[:3]
+        return Blocks(rows, cols, values, column, start, scales, dtype)
+    values, meta, base, start, order = packed[:5]
+    return Stream(rows, cols, format, values, meta, base, start, order, scales, gated, dtype)  # type: ignore[arg-type]
+
+
+def finish(y: Tensor, activation: str, gated: bool, residual: Tensor | None) -> Tensor:
+    """What the kernels fuse, in torch: y (t, rows) → (t, outputs); a gated weight is [gate; up]."""
+    if not gated:
+        return epilogue(y, activation, False, residual)
+    gate, up = y.chunk(2, -1)
+    y = epilogue(gate, activation, False, None) * up
+    return y if residual is None else y + residual
+
+
+def dense_product(
+    packed: Stream | Blocks,
+    x: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """The same result by unpacking: the oracle in x's dtype, and the way without kernels."""
+    y = F.linear(x, packed.unpack().to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return finish(y, activation, isinstance(packed, Stream) and packed.gated, residual)
+
+
+def packed_product(
+    packed: Stream | Blocks, x: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
+) -> Tensor:
+    """x (t, cols) → (t, outputs), by the kernel that suits the number of tokens."""
+    if isinstance(packed, Blocks):
+        return launch.blocks_product(packed, x, bias, residual, activation)
+    if x.shape[0] <= launch.MAX_TOKENS:
+        return launch.stream_product(packed, x, bias, residual, activation)
+    y = F.linear(x, launch.expand_stream(packed, x.dtype), None if bias is None else bias.to(x.dtype))
+    return finish(y, activation, packed.gated, residual)
+
+
+def _gpu_linear(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, format: str, rows: int, cols: int, gated: bool,
+    activation: str, packed: list[Tensor],
+) -> Tensor:  # fmt: skip
+    weight = rebuild(format, rows, cols, gated, packed, x.dtype)
+    flat = x.reshape(-1, cols)
+    outputs = weight.outputs
+    shape = (*x.shape[:-1], outputs)
+    if flat.shape[0] == 0:
+        return x.new_empty(shape)
+    extra = None if residual is None else residual.reshape(-1, outputs)
+    serves = kernels_take(x) and (weight.value == "int8" or format != "blocks" or weight.values.dtype == x.dtype)
+    product = packed_product if serves else dense_product
+    return product(weight, flat, bias, extra, activation).view(shape)
+
+
+def _gpu_linear_fake(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, format: str, rows: int, cols: int, gated: bool,
+    activation: str, packed: list[Tensor],
+) -> Tensor:  # fmt: skip
+    torch._check(x.shape[-1] == cols, lambda: f"gpu_linear: x has {x.shape[-1]} columns, the weight {cols}")
+    return x.new_empty((*x.shape[:-1], rows // 2 if gated else rows))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _x, _bias, _residual, format, rows, cols, gated, activation, packed = inputs
+    if activation != "none" or gated:
+        raise RefusedError("gpu_linear: a fused activation has no gradient; run under torch.inference_mode()")
+    ctx.save_for_backward(*packed)
+    ctx.meta, ctx.wants = (format, rows, cols, gated), (ctx.needs_input_grad[0], ctx.needs_input_grad[2])
+
+
+def _backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    format, rows, cols, gated = ctx.meta
+    packed = list(ctx.saved_tensors)
+    dx = g @ rebuild(format, rows, cols, gated, packed, g.dtype).unpack() if ctx.wants[0] else None
+    return (dx, None, g if ctx.wants[1] else None, *[None] * 5, [None] * len(packed))
+
+
+def _channel_grad(g: Tensor, x: Tensor, rows: Tensor | None) -> Tensor:
+    if rows is not None and kernels_take(g, x):
+        return launch.partial_grad(g, x, rows)
+    return launch.contiguous_grad(g if rows is None else g.index_select(1, rows), x)
+
+
+def _channel_grad_fake(g: Tensor, x: Tensor, rows: Tensor | None) -> Tensor:
+    dtype = torch.float32 if g.dtype in (torch.float16, torch.bfloat16) else g.dtype
+    return g.new_empty((g.shape[1] if rows is None else rows.shape[0], x.shape[1]), dtype=dtype)
+
+
+def _setup_channel_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_channel_grad(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+    g, x, rows = ctx.saved_tensors
+    outer = outer.to(g.dtype)
+    dg = x.mm(outer.t())
+    if rows is not None:
+        dg = torch.zeros_like(g).index_add(1, rows, dg)
+    return dg, (g if rows is None else g.index_select(1, rows)).mm(outer), None
+
+
+for _name, _function, _fake in (
+    ("gpu_linear", _gpu_linear, _gpu_linear_fake),
+    ("channel_grad", _channel_grad, _channel_grad_fake),
+):
+    LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sparsify::{_name}", _fake, lib=LIBRARY)
+torch.library.register_autograd("sparsify::gpu_linear", _backward, setup_context=_setup_context, lib=LIBRARY)
+torch.library.register_autograd(
+    "sparsify::channel_grad", _backward_channel_grad, setup_context=_setup_channel_grad, lib=LIBRARY
+)

@@ -1,0 +1,331 @@
+"""The `torch.compile` backend: the same gradients, one graph, fewer bytes between forward and backward, and it composes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+import sparsify
+from sparsify import S2FT, LoRA, PaCA, Plan, PlanError, RoSA
+from sparsify.lowering.backend import JointPasses, backend, run_joint_passes
+from sparsify.lowering.joint_passes import recompute_cheap, share_copies
+
+aten = torch.ops.aten
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled_step(host: nn.Module, how: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Loss, gradients, and what was saved for backward (distinct storages, parameters and inputs left out)."""
+    run: Callable[..., Any] = host if how is None else torch.compile(host, backend=how, fullgraph=True)
+    known = {t.untyped_storage().data_ptr() for t in [*host.parameters(), *host.buffers()]}
+    saved: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in known:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    inputs = tiny.tokens()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        logits = run(input_ids=inputs, use_cache=False).logits
+        loss = (logits * torch.linspace(-1, 1, logits.numel()).view(logits.shape)).sum()
+    kept = list(saved.values())
+    loss.backward()
+    return loss.detach(), [p.grad.clone() for p in tiny.trainable(host) if p.grad is not None], kept
+
+
+def bytes_of(tensors: list[Tensor]) -> int:
+    return sum(t.untyped_storage().nbytes() for t in tensors)
+
+
+RULES = [
+    S2FT(units=2),
+    RoSA(rank=2, density=0.02, mask="random"),
+    pytest.param(PaCA(rank=3), marks=pytest.mark.slow),
+    pytest.param(LoRA(rank=2), marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda r: type(r).__name__)
+def test_gradients_are_the_eager_ones_with_fewer_bytes(rule: Any) -> None:
+    host = tiny.lower(tiny.llama(), rule)
+    tiny.disturb(host)
+    loss, expected, eager = compiled_step(host, None)
+    for parameter in tiny.trainable(host):
+        parameter.grad = None
+    found_loss, found, saved = compiled_step(host, backend("aot_eager"))
+    torch.testing.assert_close(found_loss, loss)
+    assert len(found) == len(expected) > 0
+    for ours, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
+    assert bytes_of(saved) < 0.95 * bytes_of(eager)
+
+
+class Gated(nn.Module):
+    """A SwiGLU feed-forward in a residual block."""
+
+    def __init__(self, width: int = 24, hidden: int = 80) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width)
+        self.gate, self.up = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+def feed_forward(*rules: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(Gated(), Gated())
+    return sparsify.compile(model, Plan(list(rules)), example=torch.randn(2, 7, 24), progress=False)
+
+
+def saved_shapes(host: nn.Module, x: Tensor, how: Any) -> list[tuple[int, ...]]:
+    run: Callable[..., Any] = host if how is None else torch.compile(host, backend=how, fullgraph=True)
+    known = {t.untyped_storage().data_ptr() for t in [*host.parameters(), *host.buffers(), x]}
+    found: dict[int, tuple[int, ...]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in known:
+            found[tensor.untyped_storage().data_ptr()] = tuple(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = run(x)
+    y.square().sum().backward()
+    return list(found.values())
+
+
+def test_of_swiglu_only_gate_and_up_are_saved() -> None:
+    """Eager keeps four tensors of the hidden width per block, the joint graph two; Down's input is not among them."""
+    host, x = feed_forward(S2FT(structure="ffn", units=4)), torch.randn(2, 7, 24, requires_grad=True)
+    wide = [s for s in saved_shapes(host, x, None) if s[-1] == 80]
+    assert len(wide) >= 6
+    x.grad = None
+    shapes = saved_shapes(host, x, backend("aot_eager"))
+    assert len([s for s in shapes if s[-1] == 80]) == 4  # gate and up of two blocks
+    assert len([s for s in shapes if s[-1] == 4]) <= 2  # at most the trained slice of Down's input
+
+
+def test_a_shared_input_is_saved_once() -> None:
+    """Gate and up train rows: both need the normed input whole, which is one tensor or computed again from x."""
+    host, x = (
+        feed_forward(S2FT(structure="ffn", units=4, producer_fraction=0.1)),
+        torch.randn(2, 7, 24, requires_grad=True),
+    )
+    eager = [s for s in saved_shapes(host, x, None) if s[-1] == 24]
+    ours = [s for s in saved_shapes(host, x, backend("aot_eager")) if s[-1] == 24]
+    assert len(eager) == 3
+    assert len(ours) == 1  # the residual stream between the blocks; both normed inputs follow from it and from x
+
+
+def test_repeated_heads_are_saved_once() -> None:
+    """Six query heads over two KV groups: the backward of attention reads k and v repeated, which are not kept so."""
+    host = tiny.lower(tiny.llama(), PaCA(rank=3))
+    _, _, saved = compiled_step(host, "aot_eager")
+    _, _, ours = compiled_step(host, fresh_backend())
+    heads = [sum(t.numel() == 3 * 6 * 9 * 8 for t in tensors) for tensors in (saved, ours)]
+    groups = [sum(t.numel() == 3 * 2 * 9 * 8 for t in tensors) for tensors in (saved, ours)]
+    assert heads == [8, 4]  # of two layers: q, k, v and the result; q and the result
+    assert groups[1] == groups[0] + 4
+
+
+def fresh_backend() -> Any:
+    torch._dynamo.reset()
+    return backend("aot_eager")
+
+
+@pytest.mark.slow
+def test_over_inductor() -> None:
+    host, x = feed_forward(S2FT(structure="ffn", units=4)), torch.randn(2, 7, 24, requires_grad=True)
+    host(x).square().sum().backward()
+    expected = [p.grad.clone() for p in tiny.trainable(host) if p.grad is not None]
+    for parameter in tiny.trainable(host):
+        parameter.grad = None
+    for how in (backend(), backend("inductor", mode="reduce-overhead")):
+        torch._dynamo.reset()
+        torch.compile(host, backend=how, fullgraph=True)(x).square().sum().backward()
+        for parameter, reference in zip(tiny.trainable(host), expected, strict=True):
+            torch.testing.assert_close(parameter.grad, reference, rtol=1e-4, atol=1e-5)
+            parameter.grad = None
+
+
+def test_inference_and_dynamic_shapes() -> None:
+    host = feed_forward(S2FT(structure="ffn", units=4))
+    run = torch.compile(host, backend=backend("aot_eager"), fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for length in (9, 12, 17):
+            x = torch.randn(2, length, 24)
+            torch.testing.assert_close(run(x), host(x))
+
+
+def test_a_compiler_of_ones_own() -> None:
+    seen: list[fx.GraphModule] = []
+
+    def compiler(gm: fx.GraphModule, inputs: Any) -> Any:
+        from functorch.compile import make_boxed_func
+
+        seen.append(gm)
+        return make_boxed_func(gm.forward)
+
+    host, x = feed_forward(S2FT(structure="ffn", units=4)), torch.randn(2, 7, 24, requires_grad=True)
+    torch.compile(host, backend=backend(compiler))(x).sum().backward()
+    assert len(seen) == 2  # one forward, one backward
+    forward, backward = (str(gm.graph) for gm in seen)
+    assert forward.count("sparsify.partial_linear.default") == 2
+    assert "sparsify.partial_linear_dx" in backward
+
+
+def test_repeated_blocks_share_one_graph() -> None:
+    """Regional compilation: every block is compiled by itself, and all of them are one graph."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Gated() for _ in range(4)))
+    host = sparsify.compile(
+        model, Plan([S2FT(units=4, structure="ffn")]), example=torch.randn(2, 7, 24), progress=False
+    )
+    x = torch.randn(2, 7, 24)
+    host(x).square().sum().backward()
+    expected = [p.grad.clone() for p in tiny.trainable(host) if p.grad is not None]
+    host.zero_grad()
+    torch._dynamo.reset()  # what other tests compiled counts no more
+    torch._dynamo.utils.counters.clear()
+    how = backend("aot_eager")  # one object: Dynamo keeps apart what different backends compile
+    for block in host.children():
+        block.compile(backend=how, fullgraph=True)
+    host(x.requires_grad_()).square().sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    for parameter, reference in zip(tiny.trainable(host), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, reference)
+
+
+def test_errors_name_the_way_out() -> None:
+    with pytest.raises(PlanError, match="unknown inner backend 'nonsense'"):
+        backend("nonsense")
+    with pytest.raises(PlanError, match="belong to Inductor, not to 'aot_eager'"):
+        backend("aot_eager", mode="max-autotune")
+
+
+def test_the_entry_point_leads_to_the_backend() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    module, _, name = project["entry-points"]["torch_dynamo_backends"]["sparsify"].partition(":")
+    assert callable(getattr(import_module(module), name))
+    assert isinstance(sparsify.backend("aot_eager"), type(backend("aot_eager")))
+
+
+LOOKUP = """
+from torch._dynamo.backends.registry import lookup_backend
+from sparsify.lowering.backend import sparsify_backend
+found = lookup_backend("sparsify")
+assert found is sparsify_backend, found
+"""
+
+
+def test_torch_finds_the_backend_by_name(tmp_path: Path) -> None:
+    """With the entry points of pyproject.toml installed (here: as a distribution of their own), the name is known to torch."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    info = tmp_path / "sparsify_entry-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sparsify-entry\nVersion: 0\n")
+    points = project["entry-points"]["torch_dynamo_backends"]
+    lines = [f"{name} = {target}" for name, target in points.items()]
+    (info / "entry_points.txt").write_text("\n".join(["[torch_dynamo_backends]", *lines]))
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(
+        [sys.executable, "-c", LOOKUP], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+
+
+# --- the passes by themselves ---------------------------------------------------------------------------------------------
+
+
+def joint(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
+    """The joint graph of forward and backward that AOTAutograd hands to a partitioner."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    found: list[fx.GraphModule] = []
+
+    def keep(gm: fx.GraphModule, joint_inputs: Any, **options: Any) -> Any:
+        from torch._functorch.partitioners import default_partition
+
+        found.append(gm)
+        return default_partition(gm, joint_inputs, **options)
+
+    from functorch.compile import make_boxed_func
+
+    how = aot_autograd(fw_compiler=lambda gm, _: make_boxed_func(gm.forward), partition_fn=keep)
+    torch.compile(function, backend=how, fullgraph=True)(*inputs)
+    return found[0]
+
+
+def test_equal_slices_become_one_and_different_ones_do_not() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    a = graph.call_function(aten.slice.Tensor, (x, 1, 0, 4))
+    b = graph.call_function(aten.slice.Tensor, (x, 1, 0, 4))
+    c = graph.call_function(aten.slice.Tensor, (x, 1, 0, 5))
+    graph.output((graph.call_function(aten.clone.default, (a,)), graph.call_function(aten.clone.default, (b,)), c))
+    assert share_copies(graph) == 2
+    assert [n.target for n in graph.nodes].count(aten.slice.Tensor) == 2
+    assert share_copies(graph) == 0
+
+
+def test_randomness_and_products_are_never_shared() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    for _ in range(2):
+        graph.call_function(aten.mm.default, (x, x))
+        graph.call_function(aten.bernoulli.default, (x,))
+    graph.output(x)
+    assert share_copies(graph) == 0
+
+
+def test_what_is_cheap_is_marked_and_what_is_not_stays() -> None:
+    w = torch.randn(6, 6)
+
+    def function(x: Tensor) -> Tensor:
+        return (F.silu(x @ w) * (x @ w.t())).sum(0).exp()
+
+    gm = joint(function, torch.randn(4, 6, requires_grad=True))
+    marked = recompute_cheap(gm.graph)
+    policies = {n.target: "recompute" in n.meta for n in gm.graph.nodes if n.op == "call_function"}
+    assert marked >= 1
+    assert policies[aten.silu.default]
+    assert not policies[aten.mm.default]
+    assert not policies[aten.sum.dim_IntList]
+
+
+def test_a_graph_without_backward_is_left_alone() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.call_function(aten.exp.default, (x,)))
+    run_joint_passes(graph)
+    assert not any("recompute" in n.meta for n in graph.nodes)
+
+
+def test_passes_have_a_cache_key() -> None:
+    class Before:
+        def uuid(self) -> str:
+            return "before"
+
+    assert JointPasses().uuid() == JointPasses().uuid()
+    assert JointPasses().uuid() != JointPasses(Before()).uuid()

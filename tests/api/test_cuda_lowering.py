@@ -1,0 +1,254 @@
+"""`Plan(target="cuda")`: packed linears in the host, their fallback on the CPU, and training operators that dispatch to kernels.
+
+Kernels run in Triton's interpreter on CPU tensors; a counting fixture proves that they ran.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from triton_interpreter import require_interpreter
+
+import sparsify
+from sparsify import S2FT, PaCA, Plan, PlanError, Prune, Quantize, RefusedError, RoSA
+from sparsify.kernels.gpu import build, launch
+from sparsify.kernels.gpu.formats import pack_stream
+from sparsify.lowering.cuda import lower_model
+from sparsify.lowering.fuse_cuda import GatedGpuLinear
+from sparsify.lowering.gpu_linear import GpuSparseLinear, pack_smallest
+
+triton = pytest.importorskip("triton")
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Counter[str]:
+    """Kernels launched in the interpreter, by operator."""
+    require_interpreter()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path_factory.getbasetemp() / "kernels"))
+    counts: Counter[str] = Counter()
+    original = build.launch
+
+    def counting(spec: build.KernelSpec, *rest: object) -> None:
+        counts[spec.op] += 1
+        original(spec, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(launch, "launch", counting)
+    return counts
+
+
+def sparse_linear(rows: int = 40, cols: int = 64, sparsity: float = 0.75, bias: bool = True) -> nn.Linear:
+    linear = nn.Linear(cols, rows, bias=bias)
+    with torch.no_grad():
+        linear.weight.mul_(torch.rand_like(linear.weight) >= sparsity)
+    return linear.eval()
+
+
+def pruned(linear: nn.Linear) -> GpuSparseLinear:
+    return GpuSparseLinear(pack_smallest(linear.weight.detach()), linear.bias)
+
+
+@pytest.mark.parametrize("tokens", [(1,), (2, 3), (3, 9)])
+def test_a_layer_computes_what_it_replaces(tokens: tuple[int, ...], launched: Counter[str]) -> None:
+    linear = sparse_linear()
+    lowered, x = pruned(linear), torch.randn(*tokens, 64)
+    torch.testing.assert_close(lowered(x), linear(x))
+    assert launched == ({"stream": 1} if x.numel() // 64 <= 16 else {"expand": 1})
+
+
+def test_without_kernels_the_reference_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    linear = sparse_linear()
+    lowered, x = pruned(linear), torch.randn(2, 3, 64)
+    torch.testing.assert_close(lowered(x), linear(x))
+    residual = torch.randn(2, 3, 40)
+    lowered.activation = "silu"
+    torch.testing.assert_close(lowered(x, residual), F.silu(linear(x)) + residual)
+
+
+def test_the_format_follows_the_pattern() -> None:
+    dense = torch.randn(64, 64)
+    fours = dense.view(64, 16, 4)
+    two_four = (fours * (fours.abs() >= fours.abs().topk(2, -1).values[..., -1:])).view(64, 64)
+    tiles = dense * torch.eye(4).repeat_interleave(16, 0).repeat_interleave(16, 1)
+    for weight, expected in ((two_four, "two_four"), (tiles, "blocks"), (dense * (torch.rand(64, 64) < 0.2), "gaps")):
+        module = GpuSparseLinear(pack_smallest(weight))
+        assert module.format == expected
+        assert torch.equal(module.packed.unpack(), weight)
+
+
+def test_gated_layers_multiply_gate_and_up(launched: Counter[str]) -> None:
+    weight = torch.randn(24, 32) * (torch.rand(24, 32) < 0.4)
+    module = GpuSparseLinear(pack_stream(weight, gated=True), activation="silu")
+    for count in (3, 20):
+        x = torch.randn(count, 32)
+        expected = F.silu(x @ weight[:12].t()) * (x @ weight[12:].t())
+        torch.testing.assert_close(module(x), expected)
+    assert launched == {"stream": 1, "expand": 1}
+
+
+def test_gradient_in_x() -> None:
+    linear = sparse_linear()
+    lowered, x = pruned(linear), torch.randn(2, 64)
+    first, second = x.clone().requires_grad_(), x.clone().requires_grad_()
+    tiny.probe_loss(lowered(first)).backward()
+    tiny.probe_loss(linear(second)).backward()
+    torch.testing.assert_close(first.grad, second.grad)
+    lowered.activation = "relu"
+    with pytest.raises(RefusedError, match="no gradient"):
+        lowered(first)
+
+
+def test_operator_passes_opcheck() -> None:
+    packed = pack_stream(sparse_linear().weight.detach())
+    arguments = (torch.randn(2, 64), torch.randn(40), None, "gaps", 40, 64, False, "none", packed.tensors)
+    torch.library.opcheck(torch.ops.sparsify.gpu_linear.default, arguments)
+    g, x = torch.randn(5, 7, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    torch.library.opcheck(torch.ops.sparsify.channel_grad.default, (g, x, torch.tensor([6, 2])))
+    torch.library.opcheck(torch.ops.sparsify.channel_grad.default, (g, x, None))
+
+
+def test_one_graph(launched: Counter[str]) -> None:
+    module = nn.Sequential(pruned(sparse_linear()), nn.ReLU(), pruned(sparse_linear(8, 40)))
+    x = torch.randn(3, 64)
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), module(x))
+    assert launched["stream"] == 4
+
+
+def test_export_keeps_the_operator(launched: Counter[str]) -> None:
+    module = nn.Sequential(pruned(sparse_linear()), nn.ReLU())
+    x = torch.randn(3, 64)
+    exported = torch.export.export(module, (x,), strict=False)
+    targets = [str(n.target) for n in exported.graph.nodes]
+    assert targets.count("sparsify.gpu_linear.default") == 1
+    torch.testing.assert_close(exported.module()(x), module(x))
+
+
+def test_state_dict_is_the_dense_models(launched: Counter[str]) -> None:
+    linear = sparse_linear()
+    lowered = pruned(linear)
+    for name, tensor in linear.state_dict().items():
+        assert torch.equal(lowered.state_dict()[name], tensor)
+    other = sparse_linear()
+    lowered.load_state_dict(other.state_dict())
+    x = torch.randn(2, 64)
+    torch.testing.assert_close(lowered(x), other(x))
+    torch.testing.assert_close(copy.deepcopy(lowered)(x), other(x))
+    wrong = {"weight": torch.zeros(3, 64), "bias": torch.zeros(40)}
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        lowered.load_state_dict(wrong)
+
+
+def test_casts_leave_packed_values_alone() -> None:
+    lowered = pruned(sparse_linear())
+    values = lowered.packed.values.clone()
+    half = lowered.half()
+    assert half.bias is not None
+    assert half.bias.dtype == torch.float16
+    assert torch.equal(half.packed.values, values)
+
+
+def test_a_pruned_model_is_lowered(launched: Counter[str]) -> None:
+    model = tiny.llama()
+    plain = sparsify.compile(model, Plan([Prune(sparsity=0.75, method="magnitude")]), progress=False)
+    expected = plain(tiny.tokens()).logits.detach()
+    host = sparsify.compile(model, Plan([Prune(sparsity=0.75, method="magnitude")], target="cuda"), progress=False)
+    assert type(host) is type(model)
+    lowered = [n for n, m in host.named_modules() if isinstance(m, GpuSparseLinear)]
+    assert len(lowered) >= 7
+    assert [type(layer.mlp.gate_up) for layer in host.model.layers] == [GatedGpuLinear] * 2
+    with torch.no_grad():
+        torch.testing.assert_close(host(tiny.tokens()).logits, expected, rtol=1e-4, atol=1e-5)
+        assert launched["expand"] >= 7
+        host(tiny.tokens()[:1, :4])
+        assert launched["stream"] >= 7
+    report = str(host.sparsify.report)
+    assert "cuda lowering" in report
+    assert "computed from bytes" in report
+    assert not any(p.requires_grad for p in host.parameters())
+    text = str(host.sparsify.program)
+    assert text.count("sparsify.gpu_linear(") == len(lowered)
+    assert "q_proj.meta" in text
+    assert "gate_up.meta" in text
+    assert "gate_proj, up_proj, silu and product in one kernel" in report
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(host.state_dict()[name], tensor), name
+    bare = host.sparsify.plain()
+    assert {type(m) for m in bare.modules()} == {type(m) for m in model.modules()}
+    tiny.assert_same(dict(bare.state_dict()), dict(plain.state_dict()))
+    host.load_state_dict({n: 2 * t for n, t in host.state_dict().items()})
+    torch.testing.assert_close(host.model.layers[0].mlp.up_proj.dense(), 2 * plain.model.layers[0].mlp.up_proj.weight)
+
+
+def test_quantised_layers_are_lowered(launched: Counter[str]) -> None:
+    model = tiny.llama()
+    host = sparsify.compile(model, Plan([Quantize(format="int8")], target="cuda"), progress=False)
+    lowered = [m for m in host.modules() if isinstance(m, GpuSparseLinear)]
+    assert all(m.packed.value == "int8" for m in lowered)
+    assert lowered
+    with torch.no_grad():
+        found, expected = host(tiny.tokens()).logits, model(tiny.tokens()).logits
+    assert float((found - expected).norm() / expected.norm()) < 0.05
+    with pytest.raises(PlanError, match="CUDA kernels read int8, not nf4"):
+        sparsify.compile(model, Plan([Quantize(format="nf4")], target="cuda"), progress=False)
+
+
+def test_layers_that_stay_dense_say_why() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64, dtype=torch.float64), sparse_linear(4, 4))
+    report = lower_model(model)
+    text = str(report)
+    assert not report.lowered
+    assert "so dense is faster" in text
+    assert "the kernels read bfloat16, float16 and float32" in text
+    assert "8 to 524288 columns" in text
+    with pytest.raises(RefusedError, match="dense is faster"):
+        lower_model(model, names=["0"])
+    with pytest.raises(RefusedError, match="no linear is called 9"):
+        lower_model(model, names=["9"])
+
+
+# --- training operators -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rule", "kernels"),
+    [
+        (S2FT(units=2, producer_fraction=0.2), set()),
+        (PaCA(rank=3, permute=False), set()),
+        (RoSA(rank=2, density=0.05, mask="random"), {"write_values", "sampled_tile"}),
+        (RoSA(rank=2, density=0.002, mask="random"), {"write_values", "sampled_entries"}),
+    ],
+    ids=["s2ft", "paca", "rosa", "rosa-low"],
+)
+def test_training_steps_agree_with_the_reference(
+    rule: sparsify.plan.Rule, kernels: set[str], monkeypatch: pytest.MonkeyPatch, launched: Counter[str]
+) -> None:
+    def gradients() -> list[Tensor]:
+        host = sparsify.compile(tiny.llama(), Plan([rule]), progress=False)
+        tiny.disturb(host)
+        tiny.probe_loss(host(tiny.tokens())).backward()
+        return [p.grad for p in tiny.trainable(host) if p.grad is not None]
+
+    found = gradients()
+    assert set(launched) == kernels
+    monkeypatch.delenv("TRITON_INTERPRET")
+    for ours, reference in zip(found, gradients(), strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_at_an_index_use_the_gathering_kernel(launched: Counter[str]) -> None:
+    x, weight = torch.randn(2, 5, 12), torch.randn(9, 12)
+    block, index = torch.randn(3, 12, requires_grad=True), torch.tensor([7, 0, 4])
+    y = torch.ops.sparsify.partial_linear_at(x, weight, None, block, index, 0)
+    g = torch.randn_like(y)
+    y.backward(g)
+    assert launched == {"partial_grad": 1}
+    expected = (g.reshape(-1, 9).t() @ x.reshape(-1, 12))[index]
+    torch.testing.assert_close(block.grad, expected)

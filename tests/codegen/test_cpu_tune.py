@@ -1,0 +1,189 @@
+"""The choice by measurement: steadiness, records made under load, and what a layer becomes for given times. Clocks are fake."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sparsify.kernels.cpu import build, dispatch, tune
+from sparsify.kernels.cpu.tune import Timing
+from sparsify.lowering import cpu, fuse_cpu
+from sparsify.lowering.cpu import lower_model
+from sparsify.lowering.prepacked_linear import PrepackedLinear
+from sparsify.lowering.sparse_linear import SparseLinear
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path))
+    monkeypatch.setattr(tune, "tuned", None)
+    monkeypatch.setattr(tune, "checked", set())
+
+
+def fake_clock(monkeypatch: pytest.MonkeyPatch, seconds: Mapping[str, Iterator[float]]) -> dict[str, int]:
+    """`seconds_of(call)` takes the next time of the contestant that `call` returns; counts the calls."""
+    count = dict.fromkeys(seconds, 0)
+
+    def seconds_of(call: Callable[[], Any]) -> float:
+        name = call()
+        count[name] += 1
+        return next(seconds[name])
+
+    monkeypatch.setattr(tune, "seconds_of", seconds_of)
+    return count
+
+
+def constantly(value: float) -> Iterator[float]:
+    while True:
+        yield value
+
+
+def forget() -> None:
+    """As a new process would."""
+    tune.tuned = None
+    tune.checked.clear()
+
+
+CALLS = {"a": lambda: "a", "b": lambda: "b"}
+
+
+def test_contestants_take_turns_and_the_smallest_time_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    times = {"a": iter([9.0, 9, 2, 1, 1, 5] + [3.0] * 99), "b": constantly(4.0)}
+
+    def seconds_of(call: Callable[[], Any]) -> float:
+        order.append(call())
+        return next(times[order[-1]])
+
+    monkeypatch.setattr(tune, "seconds_of", seconds_of)
+    timing = tune.time_in_turn(CALLS, budget=0.0)
+    assert timing == Timing({"a": 1.0, "b": 4.0}, True)
+    assert order[4:10] == ["a", "b"] * 3
+
+
+def test_unsteady_times_are_measured_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    lonely = iter([1.0] + [2.0] * 200)  # the smallest time was reached once only
+    count = fake_clock(monkeypatch, {"a": lonely, "b": constantly(4.0)})
+    assert not tune.time_in_turn(CALLS, budget=0.001).steady
+    unsteady = count["a"]
+    count = fake_clock(monkeypatch, {"a": constantly(1.0), "b": constantly(4.0)})
+    assert tune.time_in_turn(CALLS, budget=0.0).steady
+    assert count["a"] == 5 < unsteady
+
+
+def test_a_record_is_kept_and_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_clock(monkeypatch, {"a": constantly(1.0), "b": constantly(4.0)})
+    first = tune.measured("key", CALLS, budget=0.0)
+    forget()
+    count = fake_clock(monkeypatch, {"a": constantly(1.5), "b": constantly(3.9)})
+    assert tune.measured("key", CALLS, budget=0.0) == first  # slower than recorded: loaded now, the record stands
+    assert count == {"a": 3, "b": 3}
+    assert tune.measured("key", CALLS, budget=0.0) == first
+    assert count == {"a": 3, "b": 3}
+
+
+@pytest.mark.parametrize("recorded", [(3.0, 4.0), (1.0, 4.0)])
+def test_a_record_made_under_load_is_replaced(monkeypatch: pytest.MonkeyPatch, recorded: tuple[float, float]) -> None:
+    fake_clock(monkeypatch, {"a": constantly(recorded[0]), "b": constantly(recorded[1])})
+    tune.measured("key", CALLS, budget=0.0)
+    forget()
+    fake_clock(monkeypatch, {"a": constantly(1.0), "b": constantly(0.5)})
+    assert tune.measured("key", CALLS, budget=0.0).seconds == {"a": 1.0, "b": 0.5}
+    forget()
+    assert tune.recorded("key") == Timing({"a": 1.0, "b": 0.5}, True)
+
+
+def test_an_unsteady_record_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_clock(monkeypatch, {"a": iter([1.0] + [2.0] * 200), "b": constantly(4.0)})
+    assert not tune.measured("key", CALLS, budget=0.001).steady
+    forget()
+    fake_clock(monkeypatch, {"a": constantly(1.8), "b": constantly(3.0)})
+    assert tune.measured("key", CALLS, budget=0.0) == Timing({"a": 1.8, "b": 3.0}, True)
+
+
+@pytest.mark.parametrize(
+    "damage", ["not json", '{"key": 3}', '{"key": {"seconds": {"a": "x"}}}', '{"key": {"seconds": {}}}']
+)
+def test_a_damaged_record_is_no_record(damage: str, tmp_path: Path) -> None:
+    (tmp_path / "tune.json").write_text(damage)
+    forget()
+    assert tune.recorded("key") is None
+
+
+def sparse_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(96, 200), nn.ReLU()).eval()
+    with torch.no_grad():
+        model[0].weight.mul_(torch.rand(200, 96) < 0.25)  # type: ignore[operator]
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kernel", "torch_dense", "onednn", "becomes", "reason"),
+    [
+        (1.0, 2.0, 1.5, SparseLinear, None),
+        (1.0, 0.99, 1.5, SparseLinear, None),  # within what repeats differ by
+        (1.0, 0.5, 0.9, nn.Linear, "torch's dense product is 2.00 × as fast at 1 tokens"),
+        (1.0, 0.5, 0.3, PrepackedLinear, "torch's dense product is 2.00 × as fast at 1 tokens"),
+        (1.0, 2.0, 0.5, PrepackedLinear, "oneDNN's dense product with a blocked weight is 2.00 × as fast"),
+    ],
+)
+def test_what_a_layer_becomes(
+    monkeypatch: pytest.MonkeyPatch, kernel: float, torch_dense: float, onednn: float, becomes: type, reason: str | None
+) -> None:
+    try:
+        build.find_compiler(None)
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    times = {"torch": torch_dense, "onednn": onednn}
+
+    def measured(key: str, calls: Mapping[str, Any], budget: float = 0.25) -> Timing:
+        return Timing({name: times.get(name, kernel) for name in calls}, True)
+
+    for module in (dispatch, cpu, fuse_cpu):
+        monkeypatch.setattr(module, "measured", measured)
+    model, x = sparse_model(), torch.randn(3, 96)
+    expected = model(x)
+    report = lower_model(model, tokens=(1,))
+    assert type(model[0]) is becomes
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    assert (reason or "1 linears packed") in str(report)
+    assert len(report.prepacked) == (becomes is PrepackedLinear)
+
+
+def test_prepacked_linears_are_linears(monkeypatch: pytest.MonkeyPatch) -> None:
+    import copy
+    import pickle
+
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    linear = nn.Linear(65, 37)
+    layer = PrepackedLinear(linear.weight, linear.bias)
+    compiled = torch.compile(nn.Sequential(layer, nn.ReLU()), fullgraph=True, dynamic=True, backend="aot_eager")
+    duplicate, stored = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))
+    with torch.inference_mode():
+        for shape in ((65,), (1, 65), (2, 3, 65), (0, 65), (4, 70, 65)):
+            x = torch.randn(shape)
+            for other in (layer, duplicate, stored):
+                torch.testing.assert_close(other(x), linear(x), rtol=1e-5, atol=1e-6)
+        x = torch.randn(3, 65)
+        torch.testing.assert_close(compiled(x), linear(x).relu(), rtol=1e-5, atol=1e-6)
+    x = torch.randn(2, 65, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, linear.weight.sum(0).expand(2, 65), rtol=1e-4, atol=1e-5)
+    for name, tensor in linear.state_dict().items():
+        assert torch.equal(layer.state_dict()[name], tensor)
+    other = nn.Linear(65, 37)
+    layer.load_state_dict(other.state_dict())
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x.detach()), other(x.detach()), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(duplicate(x.detach()), linear(x.detach()), rtol=1e-5, atol=1e-6)
