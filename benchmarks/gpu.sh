@@ -15,14 +15,14 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONDON
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 STEPS="
-tests        | 160 | $PYTHON -m pytest -m gpu -q -p no:cacheprovider tests/numeric/test_on_gpu.py
+tests        | 150 | $PYTHON -m pytest -m gpu -q -p no:cacheprovider tests/numeric/test_on_gpu.py
 gpu-linear   |  90 | $PYTHON benchmarks/gpu_linear.py --shapes 4096x4096 14336x4096 --batch 1 4 8 16 64 256 --sparsity 0.5 0.75 0.9 --seconds 55 --save \$OUT
 gpu-tune     |  45 | $PYTHON benchmarks/gpu_linear.py --tune --shapes 4096x4096 --batch 1 8 --sparsity 0.75 --save \$OUT
 gpu-decode   |  55 | $PYTHON benchmarks/gpu_decode.py --layers 8 --batch 1 8 --save \$OUT
 layouts      |  25 | $PYTHON benchmarks/layouts.py --seconds 0.3 --rounds 51 --tokens 512 4096 --save \$OUT
 train-small  |  40 | $PYTHON benchmarks/train_step.py --preset small --label small --seconds 8 --rounds 51 --save \$OUT
-train-8b     |  60 | $PYTHON benchmarks/train_step.py --preset 8b --label 8b --seconds 10 --rounds 31 --save \$OUT
-train-7b     |  90 | $PYTHON benchmarks/train_step.py --preset 7b --label 7b --compile --seconds 12 --rounds 31 --save \$OUT
+train-8b     |  65 | $PYTHON benchmarks/train_step.py --preset 8b --label 8b --methods floor s2ft paca rosa lora miss qrosa qlora --seconds 10 --rounds 31 --save \$OUT
+train-7b     |  95 | $PYTHON benchmarks/train_step.py --preset 7b --label 7b --methods floor s2ft paca rosa full lora miss --compile --seconds 12 --rounds 31 --save \$OUT
 compile-time |  30 | $PYTHON benchmarks/compile_time.py --widths 4096 --layers 4 8 --rounds 1 --save \$OUT
 "
 
