@@ -74,14 +74,17 @@ def dequantised(program: Program, wanted: bool) -> Iterator[None]:
     swapped: list[tuple[nn.Module, str, nn.Parameter]] = []
     try:
         for param, format in program.quantize.items() if wanted else ():
-            owner, _, leaf = param.rpartition(".")
-            module, weight = program.host.get_submodule(owner), program.tensor(param).detach()
+            weight = program.tensor(param).detach()
             back = unpack(pack(weight, format), format, tuple(weight.shape), weight.dtype)
-            swapped.append((module, leaf, module._parameters[leaf]))  # type: ignore[arg-type]
-            module._parameters[leaf] = nn.Parameter(back, requires_grad=False)
+            stand_in = nn.Parameter(back, requires_grad=False)
+            for name in [n for n, canonical in program.aliases.items() if canonical == param]:
+                owner, _, leaf = name.rpartition(".")
+                module = program.host.get_submodule(owner)
+                swapped.append((module, leaf, module._parameters[leaf]))  # type: ignore[arg-type]
+                module._parameters[leaf] = stand_in
         yield
     finally:
-        for module, leaf, parameter in swapped:
+        for module, leaf, parameter in reversed(swapped):  # a shared module stands there once for each of its names
             module._parameters[leaf] = parameter
 
 

@@ -358,3 +358,29 @@ def test_a_parameter_that_trains_in_full_cannot_be_packed():
 def test_unknown_formats_are_refused_at_construction():
     with pytest.raises(PlanError, match="expected one of 'nf4', 'int8', 'int4'"):
         Quantize(format="fp8")
+
+
+def test_a_module_used_twice_gets_its_own_weight_back():
+    """Scored on what its packed weight stands for, under both of its names; the user's model keeps its Parameter."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(64, 64), nn.Linear(64, 64)
+            self.again = self.first
+
+        def forward(self, x):
+            return self.last(self.again(self.first(x).relu()).relu())
+
+    model = Twice()
+    before = dict(model.named_parameters(remove_duplicate=False))
+    host: Any = sparsify.compile(
+        model,
+        sparsify.Plan([RoSA(rank=0, density=0.05), Quantize()]),
+        example=torch.randn(4, 64),
+        calibration=[torch.randn(4, 64)],
+        loss=lambda y, _: y.square().mean(),
+        progress=False,
+    )
+    assert set(host.sparsify.program.quantize) == {"first.weight", "last.weight"}
+    assert all(p is before[n] for n, p in model.named_parameters(remove_duplicate=False))

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -124,8 +125,30 @@ def test_the_generated_kernel_reads_strides_spreads_nan_and_counts_threads():
 
 @needs_compiler
 def test_an_unsorted_index_reads_nothing_outside():
-    index = torch.tensor([30, 2, 900, 5])  # out of order, as no support is
-    assert sampled.sampled_by_kernel(torch.randn(8, 30), torch.randn(8, 31), index).shape == (4,)
+    a, b, index = (
+        torch.randn(8, 30),
+        torch.randn(8, 31),
+        torch.tensor([2, 30, 900, 5]),
+    )  # out of order, as no support is
+    found = sampled.sampled_by_kernel(a, b, index)
+    torch.testing.assert_close(found[:3], oracle_sampled_product(a, b, index[:3]))
+    assert found[3] == 0, "a column before its row is passed over"
+
+
+def test_a_machine_without_a_compiler_hears_of_it_once(monkeypatch):
+    def fail(*_):
+        raise sampled.BuildError("no C++ compiler found")
+
+    monkeypatch.setattr(sampled, "compile_library", fail)
+    sampled.load_sampled.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="PyTorch's own kernels serve instead: no C\\+\\+ compiler found"):
+            assert sampled.load_sampled("portable", "f32") is None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert sampled.load_sampled("portable", "f32") is None
+    finally:
+        sampled.load_sampled.cache_clear()
 
 
 def test_the_kernel_takes_over_from_some_work_on_and_where_there_is_a_compiler(monkeypatch):

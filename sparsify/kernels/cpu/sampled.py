@@ -7,6 +7,7 @@ its time; here one factor is transposed in chunks by all threads and the other i
 from __future__ import annotations
 
 import ctypes
+import warnings
 from functools import cache
 from typing import Any
 
@@ -32,10 +33,11 @@ def generate_sampled(isa: Isa, value: str) -> str:
 
 @cache
 def load_sampled(isa: Isa, value: str) -> Any:
-    """The built library, or None where there is no compiler (remembered)."""
+    """The built library, or None (remembered) where it cannot be built, which a warning says once."""
     try:
         library = ctypes.CDLL(str(compile_library(generate_sampled(isa, value), FLAGS[isa])))
-    except (BuildError, OSError):
+    except (BuildError, OSError) as error:
+        warnings.warn(f"sampled_product: PyTorch's own kernels serve instead: {error}", RuntimeWarning, stacklevel=2)
         return None
     pointer, word, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.sparsify_init.argtypes, library.sparsify_init.restype = [pointer], None
