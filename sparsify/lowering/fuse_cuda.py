@@ -17,6 +17,7 @@ from torch import nn
 from sparsify.kernels.gpu.formats import Stream, pack_stream
 from sparsify.lowering.fuse_linears import GatedProduct, find_gated_products
 from sparsify.lowering.gpu_linear import GpuSparseLinear
+from sparsify.lowering.original_state import OriginalState
 from sparsify.lowering.sparse_linear import FusedFeedForward, fused_class
 from sparsify.program import Program
 
@@ -47,7 +48,7 @@ class GatedGpuLinear(GpuSparseLinear):
         pass
 
 
-class HalfOfGated(nn.Module):
+class HalfOfGated(OriginalState):
     """gate (place 0) or up (1) of a GatedGpuLinear, for whoever asks for it alone: its weight in `state_dict`, its product."""
 
     def __init__(self, whole: GatedGpuLinear, place: int, linear: GpuSparseLinear) -> None:
@@ -81,30 +82,10 @@ class HalfOfGated(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return nn.functional.linear(x, self.dense().to(x.dtype), bias)
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        weight = self.dense()
-        destination[prefix + "weight"] = (weight.t() if self.transposed else weight).contiguous()
-        if self.bias is not None:
-            destination[prefix + "bias"] = self.bias.clone()
+    def original_bias(self) -> torch.Tensor | None:
+        return None if self.bias is None else self.bias.clone()
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        weight, bias = state_dict.get(prefix + "weight"), state_dict.get(prefix + "bias")
-        if weight is None:
-            missing_keys.append(prefix + "weight")
-            return
-        weight = (weight.t() if self.transposed else weight).detach()
-        if tuple(weight.shape) != (self.out_features, self.in_features):
-            error_msgs.append(f"size mismatch for {prefix}weight: got {tuple(weight.shape)}")
-            return
+    def take(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         whole = self.whole.packed.unpack()
         whole.chunk(2)[self.place].copy_(weight)
         self.whole.repack(whole)

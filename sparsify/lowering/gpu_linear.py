@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import nn
 
 from sparsify.kernels.gpu import operator
 from sparsify.kernels.gpu.formats import (
@@ -19,6 +18,7 @@ from sparsify.kernels.gpu.formats import (
     pack_two_four,
     quantize_int8,
 )
+from sparsify.lowering.original_state import OriginalState
 
 NAMES = {
     "stream": ("values", "meta", "base", "start", "order", "scales"),
@@ -26,7 +26,7 @@ NAMES = {
 }
 
 
-class GpuSparseLinear(nn.Module):
+class GpuSparseLinear(OriginalState):
     """`y = act(x Wᵀ + b) (· up) + residual` with a packed weight; x (…, in_features) → (…, out_features), in x's dtype.
 
     packed: a `Stream` or `Blocks`; `validate()` runs here, so that no kernel sees damaged data.
@@ -101,36 +101,13 @@ class GpuSparseLinear(nn.Module):
             self._buffers[name] = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
         return self
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        weight = self.packed.unpack()
-        destination[prefix + "weight"] = weight.t().contiguous() if self.transposed else weight
-        if self.bias is not None:
-            destination[prefix + "bias"] = self.bias
+    def dense(self) -> torch.Tensor:
+        return self.packed.unpack()
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        weight = state_dict.get(prefix + "weight")
-        if weight is None:
-            missing_keys.append(prefix + "weight")
-            return
-        weight = (weight.t() if self.transposed else weight).detach()
-        if tuple(weight.shape) != (self.rows, self.cols):
-            error_msgs.append(f"size mismatch for {prefix}weight: got {tuple(weight.shape)}")
-            return
+    def take(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.repack(weight)
-        bias = state_dict.get(prefix + "bias")
-        if self.bias is not None and bias is not None:
-            self.bias = bias.detach().to(self.bias)
-        elif self.bias is not None:
-            missing_keys.append(prefix + "bias")
+        if bias is not None:
+            self.bias = bias.to(self.bias)
 
     def extra_repr(self) -> str:
         return (

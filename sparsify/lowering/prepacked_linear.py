@@ -13,10 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from sparsify.errors import RefusedError
+from sparsify.lowering.original_state import OriginalState
 
 PREPACKED_DTYPES = (torch.float32, torch.bfloat16)
 torch.library.define("sparsify::prepacked_linear", "(Tensor x, Tensor? bias, int out_features, int handle) -> Tensor")
@@ -53,7 +53,7 @@ def prepacked_linear_fake(x: torch.Tensor, bias: torch.Tensor | None, out_featur
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-class PrepackedLinear(nn.Module):
+class PrepackedLinear(OriginalState):
     """`y = x Wᵀ + b`; inference, but differentiable in x. transposed: the original weight was stored (in, out)."""
 
     bias: torch.Tensor | None
@@ -93,33 +93,13 @@ class PrepackedLinear(nn.Module):
             raise RefusedError(f"this layer was lowered for the CPU and cannot move to {probe.device}")
         return self
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        weight = self.blocked.to_dense()
-        destination[prefix + "weight"] = weight.t().contiguous() if self.transposed else weight
-        if self.bias is not None:
-            destination[prefix + "bias"] = self.bias
+    def dense(self) -> torch.Tensor:
+        return self.blocked.to_dense()
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        weight, bias = state_dict.get(prefix + "weight"), state_dict.get(prefix + "bias")
-        if weight is None or (bias is None and self.bias is not None):
-            missing_keys.append(prefix + ("weight" if weight is None else "bias"))
-            return
-        weight = (weight.t() if self.transposed else weight).detach()
-        if tuple(weight.shape) != (self.out_features, self.in_features):
-            error_msgs.append(f"size mismatch for {prefix}weight: got {tuple(weight.shape)}")
-            return
+    def take(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.blocked = prepack(weight.to(self.dtype))
         if bias is not None and self.bias is not None:
-            self.bias = bias.detach().to(self.bias.dtype).contiguous()
+            self.bias = bias.to(self.bias.dtype).contiguous()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "blocked": self.blocked.to_dense()}

@@ -20,11 +20,12 @@ from sparsify.kernels.cpu import operator as packed_operator
 from sparsify.kernels.cpu.build import BuildError, Kernels
 from sparsify.kernels.cpu.dispatch import Choice, NonFiniteError, bucket, choose, kernels_for, layer_struct, run_kernel
 from sparsify.kernels.cpu.formats import PANEL, Bitmask, concatenate, pack, pack_int8, quantize_int8
+from sparsify.lowering.original_state import OriginalState
 
 SHARED_TOKENS = 32  # up to here one call for all members pays; above, copying the parts out costs more than it saves
 
 
-class SparseLinear(nn.Module):
+class SparseLinear(OriginalState):
     """`y = act(x Wᵀ + b)` with a packed weight; x (…, in_features) → (…, out_features), in x's dtype.
 
     packed: the weight; `validate()` runs here, so that no kernel sees damaged data.
@@ -158,38 +159,18 @@ class SparseLinear(nn.Module):
             raise RefusedError(f"this layer was lowered for the CPU and cannot move to {probe.device}")
         return self  # casts (half(), to(dtype)) concern the activations; the packed values stay exact
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        weight = self.packed.unpack()
-        destination[prefix + "weight"] = weight.t().contiguous() if self.transposed else weight
-        if self.bias is not None:
-            destination[prefix + "bias"] = self.bias.to(self.bias_dtype)
+    def dense(self) -> torch.Tensor:
+        return self.packed.unpack()
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        weight = state_dict.get(prefix + "weight")
-        if weight is None:
-            missing_keys.append(prefix + "weight")
-            return
-        weight = (weight.t() if self.transposed else weight).detach()
-        if tuple(weight.shape) != (self.packed.rows, self.packed.cols):
-            error_msgs.append(f"size mismatch for {prefix}weight: got {tuple(weight.shape)}")
-            return
+    def original_bias(self) -> torch.Tensor | None:
+        return None if self.bias is None else self.bias.to(self.bias_dtype)
+
+    def take(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         if self.shared is not None:
             self.shared.dissolve()
         self.hold(repack(weight, self.packed))
-        bias = state_dict.get(prefix + "bias")
-        if self.bias is not None and bias is not None:
-            self.bias = bias.detach().float().contiguous()
-        elif self.bias is not None:
-            missing_keys.append(prefix + "bias")
+        if bias is not None:
+            self.bias = bias.float().contiguous()
         self.prepare()
 
     def hold(self, packed: Bitmask) -> None:
@@ -318,7 +299,7 @@ class GatedLinear(SparseLinear):
         pass
 
 
-class HalfOfGated(nn.Module):
+class HalfOfGated(OriginalState):
     """gate or up of a GatedLinear, for whoever asks for it alone: its weight in `state_dict`, its product when called."""
 
     bias: torch.Tensor | None
@@ -351,37 +332,16 @@ class HalfOfGated(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> HalfOfGated:
         return self
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        weight = self.dense()
-        destination[prefix + "weight"] = (weight.t() if self.transposed else weight).contiguous()
-        if self.bias is not None:
-            destination[prefix + "bias"] = self.bias.to(self.bias_dtype)
+    def original_bias(self) -> torch.Tensor | None:
+        return None if self.bias is None else self.bias.to(self.bias_dtype)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        weight, bias = state_dict.get(prefix + "weight"), state_dict.get(prefix + "bias")
-        if weight is None:
-            missing_keys.append(prefix + "weight")
-            return
-        weight = (weight.t() if self.transposed else weight).detach()
-        if tuple(weight.shape) != (self.out_features, self.in_features):
-            error_msgs.append(f"size mismatch for {prefix}weight: got {tuple(weight.shape)}")
-            return
+    def take(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         whole = self.whole.packed.unpack()
         whole[self.place :: 2] = weight.to(whole.dtype)
         self.whole.hold(repack(whole, self.whole.packed))
-        if self.bias is not None and bias is not None:
-            own = bias.detach().float().contiguous()
+        if bias is not None:
             assert self.whole.bias is not None
-            joined = self.whole.bias.clone()
+            own, joined = bias.float().contiguous(), self.whole.bias.clone()
             joined[self.place :: 2] = own
             self.bias, self.whole.bias = own, joined
         self.whole.prepare()
