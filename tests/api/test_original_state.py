@@ -1,0 +1,62 @@
+"""Lowered linears give and take the state dict of the linear that they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparsify.kernels.cpu.formats import pack
+from sparsify.lowering.gpu_linear import GpuSparseLinear, pack_smallest
+from sparsify.lowering.prepacked_linear import PrepackedLinear, can_prepack
+from sparsify.lowering.sparse_linear import GatedLinear, HalfOfGated, SparseLinear
+
+OUT, IN = 24, 40
+
+
+def sparse(seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(OUT, IN, generator=generator)
+    return weight * (torch.rand(OUT, IN, generator=generator) < 0.3)
+
+
+def half(weight: Tensor, bias: Tensor, transposed: bool) -> nn.Module:
+    gate = SparseLinear(pack(weight), bias, transposed=transposed)
+    up = SparseLinear(pack(sparse(7)), torch.randn(OUT), transposed=transposed)
+    return HalfOfGated(GatedLinear(gate, up, "silu"), 0, gate)
+
+
+LOWERED: dict[str, Callable[[Tensor, Tensor, bool], nn.Module]] = {
+    "cpu": lambda w, b, t: SparseLinear(pack(w), b, transposed=t),
+    "half": half,
+    "onednn": lambda w, b, t: PrepackedLinear(w, b, transposed=t),
+    "gpu": lambda w, b, t: GpuSparseLinear(pack_smallest(w, None, False), b, transposed=t),
+}
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kind", LOWERED)
+def test_state_dicts_go_out_and_in_and_what_lacks_is_named(kind, transposed):
+    weight, bias = sparse(0), torch.randn(OUT)
+    if kind == "onednn" and not can_prepack(weight):
+        pytest.skip("this build of PyTorch has no blocked weights")
+    module: Any = LOWERED[kind](weight, bias, transposed)
+    state = module.state_dict()
+    assert set(state) == {"weight", "bias"}
+    torch.testing.assert_close(state["weight"], weight.t() if transposed else weight)
+    torch.testing.assert_close(state["bias"], bias)
+
+    fresh = {"weight": sparse(1), "bias": torch.randn(OUT)}
+    stored = {**fresh, "weight": fresh["weight"].t().contiguous() if transposed else fresh["weight"]}
+    for lacking in stored:
+        found = module.load_state_dict({k: v for k, v in state.items() if k != lacking}, strict=False)
+        assert found.missing_keys == [lacking]
+    with pytest.raises(RuntimeError, match="size mismatch for weight"):
+        module.load_state_dict({**stored, "weight": torch.zeros(3, 5)})
+    torch.testing.assert_close(module.state_dict()["weight"], state["weight"])
+    module.load_state_dict(stored)
+    x = torch.randn(5, IN)
+    torch.testing.assert_close(module(x), nn.functional.linear(x, fresh["weight"], fresh["bias"]), atol=1e-5, rtol=1e-5)
