@@ -12,6 +12,7 @@ from sparsify.errors import (
 )
 from sparsify.lowering.backend import backend
 from sparsify.lowering.cpu_options import CpuOptions
+from sparsify.lowering.exported import lower_exported, package
 from sparsify.plan import S2FT, LoRA, PaCA, Plan, Quantize, RoSA, register_rule
 from sparsify.rules_prune import Prune
 
@@ -39,4 +40,6 @@ __all__ = [
     "analyse",
     "backend",
     "compile",
+    "lower_exported",
+    "package",
 ]

@@ -87,9 +87,10 @@ def adapter(
 @app.command()
 def checkpoint(
     path: Annotated[Path, typer.Argument(help="A file that save_sparse wrote.")],
-    layers: Annotated[bool, typer.Option(help="One line per weight.")] = False,
+    layers: Annotated[bool, typer.Option(help="One line per compressed weight: shape, zeros, stored size.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, sizes in bytes.")] = False,
 ) -> None:
-    """Check a sparse checkpoint and say how large it is and how sparse."""
+    """Check a sparse checkpoint and say how large it is, how sparse, and which dense model it was pruned from."""
     from sparsify.sparse_checkpoint import SparseCheckpointError, open_sparse
 
     try:
@@ -98,17 +99,28 @@ def checkpoint(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
     sizes = {name: (dense, stored) for name, dense, stored in found.sizes()}
+    if as_json:
+        weights = {
+            name: {"shape": entry.shape, "sparsity": entry.sparsity, "dense": sizes[name][0], "stored": sizes[name][1]}
+            for name, entry in found.entries.items()
+        }
+        document = {"base": found.base, "file": path.stat().st_size, "compressed": weights, "plain": found.plain}
+        typer.echo(json.dumps(document, indent=1))
+        return
     if layers:
         for name, entry in found.entries.items():
             shape = " × ".join(map(str, entry.shape))
             typer.echo(f"{name}: {shape}, {entry.sparsity:.1%} zeros, {sizes[name][1] / 1024:.1f} KiB")
     zeros = sum(entry.numel - entry.survivors for entry in found.entries.values())
     total = sum(entry.numel for entry in found.entries.values())
-    dense, stored = (sum(pair[i] for pair in sizes.values()) / 2**20 for i in (0, 1))
+    dense, stored = (sum(pair[i] for pair in sizes.values()) for i in (0, 1))
+    file = path.stat().st_size
     typer.echo(
-        f"{len(found.entries)} compressed tensors, {zeros / max(total, 1):.1%} zeros, {stored:.2f} MiB instead of {dense:.2f} MiB; "
-        f"{len(found.plain)} tensors as they are"
+        f"{len(found.entries)} compressed tensors, {zeros / max(total, 1):.1%} zeros, {stored / 2**20:.2f} MiB instead of "
+        f"{dense / 2**20:.2f} MiB; {len(found.plain)} tensors as they are"
     )
+    typer.echo(f"the file: {file / 2**20:.2f} MiB, dense {(file - stored + dense) / 2**20:.2f} MiB")
+    typer.echo(f"pruned from the dense model {found.base}" if found.base else "its dense model is not recorded")
 
 
 app.command()(bench)

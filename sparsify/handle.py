@@ -612,7 +612,8 @@ class Handle:
     def save_sparse(self, path: str | os.PathLike[str], **options: Any) -> Any:
         """Write the model as a compressed sparse checkpoint (bitmask + values); returns its `SizeReport`.
 
-        Opens again with `sparsify.sparse_checkpoint.open_sparse`. Names, shapes and order are the original model's.
+        Opens again with `sparsify.sparse_checkpoint.open_sparse`. Names, shapes and order are the original model's. When Prune made the
+        model sparse, the file records the hash of the dense model, which `open_sparse(path, base=dense_model)` checks.
         """
         from sparsify.sparse_checkpoint import save_sparse
 
@@ -629,7 +630,7 @@ class Handle:
                 (state[name][~kept] != 0).any()
             ):  # a low-rank part fills pruned entries: stored by its own zeros
                 masks[name] = kept
-        return save_sparse(state, Path(path), masks=masks, **options)
+        return save_sparse(state, Path(path), masks=masks, **{"base": self.program.dense_hash, **options})
 
     def mask_original(self, name: str, mask: Tensor) -> Tensor:
         return self.layout(name).to_original(name.rpartition(".")[2], mask)

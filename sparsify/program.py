@@ -230,6 +230,7 @@ class Program:
     hashes: dict[str, str] = field(default_factory=dict)
     masks: dict[str, torch.Tensor] = field(default_factory=dict)
     pruned: tuple[Any, ...] = ()
+    dense_hash: str | None = None
     history: tuple[str, ...] = ()
 
     @classmethod

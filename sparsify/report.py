@@ -12,6 +12,7 @@ from sparsify.errors import Refusal
 from sparsify.modules import QuantizedMixin
 from sparsify.plan import Plan
 from sparsify.program import Program
+from sparsify.sparse_checkpoint import stored_bytes
 from sparsify.verify import SPARSIFY_OPS
 
 
@@ -95,6 +96,8 @@ def make_report(program: Program, plan: Plan, host: nn.Module, cpu: Any = None) 
     if program.pruned:
         zeros = sum(float((~m).sum()) for m in program.masks.values()) / sum(m.numel() for m in program.masks.values())
         chosen.append(f"{len(program.pruned)} weights pruned: {zeros:.1%} zeros")
+        dense, stored = pruned_bytes(program)
+        chosen[-1] += f"; in a sparse checkpoint {human(stored)} instead of {human(dense)}"
         chosen += [f"  {p.name}: {p.sparsity:.1%} {p.pattern}, {p.method}, error {p.error:.2e}" for p in program.pruned]
     packed = [f"{p.param}: {p.format}, error {p.error:.2%}" for p in program.packings]
     if packed:
@@ -121,6 +124,13 @@ def make_report(program: Program, plan: Plan, host: nn.Module, cpu: Any = None) 
         history=program.history,
         cpu="" if cpu is None else str(cpu),
     )
+
+
+def pruned_bytes(program: Program) -> tuple[int, int]:
+    """Bytes of the pruned weights as they are, and as `save_sparse` writes them, without anything that trained them since."""
+    dense = sum(p.numel * p.itemsize for p in program.pruned)
+    stored = [stored_bytes(p.numel, round(p.numel * (1 - p.sparsity)), p.itemsize) for p in program.pruned]
+    return dense, sum(stored)
 
 
 def node_bytes(node: fx.Node) -> int:

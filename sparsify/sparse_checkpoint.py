@@ -3,9 +3,10 @@
     model.safetensors      W (n, m)  4 nm bytes fp32            bf16 at 75 %: 2 nm
     sparse.safetensors     W.values (k,) + W.bitmask (⌈nm/8⌉,)  bf16 at 75 %: 0.625 nm
 
-Header metadata: `format` = "sparsify-sparse", `version`, `base` (hash of the dense model it belongs to, optional), and `entries`: for each
-compressed tensor its shape, dtype and number of survivors. Bits are flat and little-endian as in `sparsify.masked`. A tensor is
-compressed when that makes it smaller; all others are stored as they are. Values keep their bits exactly, in any dtype.
+Header metadata: `format` = "sparsify-sparse", `version`, `base` (hash of the dense model that was pruned, optional), and
+`entries`: for each compressed tensor its shape, dtype and number of survivors. A file is complete: it opens without its base, whose
+hash is there to be checked. Bits are flat and little-endian as in `sparsify.masked`. A tensor is compressed when that makes it smaller;
+all others are stored as they are. Values keep their bits exactly, in any dtype.
 
 A file is checked completely before anything is built from it: names, dtypes, shapes, the number of set bits against the number of
 values, unused bits. Files are written to a temporary name and renamed.
@@ -84,6 +85,20 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def model_hash(model: nn.Module | Mapping[str, Tensor]) -> str:
+    """`hash_tensors` of a model's parameters and persistent buffers, tied ones once."""
+    return hash_tensors(collect(model, {})[0])
+
+
+def base_hash(base: nn.Module | str) -> str:
+    return base if isinstance(base, str) else model_hash(base)
+
+
+def stored_bytes(numel: int, survivors: int, itemsize: int) -> int:
+    """Bytes of a tensor in a sparse checkpoint: values and bits, or everything when that is not more."""
+    return min(survivors * itemsize + (numel + 7) // 8, numel * itemsize)
+
+
 def compress(tensor: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor] | None:
     """`(values, bitmask)`, or None when that is not smaller. Without a mask every nonzero bit pattern survives (so −0.0 does).
 
@@ -94,7 +109,8 @@ def compress(tensor: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor] | Non
     flat = bit_pattern(tensor.detach()).reshape(-1)
     kept = flat != 0 if mask is None else mask.reshape(-1)
     values = flat[kept]
-    if values.numel() * tensor.element_size() + (tensor.numel() + 7) // 8 >= tensor.numel() * tensor.element_size():
+    dense = tensor.numel() * tensor.element_size()
+    if stored_bytes(tensor.numel(), values.numel(), tensor.element_size()) == dense:
         return None
     return values.view(tensor.dtype), pack_bits(kept)
 
@@ -104,7 +120,7 @@ def save_sparse(
     path: str | Path,
     *,
     masks: Mapping[str, Tensor] | None = None,
-    base_hash: str | None = None,
+    base: nn.Module | str | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> SizeReport:
     """Write a sparse checkpoint atomically.
@@ -112,7 +128,7 @@ def save_sparse(
     source: a module (its state dict, tied tensors once, and its masks if it has any) or tensors by name.
     masks: survivors by name, bool of the tensor's shape; a survivor may be zero and stays a survivor. Tensors without a mask are
         compressed by their zeros when that is smaller.
-    base_hash: of the dense model (`hash_tensors`), checked when it is given again on opening.
+    base: the dense model that was pruned, or its `model_hash`; `open_sparse(path, base=…)` checks it.
     metadata: further strings for the header. Raises SparseCheckpointError when a masked entry is not zero.
     """
     from safetensors.torch import save_file
@@ -141,8 +157,8 @@ def save_sparse(
         }
         sizes[name] = (dense, values.numel() * tensor.element_size() + bits.numel())
     header = {"format": FORMAT, "version": str(VERSION), "entries": json.dumps(entries), **(metadata or {})}
-    if base_hash is not None:
-        header["base"] = base_hash
+    if base is not None:
+        header["base"] = base_hash(base)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
@@ -196,15 +212,23 @@ class SparseCheckpoint:
     entries: the compressed tensors. plain: names of the others. base: hash of the dense model, or None.
     """
 
-    def __init__(self, path: str | Path, *, base_hash: str | None = None) -> None:
+    def __init__(self, path: str | Path, *, base: nn.Module | str | None = None) -> None:
         self.path = Path(path)
         self.entries, self.masked, self.plain, self.base = read_header(self.path)
-        if base_hash is not None and self.base is not None and base_hash != self.base:
-            raise SparseCheckpointError(
-                f"{self.path} belongs to another base model (hash {self.base[:12]}…, not {base_hash[:12]}…)"
-            )
+        if base is not None:
+            self.check_base(base_hash(base))
         for name, entry in self.entries.items():
             check_bits(self.path, name, entry, self.part(name + BITMASK))
+
+    def check_base(self, expected: str) -> None:
+        """Raises SparseCheckpointError when the file was not pruned from the dense model with this hash, or does not say."""
+        if self.base is None:
+            raise SparseCheckpointError(f"{self.path} does not record its base model; open it without base=…")
+        if self.base != expected:
+            raise SparseCheckpointError(
+                f"{self.path} was pruned from another base model (hash {self.base[:12]}…, not {expected[:12]}…); it is "
+                "complete and opens without base=…"
+            )
 
     def part(self, name: str) -> Tensor:
         from safetensors import safe_open
@@ -285,16 +309,17 @@ class SparseCheckpoint:
     def sizes(self) -> Iterator[tuple[str, int, int]]:
         """`(name, dense bytes, stored bytes)` of the compressed tensors."""
         for name, entry in self.entries.items():
-            yield (
-                name,
-                entry.numel * entry.dtype.itemsize,
-                entry.survivors * entry.dtype.itemsize + (entry.numel + 7) // 8,
-            )
+            size = entry.dtype.itemsize
+            yield name, entry.numel * size, stored_bytes(entry.numel, entry.survivors, size)
 
 
-def open_sparse(path: str | Path, *, base_hash: str | None = None) -> SparseCheckpoint:
-    """Open and check a sparse checkpoint. Raises SparseCheckpointError for anything that is not one, or is damaged."""
-    return SparseCheckpoint(path, base_hash=base_hash)
+def open_sparse(path: str | Path, *, base: nn.Module | str | None = None) -> SparseCheckpoint:
+    """Open and check a sparse checkpoint.
+
+    base: the dense model (or its `model_hash`) that the file must have been pruned from; None: any, the file is complete.
+    Raises SparseCheckpointError for anything that is not a sparse checkpoint, is damaged, or has another base.
+    """
+    return SparseCheckpoint(path, base=base)
 
 
 def tied_names(host: nn.Module) -> dict[str, tuple[str, ...]]:

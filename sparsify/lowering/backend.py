@@ -1,6 +1,6 @@
 """`torch.compile(model, backend="sparsify")`: the joint graph's passes, then another backend.
 
-    Dynamo ──▶ joint graph (forward + backward) ──share, recompute──▶ partition ──▶ Inductor, or any other compiler
+    Dynamo ──▶ joint graph (forward + backward) ──share, fuse, recompute──▶ partition ──▶ Inductor, or any other compiler
 
 Sparsify's operators stay single nodes. What the passes change is what lives between forward and backward: a saved input exists
 once however many linears read it, and what can be computed again from saved products of matrices is computed again, so
@@ -22,12 +22,13 @@ import torch
 from torch import fx
 
 from sparsify.errors import PlanError
-from sparsify.lowering.joint_passes import recompute_cheap, share_copies
+from sparsify.lowering.joint_passes import fuse_gradients, recompute_cheap, share_copies
 
 
 def run_joint_passes(graph: fx.Graph) -> None:
     """All passes over a joint graph, in place."""
     share_copies(graph)
+    fuse_gradients(graph)
     recompute_cheap(graph)
     graph.lint()
 

@@ -14,15 +14,19 @@ from torch import nn
 
 from sparsify.errors import PlanError, Refusal, RefusedError
 from sparsify.passes.base import Context
+from sparsify.plan import Plan
 from sparsify.program import Program
 from sparsify.rules_prune import Prune
 
 
-def prune(program: Program, context: Context) -> Program:
-    """STRUCTURED → STRUCTURED."""
+def assign_prune_rules(program: Program, plan: Plan) -> tuple[dict[str, Prune], list[Refusal]]:
+    """Which weights the plan prunes, by which rule (the first that matches), and what it leaves dense with the reason.
+
+    Raises PlanError for a rule that serves nothing, RefusedError when a rule names one module that cannot be pruned.
+    """
     wanted: dict[str, Prune] = {}
     refusals: list[Refusal] = []
-    for index, rule in enumerate(context.plan.rules):
+    for index, rule in enumerate(plan.rules):
         if not isinstance(rule, Prune):
             continue
         targets, refused = rule.targets(program)
@@ -34,10 +38,19 @@ def prune(program: Program, context: Context) -> Program:
             raise PlanError(f"rule {index}, {rule}, serves nothing{why}")
         wanted.update(dict.fromkeys(fresh, rule))
         refusals += refused
+    return wanted, refusals
+
+
+def prune(program: Program, context: Context) -> Program:
+    """STRUCTURED → STRUCTURED."""
+    wanted, refusals = assign_prune_rules(program, context.plan)
     if not wanted:
         return program
+    check_memory(program, wanted)
     from sparsify.pruning.sequential import prune_model
+    from sparsify.sparse_checkpoint import model_hash
 
+    dense_hash = model_hash(program.host)  # before the dense values are gone
     host = shared_copy(program.host)
     batches = list(context.calibration) if context.calibration is not None else None
     result = prune_model(
@@ -55,8 +68,19 @@ def prune(program: Program, context: Context) -> Program:
         host=host,
         masks=dict(result.masks),
         pruned=tuple(result.layers),
+        dense_hash=dense_hash,
         refusals=(*program.refusals, *refusals, *result.refusals),
     )
+
+
+def check_memory(program: Program, wanted: dict[str, Prune]) -> None:
+    """Raises PlanError for a model on the meta device."""
+    for name in wanted:
+        if program.tensor(name).device.type == "meta":
+            raise PlanError(
+                f"{name} has no memory (meta device): prune the model from its files, block by block, with "
+                "sparsify.pruning.on_disk.prune_on_disk(source, target, plan)"
+            )
 
 
 def shared_copy(host: nn.Module) -> nn.Module:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
+from sparsify.blocks import repeated_blocks
 from sparsify.capture import evaluating
 from sparsify.errors import PlanError, Refusal, SparsifyError
 from sparsify.masked import pack_bits, unpack_bits
@@ -50,7 +51,7 @@ from sparsify.pruning.lockstep import LockstepForward, intercepted
 from sparsify.pruning.scores import InputNorms, magnitude_prune, random_prune, wanda_prune
 from sparsify.pruning.sparsegpt import Hessian, Pruned, inverse_factor, sparsegpt_prune
 from sparsify.pruning.streaming import NoStreaming, Residence
-from sparsify.pruning.trace import Group, Unit, plan_units, record_events
+from sparsify.pruning.trace import Group, Unit, inside, plan_units, record_events
 from sparsify.rules_prune import Prune
 
 STATE_VERSION = 1
@@ -65,6 +66,7 @@ class LayerStats:
     sparsity: achieved fraction of zeros. error: squared error of the layer's output relative to its energy on the calibration tokens
     (SparseGPT: exact up to the damping; Wanda: inputs taken as uncorrelated; without data: the share of Σ w²). tokens: calibration
     tokens seen (packed experts: the fewest of any expert). seconds: pruning only. note: what was done differently, and why.
+    numel: entries of the parameter. itemsize: bytes of each.
     """
 
     name: str
@@ -75,16 +77,18 @@ class LayerStats:
     tokens: int
     seconds: float
     note: str = ""
+    numel: int = 0
+    itemsize: int = 0
 
 
 @dataclass
 class PruneResult:
     """masks and tensors by qualified parameter name, in the stored layout (masks bool, True = survivor); layers in order.
 
-    When weights are streamed, `tensors` is empty (they are in the output folder) and masks are packed bits.
+    When weights are streamed, `tensors` is empty (they are in the output folder) and masks are packed bits, read when asked for.
     """
 
-    masks: dict[str, Tensor] = field(default_factory=dict)
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     layers: list[LayerStats] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
@@ -92,8 +96,8 @@ class PruneResult:
     @property
     def sparsity(self) -> float:
         """Zeros over all pruned parameters."""
-        total = sum(mask.numel() for mask in self.masks.values())
-        return 1 - sum(int(mask.sum()) for mask in self.masks.values()) / total if total else 0.0
+        total = sum(layer.numel for layer in self.layers)
+        return sum(layer.sparsity * layer.numel for layer in self.layers) / total if total else 0.0
 
     def __str__(self) -> str:
         lines = [f"{'layer':60} {'method':10} {'pattern':12} {'zeros':>7} {'error':>9} {'seconds':>8}"]
@@ -123,8 +127,7 @@ def prune_model(
     rules: `(qualified parameter name, rule)` pairs, each name once.
     calibration: batches as for `forward` (a mapping with `attention_mask`, a tuple, or a tensor); padding is left out.
     seed: mixed into the rules' own.
-    resume_dir: folder for finished groups; must belong to the same rules, weights and calibration (of weights a sample is compared,
-        of streamed ones names and shapes).
+    resume_dir: folder for finished groups; must belong to the same rules, weights and calibration (of weights a sample is compared).
     residence: where weights live while their block is not being pruned (`sparsify.pruning.streaming`).
 
     Raises PlanError (unknown name, sparsity or pattern that does not fit, missing calibration, foreign `resume_dir`) before anything is
@@ -166,8 +169,9 @@ class Driver:
         for number, batch in enumerate(self.batches):
             check_batch(number, batch)
         self.sides = {} if program is None else token_sides(program)
-        self.result = PruneResult()
-        self.store = None if resume_dir is None else ResumeStore(Path(resume_dir), self.fingerprint())
+        self.result = PruneResult(masks=self.residence.masks())
+        self.run_hash = self.fingerprint()
+        self.store = None if resume_dir is None else ResumeStore(Path(resume_dir), self.run_hash)
         self.finished: dict[str, dict[str, Any]] = {}
         self.sparsity: dict[str, float] = {}
         self.bar = tqdm(total=len(self.rules), desc="pruning", unit="layer", disable=not progress)
@@ -202,8 +206,10 @@ class Driver:
         for name, rule in self.rules.items():
             parameter = self.parameter(name).detach()
             digest.update(f"{name}{tuple(parameter.shape)}{rule!r}".encode())
-            if parameter.device.type != "meta":  # a sample tells models apart; weights that are streamed come later
+            sample = self.residence.sample(name)
+            if sample is None and parameter.device.type != "meta":
                 sample = parameter.reshape(-1)[:: max(1, parameter.numel() // FINGERPRINT_ENTRIES)]
+            if sample is not None:
                 digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         for leaf in pytree.tree_leaves(self.batches):
             if isinstance(leaf, Tensor) and leaf.numel():
@@ -217,19 +223,23 @@ class Driver:
             scope.enter_context(evaluating(self.host))
             scope.enter_context(eager_products(self.host))
             scope.callback(self.bar.close)
-            scope.enter_context(self.residence.opened(self.host))
+            scope.enter_context(self.residence.opened(self.host, self.run_hash))
             if self.batches:
                 units, refusals = self.trace()
                 self.result.refusals += refusals
             else:
-                units = [Unit("", [Group([name], []) for name in self.rules])]
+                units = units_without_data(self.host, list(self.rules))
             self.check_patterns(units)
             self.allocate(units)
+            restored = {unit.name for unit in units if self.restore(unit)}
             if any(rule.needs_calibration for rule in self.rules.values()):
-                self.walk(units)
+                if len(restored) < len(units):
+                    self.walk(units, restored)
             else:
                 for unit in units:
-                    with self.residence.loaded(unit.name):
+                    if unit.name in restored:
+                        continue
+                    with self.residence.loaded(unit.name, keep=True):
                         for group in unit.groups:
                             self.prune_without_data(group)
         order = {name: place for place, name in enumerate(self.rules)}
@@ -334,7 +344,15 @@ class Driver:
 
     # --- the walk ---
 
-    def walk(self, units: list[Unit]) -> None:
+    def restore(self, unit: Unit) -> bool:
+        """Take over what an earlier start of this run has put away, if it has."""
+        saved = self.residence.finished(unit.name)
+        for stats in saved or ():
+            self.result.layers.append(LayerStats(**stats))
+            self.bar.update()
+        return saved is not None
+
+    def walk(self, units: list[Unit], restored: set[str]) -> None:
         modules = {unit.name: self.host.get_submodule(unit.name) for unit in units}
         forwards: list[LockstepForward] = []
         with intercepted(modules) as originals:
@@ -346,9 +364,10 @@ class Driver:
                 done: set[str] = set()
                 for place, unit in enumerate(units):
                     last = place == len(units) - 1
-                    with self.residence.loaded(unit.name), torch.no_grad():
+                    fresh = unit.name not in restored
+                    with self.residence.loaded(unit.name, keep=fresh), torch.no_grad():
                         here = self.bring_to(unit.name, forwards, done, originals)
-                        for group in unit.groups:
+                        for group in unit.groups if fresh else ():
                             self.prune_group(unit, group, here, originals[unit.name])
                         done.add(unit.name)
                         if not last:
@@ -529,6 +548,8 @@ class Driver:
                 tokens=min(s["tokens"] for s in every),
                 seconds=sum(s["seconds"] for s in every),
                 note="; ".join(notes[:2]) + (f"; and {len(notes) - 2} more" if len(notes) > 2 else ""),
+                numel=final.numel(),
+                itemsize=parameter.element_size(),
             )
         )
         self.residence.keep(self.result, name, parameter.detach(), final)
@@ -540,6 +561,16 @@ class Driver:
         for alias in [a for a, canonical in self.names.items() if canonical == name]:
             owner, _, leaf = alias.rpartition(".")
             setattr(self.host.get_submodule(owner), leaf, fresh)
+
+
+def units_without_data(host: nn.Module, names: list[str]) -> list[Unit]:
+    """A unit per repeated block, and one per module outside of blocks: what has to be in memory together."""
+    blocks = [name for stack in repeated_blocks(host) for name in stack.names]
+    units: dict[str, Unit] = {}
+    for name in names:
+        unit = next((block for block in blocks if inside(name, block)), name.rpartition(".")[0])
+        units.setdefault(unit, Unit(unit)).groups.append(Group([name], []))
+    return list(units.values())
 
 
 def stored_transposed(module: nn.Module) -> bool:

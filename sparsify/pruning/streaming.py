@@ -4,7 +4,10 @@ host on the meta device ─▶ load block i from safetensors ─▶ prune ─▶
 
 with parameters_on_meta():
     host = LlamaForCausalLM(config)                         # buffers are real, parameters have no memory
-prune_model(host, None, rules, batches, residence=StreamedWeights("dense/", "pruned/"), resume_dir="state/")
+prune_model(host, None, rules, batches, residence=StreamedWeights("dense/", "pruned/"))
+
+The target folder is the state of the run: `pruned/pruning/` has the masks and statistics of each finished block, written after its
+shard. The same run started again goes on with the first block that is missing there. `prune_on_disk` is all of it in one call.
 """
 
 from __future__ import annotations
@@ -12,29 +15,62 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from sparsify.blocks import repeated_blocks
-from sparsify.errors import SparsifyError
+from sparsify.errors import PlanError, SparsifyError
 from sparsify.masked import pack_bits
 from sparsify.program import canonical_names
 from sparsify.pruning.collect import Watcher
 
 
+class StoredMasks(Mapping[str, Tensor]):
+    """Packed masks by parameter name, read from the records when asked for: at 7 B weights they are 0.8 GiB."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, Path] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        from safetensors import safe_open
+
+        with safe_open(self.files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
 class Residence(Protocol):
     """What the driver asks of a place for weights."""
 
-    def opened(self, host: nn.Module) -> AbstractContextManager[Any]:
-        """Around the whole run: everything outside of repeated blocks is usable inside."""
+    def sample(self, name: str) -> Tensor | None:
+        """A few entries of a dense weight that has no memory, to tell models apart; None when it has memory."""
         ...
 
-    def loaded(self, unit: str) -> AbstractContextManager[Any]:
-        """The module `unit` is usable inside; at the end its (pruned) weights are put away."""
+    def masks(self) -> Any:
+        """The mapping that the run's masks go to."""
+        ...
+
+    def opened(self, host: nn.Module, run: str) -> AbstractContextManager[Any]:
+        """Around the whole run: everything outside of repeated blocks is usable inside. run: hash of rules, weights, calibration."""
+        ...
+
+    def finished(self, unit: str) -> list[dict[str, Any]] | None:
+        """Statistics of what an earlier start of the same run has put away for `unit`; None when it has to be pruned."""
+        ...
+
+    def loaded(self, unit: str, *, keep: bool = False) -> AbstractContextManager[Any]:
+        """The module `unit` is usable inside; keep: at the end its pruned weights are put away."""
         ...
 
     def loading_forward(self, watcher: Watcher) -> AbstractContextManager[Any]:
@@ -42,17 +78,26 @@ class Residence(Protocol):
         ...
 
     def keep(self, result: Any, name: str, tensor: Tensor, mask: Tensor) -> None:
-        """Put a finished parameter into the result."""
+        """Put a finished parameter into the result, whose last layer has its statistics."""
         ...
 
 
 class NoStreaming:
     """Everything is in memory already."""
 
-    def opened(self, host: nn.Module) -> AbstractContextManager[Any]:
+    def sample(self, name: str) -> Tensor | None:
+        return None
+
+    def masks(self) -> dict[str, Tensor]:
+        return {}
+
+    def opened(self, host: nn.Module, run: str) -> AbstractContextManager[Any]:
         return nullcontext()
 
-    def loaded(self, unit: str) -> AbstractContextManager[Any]:
+    def finished(self, unit: str) -> list[dict[str, Any]] | None:
+        return None
+
+    def loaded(self, unit: str, *, keep: bool = False) -> AbstractContextManager[Any]:
         return nullcontext()
 
     def loading_forward(self, watcher: Watcher) -> AbstractContextManager[Any]:
@@ -83,58 +128,158 @@ class StreamedWeights:
     """Weights in safetensors files (one, or shards with an index, as `save_pretrained` writes them); results go to `target` as shards.
 
     Peak memory: one block, everything outside of blocks, and the calibration's hidden states. Names in the files must be the host's.
-    Everything else in `source` (config, tokenizer) is copied. Raises SparsifyError for a tensor that is missing or has another shape.
+    Everything else in `source` (config, tokenizer) is copied. Raises SparsifyError for a tensor that is missing or has another shape,
+    and PlanError when `target` holds another run or is `source`.
     """
 
     def __init__(self, source: str | Path, target: str | Path) -> None:
         self.source, self.target = Path(source), Path(target)
         self.files = find_tensors(self.source)
+        if self.source.resolve() == self.target.resolve():
+            raise PlanError(f"{self.target}: the pruned model needs a folder of its own, not the dense model's")
         self.written: dict[str, str] = {}
+        self.stored = StoredMasks()
+        self.pending: list[tuple[Tensor, dict[str, Any]]] = []
         self.host: nn.Module = nn.Module()
         self.blocks: list[str] = []
 
     # --- the driver's side ---
 
+    def sample(self, name: str) -> Tensor | None:
+        from safetensors import safe_open
+
+        if name not in self.files:
+            return None
+        with safe_open(self.files[name], framework="pt") as file:
+            return file.get_slice(name)[:1]
+
+    def masks(self) -> StoredMasks:
+        return self.stored
+
     @contextmanager
-    def opened(self, host: nn.Module) -> Iterator[None]:
+    def opened(self, host: nn.Module, run: str) -> Iterator[None]:
         self.host = host
         self.blocks = [name for stack in repeated_blocks(host) for name in stack.names]
         self.canonical = canonical_names(host)
-        self.target.mkdir(parents=True, exist_ok=True)
+        self.records.mkdir(parents=True, exist_ok=True)
+        self.check_run(run)
+        for folder in (self.target, self.records):  # what a killed process left half-written
+            for leftover in folder.glob("*.tmp*"):
+                leftover.unlink()
         self.load([name for name in self.own_names("") if not any(inside(name, block) for block in self.blocks)])
         yield
         self.finish()
 
+    def finished(self, unit: str) -> list[dict[str, Any]] | None:
+        from safetensors import safe_open
+
+        path = self.record(unit)
+        if not self.touched(unit) or not path.exists():
+            return None
+        with safe_open(path, framework="pt") as file:
+            stats = json.loads((file.metadata() or {})["stats"])
+        for part in self.parts(unit):
+            self.written |= dict.fromkeys(self.own_names(part), shard_name(part))
+        self.stored.files |= dict.fromkeys((layer["name"] for layer in stats), path)
+        return stats
+
     @contextmanager
-    def loaded(self, unit: str) -> Iterator[None]:
-        touched = [block for block in self.blocks if inside(block, unit) or inside(unit, block)]
+    def loaded(self, unit: str, *, keep: bool = False) -> Iterator[None]:
+        touched = self.touched(unit)
         for block in touched:
             self.load(self.own_names(block))
+        self.pending.clear()
         yield
+        if keep:
+            for part in self.parts(unit):
+                self.write_shard(part, self.own_names(part))
+            self.write_record(unit)
         for block in touched:
-            self.write_shard(block, self.own_names(block))
             self.drop(block)
+
+    def touched(self, unit: str) -> list[str]:
+        """The blocks that a unit lies in or contains."""
+        return [block for block in self.blocks if inside(block, unit) or inside(unit, block)]
+
+    def parts(self, unit: str) -> list[str]:
+        """What gets shards of its own when the unit is finished: the unit inside of its block, or the blocks in it."""
+        return [unit if inside(unit, block) else block for block in self.touched(unit)]
 
     @contextmanager
     def loading_forward(self, watcher: Watcher) -> Iterator[None]:
+        """A block is there from the first call of any module in it until the first call of one in another block."""
+        present: list[str] = []
+
+        def leave() -> None:
+            for block in present:
+                self.drop(block)
+            present.clear()
+
+        def enter(_module: nn.Module, _args: Any, block: str) -> None:
+            if block not in present:
+                leave()
+                self.load(self.own_names(block))
+                present.append(block)
+                watcher.refresh()
+
         with ExitStack() as cleanup:
+            cleanup.callback(leave)
             for block in self.blocks:
-
-                def enter(_module: nn.Module, _args: Any, block: str = block) -> None:
-                    self.load(self.own_names(block))
-                    watcher.refresh()
-
-                def leave(_module: nn.Module, _args: Any, _output: Any, block: str = block) -> None:
-                    self.drop(block)
-                    watcher.refresh()
-
-                module = self.host.get_submodule(block)
-                cleanup.callback(module.register_forward_pre_hook(enter).remove)
-                cleanup.callback(module.register_forward_hook(leave).remove)
+                for module in self.host.get_submodule(block).modules():
+                    hook = module.register_forward_pre_hook(partial(enter, block=block))
+                    cleanup.callback(hook.remove)
             yield
 
     def keep(self, result: Any, name: str, tensor: Tensor, mask: Tensor) -> None:
-        result.masks[name] = pack_bits(mask)
+        self.pending.append((pack_bits(mask), asdict(result.layers[-1])))
+
+    # --- the state of the run ---
+
+    @property
+    def records(self) -> Path:
+        return self.target / "pruning"
+
+    def record(self, unit: str) -> Path:
+        return self.records / f"{unit or 'model'}.safetensors"
+
+    def check_run(self, run: str) -> None:
+        """Raises PlanError when the target belongs to another run, or to none."""
+        path = self.records / "run.json"
+        if path.exists():
+            try:
+                found = json.loads(path.read_text())["run"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise PlanError(f"{path} is damaged: {error}; delete {self.target} to start again") from error
+            if found != run:
+                raise PlanError(
+                    f"{self.target} holds another pruning run (other rules, weights, seed or calibration): choose another "
+                    "target, or delete it"
+                )
+            return
+        if any(self.target.glob("*.safetensors")):
+            raise PlanError(f"{self.target} holds a model already: choose another target, or delete it")
+        self.replace(path, lambda temporary: temporary.write_text(json.dumps({"run": run})))
+
+    def write_record(self, unit: str) -> None:
+        """Masks and statistics of a unit whose shards are on disk."""
+        from safetensors.torch import save_file
+
+        bits = {stats["name"]: packed for packed, stats in self.pending}
+        metadata = {"stats": json.dumps([stats for _, stats in self.pending])}
+        self.replace(self.record(unit), lambda temporary: save_file(bits, temporary, metadata))
+        self.stored.files |= dict.fromkeys(bits, self.record(unit))
+        self.pending.clear()
+
+    def replace(self, path: Path, write: Callable[[Path], Any]) -> None:
+        """All of it or nothing: a temporary file in the same folder, flushed to disk, then renamed."""
+        temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+        try:
+            write(temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     # --- files ---
 
@@ -164,7 +309,11 @@ class StreamedWeights:
             elif name in self.files:
                 wanted.setdefault(self.files[name], []).append(name)
             else:
-                raise SparsifyError(f"{self.source} has no tensor '{name}'")
+                raise SparsifyError(
+                    f"{self.source} has no tensor '{name}': its files must have the module's own names (a model that "
+                    "transformers renames on loading, such as Mixtral, is written with them by "
+                    "save_pretrained(…, save_original_format=False))"
+                )
         for path, inside_file in wanted.items():
             with safe_open(path, framework="pt") as file:
                 for name in inside_file:
@@ -189,17 +338,16 @@ class StreamedWeights:
     def write_shard(self, label: str, names: list[str]) -> None:
         from safetensors.torch import save_file
 
-        shard = f"model-{label.replace('.', '-') or 'rest'}.safetensors"
-        temporary = self.target / f"{shard}.tmp{os.getpid()}"
-        save_file({name: self.tensor(name).detach().contiguous() for name in names}, temporary, {"format": "pt"})
-        os.replace(temporary, self.target / shard)
+        shard = shard_name(label)
+        tensors = {name: self.tensor(name).detach().contiguous() for name in names}
+        self.replace(self.target / shard, lambda temporary: save_file(tensors, temporary, {"format": "pt"}))
         self.written |= dict.fromkeys(names, shard)
 
     def finish(self) -> None:
         """Blocks that no rule touched, everything outside of blocks, the index, and the other files."""
         for block in self.blocks:
-            names = self.own_names(block)
-            if any(name not in self.written for name in names):
+            names = [name for name in self.own_names(block) if name not in self.written]
+            if names:
                 self.load(names)
                 self.write_shard(block, names)
                 self.drop(block)
@@ -207,12 +355,16 @@ class StreamedWeights:
         if rest:
             self.write_shard("", rest)
         index = {"metadata": {"format": "pt"}, "weight_map": dict(sorted(self.written.items()))}
-        temporary = self.target / f"index.tmp{os.getpid()}"
-        temporary.write_text(json.dumps(index, indent=1))
-        os.replace(temporary, self.target / "model.safetensors.index.json")
+        path = self.target / "model.safetensors.index.json"
+        self.replace(path, lambda temporary: temporary.write_text(json.dumps(index, indent=1)))
         for path in self.source.iterdir():
             if path.is_file() and ".safetensors" not in path.name and not (self.target / path.name).exists():
                 shutil.copy2(path, self.target / path.name)
+
+
+def shard_name(label: str) -> str:
+    """File of a block, or of everything outside of blocks (label "")."""
+    return f"model-{label.replace('.', '-') or 'rest'}.safetensors"
 
 
 def inside(name: str, outer: str) -> bool:

@@ -25,7 +25,8 @@ from sparsify.html_report import Section, render_html
 from sparsify.masked import check_masks, masked_parameters
 from sparsify.pruning import sequential
 from sparsify.pruning.sequential import prune_model
-from sparsify.sparse_checkpoint import open_sparse
+from sparsify.report import human
+from sparsify.sparse_checkpoint import SparseCheckpointError, model_hash, open_sparse
 from sparsify.train.squarehead import Distiller, distillation_trainer
 
 HALF = Prune(sparsity=0.5, method="magnitude")
@@ -89,6 +90,35 @@ def test_the_program_and_the_report_show_the_masks() -> None:
     assert "output head" in report  # and why it was left dense
     with pytest.raises(SparsifyError, match="restore: Prune replaced the weights"):
         host.sparsify.restore()
+
+
+@pytest.mark.parametrize("rules", [(), (LoRA(rank=2),), (S2FT(fraction=0.2),)], ids=["alone", "LoRA", "S2FT"])
+def test_a_checkpoint_carries_the_hash_of_the_dense_model(rules: tuple[Any, ...], tmp_path: Path) -> None:
+    """Recorded at compile, before the dense values are gone; training and merging do not change it."""
+    dense = model_of()
+    host = compiled(HALF, *rules)
+    tiny.train(host)
+    if rules:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            host.sparsify.merge()
+    report = host.sparsify.save_sparse(tmp_path / "a.sparse")
+    found = open_sparse(tmp_path / "a.sparse", base=dense)
+    assert found.base == model_hash(dense)
+    with pytest.raises(SparseCheckpointError, match="another base model"):
+        open_sparse(tmp_path / "a.sparse", base=tiny.build("Llama", seed=1))
+    with pytest.raises(SparseCheckpointError, match="another base model"):
+        open_sparse(tmp_path / "a.sparse", base=host.sparsify.plain())
+    found.load_into(tiny.build("Llama", seed=1))
+    pruned_weights = set(host.sparsify.program.masks)
+    dense_bytes, stored = (sum(report.tensors[n][i] for n in pruned_weights) for i in (0, 1))
+    line = next(text for text in host.sparsify.report.chosen if "weights pruned" in text)
+    assert line.endswith(f"in a sparse checkpoint {human(stored)} instead of {human(dense_bytes)}")
+
+
+def test_without_pruning_there_is_no_base_to_record(tmp_path: Path) -> None:
+    compiled(LoRA(rank=2)).sparsify.save_sparse(tmp_path / "a.sparse")
+    assert open_sparse(tmp_path / "a.sparse").base is None
 
 
 def test_the_picture_has_a_row_per_weight(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from sparsify.sparse_checkpoint import (
     VALUES,
     SparseCheckpointError,
     hash_tensors,
+    model_hash,
     open_sparse,
     save_sparse,
 )
@@ -97,8 +98,8 @@ def test_a_survivor_that_is_zero_stays_a_survivor(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_model_opens_sparse_or_dense(tied: bool, tmp_path: Path) -> None:
     model = pruned_llama(tie_word_embeddings=tied)
-    report = save_sparse(model, tmp_path / "a.safetensors", base_hash="abc")
-    found = open_sparse(tmp_path / "a.safetensors", base_hash="abc")
+    report = save_sparse(model, tmp_path / "a.safetensors", base="abc")
+    found = open_sparse(tmp_path / "a.safetensors", base="abc")
     x = tiny.inputs_of(model)
     expected = model(**x).logits
     dense = found.load_into(tiny.llama(seed=4, tie_word_embeddings=tied), sparse=False)
@@ -261,7 +262,7 @@ def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(SparseCheckpointError, match="no such file"):
         open_sparse(path)
     tensor, mask = sparse_tensor(torch.float32)
-    save_sparse({"w": tensor}, path, masks={"w": mask}, base_hash="a" * 64)
+    save_sparse({"w": tensor}, path, masks={"w": mask}, base="a" * 64)
     whole = path.read_bytes()
     for damaged in (b"", b"\x00" * 20, whole[: len(whole) // 2], b"\xff" * 8 + whole):
         path.write_bytes(damaged)
@@ -269,7 +270,7 @@ def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
             open_sparse(path)
     path.write_bytes(whole)
     with pytest.raises(SparseCheckpointError, match="another base model"):
-        open_sparse(path, base_hash="b" * 64)
+        open_sparse(path, base="b" * 64)
     assert issubclass(SparseCheckpointError, SparsifyError)
 
 
@@ -307,10 +308,28 @@ def test_the_command_line_shows_sizes_and_refuses_damage(tmp_path: Path) -> None
     done = CliRunner().invoke(app, ["checkpoint", str(tmp_path / "a.safetensors"), "--layers"])
     assert done.exit_code == 0
     entries = open_sparse(tmp_path / "a.safetensors").entries
-    assert len(done.output.splitlines()) == len(entries) + 1
+    assert len(done.output.splitlines()) == len(entries) + 3
     stored = sum(report.tensors[name][1] for name in entries)
     assert f"{stored / 2**20:.2f} MiB instead of" in done.output
     assert f"{entries['model.layers.0.mlp.up_proj.weight'].sparsity:.1%} zeros" in done.output
+    size = (tmp_path / "a.safetensors").stat().st_size
+    assert (
+        f"the file: {size / 2**20:.2f} MiB, dense {(size + report.dense - report.sparse) / 2**20:.2f} MiB"
+        in done.output
+    )
+    assert "its dense model is not recorded" in done.output
+    save_sparse(pruned_llama(), tmp_path / "c.safetensors", base=tiny.llama())
+    done = CliRunner().invoke(app, ["checkpoint", str(tmp_path / "c.safetensors")])
+    assert f"pruned from the dense model {model_hash(tiny.llama())}" in done.output
+    document = json.loads(CliRunner().invoke(app, ["checkpoint", str(tmp_path / "c.safetensors"), "--json"]).output)
+    assert document["base"] == model_hash(tiny.llama())
+    assert document["file"] == (tmp_path / "c.safetensors").stat().st_size
+    assert {n: (c["dense"], c["stored"]) for n, c in document["compressed"].items()} == {
+        n: report.tensors[n] for n in entries
+    }
+    shown = CliRunner().invoke(app, ["checkpoint", "--help"]).output
+    for text in ("which dense model", "--layers", "--json", "save_sparse"):
+        assert text in " ".join(shown.split())
     (tmp_path / "b.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-9])
     done = CliRunner().invoke(app, ["checkpoint", str(tmp_path / "b.safetensors")])
     assert done.exit_code == 1
@@ -324,3 +343,20 @@ def test_the_base_hash_sees_names_shapes_dtypes_and_bits() -> None:
     a, b = base["a"], base["b"]
     changed = [{"a": a.view(3, 2), "b": b}, {"a": a.double(), "b": b}, {"c": a, "b": b}, {"a": -a, "b": b}]
     assert len({reference, *map(hash_tensors, changed)}) == 5
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_file_knows_the_dense_model_it_was_pruned_from(tied: bool, tmp_path: Path) -> None:
+    dense = tiny.llama(tie_word_embeddings=tied)
+    path = tmp_path / "a.safetensors"
+    save_sparse(pruned_llama(tie_word_embeddings=tied), path, base=dense)
+    assert open_sparse(path, base=tiny.llama(tie_word_embeddings=tied)).base == model_hash(dense)
+    assert open_sparse(path, base=model_hash(dense)).entries
+    for other in (tiny.llama(seed=1, tie_word_embeddings=tied), dense.bfloat16()):
+        with pytest.raises(SparseCheckpointError, match="was pruned from another base model"):
+            open_sparse(path, base=other)
+    host = open_sparse(path).load_into(tiny.llama(seed=1, tie_word_embeddings=tied))  # complete: any host will do
+    check_masks(host)
+    save_sparse(pruned_llama(), path)
+    with pytest.raises(SparseCheckpointError, match="does not record its base model"):
+        open_sparse(path, base=tiny.llama())

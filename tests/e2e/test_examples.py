@@ -31,6 +31,10 @@ SCRIPTS: dict[str, tuple[list[str], list[str]]] = {
             "same embeddings: True",
         ],
     ),
+    "deploy.py": (
+        ["--fast", "--out", "{tmp}"],
+        ["packaged:", "the base's package equals the host", "adapter exchanged"],
+    ),
     "serve_adapters.py": (
         ["--fast", "--out", "{tmp}"],
         ["mean shift", "merged into plain", "restored, bit for bit: True"],
