@@ -9,7 +9,8 @@ Models have the real shapes and random weights (nothing is downloaded), and lose
 generation, so that the prompt does not count; encoders run forward. One process tree, variants in turn, medians.
 
     dense       torch, fp32                       fp32, int8            `sparsify.compile(…, target="cpu")`
-    bf16        torch, bfloat16                   aten-int8, aten-int4  the kernels that torchao's weight-only configurations
+    bf16        torch, bfloat16                   packed-bf16           the same of the model in bfloat16
+                                                  aten-int8, aten-int4  the kernels that torchao's weight-only configurations
                                                                         compile to on a CPU, in place of every linear (bf16)
     OpenVINO runs a chain of the model's linears alone (int8 and int4 weights, its own decompression), without attention,
     norms and cache; with it, the same is timed for the others ("linears"). The last line is JSON.
@@ -45,7 +46,7 @@ LLAMAS = {
     "llama-1b": (2048, 8192, 16, 32, 8, 32000),
     "llama-7b": (4096, 11008, 32, 32, 32, 32000),
 }
-VARIANTS = ("dense", "bf16", "fp32", "int8", "aten-int8", "aten-int4")
+VARIANTS = ("dense", "bf16", "fp32", "packed-bf16", "int8", "aten-int8", "aten-int4")
 
 OPENVINO = r"""
 import json, sys, time
@@ -180,12 +181,13 @@ def make_variant(dense: nn.Module, variant: str, tokens: tuple[int, ...]) -> nn.
     """One contestant over the weights of `dense`; what it does not change it shares."""
     if variant == "dense":
         return dense
-    if variant in ("fp32", "int8"):
+    if variant in ("fp32", "packed-bf16", "int8"):
         rules: list[Rule] = (
             [Quantize(format="int8", exclude=())] if variant == "int8" else []
         )  # the vocabulary head too
         plan = Plan(rules, target="cpu")
-        host = sparsify.compile(dense, plan, cpu=CpuOptions(tokens=tokens), progress=False)
+        source = copy.deepcopy(dense).bfloat16() if variant == "packed-bf16" else dense
+        host = sparsify.compile(source, plan, cpu=CpuOptions(tokens=tokens), progress=False)
         print("\n".join(summary_of(str(host.sparsify.report))))  # type: ignore[union-attr]
         return host
     memo = {id(p): p for p in dense.parameters()}

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.gpu_linear import captured, turns
-from benchmarks.harness import begin, mib, parser, report
+from benchmarks.harness import begin, keep, mib, parser, report
 from sparsify.kernels.cpu.operator import module_bytes
 from sparsify.kernels.gpu.formats import pack_stream, quantize_int8
 from sparsify.lowering.gpu_linear import GpuSparseLinear
@@ -186,6 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                     "MiB": mib(module_bytes(models[name])),
                 }
             )
+        keep("gpu_decode", found, rows)
         del models, runs
         if found.device == "cuda":
             torch.cuda.empty_cache()

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.harness import Bar, Timing, begin, parser, report
+from benchmarks.harness import Bar, Timing, begin, keep, parser, report
 from sparsify.kernels.gpu import launch
 from sparsify.kernels.gpu.build import can_launch
 from sparsify.kernels.gpu.formats import Stream, pack_stream, pack_two_four, quantize_int8
@@ -92,6 +92,8 @@ def seconds_of(run: Callable[[], Any], device: str) -> float:
 def turns(runs: dict[str, Callable[[], Any]], copies: dict[str, int], rounds: int, device: str) -> dict[str, Timing]:
     """Seconds per product of every contestant, one sample per round."""
     samples: dict[str, list[float]] = {name: [] for name in runs}
+    if not runs:
+        return {}
     for run in runs.values():
         seconds_of(run, device)
     names = list(runs)
@@ -176,6 +178,12 @@ def stream_calls(
     return [lambda p=p: packed_product(p, x, None, None, "none") for p in clones(packed, count)]
 
 
+def expanded_calls(packed: Stream, x: Tensor, count: int, kernels: bool) -> list[Callable[[], Tensor]]:
+    """The weight expanded in every call, then a dense product."""
+    expand = launch.expand_stream if kernels else Stream.unpack
+    return [lambda p=p: F.linear(x, expand(p)) for p in clones(packed, count)]
+
+
 def dense_calls(weight: Tensor, x: Tensor, count: int) -> list[Callable[[], Tensor]]:
     return [partial(F.linear, x, weight.clone()) for _ in range(count)]
 
@@ -223,6 +231,10 @@ def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], list[B
                 if sparsity == 0.5:
                     exact24 = x.double() @ fours.double().t()
                     contest.enter("2:4", packed24.nbytes, exact24, partial(stream_calls, packed24, x, kernels=kernels))
+                    if batch > launch.MAX_TOKENS:
+                        contest.enter(
+                            "2:4 expanded", size, exact24, partial(expanded_calls, packed24, x, kernels=kernels)
+                        )
                     contest.enter("semi-structured", size * 9 // 16, exact24, partial(semi_structured, fours, x))
                 times = turns(contest.runs, contest.copies, arguments.rounds, device)
                 notes += [f"{shape_text} {sparsity:.0%} batch {batch}: {failure}" for failure in contest.failures]
@@ -248,6 +260,7 @@ def measure(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], list[B
                     if name == "stream" and kernels and batch == 1:
                         label = f"{shape_text} {sparsity:.0%} batch 1: share of the roofline"
                         bars.append(Bar(label, rows[-1]["roof"], 0.8, at_least=True))
+                keep("gpu_linear", arguments, rows, bars, notes)
                 del contest
     return rows, bars, notes
 
@@ -256,6 +269,8 @@ def tune(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Bar]
     """Times of every candidate tile; what wins belongs into kernels/gpu/tiles.py with this record's name as its source."""
     device, dtype = arguments.device, getattr(torch, arguments.dtype)
     rows: list[dict[str, Any]] = []
+    kernels = can_launch(torch.device(device))
+    notes = [] if kernels else ["generated kernels do not run here: every tile is the reference"]
     candidates = [Tile(warps=w, unroll=u) for w in (4, 8) for u in (1, 2, 4)]
     for shape_text in arguments.shapes:
         height, width = (int(n) for n in shape_text.split("x"))
@@ -268,8 +283,13 @@ def tune(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Bar]
                 contest = Contest(x, device)
                 for tile in candidates:
                     name = f"{tile.warps} warps, unroll {tile.unroll}"
-                    contest.enter(name, packed.nbytes, exact, partial(stream_calls, packed, x, kernels=True, tile=tile))
+                    contest.enter(
+                        name, packed.nbytes, exact, partial(stream_calls, packed, x, kernels=kernels, tile=tile)
+                    )
                 times = turns(contest.runs, contest.copies, arguments.rounds, device)
+                if not times:
+                    notes += [f"{shape_text} {sparsity:.0%} batch {batch}: {failure}" for failure in contest.failures]
+                    continue
                 best = min(times, key=lambda n: times[n].median)
                 chosen = choose_tile("stream", launch.power_above(batch), launch.target_of(torch.device(device)))
                 own = f"{chosen.warps} warps, unroll {chosen.unroll}"
@@ -281,11 +301,12 @@ def tune(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Bar]
                         "best": best,
                         "us": times[best].median * 1e6,
                         "table": own,
-                        "table us": times[own].median * 1e6,
+                        "table us": times[own].median * 1e6 if own in times else None,
                         "all us": {n: t.median * 1e6 for n, t in times.items()},
                     }
                 )
-    return rows, [], []
+                keep("gpu_tune", arguments, rows, notes=notes)
+    return rows, [], notes
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:

@@ -116,6 +116,8 @@ def interleave(
     """
     now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
     names = list(variants)
+    if not names:
+        return {}
     for name in names:
         for _ in range(warmup):
             variants[name]()
@@ -347,6 +349,46 @@ def begin(arguments: argparse.Namespace) -> None:
     torch.manual_seed(arguments.seed)
 
 
+def record_of(
+    name: str,
+    arguments: argparse.Namespace,
+    rows: Sequence[Mapping[str, Any]],
+    bars: Sequence[Bar] = (),
+    notes: Sequence[str] = (),
+) -> dict[str, Any]:
+    """What is kept of a run, as JSON."""
+    return {
+        "benchmark": name,
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(),
+        "versions": versions(),
+        "arguments": {k: v for k, v in vars(arguments).items() if k not in ("save", "label")},
+        "rows": [dict(row) for row in rows],
+        "bars": [bar.record() for bar in bars],
+        "notes": list(notes),
+    }
+
+
+def path_of(record: Mapping[str, Any], arguments: argparse.Namespace) -> Path:
+    """NAME-LABEL-DATE.json in the directory that `--save` named."""
+    directory = Path(arguments.save)
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory / ("-".join(p for p in (record["benchmark"], arguments.label, record["date"]) if p) + ".json")
+
+
+def keep(
+    name: str,
+    arguments: argparse.Namespace,
+    rows: Sequence[Mapping[str, Any]],
+    bars: Sequence[Bar] = (),
+    notes: Sequence[str] = (),
+) -> None:
+    """Save what is measured so far as NAME-….partial.json, for a run that may be stopped; `report` removes it."""
+    if arguments.save is not None:
+        record = record_of(name, arguments, rows, bars, notes)
+        path_of(record, arguments).with_suffix(".partial.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
 def report(
     name: str,
     arguments: argparse.Namespace,
@@ -357,27 +399,14 @@ def report(
     notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Print table, notes, bars and, as the last line, the whole record as JSON; save it if asked to."""
-    today = datetime.date.today().isoformat()
-    options = {k: v for k, v in vars(arguments).items() if k not in ("save", "label")}
-    record = {
-        "benchmark": name,
-        "date": today,
-        "machine": machine(),
-        "versions": versions(),
-        "arguments": options,
-        "rows": [dict(row) for row in rows],
-        "bars": [bar.record() for bar in bars],
-        "notes": list(notes),
-    }
+    record = record_of(name, arguments, rows, bars, notes)
     print(table(rows, columns))
     for line in (*notes, *map(str, bars)):
         print(line)
     if arguments.save is not None:
-        directory = Path(arguments.save)
-        directory.mkdir(parents=True, exist_ok=True)
-        stem = "-".join(part for part in (name, arguments.label, today) if part)
-        path = directory / f"{stem}.json"
+        path = path_of(record, arguments)
         path.write_text(json.dumps(record, indent=1) + "\n")
+        path.with_suffix(".partial.json").unlink(missing_ok=True)
         print(f"saved {path.name}")
     print(json.dumps(record))
     return record

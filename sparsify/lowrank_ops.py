@@ -3,13 +3,16 @@
     sparse_lowrank_linear   y = x W'ᵀ + s (x Aᵀ) Bᵀ + b,   W' = W with the entries at `index` replaced by `values`
     quantized_linear        the same with a packed base, and with a replaced block of channels (S2FT, PaCA) too
     sampled_product         (aᵀ b)[index]: the weight gradient on a support only (SDDMM)
+    skinny_products         (x rowsᵀ, factorᵀ x) for few rows: the products of the low-rank part
 
 `values` are *values* of the weight (base + S), kept in fp32: they are written into the dense weight at their support, so
 that forward and dX stay one dense GEMM each and no dense `W + S` is ever allocated. As in `sparsify.ops`, those entries of the
 weight are scratch that only the operator reads. `index` is flat in the stored weight (int32 where that is wide enough).
 
-Saved for backward: `x` once, which serves `dS`, `dA` and `dB`; `x Aᵀ (T, r)` is computed again.
-A quantised base is unpacked inside the operator, forward and backward, and dropped: at most one dense layer is alive.
+Saved for backward: `x` once (or its factors, see `sparsify.saved_input`), which serves `dS`, `dA` and `dB`; `x Aᵀ (T, r)` is
+computed again, and `low = g B (T, r)` once for `dX` and `dA`.
+A quantised base is unpacked inside the operator, forward and backward, and dropped: at most one dense layer is alive. On a
+GPU, up to 64 tokens are multiplied with the packed weight instead, sparse and low-rank part included, in one launch.
 """
 
 from __future__ import annotations
@@ -22,18 +25,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.kernels.cpu.sampled import kernel_serves, sampled_by_kernel
+from sparsify.kernels.cpu.sampled import kernel_serves, kernel_writes, sampled_by_kernel, write_by_kernel
+from sparsify.kernels.cpu.skinny import skinny_by_kernel, skinny_serves, update_by_kernel, update_serves
 from sparsify.kernels.gpu import launch
 from sparsify.kernels.gpu.operator import kernels_take
 from sparsify.ops import LIBRARY, _autocast, effective_weight
 from sparsify.quantized import unpack
+from sparsify.saved_input import restored_input, saved_input
 
 LIBRARY.define(
     "sparse_lowrank_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? values, Tensor? index, Tensor? a, Tensor? b, "
     "float scale, bool transposed) -> Tensor"
 )
 LIBRARY.define(
-    "sparse_lowrank_linear_dx(Tensor g, Tensor weight, Tensor? values, Tensor? index, Tensor? a, Tensor? b, float scale, "
+    "sparse_lowrank_linear_dx(Tensor g, Tensor weight, Tensor? values, Tensor? index, Tensor? low, Tensor? a, float scale, "
     "bool transposed) -> Tensor"
 )
 LIBRARY.define(
@@ -42,9 +47,10 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "quantized_linear_dx(Tensor g, str format, int rows, int columns, bool transposed, Tensor? block, "
-    "Tensor? channels, int axis, Tensor? values, Tensor? index, Tensor? a, Tensor? b, float scale, Tensor[] packed) -> Tensor"
+    "Tensor? channels, int axis, Tensor? values, Tensor? index, Tensor? low, Tensor? a, float scale, Tensor[] packed) -> Tensor"
 )
 LIBRARY.define("sampled_product(Tensor a, Tensor b, Tensor index) -> Tensor")
+LIBRARY.define("skinny_products(Tensor x, Tensor? rows, Tensor? factor) -> (Tensor, Tensor)")
 
 # Up to these densities the generated CPU kernel, else PyTorch's SDDMM over a CSR support, is cheaper than the dense tile, and
 # below the last one a dot product per entry is (kernels/README.md has the measurements).
@@ -52,6 +58,8 @@ KERNEL_DENSITY = 0.06
 CSR_DENSITY = {"cpu": 0.03}
 PER_ENTRY_DENSITY = {"cpu": 0.0, "cuda": 0.0035}
 TILE_BYTES = 32 * 2**20
+# Tokens up to which, and densities of the support, a quantised base is multiplied without being unpacked: computed, not measured
+ONE_PASS_DENSITY = {1: 1.0, 16: 0.01, launch.QUANTIZED_TOKENS: 0.005}
 
 
 # --- the oracle --------------------------------------------------------------------------------------------------------
@@ -82,18 +90,41 @@ def write_values(weight: Tensor, values: Tensor | None, index: Tensor | None) ->
         return
     if weight.is_contiguous() and kernels_take(weight, values):
         launch.write_values(weight.data, values, index)
+    elif kernel_writes(weight, values, index):
+        write_by_kernel(weight.data, values, index)
     else:
         weight.data.view(-1).index_copy_(0, index.long(), values.to(weight.dtype))
 
 
+def skinny_products(x: Tensor, rows: Tensor | None, factor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """`(x rowsᵀ (T, r), factorᵀ x (r, m))` for `x (T, m)`, `rows (r, m)`, `factor (T, r)`; either may be absent. One pass over x
+    where the generated CPU kernel serves, else GEMMs whose factor with few rows is kept row by row, which they want."""
+    rank = rows.shape[0] if rows is not None else factor.shape[1] if factor is not None else 0
+    if skinny_serves(x, rank):
+        return skinny_by_kernel(x, rows, factor)
+    low = None if rows is None else x @ rows.to(x.dtype).contiguous().t()
+    return low, None if factor is None else factor.t().mm(x)
+
+
+def _skinny_products(x: Tensor, rows: Tensor | None, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+    low, product = skinny_products(x, rows, factor)
+    return x.new_empty(0) if low is None else low, x.new_empty(0) if product is None else product
+
+
 def reduced(x: Tensor, rows: Tensor) -> Tensor:
-    """`x rowsᵀ` for `x (T, m)`, `rows (r, m)`: the factor with few rows is kept row by row, which skinny GEMMs want."""
-    return x.reshape(-1, x.shape[-1]) @ rows.to(x.dtype).contiguous().t()
+    """`x rowsᵀ (T, r)` for `x (..., m)`, `rows (r, m)`."""
+    low, _ = skinny_products(x.reshape(-1, x.shape[-1]), rows, None)
+    assert low is not None
+    return low
 
 
 def _project(y: Tensor, low: Tensor, second: Tensor, scale: float) -> Tensor:
-    """`y + s low second`, in place on y."""
-    y.view(-1, y.shape[-1]).addmm_(low, second.to(y.dtype), alpha=scale)
+    """`y + s low second`, in place on y, for `low (T, r)`, `second (r, n)`."""
+    flat = y.view(-1, y.shape[-1])
+    if update_serves(flat, low.shape[1]):
+        update_by_kernel(flat, low * scale, second)
+    else:
+        flat.addmm_(low, second.to(y.dtype), alpha=scale)
     return y
 
 
@@ -105,10 +136,10 @@ def _forward(
     return y if a is None or b is None else _project(y, reduced(x, a), b.t(), scale)
 
 
-def _dx(g: Tensor, stored: Tensor, transposed: bool, a: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
+def _dx(g: Tensor, stored: Tensor, transposed: bool, low: Tensor | None, a: Tensor | None, scale: float) -> Tensor:
     weight = (stored.t() if transposed else stored).to(g.dtype)
     dx = g.matmul(weight)
-    return dx if a is None or b is None else _project(dx, reduced(g, b.t()), a, scale)
+    return dx if a is None or low is None else _project(dx, low, a, scale)
 
 
 def _sparse_lowrank(
@@ -120,11 +151,11 @@ def _sparse_lowrank(
 
 
 def _sparse_lowrank_dx(
-    g: Tensor, weight: Tensor, values: Tensor | None, index: Tensor | None, a: Tensor | None, b: Tensor | None,
+    g: Tensor, weight: Tensor, values: Tensor | None, index: Tensor | None, low: Tensor | None, a: Tensor | None,
     scale: float, transposed: bool,
 ) -> Tensor:  # fmt: skip
     write_values(weight, values, index)
-    return _dx(g, weight, transposed, a, b, scale)
+    return _dx(g, weight, transposed, low, a, scale)
 
 
 def dense_weight(
@@ -140,22 +171,62 @@ def dense_weight(
     return stored
 
 
+def fits_one_pass(x: Tensor, rows: int, columns: int, transposed: bool, index: Tensor | None) -> bool:
+    """Whether the kernel over the packed weight serves the forward: few tokens, so that the weight's bytes are what counts (0.5
+    to 1 per weight, where unpacking reads those, writes 2 and reads 2 again), rows of whole blocks, and a support so thin
+    that its entries, which several tokens make dear, cost less than the unpacking (kernels/gpu/README.md has the sums)."""
+    tokens = x.numel() // max(1, columns)
+    if (
+        transposed
+        or columns % launch.QUANTIZED_BLOCK
+        or not 1 <= tokens <= launch.QUANTIZED_TOKENS
+        or not kernels_take(x)
+    ):
+        return False
+    density = 0.0 if index is None else index.numel() / (rows * columns)
+    return density <= next(most for count, most in ONE_PASS_DENSITY.items() if tokens <= count)
+
+
+def one_pass(
+    x: Tensor, format: str, rows: int, bias: Tensor | None, block: Tensor | None, channels: Tensor | None, axis: int,
+    values: Tensor | None, index: Tensor | None, a: Tensor | None, b: Tensor | None, scale: float, packed: list[Tensor],
+) -> Tensor:  # fmt: skip
+    """The forward without an unpacked weight. A trained block of channels is a small product beside the kernel's: its columns
+    read x where the kernel reads zeros, its rows are computed over."""
+    flat = x.reshape(-1, x.shape[-1])
+    u = None if a is None or b is None else reduced(flat, a)
+    place = None if block is None or channels is None else channels.long()
+    read = flat.index_fill(1, place, 0.0) if place is not None and axis == 1 else flat
+    second = None if u is None else b
+    y = launch.quantized_product(packed, format, read, bias, values, index, u, second, scale, rows)
+    if place is not None and block is not None:
+        block = block.to(x.dtype)
+        if axis == 1:
+            y.addmm_(flat.index_select(1, place), block.t())
+        else:
+            part = torch.nn.functional.linear(flat, block, None if bias is None else bias.to(x.dtype)[place])
+            y.index_copy_(1, place, part if u is None or b is None else _project(part, u, b[place].t(), scale))
+    return y.view(*x.shape[:-1], rows)
+
+
 def _quantized(
     x: Tensor, format: str, rows: int, columns: int, transposed: bool, bias: Tensor | None, block: Tensor | None,
     channels: Tensor | None, axis: int, values: Tensor | None, index: Tensor | None, a: Tensor | None, b: Tensor | None,
     scale: float, packed: list[Tensor],
 ) -> Tensor:  # fmt: skip
+    if fits_one_pass(x, rows, columns, transposed, index):
+        return one_pass(x, format, rows, bias, block, channels, axis, values, index, a, b, scale, packed)
     stored = dense_weight(packed, format, [rows, columns], transposed, x.dtype, block, channels, axis, values, index)
     return _forward(x, stored, transposed, bias, a, b, scale)
 
 
 def _quantized_dx(
     g: Tensor, format: str, rows: int, columns: int, transposed: bool, block: Tensor | None, channels: Tensor | None,
-    axis: int, values: Tensor | None, index: Tensor | None, a: Tensor | None, b: Tensor | None, scale: float,
+    axis: int, values: Tensor | None, index: Tensor | None, low: Tensor | None, a: Tensor | None, scale: float,
     packed: list[Tensor],
 ) -> Tensor:  # fmt: skip
     stored = dense_weight(packed, format, [rows, columns], transposed, g.dtype, block, channels, axis, values, index)
-    return _dx(g, stored, transposed, a, b, scale)
+    return _dx(g, stored, transposed, low, a, scale)
 
 
 def sampled_by_tile(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
@@ -237,6 +308,7 @@ for _name, _function in (
     ("quantized_linear", _quantized),
     ("quantized_linear_dx", _quantized_dx),
     ("sampled_product", _sampled_product),
+    ("skinny_products", _skinny_products),
 ):
     LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
 
@@ -255,7 +327,7 @@ def _sparse_lowrank_fake(
 
 
 def _sparse_lowrank_dx_fake(
-    g: Tensor, weight: Tensor, values: Any, index: Any, a: Any, b: Any, scale: float, transposed: bool
+    g: Tensor, weight: Tensor, values: Any, index: Any, low: Any, a: Any, scale: float, transposed: bool
 ) -> Tensor:
     return g.new_empty((*g.shape[:-1], _logical(weight.shape, transposed)[1]))
 
@@ -268,12 +340,18 @@ def _quantized_dx_fake(g: Tensor, format: str, rows: int, columns: int, transpos
     return g.new_empty((*g.shape[:-1], _logical((rows, columns), transposed)[1]))
 
 
+def _skinny_products_fake(x: Tensor, rows: Tensor | None, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+    low = x.new_empty(0 if rows is None else (x.shape[0], rows.shape[0]))
+    return low, x.new_empty(0 if factor is None else (factor.shape[1], x.shape[1]))
+
+
 for _name, _function in (
     ("sparse_lowrank_linear", _sparse_lowrank_fake),
     ("sparse_lowrank_linear_dx", _sparse_lowrank_dx_fake),
     ("quantized_linear", _quantized_fake),
     ("quantized_linear_dx", _quantized_dx_fake),
     ("sampled_product", lambda a, b, index: a.new_empty(index.shape)),
+    ("skinny_products", _skinny_products_fake),
 ):
     torch.library.register_fake(f"sparsify::{_name}", _function, lib=LIBRARY)
 
@@ -281,42 +359,58 @@ for _name, _function in (
 # --- autograd ------------------------------------------------------------------------------------------------------------
 
 
-def _part_gradients(
-    g: Tensor, x: Tensor | None, a: Tensor | None, b: Tensor | None, values: Tensor | None, index: Tensor | None,
-    scale: float, transposed: bool, wants: tuple[bool, ...],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """`(dValues, dA, dB)` from the one saved input: `dS = (gᵀ x)[support]`, `dA = s Bᵀ gᵀ x`, `dB = s gᵀ (x Aᵀ)`."""
-    d_values = d_a = d_b = None
-    if x is None or not any(wants):
-        return d_values, d_a, d_b
+def _low_rank_gradients(
+    g: Tensor,
+    x: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    scale: float,
+    want_x: bool,
+    want_a: bool,
+    want_b: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`(low, dA, dB)`: `low = g B (T, r)`, which dX and dA share, `dA = s lowᵀ x`, `dB = s gᵀ (x Aᵀ)`; one pass over g for
+    `low` and dB."""
+    if a is None or b is None or not (want_x or want_a or want_b):
+        return None, None, None
+    skinny = torch.ops.sparsify.skinny_products
+    tokens_x = None if x is None else x.reshape(-1, x.shape[-1])
+    u = skinny(tokens_x, a, None)[0] if want_b else None
+    low, product = skinny(g.reshape(-1, g.shape[-1]), b.t() if want_x or want_a else None, u)
+    d_a = (scale * skinny(tokens_x, None, low)[1]).to(a.dtype) if want_a else None
+    return low, d_a, (scale * product.t()).to(b.dtype) if want_b else None
+
+
+def _sparse_gradient(
+    g: Tensor, x: Tensor | None, values: Tensor | None, index: Tensor | None, transposed: bool, wanted: bool
+) -> Tensor | None:
+    """`dS = (gᵀ x)[support]`."""
+    if not wanted or x is None or values is None or index is None:
+        return None
     tokens_g, tokens_x = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
-    if wants[0] and values is not None and index is not None:
-        first, second = (tokens_x, tokens_g) if transposed else (tokens_g, tokens_x)
-        d_values = torch.ops.sparsify.sampled_product(first, second, index).to(values.dtype)
-    if wants[1] and a is not None and b is not None:
-        d_a = (scale * reduced(tokens_g, b.t()).t().mm(tokens_x)).to(a.dtype)
-    if wants[2] and a is not None and b is not None:
-        d_b = (scale * reduced(tokens_x, a).t().mm(tokens_g).t()).to(b.dtype)
-    return d_values, d_a, d_b
+    first, second = (tokens_x, tokens_g) if transposed else (tokens_g, tokens_x)
+    return torch.ops.sparsify.sampled_product(first, second, index).to(values.dtype)
 
 
 def _setup_sparse_lowrank(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, values, index, a, b, scale, transposed = inputs
     trained = any(ctx.needs_input_grad[i] for i in (3, 5, 6))
-    ctx.save_for_backward(x if trained else None, weight, values, index, a, b)
+    kept = saved_input(x) if trained else (None, None)
+    ctx.save_for_backward(*kept, weight, values, index, a, b)
     ctx.scale, ctx.transposed, ctx.bias_dtype = scale, transposed, None if bias is None else bias.dtype
 
 
 def _backward_sparse_lowrank(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, values, index, a, b = ctx.saved_tensors
+    *kept, weight, values, index, a, b = ctx.saved_tensors
     need = ctx.needs_input_grad
     dx = d_bias = None
+    x = restored_input(*kept) if need[3] or need[5] or need[6] else None
+    low, d_a, d_b = _low_rank_gradients(g, x, a, b, ctx.scale, need[0], need[5], need[6])
     if need[0]:
-        dx = torch.ops.sparsify.sparse_lowrank_linear_dx(g, weight, values, index, a, b, ctx.scale, ctx.transposed)
+        dx = torch.ops.sparsify.sparse_lowrank_linear_dx(g, weight, values, index, low, a, ctx.scale, ctx.transposed)
     if need[2]:
         d_bias = g.reshape(-1, g.shape[-1]).sum(0).to(ctx.bias_dtype)
-    wants = (need[3], need[5], need[6])
-    d_values, d_a, d_b = _part_gradients(g, x, a, b, values, index, ctx.scale, ctx.transposed, wants)
+    d_values = _sparse_gradient(g, x, values, index, ctx.transposed, need[3])
     return dx, None, d_bias, d_values, None, d_a, d_b, None, None
 
 
@@ -330,25 +424,27 @@ def _setup_quantized(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     need = ctx.needs_input_grad  # flattened: positions hold up to `packed`, which is why it stands last
     whole = any(need[i] for i in (9, 11, 12)) or (need[6] and axis == 0)
     some = need[6] and not whole
-    kept = x if whole else x.index_select(-1, channels) if some else None
-    ctx.save_for_backward(kept, bias, block, channels, values, index, a, b, *packed)
+    kept = saved_input(x) if whole else (x.index_select(-1, channels) if some else None, None)
+    ctx.save_for_backward(*kept, bias, block, channels, values, index, a, b, *packed)
     ctx.meta = (format, rows, columns, transposed, axis, scale, whole)
     ctx.wants = tuple(bool(need[i]) for i in (0, 5, 6, 9, 11, 12))
 
 
 def _backward_quantized(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-    kept, bias, block, channels, values, index, a, b, *packed = ctx.saved_tensors
+    first, second, bias, block, channels, values, index, a, b, *packed = ctx.saved_tensors
     format, rows, columns, transposed, axis, scale, whole = ctx.meta
-    want_x, want_bias, want_block, *wants = ctx.wants
+    want_x, want_bias, want_block, want_values, want_a, want_b = ctx.wants
     dx = d_bias = d_block = None
+    kept = restored_input(first, second)
+    low, d_a, d_b = _low_rank_gradients(g, kept if whole else None, a, b, scale, want_x, want_a, want_b)
     if want_x:
         dx = torch.ops.sparsify.quantized_linear_dx(
-            g, format, rows, columns, transposed, block, channels, axis, values, index, a, b, scale, packed
+            g, format, rows, columns, transposed, block, channels, axis, values, index, low, a, scale, packed
         )
     tokens_g = g.reshape(-1, g.shape[-1])
     if want_bias and bias is not None:
         d_bias = tokens_g.sum(0).to(bias.dtype)
-    if want_block and block is not None and channels is not None:
+    if want_block and block is not None and channels is not None and kept is not None:
         tokens_x = kept.reshape(-1, kept.shape[-1])
         if axis == 0:
             tokens_s = tokens_g.index_select(1, channels.long())
@@ -356,9 +452,7 @@ def _backward_quantized(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         else:
             tokens_x = tokens_x.index_select(1, channels.long()) if whole else tokens_x
             d_block = tokens_g.t().mm(tokens_x).to(block.dtype)
-    d_values, d_a, d_b = _part_gradients(
-        g, kept if whole else None, a, b, values, index, scale, transposed, tuple(wants)
-    )
+    d_values = _sparse_gradient(g, kept if whole else None, values, index, transposed, want_values)
     gradients = (dx, None, None, None, None, d_bias, d_block, None, None, d_values, None, d_a, d_b, None)
     return (*gradients, [None] * len(packed))
 

@@ -27,7 +27,7 @@ LEARNING_RATE = 3e-4
 BATCH = 16
 BATCHES = (1, 32)  # sentences per call
 TOKENS = (16, 32, 256)  # numbers of tokens in such calls: a short sentence, a long one, many
-ROUNDS = 2
+ROUNDS = 4
 
 
 def show_sparse_inference(bench: Bench, encoder: Any, head: nn.Linear) -> tuple[dict[str, Any], list[Section]]:

@@ -19,12 +19,13 @@ from torch import nn
 
 from sparsify.errors import Refusal, RefusedError
 from sparsify.kernels.cpu.operator import module_bytes
-from sparsify.kernels.gpu import operator
+from sparsify.kernels.gpu import operator, semi_structured
 from sparsify.kernels.gpu.build import can_launch, triton_installed
-from sparsify.kernels.gpu.formats import FormatError, Stream
-from sparsify.lowering.fuse_cuda import GpuFusion, fuse
+from sparsify.kernels.gpu.formats import Blocks, FormatError, Stream
+from sparsify.lowering.fuse_cuda import GpuActivation, GpuFusion, fuse
 from sparsify.lowering.gpu_linear import GpuSparseLinear, pack_smallest
 from sparsify.lowering.rewrite_cuda import rewrite
+from sparsify.lowering.share_cuda import GpuSharing, share
 from sparsify.program import Program, Stage
 
 WORTH = 0.9  # packed bytes over dense bytes from which on a layer stays dense
@@ -32,7 +33,8 @@ WORTH = 0.9  # packed bytes over dense bytes from which on a layer stays dense
 
 @dataclass(frozen=True)
 class GpuLowered:
-    """One replaced layer. form: of the packed weight; predicted: dense over packed bytes, the ceiling at one token."""
+    """One replaced layer. form: of the packed weight; predicted: dense over packed bytes, the ceiling at one token. many: what
+    multiplies many tokens, where that is not the expanded weight and cuBLAS."""
 
     name: str
     shape: tuple[int, int]
@@ -41,6 +43,7 @@ class GpuLowered:
     value: str
     bytes_before: int
     bytes_after: int
+    many: str = ""
 
     @property
     def predicted(self) -> float:
@@ -51,6 +54,7 @@ class GpuLowered:
         return (
             f"{self.name}: {rows} × {cols}, {self.sparsity:.1%} sparse, {self.form} {self.value}: "
             f"at most {self.predicted:.2f} × at one token (computed from bytes)"
+            + (f"; {self.many}" if self.many else "")
         )
 
 
@@ -63,7 +67,7 @@ class GpuReport:
     bytes_before: int
     bytes_after: int
     notes: tuple[str, ...] = ()
-    fusions: tuple[GpuFusion, ...] = ()
+    fusions: tuple[GpuFusion | GpuActivation | GpuSharing, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"cuda lowering: {len(self.lowered)} linears packed, {len(self.refusals)} left dense"]
@@ -111,7 +115,18 @@ def try_layer(name: str, module: nn.Module, quantize: Literal["int8"] | None) ->
     form = packed.format if isinstance(packed, Stream) else f"blocks {packed.height}×{packed.width}"
     form = f"gaps of chunk{packed.width}" if form == "gaps" else form
     shape = (packed.rows, packed.cols)
-    return lowered, GpuLowered(name, shape, sparsity, form, packed.value, dense_bytes, packed.nbytes)
+    return lowered, GpuLowered(
+        name, shape, sparsity, form, packed.value, dense_bytes, packed.nbytes, many_tokens(packed)
+    )
+
+
+def many_tokens(packed: Stream | Blocks) -> str:
+    """What a 2:4 weight does with many tokens."""
+    if isinstance(packed, Blocks) or packed.format != "two_four":
+        return ""
+    why = semi_structured.why_not(packed)
+    fewest = semi_structured.FEWEST_TOKENS
+    return f"from {fewest} tokens {f'expanded: {why}' if why else 'on sparse tensor cores'}"
 
 
 def lower_model(
@@ -167,7 +182,7 @@ def lower_model(
         replace_module(host, name, packed)
         done[id(module)] = packed
         lowered.append(entry)
-    fusions = tuple(fuse(host, program)) if program is not None else ()
+    fusions = (*fuse(host, program), *share(host, program)) if program is not None else ()
     report = GpuReport(tuple(lowered), tuple(refusals), before, module_bytes(host), notes(host), fusions)
     if program is not None:
         rewrite(program, host, fusions, {entry.name: str(entry).partition(": ")[2] for entry in lowered})

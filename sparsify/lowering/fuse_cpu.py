@@ -1,6 +1,7 @@
 """Fuse packed linears of a host where the graph shows that they belong together and measurement says that it pays.
 
 LlamaMLP(gate_proj, up_proj, act_fn, down_proj)  ──▶  the same class, forward: down_proj(gate_up(x))
+Phi3MLP(gate_up_proj, activation_fn, down_proj)  ──▶  likewise
 dense ─▶ intermediate_act_fn                     ──▶  the activation in dense's kernel, intermediate_act_fn: Identity
 q_proj, k_proj, v_proj                           ──▶  the same modules on one packed weight: one call for the three
 """
@@ -16,6 +17,7 @@ from torch import nn
 
 from sparsify.kernels.cpu.codegen import Variant
 from sparsify.kernels.cpu.dispatch import best_isa, bucket, source_digest
+from sparsify.kernels.cpu.formats import PANEL
 from sparsify.kernels.cpu.tune import TUNE_VERSION, cpu_name, measured
 from sparsify.lowering.fuse_linears import (
     FusedActivation,
@@ -24,14 +26,17 @@ from sparsify.lowering.fuse_linears import (
     find_activations,
     find_gated_products,
     find_shared_passes,
+    find_split_products,
 )
 from sparsify.lowering.sparse_linear import (
     SHARED_TOKENS,
+    BothOfGated,
     FusedFeedForward,
     GatedLinear,
     HalfOfGated,
     SparseLinear,
     fused_class,
+    halves,
     share_input,
 )
 from sparsify.program import Program
@@ -75,7 +80,8 @@ class MovedActivation(nn.Identity):
 def fuse(host: nn.Module, program: Program, tokens: Sequence[int], small: bool) -> list[Fusion]:
     """Rewrite modules of `host` in place. small: fuse without asking whether it is faster."""
     times = Counted(tokens, small)
-    fusions = [fuse_gated(host, found, times) for found in find_gated_products(program)]
+    gated = [*find_gated_products(program), *find_split_products(program)]
+    fusions = [fuse_gated(host, found, times) for found in gated]
     fusions += [fuse_activation(host, found, times) for found in find_activations(program)]
     fusions += [fuse_shared(host, found, times) for found in find_shared_passes(program)]
     return [fusion for fusion in fusions if fusion is not None]
@@ -135,11 +141,14 @@ def count_names(host: nn.Module, module: nn.Module) -> int:
 
 def fuse_gated(host: nn.Module, found: GatedProduct, times: Counted) -> Fusion | None:
     """gate, up, activation and product become `owner.gate_up`."""
-    what = f"{found.owner}: {leaf(found.gate)}, {leaf(found.up)}, {found.activation} and product in one kernel"
-    linears = packed_linears(host, (found.gate, found.up))
+    names = tuple(dict.fromkeys((found.gate, found.up)))
+    what = f"{found.owner}: {', '.join(map(leaf, names))}, {found.activation} and product in one kernel"
+    linears = packed_linears(host, names)
     if isinstance(linears, str):
         return None  # they are dense, and the report says why
-    gate, up = linears
+    if len(linears) == 1 and linears[0].packed.rows % (2 * PANEL):
+        return Fusion(found, "", what, why=f"half of {linears[0].packed.rows} rows is no multiple of {PANEL}")
+    gate, up = halves(linears[0]) if len(linears) == 1 else linears
     owner = host.get_submodule(found.owner)
     kinds = {(n.packed.rows, n.packed.cols, n.packed.value, n.packed.group, n.dtype, n.int8) for n in linears}
     if len(kinds) > 1:
@@ -156,12 +165,20 @@ def fuse_gated(host: nn.Module, found: GatedProduct, times: Counted) -> Fusion |
         return Fusion(found, "", what, why=f"{found.owner} returns a {type(before).__name__}")
     fused = GatedLinear(gate, up, found.activation)
     act = activation_function(found.activation)
-    key = f"gated/{found.activation}/{describe(gate, up)}"
-    seconds, why = times.compare(key, gate.in_features, fused, fused, lambda x: act(gate(x)) * up(x))
+    key = f"gated/{len(linears)}/{found.activation}/{describe(gate, up)}"
+
+    def apart(x: torch.Tensor) -> torch.Tensor:
+        first, second = linears[0](x).chunk(2, -1) if len(linears) == 1 else (gate(x), up(x))
+        return act(first) * second
+
+    seconds, why = times.compare(key, gate.in_features, fused, fused, apart)
     if why:
         return Fusion(found, "", what, seconds, why)
-    for place, (name, linear) in enumerate(zip((found.gate, found.up), linears, strict=True)):
-        set_module(host, name, HalfOfGated(fused, place, linear))
+    if len(linears) == 1:
+        set_module(host, found.gate, BothOfGated(fused, linears[0]))
+    else:
+        for place, (name, linear) in enumerate(zip(names, linears, strict=True)):
+            set_module(host, name, HalfOfGated(fused, place, linear))
     fused.train(owner.training)
     owner.__class__ = fused_class(type(owner))
     owner.add_module("gate_up", fused)

@@ -1,22 +1,24 @@
-"""Fuse packed gate and up linears of a host into one kernel that also multiplies, where the graph shows that they belong together.
+"""Fuse what follows packed linears of a host into their kernels, where the graph shows that it belongs to them.
 
 LlamaMLP(gate_proj, up_proj, act_fn, down_proj)  ──▶  the same class, forward: down_proj(gate_up(x))
                                                       gate_up: one stream [gate; up], act(gate) · up in its epilogue
+up ─▶ act_fn                                     ──▶  the activation in up's epilogue, act_fn: Identity
 
 The weight is read as often as before; what goes is one launch, and the round trip of gate and up through memory.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from sparsify.kernels.gpu.formats import Stream, pack_stream
-from sparsify.lowering.fuse_linears import GatedProduct, find_gated_products
-from sparsify.lowering.gpu_linear import GpuSparseLinear
+from sparsify.kernels.gpu.formats import pack_stream
+from sparsify.lowering.fuse_cpu import MovedActivation
+from sparsify.lowering.fuse_linears import FusedActivation, GatedProduct, find_activations, find_gated_products
+from sparsify.lowering.gpu_linear import GpuSparseLinear, stored_values
 from sparsify.lowering.original_state import OriginalState
 from sparsify.lowering.sparse_linear import FusedFeedForward, fused_class
 from sparsify.program import Program
@@ -36,6 +38,17 @@ class GpuFusion:
     def __str__(self) -> str:
         leaves = ", ".join(name.rpartition(".")[2] for name in (self.found.gate, self.found.up))
         return f"{self.found.owner}: {leaves}, {self.found.activation} and product {self.why or 'in one kernel'}"
+
+
+@dataclass(frozen=True)
+class GpuActivation:
+    """An activation that moved into the kernel of the linear before it, or why not (`why` is empty when it did)."""
+
+    found: FusedActivation
+    why: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.found.linear}: {self.found.activation} {self.why or 'in its kernel'}"
 
 
 class GatedGpuLinear(GpuSparseLinear):
@@ -93,10 +106,27 @@ class HalfOfGated(OriginalState):
             self.bias.copy_(bias)
 
 
-def fuse(host: nn.Module, program: Program) -> list[GpuFusion]:
+def fuse(host: nn.Module, program: Program) -> list[GpuFusion | GpuActivation]:
     """Rewrite feed-forward modules of `host`, in place."""
-    fusions = [fuse_gated(host, found) for found in find_gated_products(program)]
-    return [fusion for fusion in fusions if fusion is not None]
+    gated = [fuse_gated(host, found) for found in find_gated_products(program)]
+    moved = [fuse_activation(host, found) for found in find_activations(program)]
+    return [fusion for fusion in (*gated, *moved) if fusion is not None]
+
+
+def fuse_activation(host: nn.Module, found: FusedActivation) -> GpuActivation | None:
+    """The activation moves into the linear's kernel, its module becomes the identity; None where the linear stayed dense."""
+    linear, module = host.get_submodule(found.linear), host.get_submodule(found.module)
+    if type(linear) is not GpuSparseLinear:
+        return None
+    used = [other for _, other in host.named_modules(remove_duplicate=False)]
+    if any(sum(other is one for other in used) > 1 for one in (linear, module)):
+        return GpuActivation(found, "apart: a module is used under several names")
+    if any(one._forward_hooks or one._forward_pre_hooks for one in (linear, module)):
+        return GpuActivation(found, "apart: a module has hooks")
+    linear.activation = found.activation
+    owner, _, leaf = found.module.rpartition(".")
+    setattr(host.get_submodule(owner), leaf, MovedActivation(module))
+    return GpuActivation(found)
 
 
 def fuse_gated(host: nn.Module, found: GatedProduct) -> GpuFusion | None:
@@ -150,11 +180,4 @@ def join(gate: GpuSparseLinear, up: GpuSparseLinear, activation: str) -> GatedGp
     return GatedGpuLinear(packed, bias, activation=activation)
 
 
-def stored_values(linear: GpuSparseLinear) -> torch.Tensor:
-    """Values as they are stored, in their places: integers for int8, unscaled."""
-    packed = linear.packed
-    assert isinstance(packed, Stream)
-    return replace(packed, scales=None, dtype=packed.values.dtype).unpack()
-
-
-__all__ = ["GatedGpuLinear", "GpuFusion", "HalfOfGated", "fuse"]
+__all__ = ["GatedGpuLinear", "GpuActivation", "GpuFusion", "HalfOfGated", "fuse"]

@@ -3,6 +3,7 @@
     x ─▶ q, k, v                                        one pass over x                       SharedPass
     x ─▶ gate ─▶ act ─┐
     x ─▶ up ──────────┴▶ · ─▶ (down)                    act(gate x) · (up x) in one kernel    GatedProduct
+    x ─▶ gate_up ─▶ halves ─▶ act(first) · second       the same, packed in one weight        GatedProduct, gate = up
     x ─▶ up ─▶ act ─▶                                   act(up x + b) in one kernel           FusedActivation
 
 An activation is recognised by what it computes: the element-wise operations between two nodes are run on a grid of numbers
@@ -12,6 +13,7 @@ happens inside it.
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,7 +38,10 @@ class SharedPass:
 
 @dataclass(frozen=True, eq=False)
 class GatedProduct:
-    """act(gate x) · (up x) inside module `owner`, which does this and nothing else, but for `down` behind it (or "")."""
+    """act(gate x) · (up x) inside module `owner`, which does this and nothing else, but for `down` behind it (or "").
+
+    gate and up are one name where one linear computes both, its first rows the gate.
+    """
 
     owner: str
     gate: str
@@ -106,6 +111,50 @@ def find_gated_products(program: Program) -> list[GatedProduct]:
             for owner, reader in holders(inside, body, linears, name, up, down)
         ][:1]
     return found
+
+
+def find_split_products(program: Program) -> list[GatedProduct]:
+    """Products of the activated first half and the second half of one linear, where one module holds exactly that."""
+    linears = linears_read_once(program)
+    by_node = {linear.node: name for name, linear in linears.items()}
+    inside = nodes_by_module(program.graph)
+    found = []
+    for name, linear in linears.items():
+        halves = halves_of(linear.node)
+        if halves is None:
+            continue
+        split, gate, up = halves
+        chain, product = chain_to_product(gate)
+        if product is None or users_of(up) != [product] or set(product.args) != {chain[-1], up}:
+            continue
+        activation = activation_of(gate, chain)
+        if activation is None:
+            continue
+        last = past(product, is_identity)
+        readers = [by_node[user] for user in last.users if user in by_node]
+        down = readers[0] if len(last.users) == 1 and readers else ""
+        body = {linear.node, split, gate, up, *chain, product}
+        found += [
+            GatedProduct(owner, name, name, activation, reader, product, linear.x)
+            for owner, reader in holders(inside, body, linears, name, name, down)
+        ][:1]
+    return found
+
+
+def halves_of(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """(split, first half, second half) where `node` is only read by a split of its last axis into two equal parts."""
+    aten = torch.ops.aten
+    users = users_of(node)
+    if len(users) != 1 or users[0].target not in (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default):
+        return None
+    split, values = users[0], users[0].meta.get("val")
+    axis = split.args[2] if len(split.args) > 2 else split.kwargs.get("dim", 0)
+    if not isinstance(values, list | tuple) or len(values) != 2 or values[0].shape != values[1].shape:
+        return None
+    parts = {user.args[1]: user for user in users_of(split) if user.target is operator.getitem}
+    if axis not in (-1, values[0].dim() - 1) or set(parts) != {0, 1} or len(users_of(split)) != 2:
+        return None
+    return split, parts[0], parts[1]
 
 
 def holders(

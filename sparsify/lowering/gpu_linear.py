@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -130,3 +131,10 @@ def pack_smallest(
         if not gated and weight.shape[0] % side == 0 and weight.shape[1] % side == 0:
             found.append(pack_blocks(weight, side, side, scales, dtype=dtype))
     return min(found, key=lambda packed: packed.nbytes)
+
+
+def stored_values(linear: GpuSparseLinear) -> torch.Tensor:
+    """Values as they are stored, in their places: integers for int8, unscaled."""
+    packed = linear.packed
+    assert isinstance(packed, Stream)
+    return replace(packed, scales=None, dtype=packed.values.dtype).unpack()

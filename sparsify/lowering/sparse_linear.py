@@ -18,7 +18,16 @@ from torch import nn
 from sparsify.errors import RefusedError
 from sparsify.kernels.cpu import operator as packed_operator
 from sparsify.kernels.cpu.build import BuildError, Kernels
-from sparsify.kernels.cpu.dispatch import Choice, NonFiniteError, bucket, choose, kernels_for, layer_struct, run_kernel
+from sparsify.kernels.cpu.dispatch import (
+    Choice,
+    NonFiniteError,
+    bucket,
+    choose,
+    kernels_for,
+    layer_struct,
+    run_kernel,
+    serves,
+)
 from sparsify.kernels.cpu.formats import PANEL, Bitmask, concatenate, pack, pack_int8, quantize_int8
 from sparsify.lowering.original_state import OriginalState
 
@@ -136,6 +145,7 @@ class SparseLinear(OriginalState):
             y = packed_operator.dense_product(self.packed, flat, self.bias, self.activation, self.gated, extra)
         else:
             choice = self.choices.get((bucket(tokens), torch.get_num_threads())) or self.choice(tokens)
+            choice = serves(choice, x.dtype, tokens)
             try:
                 entry = self.kernels.entries[choice.kernel]
                 y = run_kernel(entry, self.layer, flat, self.out_features, extra, choice.row_tile)
@@ -348,6 +358,43 @@ class HalfOfGated(OriginalState):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {('gate', 'up')[self.place]} rows"
+
+
+class BothOfGated(HalfOfGated):
+    """A linear that held gate and up in one weight, gate first: what `HalfOfGated` is for a linear of its own."""
+
+    def __init__(self, whole: GatedLinear, linear: SparseLinear) -> None:
+        super().__init__(whole, 0, linear)
+
+    def dense(self) -> torch.Tensor:
+        whole = self.whole.packed.unpack()
+        return torch.cat([whole[0::2], whole[1::2]])
+
+    def take(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.whole.hold(repack(interleaved(weight), self.whole.packed))
+        if bias is not None:
+            self.bias = bias.float().contiguous()
+            self.whole.bias = interleaved(self.bias)
+        self.whole.prepare()
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, gate and up rows"
+
+
+def interleaved(rows: torch.Tensor) -> torch.Tensor:
+    """Gate rows followed by up rows → gate, up, gate, up, …"""
+    return torch.stack(rows.chunk(2), 1).flatten(0, 1).contiguous()
+
+
+def halves(linear: SparseLinear) -> tuple[SparseLinear, SparseLinear]:
+    """The first and the second half of a linear's rows, as linears over views of its packed weight."""
+    rows = linear.packed.rows // 2
+    biases = (None, None) if linear.bias is None else linear.bias.split(rows)
+    first, second = (
+        SparseLinear(linear.packed.part(place * rows, rows), bias, int8=linear.int8)
+        for place, bias in enumerate(biases)
+    )
+    return first, second
 
 
 class FusedFeedForward:

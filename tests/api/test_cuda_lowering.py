@@ -6,6 +6,7 @@ Kernels run in Triton's interpreter on CPU tensors; a counting fixture proves th
 from __future__ import annotations
 
 import copy
+import pickle
 from collections import Counter
 
 import pytest
@@ -20,8 +21,10 @@ from sparsify import S2FT, PaCA, Plan, PlanError, Prune, Quantize, RefusedError,
 from sparsify.kernels.gpu import build, launch
 from sparsify.kernels.gpu.formats import pack_stream
 from sparsify.lowering.cuda import lower_model
+from sparsify.lowering.fuse_cpu import MovedActivation
 from sparsify.lowering.fuse_cuda import GatedGpuLinear
 from sparsify.lowering.gpu_linear import GpuSparseLinear, pack_smallest
+from sparsify.lowering.share_cuda import SharedGpuLinear
 
 triton = pytest.importorskip("triton")
 
@@ -162,20 +165,23 @@ def test_a_pruned_model_is_lowered(launched: Counter[str]) -> None:
     host = sparsify.compile(model, Plan([Prune(sparsity=0.75, method="magnitude")], target="cuda"), progress=False)
     assert type(host) is type(model)
     lowered = [n for n, m in host.named_modules() if isinstance(m, GpuSparseLinear)]
-    assert len(lowered) >= 7
+    assert len(lowered) == 4 * 2  # per layer: q, k and v; o; gate, up and their product; down
     assert [type(layer.mlp.gate_up) for layer in host.model.layers] == [GatedGpuLinear] * 2
+    launched.clear()
     with torch.no_grad():
         torch.testing.assert_close(host(tiny.tokens()).logits, expected, rtol=1e-4, atol=1e-5)
-        assert launched["expand"] >= 7
+        assert launched == {"expand": len(lowered)}
+        launched.clear()
         host(tiny.tokens()[:1, :4])
-        assert launched["stream"] >= 7
+        assert launched == {"stream": len(lowered)}
     report = str(host.sparsify.report)
     assert "cuda lowering" in report
     assert "computed from bytes" in report
     assert not any(p.requires_grad for p in host.parameters())
     text = str(host.sparsify.program)
     assert text.count("sparsify.gpu_linear(") == len(lowered)
-    assert "q_proj.meta" in text
+    assert "q_proj_k_proj_v_proj.meta" in text
+    assert "self_attn: q_proj, k_proj, v_proj in one kernel" in report
     assert "gate_up.meta" in text
     assert "gate_proj, up_proj, silu and product in one kernel" in report
     for name, tensor in plain.state_dict().items():
@@ -185,6 +191,9 @@ def test_a_pruned_model_is_lowered(launched: Counter[str]) -> None:
     tiny.assert_same(dict(bare.state_dict()), dict(plain.state_dict()))
     host.load_state_dict({n: 2 * t for n, t in host.state_dict().items()})
     torch.testing.assert_close(host.model.layers[0].mlp.up_proj.dense(), 2 * plain.model.layers[0].mlp.up_proj.weight)
+    torch.testing.assert_close(
+        host.model.layers[0].self_attn.v_proj.dense(), 2 * plain.model.layers[0].self_attn.v_proj.weight
+    )
 
 
 def test_quantised_layers_are_lowered(launched: Counter[str]) -> None:
@@ -212,6 +221,168 @@ def test_layers_that_stay_dense_say_why() -> None:
         lower_model(model, names=["0"])
     with pytest.raises(RefusedError, match="no linear is called 9"):
         lower_model(model, names=["9"])
+
+
+# --- linears that share a kernel --------------------------------------------------------------------------------------
+
+#: launches per layer of a decoding step: Phi-3 packs q/k/v and gate/up itself, GPT-2 q/k/v; the product of Phi-3's packed
+#: gate and up stays outside
+LAUNCHES = {"Llama": 4, "Qwen2": 4, "Phi-3": 4, "GPT-2": 4, "GPT-NeoX": 4}
+MAGNITUDE = Prune(sparsity=0.75, method="magnitude")
+
+
+@pytest.mark.parametrize("family", list(LAUNCHES))
+def test_launches_and_nodes_of_a_step(family: str, launched: Counter[str]) -> None:
+    """As many launches as the program and a compiled graph have nodes, and logits of the model that is only pruned."""
+    model = tiny.build(family)
+    plain = sparsify.compile(model, Plan([MAGNITUDE]), progress=False)
+    host = sparsify.compile(model, Plan([MAGNITUDE], target="cuda"), progress=False)
+    ids = tiny.tokens()[:1, :4]
+    expected = LAUNCHES[family] * host.config.num_hidden_layers
+    nodes: list[int] = []
+
+    def count(graph: torch.fx.GraphModule, _example: object) -> object:
+        nodes.append(sum("gpu_linear" in str(n.target) for n in graph.graph.nodes))
+        return graph.forward
+
+    launched.clear()
+    with torch.no_grad():
+        found = host(ids, use_cache=False).logits
+        assert launched == {"stream": expected}, str(host.sparsify.report)
+        torch.testing.assert_close(found, plain(ids, use_cache=False).logits, rtol=1e-4, atol=1e-5)
+        compiled = torch.compile(host, backend=count, fullgraph=True)
+        torch.testing.assert_close(compiled(ids, use_cache=False).logits, found)
+    assert nodes == [expected]
+    assert str(host.sparsify.program).count("sparsify.gpu_linear(") == expected
+
+
+@pytest.mark.parametrize("family", ["GPT-2", "GPT-NeoX"])
+def test_activations_move_into_the_kernel(family: str, launched: Counter[str]) -> None:
+    model = tiny.build(family)
+    plain = sparsify.compile(model, Plan([MAGNITUDE]), progress=False)
+    host = sparsify.compile(model, Plan([MAGNITUDE], target="cuda"), progress=False)
+    moved = [m for m in host.modules() if isinstance(m, GpuSparseLinear) and m.activation != "none"]
+    layers = host.config.num_hidden_layers
+    assert len(moved) == len([m for m in host.modules() if isinstance(m, MovedActivation)]) == layers
+    assert str(host.sparsify.report).count("in its kernel") >= layers
+    text = str(host.sparsify.program)
+    assert "gelu" in text
+    assert "aten.gelu" not in text
+    assert "aten.tanh" not in text
+    with torch.no_grad():
+        ids = tiny.tokens()
+        torch.testing.assert_close(host(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(host(ids[:1, :3]).logits, plain(ids[:1, :3]).logits, rtol=1e-4, atol=1e-5)
+    assert {type(m) for m in host.sparsify.plain().modules()} == {type(m) for m in model.modules()}
+
+
+def test_an_activation_with_hooks_stays(launched: Counter[str]) -> None:
+    class FeedForward(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.act, self.down = sparse_linear(48, 64), nn.GELU(), sparse_linear(64, 48)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(self.act(self.up(x)))
+
+    for hooks in (True, False):
+        model, x = FeedForward(), torch.randn(2, 64)
+        if hooks:
+            model.act.register_forward_hook(lambda _m, _x, y: y)
+        host = sparsify.compile(model, Plan([], target="cuda"), example=(x,), progress=False)
+        assert ("up: gelu apart: a module has hooks" in str(host.sparsify.report)) == hooks
+        assert isinstance(host.act, MovedActivation) != hooks
+        torch.testing.assert_close(host(x), model(x))
+
+
+class Attention(nn.Module):
+    """q, k and v of different sizes over one input; only k has a bias."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (
+            sparse_linear(48, width, bias=False),
+            sparse_linear(24, width),
+            sparse_linear(40, width, bias=False),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.q(x), self.k(x), self.v(x)], -1)
+
+
+def lowered_attention(attention: Attention, x: Tensor, **options: object) -> nn.Module:
+    return sparsify.compile(attention, Plan([], target="cuda"), example=(x,), progress=False, **options)  # type: ignore[arg-type]
+
+
+def test_parts_are_handed_out_once_and_for_their_input_only(launched: Counter[str]) -> None:
+    attention, x, other = Attention(), torch.randn(2, 64), torch.randn(2, 64)
+    host = lowered_attention(attention, x)
+    assert type(host.q_k_v) is SharedGpuLinear
+    with torch.no_grad():
+        torch.testing.assert_close(host(x), attention(x))
+        assert launched == {"stream": 1}
+        for _ in range(2):  # asked for again, it is computed again
+            torch.testing.assert_close(host.q(x), attention.q(x))
+        assert launched == {"stream": 3}
+        torch.testing.assert_close(host.k(other), attention.k(other))
+        torch.testing.assert_close(host.v(x), attention.v(x))
+        host.q(x)
+        x.mul_(2.0)  # what was computed before is out of date
+        torch.testing.assert_close(host.k(x), attention.k(x))
+    with torch.inference_mode():
+        torch.testing.assert_close(host(torch.ones(1, 64)), attention(torch.ones(1, 64)))
+
+
+def test_shared_layers_copy_pickle_cast_and_differentiate(launched: Counter[str]) -> None:
+    attention, x = Attention(), torch.randn(3, 64)
+    host = lowered_attention(attention, x)
+    with torch.no_grad():
+        host.q(x)  # leaves parts behind, which no copy may inherit
+        twin, read = copy.deepcopy(host), pickle.loads(pickle.dumps(host.q_k_v))
+        assert twin.q.whole is twin.q_k_v is not host.q_k_v
+        assert read.kept.x is None
+        twin.load_state_dict({n: 2 * t for n, t in twin.state_dict().items()})
+        torch.testing.assert_close(twin(x), 2 * attention(x))
+        torch.testing.assert_close(host(x), attention(x))
+    assert set(host.state_dict()) == set(attention.state_dict())
+    for name, tensor in attention.state_dict().items():
+        assert torch.equal(host.state_dict()[name], tensor), name
+    first, second = x.clone().requires_grad_(), x.clone().requires_grad_()
+    tiny.probe_loss(host(first)).backward()
+    tiny.probe_loss(attention(second)).backward()
+    torch.testing.assert_close(first.grad, second.grad)
+    half = host.half()
+    assert half.k.bias.dtype == torch.float16
+    torch.testing.assert_close(half(x.half()).float(), attention(x), rtol=1e-2, atol=1e-2)
+    assert {type(m) for m in host.sparsify.plain().modules()} == {Attention, nn.Linear}
+
+
+def test_formats_stay_what_they_were(launched: Counter[str]) -> None:
+    attention, x = Attention(), torch.randn(2, 64)
+    with torch.no_grad():
+        for linear in (attention.q, attention.k, attention.v):
+            fours = torch.randn(linear.out_features, 16, 4)
+            linear.weight.copy_((fours * (fours.abs() >= fours.abs().topk(2, -1).values[..., -1:])).flatten(1))
+    host = lowered_attention(attention, x)
+    assert host.q_k_v.format == "two_four"
+    torch.testing.assert_close(host(x), attention(x))
+    host = sparsify.compile(attention, Plan([Quantize(format="int8")], target="cuda"), example=(x,), progress=False)
+    assert host.q_k_v.packed.value == "int8"
+    state, expected = host.state_dict(), attention(x)
+    assert any(not torch.equal(state[name], tensor) for name, tensor in attention.state_dict().items())
+    rounded = copy.deepcopy(attention)
+    rounded.load_state_dict(state)
+    torch.testing.assert_close(host(x), rounded(x))
+    assert float((host(x) - expected).norm() / expected.norm()) < 0.02
+
+
+def test_linears_that_stay_apart_say_why(launched: Counter[str]) -> None:
+    attention, x = Attention(), torch.randn(2, 64)
+    attention.v.register_forward_hook(lambda _m, _x, y: y)
+    host = lowered_attention(attention, x)
+    assert "q, k, v apart: a linear has hooks" in str(host.sparsify.report)
+    torch.testing.assert_close(host(x), attention(x))
+    assert launched == {"stream": 3}
 
 
 # --- training operators -----------------------------------------------------------------------------------------------

@@ -42,8 +42,10 @@ def test_source_is_deterministic_and_whole(isa: codegen.Isa, value: str) -> None
     assert f"isa={isa}, values={value}" in first
     for name in variant.kernels:
         assert f"int sparsify_{name}(" in first
-    assert ("sparsify_vnni" in first) == (isa in ("avx512vbmi2", "avx512vnni") and value == "s8")
-    assert ("sparsify_lookup" in first) == ("_mm512_maskz_compress_epi8" in first) == (isa == "avx512vbmi2")
+    byte_expand = isa in ("avx512bf16", "avx512vbmi2")
+    assert ("sparsify_vnni" in first) == ((byte_expand or isa == "avx512vnni") and value == "s8")
+    assert ("sparsify_lookup" in first) == ("_mm512_maskz_compress_epi8" in first) == byte_expand
+    assert ("sparsify_dot" in first) == ("_mm512_dpbf16_ps" in first) == (isa == "avx512bf16" and value == "bf16")
     assert ("_mm512" in first) == isa.startswith("avx512")
     assert ("immintrin" in first) == (isa != "portable")
 
@@ -145,7 +147,7 @@ def test_isa_can_be_narrowed_but_not_widened(monkeypatch: pytest.MonkeyPatch) ->
 def test_cost_model_prefers_what_the_formats_are_for() -> None:
     torch.manual_seed(0)
     packed = pack(torch.randn(512, 512) * (torch.rand(512, 512) < 0.1))
-    for isa in ISAS[:4]:
+    for isa in ISAS[:5]:
         one = {k: dispatch.predict(packed, isa, k, 1, 1) for k in ("gemv", "stream")}
         many = {k: dispatch.predict(packed, isa, k, 256, 1) for k in ("gemv", "stream", "decompress")}
         assert min(one, key=one.__getitem__) == "gemv"
@@ -293,7 +295,7 @@ static uint32_t next() { state = state * 1664525u + 1013904223u; return state >>
 static float uniform() { return float(next() %% 2001) / 1000.0f - 1.0f; }
 int main() {
   sparsify_init(nullptr);
-  const int64_t shapes[][2] = {{1, 1}, {3, 64}, {5, 65}, {37, 53}, {66, 131}, {70, 200}};
+  const int64_t shapes[][2] = {{1, 1}, {3, 64}, {4, 128}, {5, 65}, {37, 53}, {66, 131}, {70, 200}};
   const int64_t token_counts[] = {1, 2, 3, 7, 8, 9, 16, 17, 33, 65, 70};
   for (auto& shape : shapes) for (int density = 0; density <= 100; density += 50) {
     int64_t rows = shape[0], cols = shape[1], blocks = (cols + 63) / 64, panels = (rows + 3) / 4;
@@ -317,7 +319,8 @@ int main() {
     values.resize(values.size() + 96);
     values.shrink_to_fit();
     Layer layer{rows, cols, blocks, masks.data(), values.data(), panel_ptr.data(), %(scales)s, 0, sums.data(),
-                bias.data(), 4, 0};
+                bias.data(), 4, 0,
+                int32_t(int64_t(values.size()) - 96 == panels * 4 * blocks * 64)};
     for (int64_t tokens : token_counts) {
       std::vector<float> x(tokens * cols), out(tokens * rows), residual(tokens * rows, 0.125f);
       for (auto& v : x) v = uniform();
@@ -361,7 +364,7 @@ def test_sanitizers_find_nothing(isa: codegen.Isa, value: str, tmp_path: Path) -
         "value": sample,
         "scale": "0.5f" if integers else "1.0f",
         "scales": "scales.data()" if integers else "nullptr",
-        "quantised": variant.kernels.index("vnni") if "vnni" in variant.kernels else -1,
+        "quantised": next((i for i, name in enumerate(variant.kernels) if name in ("vnni", "dot")), -1),
         "entries": ", ".join(f"sparsify_{name}" for name in variant.kernels),
     }
     source, program = tmp_path / "driver.cpp", tmp_path / "driver"

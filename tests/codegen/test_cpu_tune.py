@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sparsify.kernels.cpu import build, dispatch, tune
+from sparsify.kernels.cpu.formats import pack
 from sparsify.kernels.cpu.tune import Timing
 from sparsify.lowering import cpu, fuse_cpu
 from sparsify.lowering.cpu import lower_model
@@ -23,6 +24,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path))
     monkeypatch.setattr(tune, "tuned", None)
     monkeypatch.setattr(tune, "checked", set())
+    monkeypatch.setattr(tune, "PRESENCE", 0.0)  # clocks are fake, but other processes are not
 
 
 def fake_clock(monkeypatch: pytest.MonkeyPatch, seconds: Mapping[str, Iterator[float]]) -> dict[str, int]:
@@ -187,3 +189,39 @@ def test_prepacked_linears_are_linears(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.inference_mode():
         torch.testing.assert_close(layer(x.detach()), other(x.detach()), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(duplicate(x.detach()), linear(x.detach()), rtol=1e-5, atol=1e-6)
+
+
+def test_more_tokens_than_were_measured_are_served_by_what_256_said() -> None:
+    layer = SparseLinear(pack(torch.randn(8, 64)))
+    if layer.kernels is None:
+        pytest.skip("no compiler")
+    key = dispatch.tune_key(layer.packed, layer.layer, layer.kernels.variant, 256, torch.get_num_threads(), False)
+    tune.remember(key, {"seconds": {"decompress/48": 1.0, "stream/64": 2.0}, "steady": True})
+    assert (dispatch.bucket(700), dispatch.bucket(5000)) == (1024, 1024)
+    assert layer.choice(700).kernel == "decompress"
+    own = dispatch.tune_key(layer.packed, layer.layer, layer.kernels.variant, 1024, torch.get_num_threads(), False)
+    tune.remember(own, {"seconds": {"decompress/48": 2.0, "stream/64": 1.0}, "steady": True})
+    layer.choices.clear()
+    assert layer.choice(700).kernel == "stream"
+
+
+def test_products_of_16_bit_models_are_timed_with_their_conversions(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.dtype] = []
+    plain = dispatch.run_module
+
+    def spy(entry: Any, layer: Any, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append(x.dtype)
+        return plain(entry, layer, x, *rest)
+
+    layer = SparseLinear(pack(torch.randn(8, 64).bfloat16()))
+    if layer.kernels is None:
+        pytest.skip("no compiler")
+    monkeypatch.setattr(dispatch, "run_module", spy)
+
+    def run_all(_: str, calls: Mapping[str, Callable[[], Any]]) -> Timing:
+        assert {call().dtype for call in calls.values()} == {torch.bfloat16}
+        return Timing(dict.fromkeys(calls, 1.0), True)
+
+    monkeypatch.setattr(dispatch, "measured", run_all)
+    layer.choice(16, measure=True)
+    assert set(seen) == {torch.bfloat16}

@@ -21,7 +21,7 @@ from sparsify.kernels.source import strict_environment, write_once
 
 
 def spec_of(op: str, **changes: object) -> KernelSpec:
-    form = "gaps" if op in ("stream", "expand") else ""
+    form = {"stream": "gaps", "expand": "gaps", "quantized": "nf4"}.get(op, "")
     fields = {"op": op, "target": "sm_90", "tile": choose_tile(op, 1, "sm_90"), "format": form, **changes}
     return KernelSpec(**fields)  # type: ignore[arg-type]
 
@@ -59,6 +59,22 @@ def test_every_field_of_a_stream_changes_its_source() -> None:
     assert len(set(bodies)) == len(bodies)
 
 
+def test_every_field_of_a_quantized_base_changes_its_source() -> None:
+    for tokens in (1, 16):
+        spec = spec_of("quantized", tokens=tokens)
+        others = [
+            replace(spec, x="fp16"),
+            replace(spec, format="int8"),
+            replace(spec, format="int4"),
+            replace(spec, sparse=True),
+            replace(spec, low_rank=True),
+            replace(spec, epilogue=Epilogue(bias=True)),
+            replace(spec, tile=replace(spec.tile, rows=8)),
+        ]
+        bodies = [generate(s).split("\n", 1)[1] for s in (spec, *others)]
+        assert len(set(bodies)) == len(bodies)
+
+
 def test_wrong_specs_are_named() -> None:
     for changes, message in (
         ({"op": "gemm"}, "unknown operator 'gemm'"),
@@ -66,6 +82,7 @@ def test_wrong_specs_are_named() -> None:
         ({"value": "fp8"}, "value: unknown type 'fp8'"),
         ({"x": "int8"}, "int8 is a type of stored weights only"),
         ({"format": "csr"}, "unknown format 'csr'"),
+        ({"op": "quantized", "format": "fp4"}, "unknown format 'fp4', known: nf4, int8, int4"),
         ({"tokens": 3}, "tokens 3: a power of two"),
         ({"index_bits": 16}, "index of 16 bits"),
     ):

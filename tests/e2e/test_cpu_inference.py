@@ -18,7 +18,7 @@ import sparsify
 from sparsify import CpuOptions, Plan, PlanError, Prune, Quantize
 from sparsify.kernels.cpu import build
 from sparsify.kernels.cpu.formats import FormatError
-from sparsify.lowering.sparse_linear import GatedLinear, HalfOfGated, SparseLinear
+from sparsify.lowering.sparse_linear import BothOfGated, GatedLinear, HalfOfGated, SparseLinear
 from sparsify.program import Stage
 
 SMALL = CpuOptions(tokens=(1, 8), mode="small")
@@ -233,6 +233,29 @@ def test_gated_feed_forwards_become_one_kernel() -> None:
         close(feed_forward.up_proj(x), plain.up_proj(x))
         close(feed_forward.gate_proj(x), plain.gate_proj(x))
     assert torch.equal(feed_forward.up_proj.dense(), plain.up_proj.weight)
+
+
+def test_gate_and_up_in_one_weight_become_one_kernel() -> None:
+    host, pruned, inputs = lowered("Phi-3")
+    feed_forward = host.model.layers[0].mlp
+    assert type(feed_forward).__name__ == "Phi3MLP"
+    assert isinstance(feed_forward.gate_up, GatedLinear)
+    assert isinstance(feed_forward.gate_up_proj, BothOfGated)
+    weight = pruned.model.layers[0].mlp.gate_up_proj.weight
+    assert torch.equal(host.state_dict()["model.layers.0.mlp.gate_up_proj.weight"], weight)
+    x = torch.randn(3, weight.shape[1])
+    torch.testing.assert_close(feed_forward.gate_up_proj(x), x @ weight.t(), rtol=1e-4, atol=1e-5)
+    calls: list[Any] = []
+    for module in (feed_forward.gate_up, feed_forward.gate_up_proj):
+        module.register_forward_hook(lambda m, _, __: calls.append(type(m)))
+    with torch.inference_mode():
+        close(feed_forward(x), pruned.model.layers[0].mlp(x))
+        assert calls == [GatedLinear]
+        doubled = {name: tensor * 2 if "gate_up" in name else tensor for name, tensor in pruned.state_dict().items()}
+        host.load_state_dict(doubled)
+        pruned.load_state_dict(doubled)
+        close(host(**inputs), pruned(**inputs))
+    assert "gate_up_proj, silu and product in one kernel" in str(host.sparsify.report)
 
 
 def test_shared_pass_is_one_call_and_only_for_its_input(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,8 +77,17 @@ def test_a_step_on_the_device_moves_what_trains(rule):
 
 # --- generated kernels ------------------------------------------------------------------------------------------------
 
-from sparsify.kernels.gpu import launch  # noqa: E402
+import sys  # noqa: E402
+from functools import partial  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.gpu_quantized import random_base, unpack_by_formula  # noqa: E402
+from sparsify.kernels.gpu import launch, semi_structured  # noqa: E402
 from sparsify.kernels.gpu.formats import pack_blocks, pack_stream, pack_two_four, quantize_int8  # noqa: E402
+from sparsify.kernels.gpu.operator import packed_product  # noqa: E402
+from sparsify.quantized import FORMATS  # noqa: E402
 
 SIXTEEN = [torch.bfloat16, torch.float16]
 
@@ -144,6 +153,22 @@ def test_gated_streams(dtype: torch.dtype) -> None:
         assert norm_error(found, torch.nn.functional.silu(gate) * up) < 4e-3
 
 
+@pytest.mark.parametrize("dtype", SIXTEEN)
+@pytest.mark.parametrize("tokens", [64, 200])
+def test_two_four_with_many_tokens_runs_on_sparse_tensor_cores(dtype: torch.dtype, tokens: int) -> None:
+    needs_triton()
+    weight = two_four(512, 1024, dtype)
+    packed, x = pack_two_four(weight), torch.randn(tokens, 1024, device="cuda").to(dtype)
+    bias = torch.randn(512, device="cuda").to(dtype)
+    assert semi_structured.why_not(packed) == ""
+    y = semi_structured.product(packed, x, bias)
+    assert y is not None
+    assert norm_error(y, x.double() @ weight.double().t() + bias.double()) < 4e-3
+    through = packed_product(packed, x, bias, None, "none")
+    assert torch.equal(through, y)
+    assert "SparseSemiStructured" in type(semi_structured.semi_structured(packed)).__name__
+
+
 TILES = [(torch.bfloat16, False), (torch.float16, False), (torch.float32, False), (torch.bfloat16, True)]
 
 
@@ -162,6 +187,51 @@ def test_tiles(dtype: torch.dtype, int8: bool, sides: tuple[int, int]) -> None:
     for tokens in (1, 5, 100):
         x = torch.randn(tokens, 512, device="cuda").to(dtype)
         assert norm_error(launch.blocks_product(packed, x, out=torch.float32), x.double() @ exact_weight.t()) < 1e-5
+
+
+BASES = [(format, torch.bfloat16, tokens) for format in FORMATS for tokens in (1, 7, 64)]
+BASES += [("nf4", torch.float16, 1), ("nf4", torch.float16, 16), ("int8", torch.float32, 1), ("nf4", torch.float32, 30)]
+
+
+@pytest.mark.parametrize(("format", "dtype", "tokens"), BASES)
+def test_quantized_bases(format: str, dtype: torch.dtype, tokens: int) -> None:
+    """NF4, int8 and int4 with a support, a low-rank part and a bias, in one launch; packed weights are drawn at random, so that
+    no library is needed."""
+    needs_triton()
+    rows, cols, rank = 1027, 2048 + 192, 24
+    packed = random_base(format, rows, cols, "cuda")
+    weight = unpack_by_formula(packed, format, rows, cols, torch.float64)
+    x, bias = torch.randn(tokens, cols, device="cuda").to(dtype), torch.randn(rows, device="cuda").to(dtype)
+    index = torch.randperm(rows * cols, device="cuda")[:9000].sort().values.int()
+    values, b = torch.randn(9000, device="cuda"), torch.randn(rows, rank, device="cuda")
+    u = (x @ torch.randn(rank, cols, device="cuda").to(dtype).t()) / cols**0.5
+    exact = x.double() @ weight.flatten().index_copy(0, index.long(), values.double()).view(rows, cols).t()
+    exact = exact + 0.5 * u.double() @ b.double().t() + bias.double()
+    found = launch.quantized_product(packed, format, x, bias, values, index, u, b, 0.5, rows)
+    assert norm_error(found, exact) < (1e-5 if dtype == torch.float32 else 4e-3)
+
+
+def test_a_quantized_base_is_safe_in_a_cuda_graph() -> None:
+    needs_triton()
+    packed, x = random_base("nf4", 256, 512, "cuda"), torch.randn(1, 512, device="cuda").bfloat16()
+    index = torch.arange(0, 256 * 512, 97, device="cuda").int()
+    values = torch.randn(index.numel(), device="cuda")
+    run = partial(launch.quantized_product, packed, "nf4", x, None, values, index, rows=256)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run()
+    weight = unpack_by_formula(packed, "nf4", 256, 512, torch.float64)
+    for _ in range(3):
+        x.copy_(torch.randn(1, 512, device="cuda"))
+        values.normal_()
+        graph.replay()
+        exact = x.double() @ weight.flatten().index_copy(0, index.long(), values.double()).view(256, 512).t()
+        assert norm_error(y, exact) < 4e-3
 
 
 @pytest.mark.parametrize("dtype", [*SIXTEEN, torch.float32])

@@ -160,7 +160,9 @@ def test_operators_pass_opcheck(parts, format, transposed):
     args = (case.x, *head, case.bias, block, channels, case.axis, values, index, a, b, SCALE, case.packed)
     torch.library.opcheck(torch.ops.sparsify.quantized_linear.default, args)
     block, channels, values, index, a, b = frozen
-    args = (torch.randn(2, 3, N), *head, block, channels, case.axis, values, index, a, b, SCALE, case.packed)
+    g = torch.randn(2, 3, N)
+    low = None if b is None else ops.reduced(g, b.t())
+    args = (g, *head, block, channels, case.axis, values, index, low, a, SCALE, case.packed)
     torch.library.opcheck(torch.ops.sparsify.quantized_linear_dx.default, args)
 
 

@@ -197,3 +197,38 @@ def test_operator_passes_opcheck():
     for dtype in (torch.int32, torch.int64):
         index = torch.tensor([0, 3, 19], dtype=dtype)
         torch.library.opcheck(torch.ops.sparsify.sampled_product.default, (torch.randn(3, 4), torch.randn(3, 5), index))
+
+
+@needs_compiler
+@pytest.mark.parametrize("wide", [False, True], ids=["int32", "int64"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_generated_write_equals_index_copy(dtype, wide, monkeypatch):
+    """More entries than one thread's turn, special values, and not one byte beside the support."""
+    monkeypatch.setattr(sampled, "SMALLEST_WRITE", 1)
+    weight = torch.randn(130, 120).to(dtype)
+    index = torch.randperm(weight.numel())[:9001].sort().values.to(torch.int64 if wide else torch.int32)
+    values = torch.randn(9001)
+    values[:6] = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, 1.00390625, 3.3e38])
+    expected = weight.view(-1).index_copy(0, index.long(), values.to(dtype)).view_as(weight)
+    assert sampled.kernel_writes(weight, values, index)
+    version = weight._version
+    ops.write_values(weight, values, index)
+    torch.testing.assert_close(weight, expected, rtol=0, atol=0, equal_nan=True)
+    assert weight._version == version
+
+
+@needs_compiler
+@pytest.mark.parametrize("wrong", [-1, 16384, 2**31 - 1])
+def test_the_generated_write_refuses_a_position_outside(wrong):
+    weight, index = torch.zeros(128, 128), torch.arange(4096, dtype=torch.int32)
+    index[77] = wrong
+    with pytest.raises(IndexError, match="outside the weight of 16384"):
+        ops.write_values(weight, torch.ones(4096), index)
+
+
+def test_what_the_generated_write_does_not_take():
+    weight, index = torch.zeros(64, 64), torch.arange(4096, dtype=torch.int32)
+    assert not sampled.kernel_writes(weight.double(), torch.zeros(4096), index)
+    assert not sampled.kernel_writes(weight.t()[:, ::2], torch.zeros(2048), index[:2048])
+    assert not sampled.kernel_writes(weight, torch.zeros(4096).to(torch.bfloat16), index)
+    assert not sampled.kernel_writes(weight, torch.zeros(5), index[:5])

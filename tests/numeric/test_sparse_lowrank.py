@@ -140,7 +140,11 @@ def test_operators_pass_opcheck(parts, transposed, dtype):
     torch.library.opcheck(torch.ops.sparsify.sparse_lowrank_linear.default, (case.x, case.stored, case.bias, *rest))
     frozen = tuple(v.detach() if isinstance(v, Tensor) else v for v in rest)
     g = torch.randn(2, 3, N, dtype=dtype)
-    torch.library.opcheck(torch.ops.sparsify.sparse_lowrank_linear_dx.default, (g, case.stored, *frozen))
+    values, index, a, b, *plain = frozen
+    low = None if b is None else ops.reduced(g, b.t())
+    torch.library.opcheck(
+        torch.ops.sparsify.sparse_lowrank_linear_dx.default, (g, case.stored, values, index, low, a, *plain)
+    )
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
@@ -238,7 +242,7 @@ def test_no_dense_sum_of_weight_and_sparse_part_is_made(transposed):
     assert sizes
     assert max(sizes) < dense / 4
     backward = torch.ops.sparsify.sparse_lowrank_linear_dx
-    sizes = allocated(lambda: backward(g, stored, values, index, a, b, 1.0, transposed))
+    sizes = allocated(lambda: backward(g, stored, values, index, g @ b, a, 1.0, transposed))
     assert sizes
     assert max(sizes) < dense / 4
     control = allocated(lambda: nn.functional.linear(x, stored.view(n, m) + 1))
@@ -251,7 +255,15 @@ def gemms(call: Callable[[], Any]) -> list[tuple[int, int]]:
         call()
     names = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::mv")
     shapes = [[s for s in e.input_shapes if len(s) == 2] for e in recorded.events() or [] if e.name in names]
-    return sorted({(s[-2][0], s[-1][1]) for s in shapes})
+    return sorted((s[-2][0], s[-1][1]) for s in shapes)
+
+
+def test_backward_multiplies_each_side_by_its_factor_once():
+    """`g B` serves dX and dA, `x Aᵀ` serves dB."""
+    case = make(PARTS[3], False, (2, 3, M), torch.float32)
+    y = case.call()
+    products = gemms(lambda: y.backward(torch.ones_like(y)))
+    assert products.count((6, RANK)) == 2
 
 
 def test_without_a_sparse_part_no_dense_gradient_is_formed():

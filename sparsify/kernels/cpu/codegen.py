@@ -9,14 +9,17 @@ from typing import Literal
 
 from sparsify.kernels.source import strict_environment
 
-Isa = Literal["avx512vbmi2", "avx512vnni", "avx512", "avx2", "portable"]
-ISAS: tuple[Isa, ...] = ("avx512vbmi2", "avx512vnni", "avx512", "avx2", "portable")
-LANES: dict[Isa, int] = {"avx512vbmi2": 16, "avx512vnni": 16, "avx512": 16, "avx2": 8, "portable": 4}
-VECTORS: dict[Isa, int] = {"avx512vbmi2": 8, "avx512vnni": 8, "avx512": 8, "avx2": 2, "portable": 2}
+Isa = Literal["avx512bf16", "avx512vbmi2", "avx512vnni", "avx512", "avx2", "portable"]
+ISAS: tuple[Isa, ...] = ("avx512bf16", "avx512vbmi2", "avx512vnni", "avx512", "avx2", "portable")
+WIDE: tuple[Isa, ...] = ("avx512bf16", "avx512vbmi2", "avx512vnni", "avx512")
+LANES: dict[Isa, int] = {**dict.fromkeys(WIDE, 16), "avx2": 8, "portable": 4}
+VECTORS: dict[Isa, int] = {**dict.fromkeys(WIDE, 8), "avx2": 2, "portable": 2}
 AVX2_FLAGS = ("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mpopcnt", "-mlzcnt")
 AVX512_FLAGS = (*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
+VBMI2_FLAGS = (*AVX512_FLAGS, "-mavx512vnni", "-mavx512vbmi", "-mavx512vbmi2")
 FLAGS: dict[Isa, tuple[str, ...]] = {
-    "avx512vbmi2": (*AVX512_FLAGS, "-mavx512vnni", "-mavx512vbmi", "-mavx512vbmi2"),
+    "avx512bf16": (*VBMI2_FLAGS, "-mavx512bf16"),
+    "avx512vbmi2": VBMI2_FLAGS,
     "avx512vnni": (*AVX512_FLAGS, "-mavx512vnni"),
     "avx512": AVX512_FLAGS,
     "avx2": AVX2_FLAGS,
@@ -24,6 +27,22 @@ FLAGS: dict[Isa, tuple[str, ...]] = {
 }
 ACTIVATION_BYTES = 384 << 10  # packed activations that a range of columns may take: they stay in L2
 TEMPLATES = Path(__file__).parent / "templates"
+
+
+def exchanges(lanes: int) -> list[tuple[int, list[int], list[int]]]:
+    """Steps of a transposition of `lanes × lanes` in registers: `(distance, low, high)` for every power of two.
+
+    Of two rows that lie `distance` apart, `low` and `high` are the elements (counted through both rows) of the new rows."""
+    found = []
+    for distance in (d for d in (1, 2, 4, 8, 16) if d < lanes):
+        low = [i if not i & distance else lanes + i - distance for i in range(lanes)]
+        found.append((distance, low, [i + distance if not i & distance else lanes + i for i in range(lanes)]))
+    return found
+
+
+def rotations(lanes: int) -> list[list[int]]:
+    """Rotations of a vector by 1, 2, 4, … elements: adding each in turn leaves the sum in every element."""
+    return [[(i + distance) % lanes for i in range(lanes)] for distance, *_ in exchanges(lanes)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +68,23 @@ class Variant:
         """Entry points that the source exports, as `sparsify_<name>`."""
         common = ("gemv", "stream", "decompress")
         integers = ("vnni",) if self.vnni and self.value == "s8" else ()
-        return (*common, *integers, "lookup") if self.isa == "avx512vbmi2" else (*common, *integers)
+        lookup = ("lookup",) if self.vbmi2 else ()
+        return (*common, *integers, *lookup, "dot") if self.dot else (*common, *integers, *lookup)
 
     @property
     def vnni(self) -> bool:
         """Whether bytes are multiplied four at a time."""
-        return self.isa in ("avx512vbmi2", "avx512vnni")
+        return self.vbmi2 or self.isa == "avx512vnni"
+
+    @property
+    def vbmi2(self) -> bool:
+        """Whether bytes and words are expanded and compressed in one instruction."""
+        return self.isa in ("avx512bf16", "avx512vbmi2")
+
+    @property
+    def dot(self) -> bool:
+        """Whether bf16 values are multiplied in pairs with bf16 activations."""
+        return self.isa == "avx512bf16" and self.value == "bf16"
 
 
 @cache
@@ -66,7 +96,8 @@ def generate(variant: Variant) -> str:
         isa=isa,
         avx512=isa.startswith("avx512"),
         vnni=variant.vnni,
-        vbmi2=isa == "avx512vbmi2",
+        vbmi2=variant.vbmi2,
+        dot=variant.dot,
         value=variant.value,
         lanes=LANES[isa],
         max_vectors=VECTORS[isa],

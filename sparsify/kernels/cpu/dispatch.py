@@ -1,11 +1,12 @@
 """Which kernel serves how many tokens: what this CPU has, what the cost model predicts, what was measured once.
 
-A packed layer has five ways to run, all on the same bytes:
+A packed layer has six ways to run, all on the same bytes:
     gemv        expand 16 weights against their mask, multiply with every token: bandwidth bound, 1 to 8 tokens
     lookup      fetch the activations of up to 16 stored weights: 1 or 2 tokens, very sparse (AVX512-VBMI2)
     stream      one broadcast and a few FMAs per nonzero: work proportional to the nonzeros, from 4 tokens on
     decompress  expand rows to L1 and multiply densely: moderate sparsity with many tokens
     vnni        int8 weights × int8 activations (dynamic, per token): any number of tokens
+    dot         bf16 weights × bf16 activations, in pairs: any number of tokens of a model held in bf16
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ from sparsify.kernels.cpu.formats import BLOCK, Bitmask
 from sparsify.kernels.cpu.tune import TUNE_VERSION, cpu_name, measured, recorded, remember, seconds_of, tuning
 
 ACTIVATIONS: dict[str, int] = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
-BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024)
+COMMON = (
+    256  # the largest bucket that is measured by default; what it says serves above where nothing else was measured
+)
 
 
 class LayerStruct(ctypes.Structure):
@@ -96,7 +100,7 @@ def best_isa() -> Isa:
     if has_avx512:
         best = "avx512vnni" if "avx512_vnni" in flags else "avx512"
         if {"avx512_vnni", "avx512vbmi", "avx512_vbmi2"} <= flags:
-            best = "avx512vbmi2"
+            best = "avx512bf16" if "avx512_bf16" in flags else "avx512vbmi2"
     elif has_avx2:
         best = "avx2"
     named = os.environ.get("SPARSIFY_ISA")
@@ -160,6 +164,13 @@ def run_kernel(
     raise MemoryError("no memory for the kernel's scratch space")
 
 
+def run_module(
+    entry: Callable[..., int], layer: LayerStruct, x: torch.Tensor, outputs: int, row_tile: int
+) -> torch.Tensor:
+    """A product as a module runs it, from and to x's dtype: what has to be compared with torch's product in that dtype."""
+    return run_kernel(entry, layer, x.float(), outputs, None, row_tile).to(x.dtype)
+
+
 def bucket(tokens: int) -> int:
     """The measured number of tokens that stands for `tokens`: the next larger bucket, at most the largest."""
     return next((b for b in BUCKETS if tokens <= b), BUCKETS[-1])
@@ -173,11 +184,14 @@ def candidates(isa: Isa, value: str, tokens: int, vnni: bool) -> list[tuple[str,
     if tokens >= 4:
         found.append(("stream", 64))
     if tokens >= 8:
-        found += [("stream", 128), ("decompress", 48)]
-    if tokens <= 2 and isa == "avx512vbmi2":
+        found += [("stream", 256 if tokens >= 64 else 128), ("decompress", 48)]
+    variant = Variant(isa=isa, value=value)
+    if tokens <= 2 and variant.vbmi2:
         found.append(("lookup", 64))
-    if vnni and isa in ("avx512vbmi2", "avx512vnni") and value == "s8":
+    if vnni and variant.vnni and value == "s8":
         found += [("vnni", 32), ("vnni", 64)] if tokens > 8 else [("vnni", 32)]
+    if variant.dot:
+        found += [("dot", 32), ("dot", 64)] if tokens > 8 else [("dot", 64)]
     return found
 
 
@@ -202,9 +216,11 @@ def predict(packed: Bitmask, isa: Isa, kernel: str, tokens: int, threads: int) -
         passes = -(-tokens // 2)
         cycles = passes * (weights / BLOCK * (5.0 + 2.5 * tokens) + packed.nnz / 16 * (2.0 + 2.5 * tokens))
     elif kernel == "vnni":
-        groups, expand = weights / BLOCK, 3.0 if isa == "avx512vbmi2" else 7.5
+        groups, expand = weights / BLOCK, 3.0 if Variant(isa=isa, value="s8").vbmi2 else 7.5
         cycles = groups * (expand + tokens * (0.8 if tokens <= 8 else 1.3))
         cycles += tokens * packed.cols * 0.3
+    elif kernel == "dot":
+        cycles = weights / BLOCK * (6.0 + tokens * (2.0 if tokens <= 8 else 2.4)) + tokens * packed.cols * 0.2
     else:
         vectors = -(-tokens // lanes)
         wide = min(vectors, VECTORS[isa] if kernel == "stream" else min(4, VECTORS[isa]))
@@ -305,23 +321,32 @@ def choose(
     best = min(options, key=lambda option: costs[option])
     key = tune_key(packed, layer, kernels.variant, size, threads, vnni)
     if measure:
-        x = activations(size, packed.cols)
+        x = activations(size, packed.cols).to(packed.dtype)
         outputs = packed.rows // 2 if layer.gated else packed.rows
         plausible = [option for option in options if costs[option] <= 4 * costs[best]]
         calls: dict[str, Callable[[], Any]] = {
-            option_name(o): partial(run_kernel, kernels.entries[o[0]], layer, x, outputs, None, o[1]) for o in plausible
+            option_name(o): partial(run_module, kernels.entries[o[0]], layer, x, outputs, o[1]) for o in plausible
         }
         if dense is not None:
             calls.update(dense(size))
         timing = measured(key, calls)
     else:
         timing = recorded(key)
+        if timing is None and size > COMMON:
+            timing = recorded(tune_key(packed, layer, kernels.variant, COMMON, threads, vnni))
     known = [o for o in options if timing is not None and option_name(o) in timing.seconds]
     if timing is None or not known:
         return Choice(best[0], best[1], costs[best])
     best = min(known, key=lambda option: timing.seconds[option_name(option)])
     others = {name: s for name, s in timing.seconds.items() if name not in map(option_name, options)}
     return Choice(best[0], best[1], costs[best], timing.seconds[option_name(best)], others, timing.steady)
+
+
+def serves(choice: Choice, dtype: torch.dtype, tokens: int) -> Choice:
+    """`choice`, or what takes its place for activations of a type that its kernel would round."""
+    if choice.kernel != "dot" or dtype == torch.bfloat16:
+        return choice
+    return Choice("gemv" if tokens <= 8 else "stream", 64, choice.predicted)
 
 
 def kernels_for(packed: Bitmask) -> Kernels:

@@ -22,6 +22,7 @@ from sparsify.kernels.cpu.dispatch import (
     kernels_for,
     layer_struct,
     run_kernel,
+    serves,
 )
 from sparsify.kernels.cpu.formats import Bitmask
 
@@ -87,6 +88,7 @@ def packed_linear_cpu(
     extra = residual.reshape(-1, outputs).float().contiguous() if residual is not None else None
     try:
         kernels, layer, choice = prepared(packed, row_sums, bias, activation, gated, int8, flat.shape[0])
+        choice = serves(choice, x.dtype, flat.shape[0])
         y = run_kernel(kernels.entries[choice.kernel], layer, flat, outputs, extra, choice.row_tile)
     except (NonFiniteError, BuildError):
         y = dense_product(packed, flat, bias, activation, gated, extra)

@@ -1,7 +1,8 @@
-"""The sampled product `(aᵀ b)[index]` on CPU: a generated kernel for fp32 and bf16 (SDDMM; RoSA's sparse weight gradient).
+"""RoSA's sparse part on CPU: generated kernels, for fp32 and bf16, for the sampled product `(aᵀ b)[index]` (SDDMM, the weight
+gradient on a support) and for the write of the trained values into the weight.
 
 PyTorch's own kernel (`torch.sparse.sampled_addmm`) copies both factors into transposed form on one thread, which is most of
-its time; here one factor is transposed in chunks by all threads and the other in strips that stay in L1.
+its time; here one factor is transposed in chunks by all threads and the other in strips that stay in L2.
 """
 
 from __future__ import annotations
@@ -15,20 +16,25 @@ import torch
 from torch import Tensor
 
 from sparsify.kernels.cpu.build import BuildError, compile_library, openmp_entry
-from sparsify.kernels.cpu.codegen import FLAGS, LANES, TEMPLATES, Isa
+from sparsify.kernels.cpu.codegen import FLAGS, LANES, TEMPLATES, Isa, exchanges, rotations
 from sparsify.kernels.cpu.dispatch import best_isa
 from sparsify.kernels.source import strict_environment
 
-CHUNK = 512  # tokens whose factors are transposed at a time
+CHUNK = 256  # tokens whose factors are transposed at a time
+STRIP = 64  # columns of `a` whose transposed form is alive at a time, per thread
 VALUES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 SMALLEST = 1 << 18  # products of `tokens · entries` below which no kernel is built
+SMALLEST_WRITE = 1 << 11  # entries below which none is built to write them
 
 
 @cache
 def generate_sampled(isa: Isa, value: str) -> str:
     """C++ source for one instruction set and input type."""
     template = strict_environment(TEMPLATES).get_template("sampled.cpp.jinja")
-    return template.render(value=value, lanes=LANES[isa], chunk=CHUNK)
+    lanes = LANES[isa]
+    return template.render(
+        value=value, lanes=lanes, chunk=CHUNK, strip=STRIP, exchanges=exchanges(lanes), rotations=rotations(lanes)
+    )
 
 
 @cache
@@ -47,6 +53,8 @@ def load_sampled(isa: Isa, value: str) -> Any:
         pointer, word, pointer, word, word, word, word, pointer, small, word, pointer, pointer, small,
     ]  # fmt: skip
     library.sparsify_sampled.restype = None
+    library.sparsify_write.argtypes = [pointer, word, pointer, pointer, small, word, small]
+    library.sparsify_write.restype = small
     return library
 
 
@@ -73,3 +81,25 @@ def sampled_by_kernel(a: Tensor, b: Tensor, index: Tensor, isa: Isa | None = Non
         int(index.dtype == torch.int64), index.numel(), out.data_ptr(), scratch.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out.to(a.dtype)
+
+
+def kernel_writes(weight: Tensor, values: Tensor, index: Tensor) -> bool:
+    """Whether `write_by_kernel` takes these: contiguous on the CPU, fp32 values, one of the weight's types, enough entries."""
+    if weight.device.type != "cpu" or weight.dtype not in VALUES or values.dtype != torch.float32:
+        return False
+    if index.numel() < SMALLEST_WRITE or not all(t.is_contiguous() for t in (weight, values, index)):
+        return False
+    return load_sampled(best_isa(), VALUES[weight.dtype]) is not None
+
+
+def write_by_kernel(weight: Tensor, values: Tensor, index: Tensor) -> None:
+    """`weight.view(-1)[index] = values`, rounded to the weight's type, without a 64-bit copy of the index.
+
+    Raises IndexError if an index lies outside the weight."""
+    library = load_sampled(best_isa(), VALUES[weight.dtype])
+    outside = library.sparsify_write(
+        weight.data_ptr(), weight.numel(), values.data_ptr(), index.data_ptr(), int(index.dtype == torch.int64),
+        index.numel(), torch.get_num_threads(),
+    )  # fmt: skip
+    if outside:
+        raise IndexError(f"sparse part: a position lies outside the weight of {weight.numel()} entries")

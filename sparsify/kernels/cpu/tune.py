@@ -22,7 +22,7 @@ from typing import Any
 
 from sparsify.kernels.source import cache_directory
 
-TUNE_VERSION = 3
+TUNE_VERSION = 4
 AGREEMENT = 1.1  # two rounds within this ratio make a smallest time steady
 PRESENCE = 0.8  # share of the time that the measuring thread must have had a processor
 IMPROVEMENT = 0.8  # a contestant that takes less than this share of its recorded time was recorded under load

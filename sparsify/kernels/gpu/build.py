@@ -28,12 +28,16 @@ POINTER_DTYPES = {
     "*fp16": torch.float16,
     "*fp32": torch.float32,
     "*i8": torch.int8,
+    "*u8": torch.uint8,
     "*i16": torch.int16,
     "*i32": torch.int32,
     "*i64": torch.int64,
 }
 REINTERPRETED = {
     "x_ptr",
+    "entry_ptr",
+    "data_ptr",
+    "u_ptr",
     "values_ptr",
     "bias_ptr",
     "residual_ptr",

@@ -65,6 +65,32 @@ def blocks_parameters(spec: KernelSpec) -> dict[str, str]:
     return {**found, "y_ptr": POINTERS[spec.out], "cols": "i32", "outputs": "i32", "tokens": "i32"}
 
 
+def quantized_parameters(spec: KernelSpec) -> dict[str, str]:
+    one = spec.tokens == 1
+    if one:  # x by words, and by entries for the support
+        found = {"x_ptr": "*fp32" if spec.x == "fp32" else "*i32", "entry_ptr": READ[spec.x]}
+    else:
+        found = {"x_ptr": POINTERS[spec.x]}
+    found["data_ptr"] = "*i32"
+    if not one:
+        found["bytes_ptr"] = "*i8" if spec.format == "int8" else "*u8"
+    if spec.format == "nf4":
+        found |= {"absmax_ptr": "*u8", "nested_ptr": "*fp32", "nested_code_ptr": "*fp32", "code_ptr": "*fp32"}
+        found["offset_ptr"] = "*fp32"
+    else:
+        found["scale_ptr"] = "*fp32"
+    if spec.sparse:
+        found |= {"values_ptr": "*fp32", "index_ptr": f"*i{spec.index_bits}", "first_ptr": "*i64"}
+    if spec.low_rank:
+        found |= {"u_ptr": READ[spec.x] if one else POINTERS[spec.x], "b_ptr": "*fp32"}
+    if spec.epilogue.bias:
+        found["bias_ptr"] = READ[spec.x]
+    found |= {"y_ptr": POINTERS[spec.out], "cols": "i32", "outputs": "i32"}
+    if not one:
+        found["tokens"] = "i32"
+    return found | ({"rank": "i32", "factor": "fp32"} if spec.low_rank else {})
+
+
 def partial_grad_parameters(spec: KernelSpec) -> dict[str, str]:
     found = {"a_ptr": POINTERS[spec.x], "b_ptr": POINTERS[spec.x]}
     if spec.gather:
@@ -93,6 +119,7 @@ PARAMETERS = {
     "stream": stream_parameters,
     "expand": expand_parameters,
     "blocks": blocks_parameters,
+    "quantized": quantized_parameters,
     "partial_grad": partial_grad_parameters,
     "sampled_tile": sampled_tile_parameters,
     "sampled_entries": sampled_entries_parameters,

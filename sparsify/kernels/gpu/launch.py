@@ -2,6 +2,7 @@
 
 stream_product, blocks_product   y = act(x Wᵀ + b) (· up) + residual over packed weights
 expand_stream                    the dense weight of a stream, for GEMMs with many tokens
+quantized_product                y = x W'ᵀ + s u Bᵀ + bias over an NF4, int8 or int4 base, entries replaced at a support
 partial_grad, contiguous_grad    the weight gradient of some channels, fp32
 sampled_tile, sampled_entries    the weight gradient on a sparse support
 write_values                     the trained values of a support into the merged weight
@@ -10,6 +11,7 @@ write_values                     the trained values of a support into the merged
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +24,8 @@ from sparsify.kernels.gpu.tiles import choose_tile
 from sparsify.kernels.gpu.tune import remembered_tile
 
 MAX_TOKENS = 16
+QUANTIZED_TOKENS = 64
+QUANTIZED_BLOCK = 64  # weights per scale; rows must be whole blocks
 SUPPORT_TILE = 64  # columns of every sampled tile
 
 
@@ -173,6 +177,95 @@ def blocks_product(
     arguments |= {"y_ptr": y, "cols": packed.cols, "outputs": packed.rows, "tokens": count}
     launch(spec, (packed.rows // packed.height, 1 if count == 1 else -(-count // tile.cols)), arguments)
     return y
+
+
+def quantized_product(
+    packed: list[Tensor],
+    format: str,
+    x: Tensor,
+    bias: Tensor | None = None,
+    values: Tensor | None = None,
+    index: Tensor | None = None,
+    u: Tensor | None = None,
+    b: Tensor | None = None,
+    scale: float = 1.0,
+    rows: int | None = None,
+) -> Tensor:
+    """x (t, cols), 1 ≤ t ≤ 64 → (t, rows): `x W'ᵀ + scale · u bᵀ + bias` in one launch, W' never unpacked to memory.
+
+    packed, format: as `sparsify.quantized.pack` gives them, for a weight (rows, cols) with whole blocks of 64 per row.
+    values, index: W' is W with `values (k,)` at the sorted flat positions `index (k,)`. u (t, r) in x's dtype is `x Aᵀ`,
+    which the caller takes from the library's GEMM: inside, every program would read all of A. b (rows, r).
+    rows: of the weight, where `packed` does not tell (nf4).
+    """
+    (count, cols), target = x.shape, target_of(x.device)
+    rows = rows or packed[0].shape[0]
+    if not 1 <= count <= QUANTIZED_TOKENS or cols % QUANTIZED_BLOCK:
+        raise TritonError(
+            f"quantized: {count} tokens and {cols} columns; takes 1 to 64 tokens, whole blocks of 64 columns"
+        )
+    tile = quantized_tile(count, cols, target, x_type(x), format)
+    sparse = values is not None and index is not None
+    spec = KernelSpec(
+        op="quantized",
+        target=target,
+        tile=tile,
+        x=x_type(x),
+        out=x_type(x),
+        format=format,
+        tokens=1 if count == 1 else 16,
+        sparse=sparse,
+        low_rank=u is not None,
+        index_bits=index.element_size() * 8 if index is not None else 32,
+        epilogue=Epilogue(bias=bias is not None),
+    )
+    x, y = x.contiguous(), torch.empty(count, rows, dtype=x.dtype, device=x.device)
+    data, *scales = [aligned(t.reshape(-1)) for t in packed]
+    arguments: dict[str, Any] = {"x_ptr": x}
+    arguments |= {"entry_ptr": x, "data_ptr": data} if count == 1 else {"data_ptr": data, "bytes_ptr": data}
+    names = ("absmax_ptr", "nested_ptr", "nested_code_ptr", "code_ptr", "offset_ptr")
+    arguments |= dict(zip(names, scales, strict=True)) if format == "nf4" else {"scale_ptr": scales[0].float()}
+    if values is not None and index is not None:
+        first = row_starts(index, rows, cols)
+        arguments |= {"values_ptr": values.float(), "index_ptr": index.contiguous(), "first_ptr": first}
+    if u is not None and b is not None:
+        arguments |= {"u_ptr": u.contiguous(), "b_ptr": b.float().contiguous()}
+    if bias is not None:
+        arguments["bias_ptr"] = bias.to(x.dtype).contiguous()
+    arguments |= {"y_ptr": y, "cols": cols, "outputs": rows}
+    arguments |= {} if count == 1 else {"tokens": count}
+    arguments |= {"rank": b.shape[1], "factor": scale} if b is not None else {}
+    launch(spec, (-(-rows // tile.rows), 1 if count == 1 else -(-count // tile.cols)), arguments)
+    return y
+
+
+def aligned(t: Tensor) -> Tensor:
+    """A tensor whose data begin at a multiple of 64 bytes, as all fresh ones do; the table of nf4 is addressed so."""
+    return t if t.data_ptr() % 64 == 0 else t.clone()
+
+
+def quantized_tile(count: int, cols: int, target: str, x: str, format: str) -> Tile:
+    """The table's tile; with one token, no more warps than a row's 16-byte loads fill. nf4 is not pipelined: what it looks up
+    would go through shared memory."""
+    tile = choose_tile("quantized", count, target, x)
+    if count > 1:
+        return replace(tile, stages=1) if format == "nf4" else tile
+    loads = cols // (16 if format == "int8" else 32)
+    return replace(tile, warps=max(1, min(tile.warps, power_above(loads) // 32)))
+
+
+starts: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def row_starts(index: Tensor, rows: int, cols: int) -> Tensor:
+    """How many of the sorted flat positions lie before each row, (rows + 1,) int64; remembered as `support_of` is."""
+    key = (rows, cols, index._version)
+    found = starts.get(index)
+    if found is None or found[0] != key:
+        edges = torch.arange(rows + 1, device=index.device, dtype=torch.int64) * cols
+        found = (key, torch.searchsorted(index.long(), edges))
+        starts[index] = found
+    return found[1]
 
 
 # --- training -----------------------------------------------------------------------------------------------------------

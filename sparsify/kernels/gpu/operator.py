@@ -4,7 +4,8 @@
     channel_grad   (g[:, rows])ᵀ x in fp32                            the weight gradient of some channels
 
 On a CUDA device the generated kernels run; elsewhere, and without triton, the same result is computed by unpacking. Up to 16
-tokens go through the stream kernel; more are worth one expansion of the weight and a library GEMM.
+tokens go through the stream kernel; more are worth one expansion of the weight and a library GEMM, and from 64 on a 2:4 weight
+goes to sparse tensor cores.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from sparsify.errors import RefusedError
 from sparsify.kernels.cpu.operator import epilogue
-from sparsify.kernels.gpu import launch
+from sparsify.kernels.gpu import launch, semi_structured
 from sparsify.kernels.gpu.build import can_launch
 from sparsify.kernels.gpu.formats import Blocks, Stream
 
@@ -80,7 +81,9 @@ def packed_product(
         return launch.blocks_product(packed, x, bias, residual, activation)
     if x.shape[0] <= launch.MAX_TOKENS:
         return launch.stream_product(packed, x, bias, residual, activation)
-    y = F.linear(x, launch.expand_stream(packed, x.dtype), None if bias is None else bias.to(x.dtype))
+    y = semi_structured.product(packed, x, bias)
+    if y is None:
+        y = F.linear(x, launch.expand_stream(packed, x.dtype), None if bias is None else bias.to(x.dtype))
     return finish(y, activation, packed.gated, residual)
 
 

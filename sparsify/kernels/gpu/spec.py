@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Literal, get_args
 
-Op = Literal["stream", "expand", "blocks", "partial_grad", "sampled_tile", "sampled_entries", "write_values"]
-OPS: tuple[Op, ...] = ("stream", "expand", "blocks", "partial_grad", "sampled_tile", "sampled_entries", "write_values")
+Op = Literal[
+    "stream", "expand", "blocks", "quantized", "partial_grad", "sampled_tile", "sampled_entries", "write_values"
+]
+OPS: tuple[Op, ...] = get_args(Op)
+FORMATS = {
+    "stream": ("gaps", "two_four"),
+    "expand": ("gaps", "two_four"),
+    "quantized": ("nf4", "int8", "int4"),
+}
 DTYPES = ("bf16", "fp16", "fp32", "int8")
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -63,10 +70,12 @@ class KernelSpec:
 
     op: which template. target: the architecture, which decides tiles but not meaning.
     value, x, out: types of the stored weight, the other operand, and the result.
-    format, width, group: of a packed weight (`formats.Stream`); for blocks, `width` and `group` are a tile's sides.
-    tokens: columns of x that one program multiplies, a power of two up to 16 (blocks: 1, or 16 with tensor cores).
+    format, width, group: of a packed weight (`formats.Stream`); for blocks, `width` and `group` are a tile's sides; for
+        quantized, `format` is the library's ("nf4", "int8", "int4").
+    tokens: columns of x that one program multiplies, a power of two up to 16 (blocks, quantized: 1, or 16 with tensor cores).
     gather: partial_grad: whether the columns of the first operand are picked by an index.
-    index_bits: sampled_entries, write_values: 32 or 64, of the flat index.
+    sparse, low_rank: quantized: whether entries are replaced at a support, and whether a low-rank product is added.
+    index_bits: quantized, sampled_entries, write_values: 32 or 64, of the flat index.
     """
 
     op: Op
@@ -80,6 +89,8 @@ class KernelSpec:
     group: int = 16
     tokens: int = 1
     gather: bool = False
+    sparse: bool = False
+    low_rank: bool = False
     index_bits: int = 32
     epilogue: Epilogue = field(default_factory=Epilogue)
 
@@ -93,8 +104,9 @@ class KernelSpec:
                 raise ValueError(f"{name}: unknown type {getattr(self, name)!r}, known: {', '.join(DTYPES)}")
         if "int8" in (self.x, self.out):
             raise ValueError("int8 is a type of stored weights only")
-        if self.op in ("stream", "expand") and self.format not in ("gaps", "two_four"):
-            raise ValueError(f"unknown format {self.format!r}, known: gaps, two_four")
+        known = FORMATS.get(self.op, (self.format,))
+        if self.format not in known:
+            raise ValueError(f"unknown format {self.format!r}, known: {', '.join(known)}")
         if self.index_bits not in (32, 64):
             raise ValueError(f"index of {self.index_bits} bits, expected 32 or 64")
         if not is_power(self.tokens) or self.tokens > 16:

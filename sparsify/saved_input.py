@@ -1,0 +1,38 @@
+"""What a linear saves of its input for backward: the input itself or, of a product, its two factors.
+
+The gradients of A, B and of single entries need the whole input. Down's input in a gated FFN is `act(gate) · up`, and the
+multiplication keeps both factors for its own backward anyway: Down keeps these too, instead of the product, and multiplies
+them again when its gradients are due. That is one elementwise product per layer for `tokens · ffn` elements less memory, in
+every model whose code multiplies two activations (a compiled graph decides for itself what to recompute).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._C._autograd import _top_saved_tensors_default_hooks
+
+
+def saved_input(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`(x, None)`, or the factors of `x` where autograd holds them already; `restored_input` makes `x` of it, bit for bit."""
+    product = x.grad_fn
+    if product is None or product.name() != "MulBackward0" or x._version or _observed():
+        return x, None
+    factors: tuple[Tensor | None, Tensor | None] = (product._saved_self, product._saved_other)  # type: ignore[attr-defined]
+    first, second = factors
+    for factor in factors:
+        if type(factor) is not Tensor or factor.shape != x.shape or factor.dtype != x.dtype:
+            return x, None  # a broadcast factor, or one that needs no gradient and is not kept
+    assert first is not None
+    return first, second
+
+
+def restored_input(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """The input that `saved_input` took apart; None if none was saved."""
+    return first if first is None or second is None else first * second
+
+
+def _observed() -> bool:
+    """Whether somebody else decides what is saved: a compiler, or hooks on saved tensors, whose tensors (those of activation
+    checkpointing) may be unpacked only once."""
+    return torch.compiler.is_compiling() or _top_saved_tensors_default_hooks(True) is not None
