@@ -69,20 +69,36 @@ def sparse_lowrank_linear(fold: bool) -> Callable[..., Tensor]:
     return decomposed
 
 
+# Positions come from `arange` and shifts, not from views of blocks: where a last block is not whole, Inductor (2.13) takes
+# `i // block` for 0, and reads the wrong scale or byte.
+
+
 def unpack_nf4(packed: Sequence[Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """`quantized.unpack` of NF4 without bitsandbytes: two table look-ups and a product per weight."""
     data, absmax, nested_absmax, nested_code, code, offset = packed
-    nested = repeat(nested_absmax, NESTED_BLOCK, absmax.numel())
-    scales = nested_code[absmax.int()] * nested + offset
-    pairs = data.view(-1).int()
-    nibbles = torch.stack((pairs >> 4, pairs & 15), 1).view(-1)
-    count = math.prod(shape)
-    return (code[nibbles] * repeat(scales, BLOCK, nibbles.numel()))[:count].view(shape).to(dtype)
+    scales = nested_code[absmax.int()] * nested_absmax[blocks_of(absmax.numel(), NESTED_BLOCK, data)] + offset
+    place = torch.arange(math.prod(shape), device=data.device)
+    nibbles = (data.view(-1).int()[place >> 1] >> (4 - ((place & 1) << 2))) & 15
+    return (code[nibbles] * scales[blocks_of(place.numel(), BLOCK, data)]).view(shape).to(dtype)
 
 
-def repeat(scales: Tensor, block: int, count: int) -> Tensor:
-    """Each scale for a block of entries, `count` in all."""
-    return scales.view(-1, 1).expand(-1, block).reshape(-1)[:count]
+def unpack_int4(packed: Sequence[Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """`quantized.unpack` of int4."""
+    data, scales = packed
+    place = torch.arange(shape[1], device=data.device)
+    codes = (data.int()[:, place >> 1] >> ((place & 1) << 2)) & 15
+    return ((codes.to(torch.float32) - 8) * scales.view(shape[0], -1)[:, blocks_of(shape[1], BLOCK, data)]).to(dtype)
+
+
+def blocks_of(count: int, block: int, like: Tensor) -> Tensor:
+    """The block that each of `count` entries lies in; block is a power of two."""
+    return torch.arange(count, device=like.device) >> (block.bit_length() - 1)
+
+
+def unpacked(packed: Sequence[Tensor], format: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    if format == "nf4":
+        return unpack_nf4(packed, shape, dtype)
+    return unpack_int4(packed, shape, dtype) if format == "int4" else unpack(list(packed), format, shape, dtype)
 
 
 def quantized_linear(
@@ -91,7 +107,7 @@ def quantized_linear(
     scale: float, packed: Sequence[Tensor],
 ) -> Tensor:  # fmt: skip
     shape = (rows, columns)
-    stored = unpack_nf4(packed, shape, x.dtype) if format == "nf4" else unpack(list(packed), format, shape, x.dtype)
+    stored = unpacked(packed, format, shape, x.dtype)
     if block is not None and channels is not None:
         place = 1 - axis if transposed else axis
         trained = block.to(stored.dtype)
@@ -131,4 +147,4 @@ def decompositions(*, fold: bool = True) -> Table:
     }
 
 
-__all__ = ["decompositions", "unpack_nf4"]
+__all__ = ["decompositions", "unpacked"]

@@ -357,8 +357,8 @@ def package(
 ) -> Path:
     """Compile a model with AOTInductor into one file; `torch._inductor.aoti_load_package(path)` gives it back as a callable.
 
-    model: what `sparsify.compile` returned (adapter unmerged or merged, pruned, lowered), any other module, or a program of
-        `torch.export`; a base packed by Quantize is refused. path: ends in `.pt2`.
+    model: what `sparsify.compile` returned (adapter unmerged or merged, pruned, quantised, lowered), any other module, or a
+        program of `torch.export`. path: ends in `.pt2`.
     example, dynamic_shapes: see `export_for_inference`; not for a program. fold, kernels: see `lower_exported`.
     options: of Inductor, e.g. `{"max_autotune": True}`.
 
@@ -374,14 +374,10 @@ def package(
         exported = model
     else:
         exported = export_for_inference(model, example, dynamic_shapes)
-    if any(node.target is torch.ops.sparsify.quantized_linear.default for node in exported.graph.nodes):
-        raise SparsifyError(
-            "package: the base is packed by Quantize, and Inductor's code for unpacking NF4 on the CPU gives other numbers than "
-            "PyTorch; package model.sparsify.plain() instead, which is dense"
-        )
     lowered = lower_exported(exported, fold=fold, kernels=kernels)
     settings = dict(options or {})
-    if not fold:
+    unpacks = any(node.target is torch.ops.sparsify.quantized_linear.default for node in exported.graph.nodes)
+    if not fold and not unpacks:  # Inductor would fold packed weights to dense ones
         settings.setdefault("aot_inductor.use_runtime_constant_folding", True)
     path.parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
