@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import compile_time, harness, layouts, train_step  # noqa: E402
+from benchmarks import compile_time, harness, layouts, skinny_products, train_step  # noqa: E402
 
 TINY = train_step.Case(train_step.PRESETS["tiny"], torch.float32, "cpu")
 
@@ -94,7 +95,7 @@ def test_table_has_a_cell_for_each_column_and_ends_in_json(tmp_path, capsys):
     assert json.loads(saved.read_text()) == record
 
 
-@pytest.mark.parametrize("script", [layouts, train_step, compile_time], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("script", [layouts, train_step, compile_time, skinny_products], ids=lambda m: m.__name__)
 def test_every_script_has_help(script, capsys):
     with pytest.raises(SystemExit) as stop:
         script.main(["--help"])
@@ -185,6 +186,15 @@ def test_a_method_that_fails_is_named_with_its_reason(monkeypatch, capsys):
 
 
 # --- the others -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("g++") is None and "CXX" not in os.environ, reason="needs a C++ compiler")
+def test_skinny_products_times_both_ways_and_refuses_wrong_numbers(monkeypatch):
+    (row,) = skinny_products.main(["--fast"])["rows"]
+    assert all(row[f"{name} / gemm"] > 0 for name in ("low", "product", "both", "update"))
+    monkeypatch.setattr(skinny_products, "update_by_kernel", lambda y, low, rows: None)
+    with pytest.raises(AssertionError):
+        skinny_products.main(["--fast"])
 
 
 def test_compile_time_runs_and_accounts_for_the_total():

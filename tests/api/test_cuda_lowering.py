@@ -14,11 +14,10 @@ import tiny
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from triton_interpreter import require_interpreter
+from triton_interpreter import count_launches
 
 import sparsify
 from sparsify import S2FT, PaCA, Plan, PlanError, Prune, Quantize, RefusedError, RoSA
-from sparsify.kernels.gpu import build, launch
 from sparsify.kernels.gpu.formats import pack_stream
 from sparsify.lowering.cuda import lower_model
 from sparsify.lowering.fuse_cpu import MovedActivation
@@ -32,18 +31,7 @@ triton = pytest.importorskip("triton")
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Counter[str]:
     """Kernels launched in the interpreter, by operator."""
-    require_interpreter()
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path_factory.getbasetemp() / "kernels"))
-    counts: Counter[str] = Counter()
-    original = build.launch
-
-    def counting(spec: build.KernelSpec, *rest: object) -> None:
-        counts[spec.op] += 1
-        original(spec, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(launch, "launch", counting)
-    return counts
+    return count_launches(monkeypatch, tmp_path_factory.getbasetemp() / "kernels")
 
 
 def sparse_linear(rows: int = 40, cols: int = 64, sparsity: float = 0.75, bias: bool = True) -> nn.Linear:

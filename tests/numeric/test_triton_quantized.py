@@ -10,14 +10,14 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
-from triton_interpreter import require_interpreter
+from triton_interpreter import count_launches
 
 pytest.importorskip("triton")
 pytest.importorskip("bitsandbytes")
 
 import sparsify
 from sparsify import Plan, Quantize, RoSA, lowrank_ops
-from sparsify.kernels.gpu import build, launch
+from sparsify.kernels.gpu import launch
 from sparsify.kernels.gpu.build import TritonError
 from sparsify.quantized import FORMATS, pack, unpack
 
@@ -34,18 +34,7 @@ def _any_density(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Counter[str]:
     """Kernels launched in the interpreter, by operator."""
-    require_interpreter()
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path_factory.getbasetemp() / "kernels"))
-    counts: Counter[str] = Counter()
-    original = build.launch
-
-    def counting(spec: build.KernelSpec, *rest: object) -> None:
-        counts[spec.op] += 1
-        original(spec, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(launch, "launch", counting)
-    return counts
+    return count_launches(monkeypatch, tmp_path_factory.getbasetemp() / "kernels")
 
 
 @dataclass
