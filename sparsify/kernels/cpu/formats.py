@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from sparsify.errors import SparsifyError
+from sparsify.kernels.cpu import huge_pages
 
 BLOCK = 64
 PADDING = 96
@@ -250,11 +251,12 @@ def assemble(stored: torch.Tensor, scales: torch.Tensor | None, group: int, dtyp
     ordered = padded.view(panels, PANEL, blocks, BLOCK).transpose(1, 2).contiguous()
     kept = ordered != 0
     chosen = ordered[kept]
-    values = torch.zeros(chosen.numel() + PADDING, dtype=stored.dtype)
+    values = huge_pages.zeros((chosen.numel() + PADDING,), stored.dtype)
     values[: chosen.numel()] = chosen
+    masks = huge_pages.in_huge_pages(pack_bits(kept))
     panel_ptr = torch.zeros(panels + 1, dtype=torch.int64)
     torch.cumsum(kept.sum((1, 2, 3)), 0, out=panel_ptr[1:])
-    return Bitmask(rows, cols, pack_bits(kept), values, panel_ptr, scales, group, dtype)
+    return Bitmask(rows, cols, masks, values, panel_ptr, scales, group, dtype)
 
 
 def unpack_values(packed: Bitmask) -> torch.Tensor:
