@@ -1,19 +1,32 @@
-"""Tokens per second and memory of whole models on this CPU: dense torch, packed, quantised kernels of torch, OpenVINO.
+"""Tokens per second and memory of whole models on this CPU: torch, packed, torch's quantised kernels, OpenVINO, llama.cpp.
 
-    python benchmarks/cpu_decode.py --model llama-1b --sparsity 0.75 --threads 2 --variants dense int8 aten-int8 aten-int4
-    python benchmarks/cpu_decode.py --model llama-1b --openvino-python ENV/bin/python --variants int8
+    python benchmarks/cpu_decode.py --model llama-1b --threads 2 --variants int8 aten-int8 aten-int4 --peer openvino=ENV llamacpp=ENV
+    python benchmarks/cpu_decode.py --model llama-7b --by-block --distinct-blocks 1 --threads 2 --variants int8 --peer llamacpp=ENV
     python benchmarks/cpu_decode.py --model minilm --batch 16 --seq 128
 
-Models have the real shapes and random weights (nothing is downloaded), and lose random weights. Decoders generate
-`--new` tokens with a KV cache after a prompt of `--seq` tokens, and the time per token is the slope between a short and a long
-generation, so that the prompt does not count; encoders run forward. One process tree, variants in turn, medians.
+Models have the real shapes and random weights (nothing is downloaded), of which the share `--sparsity` is zero but for embedding and
+vocabulary head; all contestants hold the same ones (`random_decoder.py`), and the table says how near each one's logits are to those of
+the first. Decoders generate `--new` tokens greedily with a KV cache after a prompt of `--seq` tokens, which does not count:
+ours and torch's by `generate()`, as the slope between a short and a long one; peers by a loop over their own API. Encoders run
+forward. One process tree, contestants in turn, each peer in a process of its own that is stopped while others run, medians.
 
     dense       torch, fp32                       fp32, int8            `sparsify.compile(…, target="cpu")`
     bf16        torch, bfloat16                   packed-bf16           the same of the model in bfloat16
                                                   aten-int8, aten-int4  the kernels that torchao's weight-only configurations
                                                                         compile to on a CPU, in place of every linear (bf16)
-    OpenVINO runs a chain of the model's linears alone (int8 and int4 weights, its own decompression), without attention,
-    norms and cache; with it, the same is timed for the others ("linears"). The last line is JSON.
+    openvino=ENV     openvino-int8, openvino-int4: weights in int8 (one scale per row), int4 (one per 128 columns), stateful
+    llamacpp=ENV     llamacpp-Q8_0, llamacpp-Q4_0: one scale per 32 columns, quantised by llama.cpp
+    openvino-int4=ENV, llamacpp-Q4_0=ENV, …: one of them alone, where memory is short
+
+ENV is an environment's folder or its Python; `benchmarks/peers/README.md` says how to make one.
+
+The vocabulary head is dense for all. Every quantised contestant holds it in 8 bits, the 4-bit ones too (as the exporters of OpenVINO and
+llama.cpp keep it in 8 and 6 bits), unless `--int4-head int4` gives the 4-bit ones a head in 4 bits; the others hold it in their own type.
+
+`--by-block` builds one decoder block after the other (each compiled by `sparsify.compile`, head and all, and put into one host), so that
+the dense model is never whole in memory. `--distinct-blocks N` makes N different blocks and repeats them in memory of their own,
+for all contestants alike, which saves the time of making them. `--linears` times the model's linears alone, without attention, norms and
+cache, ours and OpenVINO's. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -23,97 +36,40 @@ import copy
 import gc
 import json
 import statistics
-import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import sparsify
+from benchmarks.peer import Peer, named_environments, resident
+from benchmarks.random_decoder import EPSILON, ROPE_BASE, SHAPES, Decoder, random_tensor
 from sparsify import CpuOptions, Plan, Quantize
 from sparsify.kernels.cpu.dispatch import best_isa
 from sparsify.kernels.cpu.operator import module_bytes
 from sparsify.kernels.cpu.tune import cpu_name
 from sparsify.plan import Rule
 
-#: hidden, FFN, layers, heads, KV heads, vocabulary
-LLAMAS = {
-    "llama-tiny": (256, 704, 2, 4, 2, 1000),
-    "llama-1b": (2048, 8192, 16, 32, 8, 32000),
-    "llama-7b": (4096, 11008, 32, 32, 32, 32000),
-}
+#: bytes per weight of a block while it stands, by variant; the packed ones at density d
+BYTES = {
+    "dense": lambda d: 4, "bf16": lambda d: 2, "fp32": lambda d: 4 * d + 1 / 8, "packed-bf16": lambda d: 2 * d + 1 / 8,
+    "int8": lambda d: d + 1 / 8, "aten-int8": lambda d: 1, "aten-int4": lambda d: 0.53, "openvino-int8": lambda d: 2.1,
+    "openvino-int4": lambda d: 1.1, "llamacpp-Q8_0": lambda d: 1.07, "llamacpp-Q4_0": lambda d: 1.13,
+}  # fmt: skip
 VARIANTS = ("dense", "bf16", "fp32", "packed-bf16", "int8", "aten-int8", "aten-int4")
-
-OPENVINO = r"""
-import json, sys, time
-import numpy as np
-import openvino as ov
-from openvino import opset13 as ops
-hidden, ffn, layers, kv, vocab, threads, bits, runs = map(int, sys.argv[1:])
-generator = np.random.default_rng(0)
-def linear(x, rows, cols):
-    low, high, kind = (-127, 128, ov.Type.i8) if bits == 8 else (-8, 8, ov.Type.i4)
-    groups = 1 if bits == 8 else cols // 128
-    shape = [rows, cols] if groups == 1 else [rows, groups, cols // groups]
-    values = generator.integers(low, high, shape, dtype=np.int8)
-    weight = ops.convert(ops.constant(values, dtype=kind), np.float32)
-    scale = np.full([rows, 1] if groups == 1 else [rows, groups, 1], 1e-3, np.float32)
-    weight = ops.multiply(weight, ops.convert(ops.constant(scale.astype(np.float16)), np.float32))
-    if groups > 1:
-        weight = ops.reshape(weight, ops.constant(np.array([rows, cols])), False)
-    return ops.matmul(x, weight, False, True)
-node = ops.parameter([1, hidden], np.float32)
-x = node
-for _ in range(layers):
-    q, k, v = linear(x, hidden, hidden), linear(x, kv, hidden), linear(x, kv, hidden)
-    keys = ops.reduce_mean(ops.concat([k, v], 1), ops.constant(np.array([1])), True)
-    x = ops.add(x, linear(ops.add(q, keys), hidden, hidden))
-    gate, up = linear(x, ffn, hidden), linear(x, ffn, hidden)
-    x = ops.add(x, linear(ops.multiply(ops.swish(gate), up), hidden, ffn))
-model = ov.Model([linear(x, vocab, hidden)], [node])
-hints = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-request = ov.Core().compile_model(model, "CPU", hints).create_infer_request()
-data = generator.standard_normal((1, hidden)).astype(np.float32)
-from importlib.metadata import version
-print(json.dumps({"version": version("openvino")}), flush=True)
-for _ in range(2):
-    request.infer([data])
-for line in sys.stdin:
-    start = time.perf_counter()
-    for _ in range(runs):
-        request.infer([data])
-    print(json.dumps({"seconds": (time.perf_counter() - start) / runs}), flush=True)
-"""
-
-
-class OpenVino:
-    """OpenVINO in a process of its own: seconds per pass through the model's linears."""
-
-    def __init__(self, python: str, model: str, depth: int | None, threads: int, bits: int, runs: int) -> None:
-        hidden, ffn, layers, heads, kv_heads, vocab = LLAMAS[model]
-        sizes = (hidden, ffn, depth or layers, hidden // heads * kv_heads, vocab, threads, bits, runs)
-        command = [python, "-c", OPENVINO, *map(str, sizes)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        self.version = str(self.answer()["version"])
-
-    def answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        raise RuntimeError("OpenVINO ended without an answer")
-
-    def seconds(self) -> float:
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        return float(self.answer()["seconds"])
+COMPILED = ("fp32", "packed-bf16", "int8")
+PEERS = {"openvino": ("openvino-int8", "openvino-int4"), "llamacpp": ("llamacpp-Q8_0", "llamacpp-Q4_0")}
+PEERS |= {name: (name,) for names in list(PEERS.values()) for name in names}  # one format alone
 
 
 class AtenLinear(nn.Module):
@@ -147,68 +103,145 @@ class AtenLinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
 
-def make_model(name: str, depth: int | None = None) -> nn.Module:
-    """A model of real shape with random weights, in eval mode. depth: of a decoder, instead of its own."""
-    from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+# --- models -----------------------------------------------------------------------------------------------------------
 
-    if name == "minilm":
-        config = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
-        return BertModel(config).eval()
-    hidden, ffn, layers, heads, kv_heads, vocab = LLAMAS[name]
-    config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=depth or layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, vocab_size=vocab,
-    )  # fmt: skip
+
+def llama_config(decoder: Decoder, **changes: Any) -> Any:
+    from transformers import LlamaConfig
+
+    shape = decoder.shape
+    sizes = {
+        "hidden_size": shape.hidden, "intermediate_size": shape.ffn, "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads, "vocab_size": shape.vocab,
+        "rms_norm_eps": EPSILON, "rope_theta": ROPE_BASE, "tie_word_embeddings": False,
+    }  # fmt: skip
+    return LlamaConfig(**{**sizes, **changes})
+
+
+def empty_llama(config: Any) -> Any:
+    """A LlamaForCausalLM whose weights are on the meta device; the rotary tables are real."""
+    from transformers import LlamaForCausalLM
+
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    model = model.to_empty(device="cpu").eval()
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return model.eval().requires_grad_(False)
+
+
+def fill(module: nn.Module, prefix: str, sparsity: float) -> None:
+    """Real weights in place of those on the meta device. prefix: what comes before the names of `module` in the decoder's."""
+    for name, parameter in list(module.named_parameters()):
+        if parameter.is_meta:
+            owner, _, leaf = name.rpartition(".")
+            values = torch.from_numpy(random_tensor(prefix + name, tuple(parameter.shape), sparsity))
+            setattr(module.get_submodule(owner), leaf, nn.Parameter(values, requires_grad=False))
+
+
+def make_minilm(sparsity: float) -> nn.Module:
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+    model = BertModel(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.uniform_(-0.03, 0.03) if parameter.dim() > 1 else parameter.fill_(1.0)
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and sparsity > 0:
+                module.weight.mul_(torch.rand_like(module.weight) >= sparsity)
     return model
 
 
-def prune(model: nn.Module, sparsity: float) -> None:
-    """Zero random weights of every linear but the vocabulary head: the weights are random, so any are as good."""
-    with torch.no_grad():
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Linear) and "lm_head" not in name and sparsity > 0:
-                module.weight.mul_(torch.rand_like(module.weight) >= sparsity)
-
-
-def make_variant(dense: nn.Module, variant: str, tokens: tuple[int, ...]) -> nn.Module:
-    """One contestant over the weights of `dense`; what it does not change it shares."""
-    if variant == "dense":
-        return dense
-    if variant in ("fp32", "packed-bf16", "int8"):
+def transform(model: nn.Module, variant: str, tokens: tuple[int, ...], head: int, example: Any = None) -> Any:
+    """One contestant made of the dense `model`, which it may take apart. head: bits of `lm_head` of the aten-… variants."""
+    if variant in COMPILED:
+        source = model.bfloat16() if variant == "packed-bf16" else model
         rules: list[Rule] = (
             [Quantize(format="int8", exclude=())] if variant == "int8" else []
         )  # the vocabulary head too
-        plan = Plan(rules, target="cpu")
-        source = copy.deepcopy(dense).bfloat16() if variant == "packed-bf16" else dense
-        host = sparsify.compile(source, plan, cpu=CpuOptions(tokens=tokens), progress=False)
-        print("\n".join(summary_of(str(host.sparsify.report))))  # type: ignore[union-attr]
-        return host
-    memo = {id(p): p for p in dense.parameters()}
-    host = copy.deepcopy(dense, memo)
-    if variant != "bf16":
-        for name, module in list(host.named_modules()):
+        return sparsify.compile(
+            source, Plan(rules, target="cpu"), example=example, cpu=CpuOptions(tokens=tokens), progress=False
+        )
+    if variant.startswith("aten"):
+        bits = 8 if variant == "aten-int8" else 4
+        for name, module in list(model.named_modules()):
             if isinstance(module, nn.Linear):
                 owner, _, leaf = name.rpartition(".")
-                setattr(host.get_submodule(owner), leaf, AtenLinear(module, 8 if variant == "aten-int8" else 4))
-    for module in host.modules():  # the rest in bf16, in tensors of its own
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, name, nn.Parameter(parameter.detach().bfloat16(), requires_grad=False))
-    return host
+                setattr(model.get_submodule(owner), leaf, AtenLinear(module, head if leaf == "lm_head" else bits))
+    return model if variant == "dense" else model.bfloat16()
 
 
-def summary_of(report: str) -> list[str]:
+class Head(nn.Module):
+    """The vocabulary head as a model, so that it can be compiled alone."""
+
+    def __init__(self, lm_head: nn.Module) -> None:
+        super().__init__()
+        self.lm_head = lm_head
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(x)
+
+
+def report_lines(host: Any) -> list[str]:
     """The first line of the CPU's part of a report, and one line of each kind."""
-    lines = report.splitlines()
+    lines = str(host.sparsify.report).splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("cpu lowering"))
     kinds = ("packed", "fused", "apart", "dense", "blocked")
     return [lines[start], *(next((x for x in lines[start:] if x.startswith(k)), f"{k:<10} none") for k in kinds)]
+
+
+def whole_decoder(decoder: Decoder, variant: str, tokens: tuple[int, ...], head: int) -> nn.Module:
+    """The dense decoder, made and then transformed."""
+    model = empty_llama(llama_config(decoder))
+    for layer, block in enumerate(model.model.layers):
+        fill(block, f"model.layers.{layer % decoder.distinct}.", decoder.sparsity)
+    fill(model, "", decoder.sparsity)
+    host = transform(model, variant, tokens, head)
+    if variant in COMPILED:
+        print("\n".join(report_lines(host)))
+    return host
+
+
+def decoder_by_block(decoder: Decoder, variant: str, tokens: tuple[int, ...], head: int) -> nn.Module:
+    """The same without the dense decoder: blocks and head are made, transformed and put into one host in turn."""
+    host = empty_llama(llama_config(decoder))
+    made: list[Any] = []
+    for layer in range(decoder.shape.layers):
+        if layer < decoder.distinct:
+            part = empty_llama(llama_config(decoder, num_hidden_layers=1, vocab_size=64)).model
+            fill(part.layers[0], f"model.layers.{layer}.", decoder.sparsity)
+            fill(part, "model.", decoder.sparsity)
+            part = transform(part, variant, tokens, head)
+            if variant in COMPILED and not layer:
+                print("\n".join(report_lines(part)))
+            made.append(part.layers[0])
+            block = part.layers[0]
+            del part
+        else:
+            block = copy.deepcopy(made[layer % decoder.distinct])
+        block.self_attn.layer_idx = layer
+        host.model.layers[layer] = block
+    top = Head(host.lm_head)
+    fill(top, "", decoder.sparsity)
+    example = torch.zeros(1, max(tokens), decoder.shape.hidden)
+    host.lm_head = transform(top, variant, tokens, head, example.bfloat16() if "bf16" in variant else example).lm_head
+    fill(host, "", decoder.sparsity)
+    if variant not in ("dense", "fp32", "int8"):
+        host.model.embed_tokens.bfloat16()
+        host.model.norm.bfloat16()
+    return host
+
+
+# --- contestants ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Contestant:
+    """seconds: of one token (or of one forward of an encoder). MiB: of a model in torch its tensors, of a peer what the system counts."""
+
+    name: str
+    seconds: Callable[[], float]
+    logits: Callable[[], np.ndarray] | None
+    memory: Callable[[], dict[str, float]]
+    facts: dict[str, Any]
+    close: Callable[[], None] = lambda: None
 
 
 def generate(model: Any, ids: torch.Tensor, new: int) -> float:
@@ -229,7 +262,7 @@ def one_run(model: Any, ids: torch.Tensor, new: int) -> float:
 def linears_alone(model: Any) -> float:
     """Seconds of one token through the model's linears, chained as OpenVINO's are: no attention, norms, cache."""
     start = time.perf_counter()
-    x = torch.ones(1, 1, model.config.hidden_size, dtype=next(model.parameters()).dtype)
+    x = torch.ones(1, 1, model.config.hidden_size, dtype=model.model.norm.weight.dtype)
     for layer in model.model.layers:
         attention = layer.self_attn
         q, k, v = attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
@@ -239,66 +272,219 @@ def linears_alone(model: Any) -> float:
     return time.perf_counter() - start
 
 
+def torch_contestant(name: str, model: Any, ids: torch.Tensor, arguments: argparse.Namespace) -> Contestant:
+    decodes = hasattr(model, "lm_head")
+    if arguments.linears:
+        seconds: Callable[[], float] = lambda: statistics.median(  # noqa: E731
+            linears_alone(model) for _ in range(arguments.new)
+        )
+    else:
+        seconds = lambda: one_run(model, ids, arguments.new)  # noqa: E731
+    logits = (lambda: model(ids[:1]).logits[0, -1].float().numpy()) if decodes and not arguments.linears else None
+    facts = {"head": type_of_head(model.lm_head)} if decodes else {}
+    return Contestant(name, seconds, logits, lambda: {"MiB": module_bytes(model) / 2**20}, facts)
+
+
+def type_of_head(head: Any) -> str:
+    """How a vocabulary head holds its weight."""
+    if isinstance(head, AtenLinear):
+        return f"int{head.bits}"
+    packed = getattr(head, "packed", None)
+    return f"{packed.value} bitmask" if packed is not None else str(head.weight.dtype).removeprefix("torch.")
+
+
+def peer_contestants(
+    key: str, place: str, decoder: Decoder, ids: torch.Tensor, arguments: argparse.Namespace, scratch: Path
+) -> Iterator[Contestant]:
+    """The formats of one engine, each in a process of its own. key: of `PEERS`."""
+    prompt = ids[0].tolist()
+    small_head = arguments.int4_head == "int4"
+    kind = key.partition("-")[0]
+    for name in PEERS[key]:
+        folder = str((arguments.files or scratch).resolve())
+        job: dict[str, Any] = {**decoder.as_json(), "threads": arguments.threads, "folder": folder}
+        if kind == "openvino":
+            bits = 8 if name.endswith("int8") else 4
+            job |= {"bits": bits, "head": bits if small_head else 8, "linears": arguments.linears}
+        else:
+            form = name.rpartition("-")[2]
+            job |= {"format": form, "head": form if small_head else "Q8_0"}
+            job["context"] = -(-(arguments.seq + arguments.new + 2) // 256) * 256
+        peer = Peer(name, place, f"{kind}_decoder.py", json.dumps(job))
+        file = scratch / f"{name}.npy"
+
+        def logits(peer: Peer = peer, file: Path = file) -> np.ndarray:
+            peer.ask(prompt=prompt, logits=str(file))
+            return np.load(file)
+
+        def seconds(peer: Peer = peer) -> float:
+            return float(peer.ask(prompt=prompt, tokens=arguments.new)["seconds"])
+
+        yield Contestant(name, seconds, None if arguments.linears else logits, peer.resident, peer.started, peer.close)
+
+
+def free_bytes() -> int:
+    """Memory that the system could give to programs now."""
+    information = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(information["MemAvailable"].split()[0]) * 1024
+
+
+def check_memory(names: list[str], decoder: Decoder, by_block: bool) -> str | None:
+    """Why these contestants do not fit into the memory that is free now; None if they do."""
+    free = free_bytes()
+    weights, density = decoder.block_weights(), 1 - decoder.sparsity
+    needed = sum(BYTES[name](density) for name in names) * weights + (0 if by_block else 4 * weights)
+    if needed <= free:
+        return None
+    advice = "fewer contestants at a time" if by_block else "--by-block, or fewer contestants at a time"
+    return f"the blocks of {', '.join(names)} need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free: {advice}"
+
+
+def make_contestants(arguments: argparse.Namespace, places: dict[str, str], scratch: Path) -> list[Contestant]:
+    if arguments.model == "minilm":
+        dense = make_minilm(arguments.sparsity)
+        ids = torch.randint(0, 30522, (arguments.batch, arguments.seq))
+        tokens = (arguments.batch * arguments.seq,)
+        models = [(name, transform(copy.deepcopy(dense), name, tokens, 8)) for name in arguments.variants]
+        return [torch_contestant(name, model, ids, arguments) for name, model in models]
+    decoder = decoder_of(arguments)
+    ids = torch.randint(0, decoder.shape.vocab, (arguments.batch, arguments.seq))
+    build = decoder_by_block if arguments.by_block else whole_decoder
+    tokens = (arguments.batch, arguments.batch * arguments.seq)
+    contestants = []
+    for name in arguments.variants:
+        start = time.perf_counter()
+        head = 4 if name == "aten-int4" and arguments.int4_head == "int4" else 8
+        contestants.append(torch_contestant(name, build(decoder, name, tokens, head), ids, arguments))
+        gc.collect()
+        print(f"{name}: made in {time.perf_counter() - start:.0f} s", flush=True)
+    for kind, place in places.items():
+        start = time.perf_counter()
+        contestants += peer_contestants(kind, place, decoder, ids, arguments, scratch)
+        print(f"{kind}: made in {time.perf_counter() - start:.0f} s", flush=True)
+    return contestants
+
+
+def decoder_of(arguments: argparse.Namespace) -> Decoder:
+    shape = SHAPES[arguments.model]
+    layers = arguments.layers or shape.layers
+    return Decoder(arguments.model, layers, arguments.sparsity, min(arguments.distinct_blocks or layers, layers))
+
+
+def measure(contestants: list[Contestant], rounds: int) -> dict[str, list[float]]:
+    """Name → seconds, one per round; every contestant runs once before."""
+    samples: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
+    for _ in range(rounds + 1):
+        for contestant in contestants:
+            time.sleep(0.02)  # until the threads of the one before have stopped spinning
+            samples[contestant.name].append(contestant.seconds())
+    return {name: seconds[1:] for name, seconds in samples.items()}
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a.astype(np.float64) @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+
+def row_of(
+    contestant: Contestant, units: int, samples: dict[str, list[float]], first: str, outputs: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """Units per second, against the first contestant; memory; how near its logits are to the first one's."""
+    name, seconds = contestant.name, samples[contestant.name]
+    middle = statistics.median(seconds)
+    row: dict[str, Any] = {
+        "variant": name, "per_second": units / middle, "best": units / min(seconds),
+        "speedup": statistics.median(samples[first]) / middle, "memory": contestant.memory(), **contestant.facts,
+    }  # fmt: skip
+    return {**row, "cosine": cosine(outputs[name], outputs[first])} if name in outputs else row
+
+
+def line_of(row: dict[str, Any], unit: str) -> str:
+    text = f"{row['variant']:>14} {row['per_second']:>9.2f} {unit}/s {row['speedup']:>6.2f} × "
+    text += ", ".join(f"{value:.0f} {key.replace('_', ' ')}" for key, value in row["memory"].items())
+    return text + (f", logits at cosine {row['cosine']:.4f}" if "cosine" in row else "")
+
+
+def prepare(arguments: argparse.Namespace, places: dict[str, str]) -> None:
+    """Write the peers' files, one peer at a time."""
+    for kind, place in places.items():
+        for contestant in peer_contestants(
+            kind, place, decoder_of(arguments), torch.zeros(1, 1), arguments, arguments.files
+        ):
+            print(f"{contestant.name}: {contestant.facts}", flush=True)
+            contestant.close()
+
+
+def why_not(arguments: argparse.Namespace, places: dict[str, str]) -> str | None:
+    """The first reason why these arguments cannot be served; None if they can."""
+    decodes = arguments.model != "minilm"
+    unknown = ", ".join(sorted(set(places) - set(PEERS)))
+    if unknown:
+        return f"--peer: {unknown} is none of {', '.join(PEERS)}"
+    if places and (not decodes or arguments.batch > 1):
+        return "--peer: peers decode one sequence; use a decoder and --batch 1"
+    if arguments.linears and (not decodes or any("llamacpp" in key for key in places)):
+        return "--linears: for decoders, beside openvino only"
+    if arguments.prepare:
+        return None if arguments.files and decodes else "--prepare: for decoders; say where, --files FOLDER"
+    names = [*arguments.variants, *(name for kind in places for name in PEERS[kind])]
+    return check_memory(names, decoder_of(arguments), arguments.by_block) if decodes else None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=[*LLAMAS, "minilm"], default="llama-1b")
+    parser.add_argument("--model", choices=[*SHAPES, "minilm"], default="llama-1b")
     parser.add_argument("--layers", type=int, help="fewer layers than the real model, where time or memory is short")
     parser.add_argument("--sparsity", type=float, default=0.75)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seq", type=int, default=16)
     parser.add_argument("--new", type=int, default=8, help="tokens to time")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["dense", "fp32", "int8"])
-    parser.add_argument("--openvino-python", help="Python of an environment that has OpenVINO")
+    parser.add_argument("--peer", nargs="+", default=[], metavar="NAME=ENV", help=f"NAME: {', '.join(PEERS)}")
+    parser.add_argument("--files", type=Path, help="keep the peers' model files in this folder, for the next run")
+    parser.add_argument(
+        "--prepare", action="store_true", help="only write the peers' files into --files, which takes longest"
+    )
+    parser.add_argument("--by-block", action="store_true", help="never hold the whole dense model")
+    parser.add_argument("--distinct-blocks", type=int, help="repeat this many different blocks")
+    parser.add_argument(
+        "--int4-head", choices=["int8", "int4"], default="int8", help="vocabulary head of 4-bit contestants"
+    )
+    parser.add_argument("--linears", action="store_true", help="the linears alone")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--save", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    dense = make_model(args.model, args.layers)
-    prune(dense, args.sparsity)
-    ids = torch.randint(0, dense.config.vocab_size, (args.batch, args.seq))  # type: ignore[union-attr, arg-type]
-    decoder = hasattr(dense, "lm_head")
-    tokens = (args.batch, args.batch * args.seq) if decoder else (args.batch * args.seq,)
-    models = {variant: make_variant(dense, variant, tokens) for variant in args.variants}
-    memory = {name: module_bytes(model) / 2**20 for name, model in models.items()}
-    if "dense" not in models:
-        del dense
-    gc.collect()
-    runs: dict[str, Callable[[], float]] = {
-        name: lambda model=model: one_run(model, ids, args.new) for name, model in models.items()
-    }
-    version = None
-    if args.openvino_python:
-        runs |= {f"{name} linears": lambda model=model: linears_alone(model) for name, model in models.items()}
-        for bits in (8, 4):
-            peer = OpenVino(args.openvino_python, args.model, args.layers, args.threads, bits, args.new)
-            runs[f"openvino-int{bits} linears"], version = peer.seconds, peer.version
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    with torch.inference_mode():
-        for call in runs.values():
-            call()
-        for _ in range(args.rounds):
-            for name, call in runs.items():
-                samples[name].append(call())
-    units, unit = args.batch, "tokens" if decoder else "sentences"
-    rows: list[dict[str, Any]] = []
-    reference = statistics.median(samples[args.variants[0]])
-    for name, seconds in samples.items():
-        middle = statistics.median(seconds)
-        row = {
-            "variant": name,
-            "per_second": units / middle,
-            "best": units / min(seconds),
-            "speedup": reference / middle,
-        }
-        rows.append({**row, "MiB": memory.get(name)})
-        size = f"{memory[name]:>9.1f} MiB" if name in memory else ""
-        print(f"{name:>18} {units / middle:>9.2f} {unit}/s {reference / middle:>6.2f} × {size}")
+    try:
+        places = named_environments(args.peer)
+    except ValueError as error:
+        parser.error(str(error))
+    refused = why_not(args, places)
+    if refused:
+        parser.error(refused)
+    decoder = None if args.model == "minilm" else decoder_of(args)
+    if args.prepare:
+        prepare(args, places)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        contestants = make_contestants(args, places, Path(scratch))
+        with torch.inference_mode():
+            samples = measure(contestants, args.rounds)
+            outputs = {c.name: c.logits() for c in contestants if c.logits is not None}
+        rows = [row_of(c, args.batch, samples, contestants[0].name, outputs) for c in contestants]
+        for contestant in contestants:
+            contestant.close()
+    for row in rows:
+        print(line_of(row, "tokens" if decoder else "sentences"))
+    own = resident()
+    print(f"this process: {own['peak_MiB']:.0f} MiB at its peak, {own['resident_MiB']:.0f} now")
     summary = {
-        "benchmark": "cpu_decode", "model": args.model, "layers": args.layers, "sparsity": args.sparsity, "batch": args.batch, "seq": args.seq,
-        "new": args.new, "threads": args.threads, "cpu": cpu_name(), "isa": best_isa(), "torch": torch.__version__,
-        "openvino": version, "date": str(date.today()), "results": rows,
+        "benchmark": "cpu_decode", "model": args.model, "layers": decoder.layers if decoder else None,
+        "sparsity": args.sparsity, "batch": args.batch, "seq": args.seq, "new": args.new, "linears": args.linears,
+        "by_block": args.by_block, "distinct_blocks": decoder.distinct if decoder else None, "int4_head": args.int4_head,
+        "threads": args.threads, "cpu": cpu_name(), "isa": best_isa(), "torch": torch.__version__,
+        "date": str(date.today()), "process": own, "results": rows,
     }  # fmt: skip
     text = json.dumps(summary)
     if args.save:

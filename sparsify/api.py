@@ -112,6 +112,7 @@ def compile_for_cpu(source: nn.Module, context: Context, example: Any, options: 
     from sparsify.lowering.cpu import lower_model
 
     chosen = {f.name: getattr(options, f.name) for f in fields(options)}
+    chosen["compare"] = options.compare and example is not None
     return compile_for_inference(source, context, example, partial(lower_model, **chosen))
 
 

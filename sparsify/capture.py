@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 import sparsify.ops  # noqa: F401  (registers the operators that a host may already contain)
 from sparsify.errors import CaptureError
 from sparsify.program import Program, Stage
+from sparsify.sharded import back_to_pieces
 
 CACHE_SWITCHES = ("use_cache",)
 
@@ -51,6 +52,11 @@ def unwrap(model: nn.Module) -> nn.Module:
         raise CaptureError(
             f"{type(model).__name__} wraps the model: call sparsify.compile on the model first, "
             "then wrap what it returns, so that only the trainable slices are synchronised"
+        )
+    if isinstance(model, nn.Module) and back_to_pieces(model):
+        raise CaptureError(
+            "fully_shard has cut the model's parameters into pieces: call sparsify.compile on the model first, then fully_shard "
+            "the blocks of what it returns and what it returns itself"
         )
     if not isinstance(model, nn.Module):
         raise CaptureError(f"expected a torch.nn.Module, got {type(model).__name__}")

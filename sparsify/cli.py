@@ -1,14 +1,18 @@
-"""The command line: look at a model, look at an adapter, run the demo, time sparse inference."""
+"""The command line: look at a model, an adapter or a sparse checkpoint, prune a model, time sparse inference."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sparsify.cli_bench import bench
+from sparsify.cli_prune import prune
+
+if TYPE_CHECKING:
+    from sparsify.sparse_checkpoint import SparseCheckpoint
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Sparse fine-tuning and sparse inference of PyTorch models."
@@ -89,6 +93,9 @@ def checkpoint(
     path: Annotated[Path, typer.Argument(help="A file that save_sparse wrote.")],
     layers: Annotated[bool, typer.Option(help="One line per compressed weight: shape, zeros, stored size.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, sizes in bytes.")] = False,
+    to_dense: Annotated[
+        Path | None, typer.Option("--dense", help="Write an ordinary checkpoint, zeros included, to this folder.")
+    ] = None,
 ) -> None:
     """Check a sparse checkpoint and say how large it is, how sparse, and which dense model it was pruned from."""
     from sparsify.sparse_checkpoint import SparseCheckpointError, open_sparse
@@ -98,6 +105,8 @@ def checkpoint(
     except SparseCheckpointError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
+    if to_dense is not None:
+        expand(found, to_dense)
     sizes = {name: (dense, stored) for name, dense, stored in found.sizes()}
     if as_json:
         weights = {
@@ -123,6 +132,22 @@ def checkpoint(
     typer.echo(f"pruned from the dense model {found.base}" if found.base else "its dense model is not recorded")
 
 
+def expand(found: SparseCheckpoint, folder: Path) -> None:
+    """Dense weights, and config and tokenizer if they lie beside the sparse file."""
+    from sparsify.pruning.streaming import copy_companions
+    from sparsify.sparse_checkpoint import SparseCheckpointError
+
+    try:
+        found.save_dense(folder)
+    except SparseCheckpointError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    if (found.path.parent / "config.json").is_file():
+        copy_companions(found.path.parent, folder)
+    typer.echo(f"written to {folder}", err=True)
+
+
+app.command()(prune)
 app.command()(bench)
 
 

@@ -6,7 +6,7 @@ import copy
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from sparsify.plan import Plan, nearest
 from sparsify.program import Program
 from sparsify.quantized import pack, unpack
 from sparsify.report import Report, make_report
+from sparsify.sharded import back_to_pieces, class_name, refuse_sharded, whole, whole_parameters, write_whole
 
 DEFAULT = "default"
 
@@ -216,7 +217,7 @@ class Handle:
 
     def base_original(self, param: str) -> Tensor:
         """A copy of the base value of a dense weight in original coordinates, whatever is active."""
-        tensor = self.stored(param).detach().clone()
+        tensor = whole(self.stored(param).detach()).clone()
         for name, axis, places, values in reversed(self.backups):
             if name == param:
                 put_back(tensor, axis, places, values)
@@ -238,10 +239,12 @@ class Handle:
 
     def adapter_from(self, parked: Mapping[str, Snapshot] | None) -> Adapter:
         deltas: list[Delta] = []
+        back_to_pieces(self.host)
         for param, part in self.parts.items():
-            deltas += part.deltas(None if parked is None else parked[param])
+            with whole_parameters(part.module):
+                deltas += part.deltas(None if parked is None else parked[param])
         for name in self.train:
-            value = self.stored(name).detach() if parked is None else parked[name]["full"]
+            value = whole(self.stored(name).detach()) if parked is None else parked[name]["full"]
             deltas.append(Delta(name, "full", torch.empty(0, dtype=torch.int64), value.cpu().clone()))
         bases = {p: self.base_hash(p) for p in dict.fromkeys(d.param for d in deltas if d.kind != "full")}
         return Adapter(tuple(deltas), bases, self.info())
@@ -252,7 +255,7 @@ class Handle:
         return {
             "sparsify": __version__,
             "torch": torch.__version__,
-            "model": type(self.host).__name__,
+            "model": class_name(self.host),
             "plan": self.plan.to_json(),
         }
 
@@ -268,12 +271,27 @@ class Handle:
         raise AdapterError(f"no adapter is called {name!r}{nearest(name, known)}")
 
     def save_adapter(self, directory: str | os.PathLike[str], name: str | None = None) -> Path:
-        """Write an adapter (the active one unless named) as safetensors + JSON, in original coordinates, atomically."""
+        """Write an adapter (the active one unless named) as safetensors + JSON, in original coordinates, atomically.
+
+        Under `fully_shard` every rank must call it: the parts are gathered, and the first rank writes.
+        """
         if name is None:
             if not self.active.trainable:
                 raise AdapterError(f"save_adapter: {self.active} is not one trained adapter; name the one to save")
             name = next(iter(self.active.weights))
-        return files.save(self.get(name), directory)
+        adapter = self.get(name)
+        return self.write_once(lambda: files.save(adapter, directory), directory)
+
+    def write_once(self, write: Callable[[], Path], directory: str | os.PathLike[str]) -> Path:
+        """Call `write`; of a sharded host only the first rank does, and the others wait for it."""
+        if not back_to_pieces(self.host):
+            return write()
+        try:
+            if torch.distributed.get_rank() == 0:
+                write()
+        finally:
+            torch.distributed.barrier()
+        return Path(directory)
 
     def load_adapter(self, directory: str | os.PathLike[str], name: str = DEFAULT, *, strict: bool = True) -> None:
         """Read an adapter (ours, or a PEFT LoRA directory) and keep it under `name`; `set_adapter(name)` makes it active.
@@ -298,7 +316,8 @@ class Handle:
         strict = strict and not foreign
         touched = {d.param for d in loaded.deltas if d.kind != "full"}
         shapes = self.shapes()
-        hashes = {p: self.base_hash(p) for p in touched if p in shapes} if strict else {}
+        back_to_pieces(self.host)
+        hashes = {p: self.base_hash(p) for p in sorted(touched) if p in shapes} if strict else {}
         files.check_fits(loaded, shapes, hashes, where, strict)
         if name in self.active.weights:
             self.set_adapter(None)
@@ -313,6 +332,7 @@ class Handle:
         weight, not the weight (a low-rank adapter on a linear compiled without one is the exception: it adds a dense product).
         """
         self.need_unmerged("set_adapter")
+        back_to_pieces(self.host)
         weights = {} if spec is None else {spec: 1.0} if isinstance(spec, str) else dict(spec)
         for name, weight in weights.items():
             if not isinstance(weight, int | float) or isinstance(weight, bool) or not math.isfinite(weight):
@@ -322,6 +342,7 @@ class Handle:
             spec in self.parked or self.is_active(spec) or self.fits_parts(chosen[spec])
         )
         if weights and not single:
+            refuse_sharded(self.host, "set_adapter with a mix, or with an adapter of another selection,")
             self.check_mix(chosen)
         self.park()
         self.reset_to_base()
@@ -343,8 +364,10 @@ class Handle:
         """Keep the trained values of the active adapter bit for bit."""
         if self.active.trainable:
             name = next(iter(self.active.weights))
-            full = {n: {"full": self.stored(n).detach().clone()} for n in self.train}
-            self.parked[name] = {p: part.snapshot() for p, part in self.parts.items()} | full
+            self.parked[name] = {n: {"full": whole(self.stored(n).detach()).clone()} for n in self.train}
+            for param, part in self.parts.items():
+                with whole_parameters(part.module):
+                    self.parked[name][param] = part.snapshot()
 
     def reset_to_base(self) -> None:
         """Every bit of the base is back in the stored weights and in the parts."""
@@ -352,9 +375,10 @@ class Handle:
             put_back(self.stored(param).detach(), axis, places, values)
         self.backups = []
         for part in self.parts.values():
-            part.reset()
+            with whole_parameters(part.module, keep=True):
+                part.reset()
         for name, base in self.base_full.items():
-            self.stored(name).detach().copy_(base)
+            write_whole(self.stored(name), base)
 
     def allow_training(self, on: bool) -> Mix:
         for part in self.parts.values():
@@ -376,12 +400,13 @@ class Handle:
         parked = self.parked.pop(name, None)
         by_param = group_by_param(loaded)
         for param, part in self.parts.items():
-            if parked is not None:
-                part.restore(parked[param])
-            else:
-                part.fill(by_param[param])
+            with whole_parameters(part.module, keep=True):
+                if parked is not None:
+                    part.restore(parked[param])
+                else:
+                    part.fill(by_param[param])
         for n in self.train:
-            self.stored(n).detach().copy_(parked[n]["full"] if parked is not None else by_param[n][0].values)
+            write_whole(self.stored(n), parked[n]["full"] if parked is not None else by_param[n][0].values)
 
     def check_mix(self, chosen: Mapping[str, Adapter]) -> None:
         """A packed base has no dense weight to add to: there only changes over its own trained parts can be mixed."""
@@ -507,6 +532,7 @@ class Handle:
         """
         self.need_unmerged("set_masks")
         self.require_default("set_masks")
+        back_to_pieces(self.host)
         for param, original in supports.items():
             part = self.parts.get(param)
             if not isinstance(part, LowRankPart) or not part.part.count:
@@ -517,7 +543,10 @@ class Handle:
                 )
             if int(original.max()) >= part.module.stored_shape().numel():
                 raise SparsifyError(f"set_masks: an entry of {param} lies outside its weight")
-            self.place_support(part, *current_index(self.program, param, original.cpu(), part.module.stored_shape()))
+            with whole_parameters(part.module, keep=True):
+                self.place_support(
+                    part, *current_index(self.program, param, original.cpu(), part.module.stored_shape())
+                )
 
     def place_support(self, part: LowRankPart, index: Tensor, original: Tensor) -> None:
         module = part.module
@@ -536,9 +565,11 @@ class Handle:
     def reset_lowrank(self) -> None:
         """Back to the initial factors (`B` = 0): RoSA's restart after its masks are collected."""
         self.require_default("reset_lowrank")
+        back_to_pieces(self.host)
         for part in self.parts.values():
             if isinstance(part, LowRankPart):
-                part.reset()
+                with whole_parameters(part.module, keep=True):
+                    part.reset()
 
     def require_default(self, verb: str) -> None:
         if not self.active.trainable:
@@ -557,6 +588,7 @@ class Handle:
         moves by what `merge_note` says and a warning repeats; `save_adapter` keeps base + delta exactly instead.
         """
         self.need_unmerged("merge")
+        refuse_sharded(self.host, "merge")
         packed = [p for p in self.parts if self.is_packed(p)]
         low = [p for p, part in self.parts.items() if isinstance(part, LowRankPart) and part.part.rank]
         masked = [p for p in low if p in self.program.masks]
@@ -617,6 +649,7 @@ class Handle:
         """
         from sparsify.sparse_checkpoint import save_sparse
 
+        refuse_sharded(self.host, "save_sparse")
         state = self.host.state_dict()
         added = ("weight_slice", "sparse_values", "sparse_index", "lora_A", "lora_B")
         state = {k: v for k, v in state.items() if k.rpartition(".")[2] not in added}
@@ -644,6 +677,7 @@ class Handle:
         """Undo `merge`: the same Parameter objects come back, so an optimizer goes on."""
         if not self.merged:
             raise SparsifyError("unmerge: nothing is merged")
+        refuse_sharded(self.host, "unmerge")
         for param, part in self.parts.items():
             kept = self.merge_backups.pop(param, None)
             if isinstance(part.module, QuantizedMixin):
@@ -668,6 +702,7 @@ class Handle:
                 "restore: Prune replaced the weights and their dense values are not kept; the model that was passed to compile "
                 "still has them (unless donated)"
             )
+        refuse_sharded(self.host, "restore")
         if self.merged:
             self.unmerge()
         self.reset_to_base()
@@ -698,6 +733,7 @@ class Handle:
 
         Pruned entries are exact zeros in it. The copy shares nothing with the host.
         """
+        refuse_sharded(self.host, "plain")
         state = self.host.state_dict()
         added = ("weight_slice", "sparse_values", "sparse_index", "lora_A", "lora_B")
         state = {k: v.detach().clone() for k, v in state.items() if k.rpartition(".")[2] not in added}
@@ -748,10 +784,12 @@ class Handle:
                     "matrix of useful rank equals; merge() and save the whole model, or pass sparse='merge' to fold it into the base"
                 )
             path = str(self.write_sparse_base(source, Path(directory) / "base"))
-        return peft_format.export(Adapter(rest, source.bases, source.info), self.shapes(), directory, path)
+        exported, shapes = Adapter(rest, source.bases, source.info), self.shapes()
+        return self.write_once(lambda: peft_format.export(exported, shapes, directory, path), directory)
 
     def write_sparse_base(self, source: Adapter, directory: Path) -> Path:
         """Save the base with only the sparse parts of an adapter folded in."""
+        refuse_sharded(self.host, "export_lora(sparse='merge')")
         if not hasattr(self.host, "save_pretrained"):
             raise AdapterError(
                 "export_lora(sparse='merge') writes the base with save_pretrained, which this model does not have"
@@ -797,6 +835,7 @@ def strip(module: Any) -> None:
 
 def unmask(module: Any) -> None:
     """Back from a masked module to the user's class; the zeros stay in the weights."""
+    module._unwatch()
     for leaf in module.masked_leaves:
         module._buffers.pop(bits_name(leaf), None)
         module._non_persistent_buffers_set.discard(bits_name(leaf))

@@ -36,6 +36,7 @@ from sparsify.passes.assign_rules import owner_name
 from sparsify.permutation import invert_index
 from sparsify.plan import nearest
 from sparsify.program import Program, TrainedSlice
+from sparsify.sharded import cut_like, is_sharded, whole, whole_parameters
 
 
 @dataclass
@@ -70,13 +71,29 @@ class Layout:
         return tensor
 
     def on_save(self, module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-        if isinstance(module, AdaptedMixin) and prefix + "weight" in state:
-            state[prefix + "weight"] = effective_weight(module)
-        for leaf in dict.fromkeys([*self.moves]):
-            if isinstance(state.get(prefix + leaf), Tensor):
-                state[prefix + leaf] = self.to_original(leaf, state[prefix + leaf].detach())
+        folded = isinstance(module, AdaptedMixin) and prefix + "weight" in state
+        if folded:
+            with whole_parameters(module):
+                weight = self.to_original("weight", effective_weight(module))
+            state[prefix + "weight"] = cut_like(weight, module.weight)
+        for leaf in self.moves:
+            tensor = state.get(prefix + leaf)
+            if isinstance(tensor, Tensor) and not (folded and leaf == "weight"):
+                state[prefix + leaf] = cut_like(self.to_original(leaf, whole(tensor.detach())), tensor)
 
     def on_load(self, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Reorder what enters. Of a sharded module everything is gathered first and cut again afterwards."""
+        names = [prefix + leaf for leaf in module._parameters]
+        pieces: dict[str, Any] = {n: state[n] for n in names if is_sharded(state.get(n))}
+        state.update({name: whole(piece) for name, piece in pieces.items()})
+        with whole_parameters(module):
+            self.reorder_loaded(module, state, prefix, *rest)
+        for leaf, parameter in module._parameters.items():
+            name = prefix + leaf
+            if is_sharded(parameter) and isinstance(state.get(name), Tensor):
+                state[name] = cut_like(state[name], pieces.get(name, parameter))
+
+    def reorder_loaded(self, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         errors: list[str] = rest[-1] if rest and isinstance(rest[-1], list) else []
         for leaf in self.moves:
             tensor, own = state.get(prefix + leaf), getattr(module, leaf)
@@ -100,6 +117,8 @@ class Layout:
             self.load_slice(module, state, prefix, weight)
 
     def load_slice(self, module: Any, state: dict[str, Any], prefix: str, weight: Tensor) -> None:
+        if module.slice_start < 0 and module.slice_channels.device.type == "meta":
+            return  # which channels they are is not known yet; the block is taken as it comes
         region = read_slice(module, weight)
         block = state.get(prefix + "weight_slice")
         if (
@@ -110,6 +129,7 @@ class Layout:
             state[prefix + "weight_slice"] = region.to(module.weight_slice.dtype, copy=True).contiguous()
 
     def load_parts(self, module: Any, state: dict[str, Any], prefix: str, errors: list[str]) -> None:
+        weight = state[prefix + "weight"]
         own = [n for n in ("weight_slice", "sparse_values", "lora_A", "lora_B") if n in module._parameters]
         missing = [n for n in own if prefix + n not in state]
         if missing:
@@ -119,7 +139,12 @@ class Layout:
             )
         index = state.get(prefix + "sparse_index")
         if isinstance(index, Tensor) and self.adopt is not None and index.shape == module.sparse_index.shape:
-            if bool((index < 0).any()):
+            if module.sparse_index.is_meta:
+                errors.append(
+                    f"{prefix}sparse_index: the model is on the meta device, and its support there cannot be compared with the "
+                    "checkpoint's; load it into a model that has its buffers (accelerate: fsdp_cpu_ram_efficient_loading: false)"
+                )
+            elif bool((index < 0).any()):
                 if not module.mask_open:
                     errors.append(f"{prefix}sparse_index: the checkpoint's mask was still open, this model's is chosen")
             elif module.mask_open or not torch.equal(index.to(module.sparse_index), module.sparse_index):
@@ -129,7 +154,16 @@ class Layout:
                 f"{prefix}weight: the checkpoint was made over another base, and only its trained parts would be taken; "
                 "compile the base that it was trained on (for Quantize, with the same format), then load it"
             )
-        state[prefix + "weight"] = module.weight.detach()  # the frozen base stays; the parts carry the training
+        if module.weight.device.type != "meta":
+            state[prefix + "weight"] = module.weight.detach()  # the frozen base stays; the parts carry the training
+        elif isinstance(module, QuantizedMixin):
+            state[prefix + "weight"] = weight.new_empty(0)
+        elif "lora_B" in own and not missing and not weight.is_meta and bool(state[prefix + "lora_B"].any()):
+            errors.append(
+                f"{prefix}weight: the model is on the meta device and has no base, and the checkpoint's weight has a trained "
+                "low-rank part folded in, from which the base does not follow exactly; load it into a model that has its base "
+                "(accelerate: fsdp_cpu_ram_efficient_loading: false)"
+            )
 
 
 @dataclass
@@ -360,6 +394,8 @@ class Unshare:
     names: set[str]
 
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
+        if any(is_sharded(p) for p in module.parameters()):
+            return  # fully_shard gave every parameter memory of its own
         for name in sorted(self.names):
             incoming = state.get(prefix + name)
             owner, _, leaf = name.rpartition(".")

@@ -42,6 +42,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sparsify.errors import SparsifyError
+from sparsify.sharded import local, piece_of, refuse_sharded, whole
 
 LIBRARY = torch.library.Library("sparsify", "FRAGMENT")
 LIBRARY.define("masked_linear(Tensor x, Tensor weight, Tensor bits, Tensor? bias, bool transposed=False) -> Tensor")
@@ -312,18 +313,26 @@ class MaskedModule(nn.Module):
     @torch.no_grad()
     def rezero(self, leaf: str) -> None:
         """Write the exact zeros again."""
-        parameter = getattr(self, leaf)
-        if parameter.device.type != "meta":
-            gone = ~unpack_bits(getattr(self, bits_name(leaf)), parameter.shape)
-            local_fill(parameter, gone)
+        parameter, bits = getattr(self, leaf), getattr(self, bits_name(leaf))
+        if "meta" not in (parameter.device.type, bits.device.type):
+            local_fill(parameter, ~unpack_bits(bits, parameter.shape))
 
     def _watch(self) -> None:
         _LIVE.add(self)
         if not _STEP_HOOK:
             _STEP_HOOK.append(register_optimizer_step_post_hook(_after_step))
-        for leaf in self.masked_leaves:
-            if leaf not in self._operator_leaves:
-                _hook_gradient(self, leaf)
+        if set(self.masked_leaves) <= set(self._operator_leaves):
+            return
+        hook_gradients(self)
+        if (
+            hook_gradients not in self._forward_pre_hooks.values()
+        ):  # fully_shard brings other parameters into the forward
+            self.register_forward_pre_hook(hook_gradients)
+
+    def _unwatch(self) -> None:
+        """Take the forward hook away again."""
+        for key in [k for k, hook in self._forward_pre_hooks.items() if hook is hook_gradients]:
+            del self._forward_pre_hooks[key]
 
     #: leaves whose gradient the operator masks; the others get a gradient hook
     _operator_leaves: tuple[str, ...] = ()
@@ -349,18 +358,20 @@ class MaskedModule(nn.Module):
 
 
 def local_fill(parameter: Tensor, gone: Tensor) -> None:
-    """`parameter[gone] = 0`, also when it is a DTensor (FSDP2): the mask is sharded like the parameter."""
-    if hasattr(parameter, "placements"):
-        from torch.distributed.tensor import DTensor, distribute_tensor
-
-        assert isinstance(parameter, DTensor)
-        gone = distribute_tensor(gone, parameter.device_mesh, parameter.placements)
-        assert isinstance(gone, DTensor)
-        parameter, gone = parameter.to_local(), gone.to_local()
-    parameter.masked_fill_(gone, 0)
+    """`parameter[gone] = 0`; of a sharded parameter every rank fills its piece, without communication."""
+    local(parameter).masked_fill_(piece_of(gone, parameter), 0)
 
 
 _GRADIENT_HOOKS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def hook_gradients(module: MaskedModule, _args: Any = None) -> None:
+    """Mask the gradients of the parameters that no operator masks, whichever stand in the module now."""
+    if torch.compiler.is_compiling():
+        return
+    for leaf in module.masked_leaves:
+        if leaf not in module._operator_leaves:
+            _hook_gradient(module, leaf)
 
 
 def _hook_gradient(module: MaskedModule, leaf: str) -> None:
@@ -500,8 +511,9 @@ def mask_modules(host: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Give the parameters named in `masks` (qualified name → bool of the stored shape) masks, in the given module tree.
 
     The owners become their masked subclass in place (`__class__`), and the parameters become new Parameters: tensors that `host` shares
-    with another module are not written. Tied parameters must not be masked (raises SparsifyError).
+    with another module are not written. Tied parameters must not be masked (raises SparsifyError), nor sharded ones.
     """
+    refuse_sharded(host, "mask_modules")
     for name, mask in masks.items():
         path, _, leaf = name.rpartition(".")
         owner = host.get_submodule(path)
@@ -562,6 +574,6 @@ def rezero(host: nn.Module) -> None:
 def check_masks(host: nn.Module) -> None:
     """Raises SparsifyError naming the first parameter that has a nonzero pruned entry."""
     for name, module, leaf in masked_parameters(host):
-        count = int((getattr(module, leaf).detach().masked_fill(module.mask(leaf), 0) != 0).sum())
+        count = int((whole(getattr(module, leaf).detach()).masked_fill(module.mask(leaf), 0) != 0).sum())
         if count:
             raise SparsifyError(f"{name}: {count} pruned entries are not zero; call sparsify.masked.rezero(model)")

@@ -25,6 +25,7 @@ import torch
 from torch import fx
 
 from sparsify.program import Packed, Program, SparseLowRank, TrainedSlice
+from sparsify.sharded import class_name
 from sparsify.structure import Site, Structure
 
 NOISE = frozenset({"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size", "_guards_fn"})
@@ -56,7 +57,7 @@ def print_program(program: Program, *, noise: bool = False, ids: int = 8) -> str
     noise: also print operations that compute nothing (`NOISE`) and storage keywords. Their number is always printed.
     ids: at most this many unit or channel ids of a selection are spelled out.
     """
-    lines = [f"program {type(program.host).__name__}, stage {program.stage.name}"]
+    lines = [f"program {class_name(program.host)}, stage {program.stage.name}"]
     lines += _section("history:", program.history)
     lines += _structures(program)
     lines += _section(f"declined: {len(program.declined)}", (str(d) for d in program.declined))

@@ -12,6 +12,7 @@ from sparsify.errors import Refusal
 from sparsify.modules import QuantizedMixin
 from sparsify.plan import Plan
 from sparsify.program import Program
+from sparsify.sharded import class_name
 from sparsify.sparse_checkpoint import stored_bytes
 from sparsify.verify import SPARSIFY_OPS
 
@@ -112,7 +113,7 @@ def make_report(program: Program, plan: Plan, host: nn.Module, cpu: Any = None) 
     parameters = dict(host.named_parameters())
     saved, full = backward_bytes(program)
     return Report(
-        model=type(host).__name__,
+        model=class_name(host),
         found=found,
         chosen=tuple(chosen),
         declined=declined,

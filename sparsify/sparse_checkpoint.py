@@ -10,13 +10,16 @@ all others are stored as they are. Values keep their bits exactly, in any dtype.
 
 A file is checked completely before anything is built from it: names, dtypes, shapes, the number of set bits against the number of
 values, unused bits. Files are written to a temporary name and renamed.
+
+Models that are larger than memory: `save_sparse("pruned/", "model.sparse")` compresses the folder that `prune_on_disk` wrote, and
+`open_sparse("model.sparse").save_dense("dense/")` expands it again, one tensor at a time. Every tensor is read twice while
+compressing: to count survivors, which the header needs, and to write them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -28,11 +31,14 @@ from torch import Tensor, nn
 
 from sparsify.errors import SparsifyError
 from sparsify.masked import MaskedModule, bits_name, mask_modules, masked_parameters, pack_bits, unpack_bits
+from sparsify.tensor_file import DTYPE_NAMES, DTYPES, FolderTensors, Part, PartWriter, replacing, tensor_file
 
 FORMAT, VERSION = "sparsify-sparse", 1
 VALUES, BITMASK = ".sparse_values", ".sparse_bitmask"
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 MAX_ENTRIES = 1 << 40
+PIECE = 1 << 22  # entries that are compressed together: a multiple of 8, so of whole bytes of bits
+SHARD_BYTES = 5 << 30
 
 
 class SparseCheckpointError(SparsifyError, ValueError):
@@ -77,20 +83,25 @@ def bit_pattern(tensor: Tensor) -> Tensor:
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes, in name order: identifies a dense base model."""
     digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
+
+    def add(name: str, tensor: Tensor) -> None:
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
         if tensor.numel():
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+    for name in sorted(tensors):
+        add(name, tensors[name].detach().cpu().contiguous())  # no variable keeps it while the next is read
     return digest.hexdigest()
 
 
 def model_hash(model: nn.Module | Mapping[str, Tensor]) -> str:
-    """`hash_tensors` of a model's parameters and persistent buffers, tied ones once."""
-    return hash_tensors(collect(model, {})[0])
+    """`hash_tensors` of a model's parameters and persistent buffers, tied ones once; of a mapping or `FolderTensors`."""
+    return hash_tensors(collect(model, None)[0])
 
 
-def base_hash(base: nn.Module | str) -> str:
+def base_hash(base: nn.Module | str | Path) -> str:
+    if isinstance(base, Path):
+        return model_hash(FolderTensors(base))
     return base if isinstance(base, str) else model_hash(base)
 
 
@@ -99,101 +110,98 @@ def stored_bytes(numel: int, survivors: int, itemsize: int) -> int:
     return min(survivors * itemsize + (numel + 7) // 8, numel * itemsize)
 
 
-def compress(tensor: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """`(values, bitmask)`, or None when that is not smaller. Without a mask every nonzero bit pattern survives (so −0.0 does).
-
-    Raises SparseCheckpointError when an entry that the mask drops is not zero.
-    """
-    if tensor.element_size() not in INTEGERS or tensor.is_complex() or tensor.numel() == 0:
-        return None
-    flat = bit_pattern(tensor.detach()).reshape(-1)
-    kept = flat != 0 if mask is None else mask.reshape(-1)
-    values = flat[kept]
-    dense = tensor.numel() * tensor.element_size()
-    if stored_bytes(tensor.numel(), values.numel(), tensor.element_size()) == dense:
-        return None
-    return values.view(tensor.dtype), pack_bits(kept)
-
-
 def save_sparse(
-    source: nn.Module | Mapping[str, Tensor],
+    source: nn.Module | Mapping[str, Tensor] | str | Path,
     path: str | Path,
     *,
     masks: Mapping[str, Tensor] | None = None,
-    base: nn.Module | str | None = None,
+    base: nn.Module | str | Path | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> SizeReport:
     """Write a sparse checkpoint atomically.
 
-    source: a module (its state dict, tied tensors once, and its masks if it has any) or tensors by name.
+    source: a module (its state dict, tied tensors once, and its masks if it has any), tensors by name, or a folder of safetensors
+        files (with the masks that `prune_on_disk` left in it), of which one tensor is in memory at a time.
     masks: survivors by name, bool of the tensor's shape; a survivor may be zero and stays a survivor. Tensors without a mask are
-        compressed by their zeros when that is smaller.
-    base: the dense model that was pruned, or its `model_hash`; `open_sparse(path, base=…)` checks it.
+        compressed by their zeros when that is smaller: every nonzero bit pattern survives (so −0.0 does).
+    base: the dense model that was pruned, its `model_hash`, or the `Path` of its folder; `open_sparse(path, base=…)` checks it.
     metadata: further strings for the header. Raises SparseCheckpointError when a masked entry is not zero.
     """
-    from safetensors.torch import save_file
-
-    tensors, masks = collect(source, dict(masks or {}))
-    stored: dict[str, Tensor] = {}
+    tensors, masks = collect(source, masks)
     entries: dict[str, Any] = {}
+    parts: list[Part] = []
     sizes: dict[str, tuple[int, int]] = {}
-    for name, tensor in tensors.items():
-        mask = masks.get(name)
-        if mask is not None:
-            check_mask(name, tensor, mask)
-        packed = compress(tensor.cpu(), None if mask is None else mask.cpu())
-        dense = tensor.numel() * tensor.element_size()
-        if packed is None:
-            stored[name] = tensor.detach().cpu().contiguous()
-            sizes[name] = (dense, dense)
-            continue
-        values, bits = packed
-        stored[name + VALUES], stored[name + BITMASK] = values, bits
-        entries[name] = {
-            "shape": list(tensor.shape),
-            "dtype": str(tensor.dtype).removeprefix("torch."),
-            "survivors": values.numel(),
-            "masked": mask is not None,
-        }
-        sizes[name] = (dense, values.numel() * tensor.element_size() + bits.numel())
+    for name in tensors:
+        own, entry = planned_parts(name, tensors[name], masks.get(name))
+        dense = own[0].nbytes
+        if entry is not None:
+            entries[name] = entry
+            dense = prod(entry["shape"]) * own[0].dtype.itemsize
+        parts += own
+        sizes[name] = (dense, sum(part.nbytes for part in own))
     header = {"format": FORMAT, "version": str(VERSION), "entries": json.dumps(entries), **(metadata or {})}
     if base is not None:
         header["base"] = base_hash(base)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    try:
-        save_file(stored, temporary, header)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with tensor_file(path, parts, header) as file:
+        for name in tensors:
+            if name in entries:
+                write_compressed(file, name, tensors[name], masks.get(name))
+            else:
+                file.append(name, tensors[name])
     return SizeReport(sum(d for d, _ in sizes.values()), sum(s for _, s in sizes.values()), sizes)
 
 
-def collect(
-    source: nn.Module | Mapping[str, Tensor], masks: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Tensors by name (each piece of memory once) and masks, of a module or a mapping."""
-    if isinstance(source, nn.Module):
-        for name, module, leaf in masked_parameters(source):
-            masks.setdefault(name, module.mask(leaf))
-        source = source.state_dict()
-    seen: set[tuple[int, int, tuple[int, ...]]] = set()
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in source.items():
-        if name.endswith((VALUES, BITMASK)):
-            raise SparseCheckpointError(f"tensor name '{name}' ends like a compressed part")
-        place = (tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), tuple(tensor.shape))
-        if tensor.numel() and place in seen:
-            continue
-        seen.add(place)
-        tensors[name] = tensor
-    unknown = sorted(set(masks) - set(source))
-    if unknown:
-        raise SparseCheckpointError(f"mask for '{unknown[0]}', but there is no such tensor")
-    return tensors, masks
+def planned_parts(name: str, tensor: Tensor, mask: Tensor | None) -> tuple[list[Part], dict[str, Any] | None]:
+    """What the file gets for a tensor: values and bits with an entry for the header, or the tensor as it is and None."""
+    shape = tuple(tensor.shape)
+    survivors = count_survivors(name, tensor, mask)
+    if survivors is None:
+        return [Part(name, tensor.dtype, shape)], None
+    values = Part(name + VALUES, tensor.dtype, (survivors,))
+    bits = Part(name + BITMASK, torch.uint8, ((tensor.numel() + 7) // 8,))
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return [values, bits], {
+        "shape": list(shape),
+        "dtype": dtype,
+        "survivors": survivors,
+        "masked": mask is not None,
+    }
+
+
+def write_compressed(file: PartWriter, name: str, tensor: Tensor, mask: Tensor | None) -> None:
+    for values, kept in pieces(tensor, mask):
+        file.append(name + VALUES, values[kept])
+        file.append(name + BITMASK, pack_bits(kept))
+
+
+def pieces(tensor: Tensor, mask: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """`(bit patterns, which survive)` of at most `PIECE` entries each, flat, on the CPU."""
+    flat = bit_pattern(tensor.detach()).reshape(-1)
+    kept = None if mask is None else mask.reshape(-1)
+    for start in range(0, flat.numel(), PIECE):
+        values = flat[start : start + PIECE].cpu()
+        yield values, values != 0 if kept is None else kept[start : start + PIECE].cpu()
+
+
+def count_survivors(name: str, tensor: Tensor, mask: Tensor | None) -> int | None:
+    """How many values are stored, or None when compressing is not smaller, or not possible in this dtype.
+
+    Raises SparseCheckpointError for a mask that does not fit, or drops an entry that is not zero.
+    """
+    if mask is not None:
+        check_mask(name, tensor, mask)
+    size = tensor.element_size()
+    if size not in INTEGERS or tensor.is_complex() or tensor.numel() == 0:
+        return None
+    survivors = lost = 0
+    for values, kept in pieces(tensor, mask):
+        survivors += int(torch.count_nonzero(kept))
+        if mask is not None:
+            lost += int(torch.count_nonzero(values.view(tensor.dtype)[~kept] != 0))
+    if lost:
+        raise SparseCheckpointError(f"'{name}': {lost} pruned entries are not zero; they would be lost")
+    smaller = stored_bytes(tensor.numel(), survivors, size) < tensor.numel() * size
+    return survivors if smaller else None
 
 
 def check_mask(name: str, tensor: Tensor, mask: Tensor) -> None:
@@ -201,9 +209,58 @@ def check_mask(name: str, tensor: Tensor, mask: Tensor) -> None:
         raise SparseCheckpointError(
             f"mask of '{name}': expected bool {tuple(tensor.shape)}, got {mask.dtype} {tuple(mask.shape)}"
         )
-    count = int((tensor.detach()[~mask.to(tensor.device)] != 0).sum())
-    if count:
-        raise SparseCheckpointError(f"'{name}': {count} pruned entries are not zero; they would be lost")
+
+
+class ModuleMasks(Mapping[str, Tensor]):
+    """The masks of a host by parameter name, unpacked when asked for; `given` ones come first."""
+
+    def __init__(self, host: nn.Module, given: Mapping[str, Tensor]) -> None:
+        self.given = given
+        self.own = {name: (module, leaf) for name, module, leaf in masked_parameters(host)}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self.given:
+            return self.given[name]
+        module, leaf = self.own[name]
+        return module.mask(leaf)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys((*self.given, *self.own)))
+
+    def __len__(self) -> int:
+        return len(self.given.keys() | self.own.keys())
+
+
+def collect(
+    source: nn.Module | Mapping[str, Tensor] | str | Path, masks: Mapping[str, Tensor] | None
+) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    """Tensors by name (each piece of memory once) and masks, of a module, a mapping or a folder."""
+    if isinstance(source, str | Path):
+        from sparsify.pruning.streaming import FolderMasks
+
+        source = FolderTensors(source)
+        masks = FolderMasks(source.folder) if masks is None else masks
+    masks = {} if masks is None else masks
+    if isinstance(source, nn.Module):
+        masks = ModuleMasks(source, masks)
+        source = source.state_dict()
+    for name in source:
+        if name.endswith((VALUES, BITMASK)):
+            raise SparseCheckpointError(f"tensor name '{name}' ends like a compressed part")
+    unknown = sorted(set(masks) - set(source))
+    if unknown:
+        raise SparseCheckpointError(f"mask for '{unknown[0]}', but there is no such tensor")
+    if isinstance(source, FolderTensors):
+        return source, masks  # files hold tied tensors once
+    seen: set[tuple[int, int, tuple[int, ...]]] = set()
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in source.items():
+        place = (tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), tuple(tensor.shape))
+        if tensor.numel() and place in seen:
+            continue
+        seen.add(place)
+        tensors[name] = tensor
+    return tensors, masks
 
 
 class SparseCheckpoint:
@@ -212,9 +269,10 @@ class SparseCheckpoint:
     entries: the compressed tensors. plain: names of the others. base: hash of the dense model, or None.
     """
 
-    def __init__(self, path: str | Path, *, base: nn.Module | str | None = None) -> None:
+    def __init__(self, path: str | Path, *, base: nn.Module | str | Path | None = None) -> None:
         self.path = Path(path)
-        self.entries, self.masked, self.plain, self.base = read_header(self.path)
+        self.entries, self.masked, self.parts, self.base = read_header(self.path)
+        self.plain = list(self.parts)
         if base is not None:
             self.check_base(base_hash(base))
         for name, entry in self.entries.items():
@@ -240,6 +298,10 @@ class SparseCheckpoint:
     def names(self) -> list[str]:
         return [*self.entries, *self.plain]
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor in full; nothing is read."""
+        return self.entries[name].shape if name in self.entries else self.parts[name].shape
+
     def sparse(self, name: str) -> tuple[Tensor, Tensor]:
         """`(values (k,), bits (⌈numel/8⌉,))` of a compressed tensor."""
         return self.part(name + VALUES), self.part(name + BITMASK)
@@ -259,6 +321,9 @@ class SparseCheckpoint:
         flat[unpack_bits(bits, (entry.numel,))] = values.view(width)
         return flat.view(entry.dtype).view(entry.shape)
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self.entries[name].dtype if name in self.entries else self.parts[name].dtype
+
     def dense(self) -> dict[str, Tensor]:
         """Everything in full: an ordinary state dict."""
         return {name: self.tensor(name) for name in self.names}
@@ -274,7 +339,7 @@ class SparseCheckpoint:
         return torch.sparse_csr_tensor(counts, columns, self.part(name + VALUES), entry.shape)
 
     def load_into(self, host: nn.Module, *, sparse: bool = True, strict: bool = True) -> nn.Module:
-        """Load into a module of the same architecture, which is changed only when everything fits.
+        """Load into a module of the same architecture, which is changed only when everything fits. One module's tensors at a time.
 
         sparse: give the compressed parameters their masks, so that training keeps them. Without, the host becomes an
             ordinary dense model with zeros.
@@ -288,7 +353,7 @@ class SparseCheckpoint:
                 f"{self.path} does not fit the model: missing {missing[:3]}, unknown {foreign[:3]}"
             )
         for name in self.names:
-            shape = self.entries[name].shape if name in self.entries else tuple(self.part(name).shape)
+            shape = self.shape(name)
             if name in wanted and shape != tuple(wanted[name].shape):
                 raise SparseCheckpointError(
                     f"'{name}' has shape {shape} in {self.path.name}, the model {tuple(wanted[name].shape)}"
@@ -296,15 +361,50 @@ class SparseCheckpoint:
         if sparse:
             present = {name for name, _, _ in masked_parameters(host)}
             parameters = dict(host.named_parameters())
-            fresh = {n: self.mask(n) for n in self.masked if n in parameters and n not in present}
-            mask_modules(host, fresh)
+            fresh = [n for n in self.entries if n in self.masked and n in parameters and n not in present]
+            for name in fresh:
+                mask_modules(host, {name: self.mask(name)})
             for name, module, leaf in masked_parameters(host):
                 if name in self.masked and name not in fresh:
                     getattr(module, bits_name(leaf)).copy_(self.part(name + BITMASK))
         elif any(isinstance(module, MaskedModule) for module in host.modules()):
             raise SparseCheckpointError("the host carries masks already: load with sparse=True, or into a dense model")
-        host.load_state_dict({name: self.tensor(name) for name in self.names if name in wanted}, strict=False)
+        together: dict[str, list[str]] = {}
+        for name in self.names:
+            if name in wanted:
+                together.setdefault(name.rpartition(".")[0], []).append(name)
+        for names in together.values():
+            host.load_state_dict({name: self.tensor(name) for name in names}, strict=False)
         return host
+
+    def save_dense(self, folder: str | Path, *, shard_bytes: int = SHARD_BYTES) -> list[Path]:
+        """Write an ordinary dense checkpoint, zeros included, with one tensor in memory at a time. Returns its files.
+
+        They are `model.safetensors`, or shards of at most `shard_bytes` (or one tensor) and their index. Raises
+        SparseCheckpointError for a folder that holds a model.
+        """
+        folder = Path(folder)
+        if any(folder.glob("*.safetensors")):
+            raise SparseCheckpointError(f"{folder} holds a model already: choose another folder, or delete it")
+        shards: list[list[Part]] = [[]]
+        for name in self.names:
+            part = Part(name, self.dtype(name), self.shape(name))
+            if shards[-1] and sum(p.nbytes for p in shards[-1]) + part.nbytes > shard_bytes:
+                shards.append([])
+            shards[-1].append(part)
+        several = len(shards) > 1
+        places: dict[str, str] = {}
+        for number, parts in enumerate(shards, 1):
+            label = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if several else "model.safetensors"
+            with tensor_file(folder / label, parts, {"format": "pt"}) as file:
+                for part in parts:
+                    file.append(part.name, self.tensor(part.name))
+            places |= {part.name: label for part in parts}
+        if several:
+            index = {"metadata": {"format": "pt"}, "weight_map": dict(sorted(places.items()))}
+            with replacing(folder / "model.safetensors.index.json") as temporary:
+                temporary.write_text(json.dumps(index, indent=1))
+        return [folder / label for label in dict.fromkeys(places.values())]
 
     def sizes(self) -> Iterator[tuple[str, int, int]]:
         """`(name, dense bytes, stored bytes)` of the compressed tensors."""
@@ -313,10 +413,11 @@ class SparseCheckpoint:
             yield name, entry.numel * size, stored_bytes(entry.numel, entry.survivors, size)
 
 
-def open_sparse(path: str | Path, *, base: nn.Module | str | None = None) -> SparseCheckpoint:
+def open_sparse(path: str | Path, *, base: nn.Module | str | Path | None = None) -> SparseCheckpoint:
     """Open and check a sparse checkpoint.
 
-    base: the dense model (or its `model_hash`) that the file must have been pruned from; None: any, the file is complete.
+    base: the dense model (or its `model_hash`, or the `Path` of its folder) that the file must have been pruned from; None: any, the
+        file is complete.
     Raises SparseCheckpointError for anything that is not a sparse checkpoint, is damaged, or has another base.
     """
     return SparseCheckpoint(path, base=base)
@@ -330,8 +431,8 @@ def tied_names(host: nn.Module) -> dict[str, tuple[str, ...]]:
     return {n: tuple(o for o in names if o != n) for names in groups.values() if len(names) > 1 for n in names}
 
 
-def read_header(path: Path) -> tuple[dict[str, Entry], set[str], list[str], str | None]:
-    """Entries, which of them have masks, other names, base hash; all checked against the stored parts' dtypes and shapes."""
+def read_header(path: Path) -> tuple[dict[str, Entry], set[str], dict[str, Part], str | None]:
+    """Entries, which of them have masks, other tensors, base hash; all checked against the stored parts' dtypes and shapes."""
     from safetensors import SafetensorError, safe_open
 
     bad = lambda text: SparseCheckpointError(f"{path}: {text}")  # noqa: E731
@@ -362,12 +463,15 @@ def read_header(path: Path) -> tuple[dict[str, Entry], set[str], list[str], str 
         raise bad(f"'{stray[0]}' belongs to no entry")
     for name, entry in entries.items():
         kind, shape = stored[name + VALUES]
-        if shape != (entry.survivors,) or kind != safetensors_name(entry.dtype):
+        if shape != (entry.survivors,) or kind != DTYPE_NAMES.get(entry.dtype):
             raise bad(f"'{name}': values are {kind} {shape}, but the header says {entry.dtype} ({entry.survivors},)")
         kind, shape = stored[name + BITMASK]
         if kind != "U8" or shape != ((entry.numel + 7) // 8,):
             raise bad(f"'{name}': the bitmask is {kind} {shape}, which does not fit shape {entry.shape}")
-    return entries, masked, plain, metadata.get("base")
+    if odd := [name for name in plain if stored[name][0] not in DTYPES]:
+        raise bad(f"'{odd[0]}' is {stored[odd[0]][0]}, which this sparsify does not know")
+    parts = {name: Part(name, DTYPES[stored[name][0]], stored[name][1]) for name in plain}
+    return entries, masked, parts, metadata.get("base")
 
 
 def parse_entry(value: Any) -> Entry:
@@ -386,21 +490,11 @@ def parse_entry(value: Any) -> Entry:
     return Entry(tuple(shape), dtype, survivors)
 
 
-def safetensors_name(dtype: torch.dtype) -> str:
-    """How safetensors spells a dtype ("F32", "BF16", "I8", …)."""
-    names = {
-        torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-        torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-        torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-        torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64",
-    }  # fmt: skip
-    return names.get(dtype, "?")
-
-
 def check_bits(path: Path, name: str, entry: Entry, bits: Tensor) -> None:
     """The number of set bits is the number of values, and unused bits are zero."""
-    set_bits = int(unpack_bits(bits, (bits.numel() * 8,)).sum())
-    within = int(unpack_bits(bits, (entry.numel,)).sum())
+    unpacked = unpack_bits(bits, (bits.numel() * 8,))
+    within = int(torch.count_nonzero(unpacked[: entry.numel]))  # sum() would make eight bytes of each bit
+    set_bits = within + int(torch.count_nonzero(unpacked[entry.numel :]))
     if set_bits != within:
         raise SparseCheckpointError(f"{path}: '{name}': bits beyond the last weight are set")
     if within != entry.survivors:

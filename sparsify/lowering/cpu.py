@@ -7,7 +7,8 @@
 The host keeps its class, so `generate()`, pipelines and hooks go on working; packed tensors replace the dense weight,
 and `state_dict()` still says `weight` (unpacked, in the original shape and dtype). A layer is replaced only if it was
 measured to be at least as fast as torch's own dense product for every number of tokens that it was asked about. Linears
-that the program shows to belong together are then fused (fuse_linears.py), and the program's graph is rewritten alike.
+that the program shows to belong together are then fused (fuse_linears.py). With the user's example, the whole model is
+timed against the dense one, which comes back if it is faster (whole_model.py). The program's graph is rewritten alike.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -31,8 +32,10 @@ from sparsify.kernels.cpu.tune import TUNE_VERSION, Timing, cpu_name, measured
 from sparsify.lowering.cpu_options import DEFAULT_TOKENS
 from sparsify.lowering.fuse_cpu import Fusion, fuse, set_module
 from sparsify.lowering.prepacked_linear import PrepackedLinear, can_prepack, prepack, prepacked_product
+from sparsify.lowering.restore_cpu import restore_modules
 from sparsify.lowering.rewrite_cpu import rewrite
 from sparsify.lowering.sparse_linear import SparseLinear
+from sparsify.lowering.whole_model import WholeModel, example_tokens, time_whole_model
 from sparsify.program import Program, Stage
 
 SLACK = 1.05  # smallest times of equally fast products differ by this much from run to run
@@ -74,7 +77,7 @@ def timings_text(seconds: Mapping[int, tuple[str, float, float, float]]) -> str:
 class CpuReport:
     """What lowering did: layers packed, layers left dense and why, those of them that lie in oneDNN's layout, what was fused.
 
-    bytes_before, bytes_after: of the whole model.
+    bytes_before, bytes_after: of the whole model. whole: its times on the user's example, if there is one.
     """
 
     machine: str
@@ -85,6 +88,7 @@ class CpuReport:
     notes: tuple[str, ...] = field(default=())
     prepacked: tuple[LoweredLinear, ...] = field(default=())
     fusions: tuple[Fusion, ...] = field(default=())
+    whole: WholeModel | None = None
 
     def __str__(self) -> str:
         blocked = f" ({len(self.prepacked)} of them in oneDNN's layout)" if self.prepacked else ""
@@ -92,6 +96,7 @@ class CpuReport:
         lines = [f"cpu lowering on {self.machine}: {len(self.lowered)} linears packed, {left}"]
         saved = self.bytes_before / max(1, self.bytes_after)
         lines.append(f"memory     {self.bytes_before / 2**20:.1f} → {self.bytes_after / 2**20:.1f} MiB ({saved:.2f} ×)")
+        lines += [f"whole      {self.whole}"] if self.whole is not None else []
         lines += [f"packed     {entry}" for entry in self.lowered]
         lines += [f"{'apart' if fusion.why else 'fused'}      {fusion}" for fusion in self.fusions]
         lines += [f"dense      {refusal}" for refusal in self.refusals]
@@ -260,6 +265,48 @@ def mean_ratio(ratios: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
+def numbers_of_tokens(
+    tokens: Sequence[int] | None, example: Mapping[str, Sequence[int]], name: str | None
+) -> tuple[int, ...]:
+    """The numbers of tokens to measure for a linear (None: for whatever spans several): `tokens`, or the usual and the example's."""
+    if tokens is not None:
+        return tuple(tokens)
+    seen = example.get(name, ()) if name is not None else {count for counts in example.values() for count in counts}
+    by_bucket = {bucket(count): count for count in (*DEFAULT_TOKENS, *seen)}
+    return tuple(by_bucket[size] for size in sorted(by_bucket))
+
+
+def replace_module(host: nn.Module, name: str, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` in the place of `old`, with its mode and hooks."""
+    new.train(old.training)
+    for hook_table in ("_forward_hooks", "_forward_pre_hooks"):
+        getattr(new, hook_table).update(getattr(old, hook_table))
+    set_module(host, name, new)
+
+
+def restore_dense(
+    host: nn.Module, entries: Sequence[LoweredLinear], reason: str, asked: Callable[[str], Sequence[int]]
+) -> list[LoweredLinear]:
+    """Make every layer of `host` dense again, in oneDNN's layout where that is faster; returns the entries of those."""
+    restore_modules(host)
+    blocked: list[LoweredLinear] = []
+    for entry in entries:
+        module: Any = host.get_submodule(entry.name)
+        transposed = is_conv1d(module)
+        weight = module.weight.detach().t() if transposed else module.weight.detach()
+        refusal = Refusal(entry.name, reason)
+        outcome = try_prepacked(
+            refusal, weight, module.bias, transposed, asked(entry.name), DenseProducts(weight), small=False
+        )
+        if outcome.module is None or outcome.entry is None:
+            continue
+        names = [name for name, other in host.named_modules(remove_duplicate=False) if other is module]
+        for name in names:
+            replace_module(host, name, module, outcome.module)
+        blocked.append(outcome.entry)
+    return blocked
+
+
 def lower_model(
     host: nn.Module,
     program: Program | None = None,
@@ -268,9 +315,10 @@ def lower_model(
     quantize: Literal["int8"] | Mapping[str, Literal["int8"]] | None = None,
     group: int = 0,
     int8_activations: bool = True,
-    tokens: Sequence[int] = DEFAULT_TOKENS,
+    tokens: Sequence[int] | None = None,
     mode: Literal["fast", "small"] = "fast",
     tied: Literal["skip", "copy"] = "skip",
+    compare: bool = False,
 ) -> CpuReport:
     """Replace the linears of `host`, in place, by packed ones where that pays; returns what was done and why not.
 
@@ -279,10 +327,14 @@ def lower_model(
         None: every nn.Linear and Conv1D.
     quantize: "int8" for all of them, or per module name; weights then get one scale per row, or per `group` columns.
     int8_activations: let int8 weights meet int8 activations (dynamic, per token); False keeps activations in fp32.
-    tokens: numbers of tokens (batch × sequence) to measure; a layer slower than dense at one of them stays dense.
+    tokens: numbers of tokens (batch × sequence) to measure; a layer slower than dense at one of them stays dense. None: the
+        usual ones, and with `compare` those that a layer sees in the program's example.
     mode: "small" packs also where dense is faster, for the memory.
     tied: a weight that an embedding shares stays dense ("skip"), or is packed beside the embedding's copy ("copy").
+    compare: the program's example is the user's: time the whole model on it, and take the dense layers back if they are faster.
     """
+    example = example_tokens(program) if program is not None and compare and tokens is None else {}
+    asked = partial(numbers_of_tokens, tokens, example)
     before = packed_operator.module_bytes(host)
     shared: dict[int, list[str]] = {}
     for module_name, module in host.named_modules(remove_duplicate=False):
@@ -315,31 +367,36 @@ def lower_model(
             refusal = Refusal(name, f"its weight is shared with {', '.join(others)}, which needs it dense")
             outcome = Outcome(None, None, refusal)
         else:
-            outcome = try_layer(name, module, how, group, int8_activations, tokens, mode == "small")
+            outcome = try_layer(name, module, how, group, int8_activations, asked(name), mode == "small")
         if outcome.refusal is not None:
             if names is not None:
                 raise RefusedError(str(outcome.refusal))
             refusals.append(outcome.refusal)
         if outcome.module is None:
             continue
-        outcome.module.train(module.training)
-        for hook_table in ("_forward_hooks", "_forward_pre_hooks"):
-            getattr(outcome.module, hook_table).update(getattr(module, hook_table))
-        set_module(host, name, outcome.module)
+        replace_module(host, name, module, outcome.module)
         done[id(module)] = outcome.module
         if outcome.entry is not None:
             (lowered if outcome.refusal is None else blocked).append(outcome.entry)
-    fusions = fuse(host, program, tokens, mode == "small") if program is not None else ()
+    fusions = fuse(host, program, asked(None), mode == "small") if program is not None else []
+    whole = None
+    if program is not None and compare and mode == "fast" and names is None and lowered:
+        whole = time_whole_model(host, program)
+        if whole.slower:
+            refusals += [Refusal(entry.name, whole.reason) for entry in lowered]
+            blocked, lowered, fusions = restore_dense(host, [*lowered, *blocked], whole.reason, asked), [], []
     notes = (f"kernels for {best_isa()}, {torch.get_num_threads()} threads",)
     after = packed_operator.module_bytes(host)
     report = CpuReport(
-        cpu_name(), tuple(lowered), tuple(refusals), before, after, notes, tuple(blocked), tuple(fusions)
+        cpu_name(), tuple(lowered), tuple(refusals), before, after, notes, tuple(blocked), tuple(fusions), whole
     )
     if program is not None:
         entries = {entry.name: entry for entry in (*lowered, *blocked)}
         kernels = {name: timings_text(entry.seconds) for name, entry in entries.items()}
         rewrite(program, host, fusions, kernels)
         program.history = (*program.history, *(f"lower-cpu: {e}" for e in (*lowered, *blocked, *fusions)))
+        if whole is not None:
+            program.history = (*program.history, f"lower-cpu: whole model {whole}")
         program.refusals = (*program.refusals, *refusals)
         program.stage = Stage.LOWERED
     return report

@@ -15,19 +15,24 @@ class CpuOptions:
     """Options of `sparsify.compile(model, Plan(…, target="cpu"), cpu=CpuOptions(…))`.
 
     tokens: numbers of tokens per call (batch × length) that are measured; a layer slower than dense torch at one stays dense.
+        None: 1, 16, 64 and 256, and with `example=` those that each layer sees there.
+    compare: with `example=`, time the whole lowered model on it against the dense one, and give the layers back if that is
+        faster; while both are timed, the weights exist packed and dense.
     mode: "fast" keeps that promise; "small" packs every linear that can be packed, for the memory.
     int8_activations: let int8 weights meet int8 activations (dynamic, one scale per token) where that is faster.
     tied: a weight that an embedding shares stays dense ("skip"), or is packed beside the embedding's copy ("copy").
     """
 
-    tokens: tuple[int, ...] = DEFAULT_TOKENS
+    tokens: tuple[int, ...] | None = None
+    compare: bool = True
     mode: Literal["fast", "small"] = "fast"
     int8_activations: bool = True
     tied: Literal["skip", "copy"] = "skip"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tokens", tuple(self.tokens))
-        if not self.tokens or any(not isinstance(t, int) or t < 1 for t in self.tokens):
+        if self.tokens is not None:
+            object.__setattr__(self, "tokens", tuple(self.tokens))
+        if self.tokens is not None and (not self.tokens or any(not isinstance(t, int) or t < 1 for t in self.tokens)):
             raise PlanError(f"CpuOptions(tokens={self.tokens}): expected numbers of tokens, each at least 1")
         if self.mode not in ("fast", "small"):
             raise PlanError(f"CpuOptions(mode={self.mode!r}): expected 'fast' or 'small'")

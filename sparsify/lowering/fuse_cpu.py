@@ -28,12 +28,11 @@ from sparsify.lowering.fuse_linears import (
     find_shared_passes,
     find_split_products,
 )
+from sparsify.lowering.rows_of_gated import RowsOfGated
 from sparsify.lowering.sparse_linear import (
     SHARED_TOKENS,
-    BothOfGated,
     FusedFeedForward,
     GatedLinear,
-    HalfOfGated,
     SparseLinear,
     fused_class,
     halves,
@@ -155,6 +154,8 @@ def fuse_gated(host: nn.Module, found: GatedProduct, times: Counted) -> Fusion |
         return Fusion(found, "", what, why="gate and up differ in shape or value type")
     if isinstance(owner, FusedFeedForward) or count_names(host, owner) > 1:
         return Fusion(found, "", what, why=f"{found.owner} is used under several names")
+    if hasattr(owner, "gate_up"):
+        return Fusion(found, "", what, why=f"{found.owner}.gate_up exists")
     x = torch.randn(tuple(found.x.meta["val"].shape), dtype=gate.dtype)
     with torch.inference_mode():
         try:
@@ -174,11 +175,8 @@ def fuse_gated(host: nn.Module, found: GatedProduct, times: Counted) -> Fusion |
     seconds, why = times.compare(key, gate.in_features, fused, fused, apart)
     if why:
         return Fusion(found, "", what, seconds, why)
-    if len(linears) == 1:
-        set_module(host, found.gate, BothOfGated(fused, linears[0]))
-    else:
-        for place, (name, linear) in enumerate(zip(names, linears, strict=True)):
-            set_module(host, name, HalfOfGated(fused, place, linear))
+    for place, (name, linear) in enumerate(zip(names, linears, strict=True)):
+        set_module(host, name, RowsOfGated(fused, place * linear.out_features, linear))
     fused.train(owner.training)
     owner.__class__ = fused_class(type(owner))
     owner.add_module("gate_up", fused)

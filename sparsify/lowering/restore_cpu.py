@@ -8,7 +8,8 @@ from torch import nn
 
 from sparsify.lowering.fuse_cpu import MovedActivation, set_module
 from sparsify.lowering.prepacked_linear import PrepackedLinear
-from sparsify.lowering.sparse_linear import FusedFeedForward, GatedLinear, HalfOfGated, SparseLinear
+from sparsify.lowering.rows_of_gated import RowsOfGated
+from sparsify.lowering.sparse_linear import FusedFeedForward, GatedLinear, SparseLinear
 
 
 def restore_modules(host: nn.Module) -> None:
@@ -21,7 +22,7 @@ def restore_modules(host: nn.Module) -> None:
     for name, module in list(host.named_modules(remove_duplicate=False)):
         if isinstance(module, MovedActivation):
             set_module(host, name, module.original)
-        elif isinstance(module, SparseLinear | HalfOfGated | PrepackedLinear) and not isinstance(module, GatedLinear):
+        elif isinstance(module, SparseLinear | RowsOfGated | PrepackedLinear) and not isinstance(module, GatedLinear):
             if id(module) not in done:
                 done[id(module)] = plain_linear(module)
             set_module(host, name, done[id(module)])
@@ -46,4 +47,6 @@ def plain_linear(module: Any) -> nn.Module:
         linear.in_features, linear.out_features = weight.shape[1], weight.shape[0]
     linear.weight = nn.Parameter(weight, requires_grad=False)
     linear.bias = nn.Parameter(bias, requires_grad=False) if bias is not None else None
+    for hook_table in ("_forward_hooks", "_forward_pre_hooks"):
+        getattr(linear, hook_table).update(getattr(module, hook_table))
     return linear.train(module.training)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import nn
 
 from sparsify.lowering.fuse_cpu import MovedActivation, set_module
-from sparsify.lowering.fuse_cuda import GatedGpuLinear, HalfOfGated
+from sparsify.lowering.fuse_cuda import GatedGpuLinear
 from sparsify.lowering.gpu_linear import GpuSparseLinear
 from sparsify.lowering.restore_cpu import plain_linear
+from sparsify.lowering.rows_of_gated import RowsOfGated
 from sparsify.lowering.share_cuda import PartOfShared, SharedGpuLinear
 from sparsify.lowering.sparse_linear import FusedFeedForward
 
@@ -19,7 +20,7 @@ def restore_modules(host: nn.Module) -> None:
     for name, module in list(host.named_modules(remove_duplicate=False)):
         if isinstance(module, MovedActivation):
             set_module(host, name, module.original)
-        elif isinstance(module, GpuSparseLinear | HalfOfGated | PartOfShared) and not isinstance(module, joined):
+        elif isinstance(module, GpuSparseLinear | RowsOfGated | PartOfShared) and not isinstance(module, joined):
             set_module(host, name, done.setdefault(id(module), plain_linear(module)))
     for module in list(host.modules()):
         for name in [n for n, child in module._modules.items() if isinstance(child, SharedGpuLinear)]:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from sparsify.errors import RefusedError
+from sparsify.kernels.cpu import huge_pages
 from sparsify.kernels.cpu import operator as packed_operator
 from sparsify.kernels.cpu.build import BuildError, Kernels
 from sparsify.kernels.cpu.dispatch import (
@@ -133,25 +134,28 @@ class SparseLinear(OriginalState):
         if x.device.type != "cpu":
             raise RefusedError(f"this layer was lowered for the CPU, x is on {x.device}")
         flat = x.reshape(-1, self.in_features)
-        if flat.dtype != torch.float32 or not flat.is_contiguous():
-            flat = flat.float().contiguous()
         tokens, shape = flat.shape[0], (*x.shape[:-1], self.out_features)
         if tokens == 0:
             return x.new_empty(shape)
         if self.shared is not None and residual is None and tokens <= SHARED_TOKENS:
             return self.shared.product(self, x)
-        extra = residual.reshape(-1, self.out_features).float().contiguous() if residual is not None else None
+        extra = residual.reshape(-1, self.out_features) if residual is not None else None
         if self.kernels is None:
-            y = packed_operator.dense_product(self.packed, flat, self.bias, self.activation, self.gated, extra)
+            y = self.dense_product(flat, extra)
         else:
             choice = self.choices.get((bucket(tokens), torch.get_num_threads())) or self.choice(tokens)
             choice = serves(choice, x.dtype, tokens)
             try:
-                entry = self.kernels.entries[choice.kernel]
-                y = run_kernel(entry, self.layer, flat, self.out_features, extra, choice.row_tile)
+                name, tile = choice.kernel, choice.row_tile
+                y = run_kernel(self.kernels, name, self.layer, flat, self.out_features, extra, tile)
             except NonFiniteError:
-                y = packed_operator.dense_product(self.packed, flat, self.bias, self.activation, self.gated, extra)
+                y = self.dense_product(flat, extra)
         return y.view(shape) if y.dtype == x.dtype else y.view(shape).to(x.dtype)
+
+    def dense_product(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        """The same by unpacking, in fp32: for NaN and Inf, and without a compiler. x (tokens, in)."""
+        extra = None if residual is None else residual.float()
+        return packed_operator.dense_product(self.packed, x.float(), self.bias, self.activation, self.gated, extra)
 
     def as_operator(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         """The same product as one node of a graph; an activation that needs a gradient is a node of its own."""
@@ -200,6 +204,8 @@ class SparseLinear(OriginalState):
         super().__setstate__(state)
         buffers = {name: self._buffers[name] for name in ("masks", "values", "panel_ptr", "scales")}
         self.packed = replace(self.packed, **buffers)  # one set of tensors after a copy, not two
+        huge_pages.make_huge(self.packed.masks)
+        huge_pages.make_huge(self.packed.values)
         self.prepare()
 
     def extra_repr(self) -> str:
@@ -295,12 +301,25 @@ def joined_bias(linears: Sequence[SparseLinear], interleave: bool = False) -> to
 
 
 class GatedLinear(SparseLinear):
-    """`act(gate x) · (up x)` as one product; its rows alternate gate and up. The halves speak for it in `state_dict`."""
+    """`act(gate x) · (up x)` as one product; its rows alternate gate and up. `RowsOfGated` speak for it in `state_dict`."""
 
     def __init__(self, gate: SparseLinear, up: SparseLinear, activation: str) -> None:
         packed = concatenate([gate.packed, up.packed], interleave=True)
         bias = joined_bias([gate, up], interleave=True)
         super().__init__(packed, bias, activation=activation, gated=True, int8=gate.int8)
+        self.bias_dtype = gate.bias_dtype if up.bias is None else up.bias_dtype
+
+    def gate_and_up(self) -> torch.Tensor:
+        return separated(self.packed.unpack())
+
+    def bias_of_both(self) -> torch.Tensor | None:
+        return None if self.bias is None else separated(self.bias).to(self.bias_dtype)
+
+    def take_both(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.hold(repack(interleaved(weight), self.packed))
+        if bias is not None:
+            self.bias = interleaved(bias.float())
+        self.prepare()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         pass
@@ -309,81 +328,14 @@ class GatedLinear(SparseLinear):
         pass
 
 
-class HalfOfGated(OriginalState):
-    """gate or up of a GatedLinear, for whoever asks for it alone: its weight in `state_dict`, its product when called."""
-
-    bias: torch.Tensor | None
-
-    def __init__(self, whole: GatedLinear, place: int, linear: SparseLinear) -> None:
-        super().__init__()
-        self.owner, self.place = (whole,), place  # in a tuple: not a submodule
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.transposed, self.bias_dtype = linear.transposed, linear.bias_dtype
-        self.register_buffer("bias", linear.bias, persistent=False)
-
-    @property
-    def whole(self) -> GatedLinear:
-        return self.owner[0]
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """Shape and dtype of the original weight without its data."""
-        shape = (self.out_features, self.in_features)
-        return torch.empty(shape[::-1] if self.transposed else shape, dtype=self.whole.dtype, device="meta")
-
-    def dense(self) -> torch.Tensor:
-        """The weight of this half, (out, in)."""
-        return self.whole.packed.unpack()[self.place :: 2]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return nn.functional.linear(x, self.dense().to(x.dtype), bias)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> HalfOfGated:
-        return self
-
-    def original_bias(self) -> torch.Tensor | None:
-        return None if self.bias is None else self.bias.to(self.bias_dtype)
-
-    def take(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        whole = self.whole.packed.unpack()
-        whole[self.place :: 2] = weight.to(whole.dtype)
-        self.whole.hold(repack(whole, self.whole.packed))
-        if bias is not None:
-            assert self.whole.bias is not None
-            own, joined = bias.float().contiguous(), self.whole.bias.clone()
-            joined[self.place :: 2] = own
-            self.bias, self.whole.bias = own, joined
-        self.whole.prepare()
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, {('gate', 'up')[self.place]} rows"
-
-
-class BothOfGated(HalfOfGated):
-    """A linear that held gate and up in one weight, gate first: what `HalfOfGated` is for a linear of its own."""
-
-    def __init__(self, whole: GatedLinear, linear: SparseLinear) -> None:
-        super().__init__(whole, 0, linear)
-
-    def dense(self) -> torch.Tensor:
-        whole = self.whole.packed.unpack()
-        return torch.cat([whole[0::2], whole[1::2]])
-
-    def take(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self.whole.hold(repack(interleaved(weight), self.whole.packed))
-        if bias is not None:
-            self.bias = bias.float().contiguous()
-            self.whole.bias = interleaved(self.bias)
-        self.whole.prepare()
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, gate and up rows"
-
-
 def interleaved(rows: torch.Tensor) -> torch.Tensor:
     """Gate rows followed by up rows → gate, up, gate, up, …"""
     return torch.stack(rows.chunk(2), 1).flatten(0, 1).contiguous()
+
+
+def separated(rows: torch.Tensor) -> torch.Tensor:
+    """gate, up, gate, up, … → gate rows followed by up rows."""
+    return torch.cat([rows[0::2], rows[1::2]])
 
 
 def halves(linear: SparseLinear) -> tuple[SparseLinear, SparseLinear]:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from sparsify.capture import capture
-from sparsify.errors import PlanError
+from sparsify.errors import PlanError, Refusal
 from sparsify.passes.prune import assign_prune_rules
 from sparsify.plan import Plan
 from sparsify.pruning.sequential import HESSIAN_BYTES, PruneResult, prune_model
@@ -37,6 +37,7 @@ def prune_on_disk(
     example: Any = None,
     progress: bool = True,
     max_hessian_bytes: int = HESSIAN_BYTES,
+    dtype: torch.dtype | None = None,
 ) -> PruneResult:
     """Write the model in `source`, pruned as `plan` says, to the folder `target`.
 
@@ -47,6 +48,7 @@ def prune_on_disk(
     build: makes the module with the names of the files; default: the class and config in `source/config.json`. It is called
         on the meta device and with `parameters_on_meta`, so it needs no memory for weights.
     example: one batch for the trace; Hugging Face models need none.
+    dtype: floating weights are cast to it as they are read, and written so; None: as stored. `config.json` names it afterwards.
 
     Raises PlanError (another kind of rule, a rule that serves nothing, missing calibration, a `target` that holds another run) and
     SparsifyError (files that do not fit the module, NaN in the calibration).
@@ -54,7 +56,7 @@ def prune_on_disk(
     for rule in plan.rules:
         if not isinstance(rule, Prune):
             raise PlanError(f"prune_on_disk: only Prune rules, not {rule}; compile the pruned model with the others")
-    residence = StreamedWeights(source, target)
+    residence = StreamedWeights(source, target, dtype)
     build = build or (lambda: hugging_face_model(Path(source)))
     with torch.device("meta"):
         program = capture(build(), example)
@@ -71,19 +73,35 @@ def prune_on_disk(
         max_hessian_bytes=max_hessian_bytes,
         residence=residence,
     )
-    result.refusals = [*refusals, *result.refusals]
+    known = host.state_dict(keep_vars=True)
+    unused = [unused_tensor(name) for name in residence.files if name not in known]
+    result.refusals = [*refusals, *result.refusals, *unused]
     return result
+
+
+def unused_tensor(name: str) -> Refusal:
+    return Refusal(name, "the model has no such tensor, so it is not written")
 
 
 def hugging_face_model(folder: Path) -> nn.Module:
     """An untrained model of the class and config that `folder/config.json` names."""
     import transformers
 
+    kind = hugging_face_class(folder)
+    return kind(transformers.AutoConfig.from_pretrained(folder))
+
+
+def hugging_face_class(folder: Path) -> Any:
+    """The class that `folder/config.json` names. Raises PlanError when there is none."""
+    import transformers
+
     if not (folder / "config.json").is_file():
-        raise PlanError(f"prune_on_disk: {folder} has no config.json; pass build=… (a function that makes the module)")
+        raise PlanError(f"{folder} has no config.json; pass build=… (a function that makes the module)")
     config = transformers.AutoConfig.from_pretrained(folder)
     names = getattr(config, "architectures", None) or ["none"]
     kind = getattr(transformers, names[0], None)
     if kind is None:
-        raise PlanError(f"prune_on_disk: transformers has no class {names[0]}; pass build=… (a function that makes it)")
-    return kind(config)
+        raise PlanError(
+            f"{folder / 'config.json'}: transformers has no class {names[0]}; pass build=… (a function that makes it)"
+        )
+    return kind

@@ -13,22 +13,25 @@ shard. The same run started again goes on with the first block that is missing t
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from sparsify.blocks import repeated_blocks
 from sparsify.errors import PlanError, SparsifyError
-from sparsify.masked import pack_bits
+from sparsify.masked import pack_bits, unpack_bits
 from sparsify.program import canonical_names
 from sparsify.pruning.collect import Watcher
+from sparsify.tensor_file import cast, find_tensors, replacing
+
+RECORDS = "pruning"
 
 
 class StoredMasks(Mapping[str, Tensor]):
@@ -48,6 +51,26 @@ class StoredMasks(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.files)
+
+
+class FolderMasks(StoredMasks):
+    """The same as bool tensors of the parameters' shapes, for a folder that `prune_on_disk` wrote; empty for any other."""
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import safe_open
+
+        super().__init__()
+        self.tensors = find_tensors(folder)
+        for path in sorted((folder / RECORDS).glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                self.files |= dict.fromkeys(file.keys(), path)
+
+    def __getitem__(self, name: str) -> Tensor:
+        from safetensors import safe_open
+
+        bits = super().__getitem__(name)
+        with safe_open(self.tensors[name], framework="pt") as file:
+            return unpack_bits(bits, torch.Size(file.get_slice(name).get_shape()))
 
 
 class Residence(Protocol):
@@ -128,12 +151,13 @@ class StreamedWeights:
     """Weights in safetensors files (one, or shards with an index, as `save_pretrained` writes them); results go to `target` as shards.
 
     Peak memory: one block, everything outside of blocks, and the calibration's hidden states. Names in the files must be the host's.
-    Everything else in `source` (config, tokenizer) is copied. Raises SparsifyError for a tensor that is missing or has another shape,
+    Everything else in `source` (config, tokenizer) is copied. dtype: floating tensors are cast to it as they are read; None: as stored.
+    Raises SparsifyError for a tensor that is missing or has another shape,
     and PlanError when `target` holds another run or is `source`.
     """
 
-    def __init__(self, source: str | Path, target: str | Path) -> None:
-        self.source, self.target = Path(source), Path(target)
+    def __init__(self, source: str | Path, target: str | Path, dtype: torch.dtype | None = None) -> None:
+        self.source, self.target, self.dtype = Path(source), Path(target), dtype
         self.files = find_tensors(self.source)
         if self.source.resolve() == self.target.resolve():
             raise PlanError(f"{self.target}: the pruned model needs a folder of its own, not the dense model's")
@@ -162,7 +186,7 @@ class StreamedWeights:
         self.blocks = [name for stack in repeated_blocks(host) for name in stack.names]
         self.canonical = canonical_names(host)
         self.records.mkdir(parents=True, exist_ok=True)
-        self.check_run(run)
+        self.check_run(run if self.dtype is None else f"{run}:{self.dtype}")
         for folder in (self.target, self.records):  # what a killed process left half-written
             for leftover in folder.glob("*.tmp*"):
                 leftover.unlink()
@@ -237,7 +261,7 @@ class StreamedWeights:
 
     @property
     def records(self) -> Path:
-        return self.target / "pruning"
+        return self.target / RECORDS
 
     def record(self, unit: str) -> Path:
         return self.records / f"{unit or 'model'}.safetensors"
@@ -258,7 +282,8 @@ class StreamedWeights:
             return
         if any(self.target.glob("*.safetensors")):
             raise PlanError(f"{self.target} holds a model already: choose another target, or delete it")
-        self.replace(path, lambda temporary: temporary.write_text(json.dumps({"run": run})))
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps({"run": run}))
 
     def write_record(self, unit: str) -> None:
         """Masks and statistics of a unit whose shards are on disk."""
@@ -266,20 +291,10 @@ class StreamedWeights:
 
         bits = {stats["name"]: packed for packed, stats in self.pending}
         metadata = {"stats": json.dumps([stats for _, stats in self.pending])}
-        self.replace(self.record(unit), lambda temporary: save_file(bits, temporary, metadata))
+        with replacing(self.record(unit)) as temporary:
+            save_file(bits, temporary, metadata)
         self.stored.files |= dict.fromkeys(bits, self.record(unit))
         self.pending.clear()
-
-    def replace(self, path: Path, write: Callable[[Path], Any]) -> None:
-        """All of it or nothing: a temporary file in the same folder, flushed to disk, then renamed."""
-        temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-        try:
-            write(temporary)
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     # --- files ---
 
@@ -317,7 +332,7 @@ class StreamedWeights:
         for path, inside_file in wanted.items():
             with safe_open(path, framework="pt") as file:
                 for name in inside_file:
-                    value = file.get_tensor(name)
+                    value = cast(file.get_tensor(name), self.dtype)
                     if value.shape != self.tensor(name).shape:
                         raise SparsifyError(
                             f"{path.name}: '{name}' has shape {tuple(value.shape)}, the model {tuple(self.tensor(name).shape)}"
@@ -340,7 +355,8 @@ class StreamedWeights:
 
         shard = shard_name(label)
         tensors = {name: self.tensor(name).detach().contiguous() for name in names}
-        self.replace(self.target / shard, lambda temporary: save_file(tensors, temporary, {"format": "pt"}))
+        with replacing(self.target / shard) as temporary:
+            save_file(tensors, temporary, {"format": "pt"})
         self.written |= dict.fromkeys(names, shard)
 
     def finish(self) -> None:
@@ -356,10 +372,31 @@ class StreamedWeights:
             self.write_shard("", rest)
         index = {"metadata": {"format": "pt"}, "weight_map": dict(sorted(self.written.items()))}
         path = self.target / "model.safetensors.index.json"
-        self.replace(path, lambda temporary: temporary.write_text(json.dumps(index, indent=1)))
-        for path in self.source.iterdir():
-            if path.is_file() and ".safetensors" not in path.name and not (self.target / path.name).exists():
-                shutil.copy2(path, self.target / path.name)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(index, indent=1))
+        copy_companions(self.source, self.target, self.dtype)
+
+
+def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
+    """Config, tokenizer and whatever else lies beside the weights in `source`; what `target` has already is left. dtype: for the config."""
+    for path in sorted(source.iterdir()):
+        if not path.is_file() or (target / path.name).exists() or is_weights(path):
+            continue
+        if path.name == "config.json" and dtype is not None:
+            document = json.loads(path.read_text())
+            document.pop("torch_dtype", None)
+            document["dtype"] = str(dtype).removeprefix("torch.")
+            with replacing(target / path.name) as temporary:
+                temporary.write_text(json.dumps(document, indent=2) + "\n")
+        else:
+            shutil.copy2(path, target / path.name)
+
+
+def is_weights(path: Path) -> bool:
+    """Files of dense weights, in any framework's format, and their indices."""
+    return ".safetensors" in path.name or bool(
+        {".bin", ".sparse", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx"} & set(path.suffixes)
+    )
 
 
 def shard_name(label: str) -> str:
@@ -369,22 +406,6 @@ def shard_name(label: str) -> str:
 
 def inside(name: str, outer: str) -> bool:
     return outer == "" or name == outer or name.startswith(outer + ".")
-
-
-def find_tensors(folder: Path) -> dict[str, Path]:
-    """Tensor name → file, from an index or from the files' headers. Raises SparsifyError when there is none."""
-    from safetensors import safe_open
-
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    found: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            found |= dict.fromkeys(file.keys(), path)
-    if not found:
-        raise SparsifyError(f"{folder} has no safetensors files")
-    return found
 
 
 def memory_of(module: nn.Module) -> int:

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import PlanError
-from sparsify.masked import MaskedModule, load_mask_state, mask_modules, mask_state, masked_parameters
+from sparsify.masked import MaskedModule, load_mask_state, local_fill, mask_modules, mask_state, masked_parameters
 from sparsify.pruning.patterns import NM, Pattern, keep_largest, mask_from_scores, parse_pattern
 from sparsify.pruning.sequential import stored_transposed, write_atomically
+from sparsify.sharded import whole
 
 MASK_FILE = "sparsify_masks.safetensors"
 STATE_FILE = "sparsify_pruning.json"
@@ -124,7 +125,7 @@ class GradualPruner:
     def prune(self, sparsity: float, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Bring every mask to `sparsity` now."""
         for name, module, leaf in self.targets:
-            weight = getattr(module, leaf).detach()
+            weight = whole(getattr(module, leaf).detach())
             old = module.mask(leaf)
             scores = weight.float().square()
             if not self.regrow:
@@ -169,7 +170,7 @@ def clear_state(optimizer: torch.optim.Optimizer, parameter: Tensor, mask: Tenso
     """Zero an optimizer's per-element state of one parameter where `mask` is False."""
     for value in optimizer.state.get(parameter, {}).values():
         if isinstance(value, Tensor) and value.shape == mask.shape:
-            value.masked_fill_(~mask.to(value.device), 0)
+            local_fill(value, ~mask.to(value.device))
 
 
 def gradual_pruning_callback(pruner: GradualPruner) -> Any:

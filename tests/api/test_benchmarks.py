@@ -7,15 +7,23 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import compile_time, harness, layouts, skinny_products, train_step  # noqa: E402
+from benchmarks import compile_time, cpu_decode, cpu_linear, harness, layouts, packed_reads, skinny_products, train_step  # noqa: E402
+from benchmarks.peer import Peer, named_environments, resident  # noqa: E402
+from benchmarks.peers import decoder_loop  # noqa: E402
+from benchmarks.random_decoder import Decoder, block_tensors, quantize_rows, random_tensor  # noqa: E402
+from sparsify.kernels.cpu import dispatch  # noqa: E402
+from sparsify.kernels.cpu.build import load_kernels  # noqa: E402
+from sparsify.kernels.cpu.codegen import Variant, generate  # noqa: E402
 
 TINY = train_step.Case(train_step.PRESETS["tiny"], torch.float32, "cpu")
 
@@ -185,6 +193,150 @@ def test_a_method_that_fails_is_named_with_its_reason(monkeypatch, capsys):
     assert "broken failed: NotImplementedError: no such thing" in record["notes"]
 
 
+# --- peers, and decoders on a CPU -------------------------------------------------------------------------------------
+
+COMPILER = pytest.mark.skipif(shutil.which("g++") is None and "CXX" not in os.environ, reason="needs a C++ compiler")
+
+
+def test_a_random_weight_depends_on_its_name_only_and_has_the_zeros_asked_for():
+    name, size = "model.layers.3.mlp.up_proj.weight", (300, 701)
+    weight = random_tensor(name, size, 0.75)
+    assert np.array_equal(weight, random_tensor(name, size, 0.75))
+    assert not np.array_equal(weight, random_tensor(name.replace("3", "4"), size, 0.75))
+    assert (weight == 0).mean() == pytest.approx(0.75, abs=0.01)
+    assert not np.signbit(weight[weight == 0]).any()
+    assert np.abs(weight).max() == pytest.approx(0.03, rel=0.01)
+    assert weight[weight != 0].mean() == pytest.approx(0, abs=0.001)
+    assert (random_tensor("lm_head.weight", size, 0.75) == 0).mean() < 0.001
+    assert random_tensor("model.norm.weight", (50,), 0.75).min() >= 0.9
+
+
+def test_repeated_blocks_have_the_weights_of_the_first_ones():
+    decoder = Decoder("llama-tiny", 4, 0.75, 2)
+    (name, size), *_ = block_tensors(decoder.shape, 3)
+    assert name.startswith("model.layers.3.")
+    assert np.array_equal(decoder.tensor(name, size), random_tensor(name.replace("3", "1"), size, 0.75))
+    assert decoder.block_weights() == 4 * sum(int(np.prod(size)) for _, size in block_tensors(decoder.shape, 0))
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, 0), (4, 16), (8, 16)])
+def test_quantised_rows_are_within_half_a_step(bits, group):
+    weight = random_tensor("model.layers.0.x.weight", (37, 64), 0.5)
+    codes, scales = quantize_rows(weight, bits, group)
+    assert scales.shape == (37, 64 // (group or 64))
+    assert np.abs(codes).max() == 2 ** (bits - 1) - 1
+    steps = np.repeat(scales, group or 64, 1)
+    assert (np.abs(codes * steps - weight) <= steps * 0.5001).all()
+
+
+def test_a_peer_answers_in_json_and_is_stopped_between_its_answers(tmp_path):
+    script = tmp_path / "peer.py"
+    script.write_text(
+        "import json, sys\nprint('noise')\nprint(json.dumps({'version': sys.argv[1]}), flush=True)\n"
+        "for line in sys.stdin: print(json.dumps({'twice': 2 * json.loads(line)['n']}), flush=True)\n"
+    )
+    peer = Peer("doubler", sys.executable, str(script), "1.5")
+    assert peer.version == "1.5"
+    assert peer.ask(n=21) == {"twice": 42}
+    status = Path(f"/proc/{peer.process.pid}/status").read_text()
+    assert "stopped" in status.split("State:")[1].splitlines()[0]
+    assert 0 < peer.resident()["resident_MiB"] <= peer.resident()["peak_MiB"]
+    assert peer.ask(n=4) == {"twice": 8}
+    peer.close()
+    assert peer.process.returncode is not None
+
+
+def test_a_peer_that_dies_is_quoted(tmp_path):
+    script = tmp_path / "peer.py"
+    script.write_text("raise OSError('no such engine')")
+    with pytest.raises(RuntimeError, match=r"(?s)doubler ended without an answer.*no such engine"):
+        Peer("doubler", sys.executable, str(script))
+
+
+def test_environments_are_named():
+    assert named_environments(["a=/x", "b=/y/bin/python"]) == {"a": "/x", "b": "/y/bin/python"}
+    with pytest.raises(ValueError, match="--peer a: expected NAME=ENVIRONMENT"):
+        named_environments(["a"])
+
+
+def test_an_engine_decodes_what_it_said_itself_and_the_prompt_is_not_timed():
+    fed = []
+
+    class Counter:
+        def reset(self):
+            fed.clear()
+
+        def feed(self, ids):
+            fed.append(list(ids))
+            time.sleep(0.05 if len(ids) > 1 else 0.002)
+
+        def next(self):
+            return len(fed)
+
+        def logits(self):
+            return np.zeros(3)
+
+    seconds = decoder_loop.seconds_per_token(Counter(), [7, 8, 9], 4)
+    assert fed == [[7, 8, 9], [1], [2], [3], [4]]
+    assert 0.002 <= seconds < 0.02
+
+
+@COMPILER
+@pytest.mark.parametrize("variant", ["dense", "int8", "packed-bf16", "aten-int4"])
+def test_a_decoder_by_block_is_the_whole_one(variant):
+    pytest.importorskip("transformers")
+    decoder, ids = Decoder("llama-tiny", 3, 0.75, 2), torch.arange(12)[None]
+    with torch.inference_mode():
+        whole = cpu_decode.whole_decoder(decoder, variant, (1, 16), 8)
+        parts = cpu_decode.decoder_by_block(decoder, variant, (1, 16), 8)
+        expected, found = whole(ids).logits.float(), parts(ids).logits.float()
+        assert type(parts.lm_head) is type(whole.lm_head)
+        assert not any(p.is_meta for p in parts.parameters())
+        tokens = {
+            model: model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0) for model in (whole, parts)
+        }
+    # fused kernels may be chosen differently: activations in int8 differ by their rounding then
+    assert float((found - expected).norm() / expected.norm()) < {"dense": 1e-5}.get(variant, 0.02)
+    if variant == "dense":
+        assert torch.equal(tokens[whole], tokens[parts])
+
+
+@COMPILER
+def test_cpu_decode_compares_models_that_agree(monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    arguments = "--model llama-tiny --variants dense fp32 int8 aten-int8 --rounds 1 --new 2 --by-block --threads 1"
+    monkeypatch.setattr(sys, "argv", ["cpu_decode.py", *arguments.split()])
+    cpu_decode.main()
+    record = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert [row["variant"] for row in record["results"]] == ["dense", "fp32", "int8", "aten-int8"]
+    assert all(row["per_second"] > 0 and row["cosine"] > 0.999 for row in record["results"])
+    sizes = [row["memory"]["MiB"] for row in record["results"]]
+    assert sizes[2] < sizes[1] < sizes[0]
+    assert record["process"]["peak_MiB"] >= resident()["resident_MiB"] * 0.5
+
+
+def test_cpu_decode_refuses_what_does_not_fit(monkeypatch):
+    decoder = Decoder("llama-7b", 32, 0.75, 32)
+    assert decoder.block_weights() == pytest.approx(6.48e9, rel=0.01)
+    monkeypatch.setattr(cpu_decode, "free_bytes", lambda: 20 << 30)
+    assert "--by-block" in str(cpu_decode.check_memory(["int8"], decoder, by_block=False))
+    assert cpu_decode.check_memory(["int8"], decoder, by_block=True) is None
+    assert "fewer contestants" in str(cpu_decode.check_memory(["int8", "dense"], decoder, by_block=True))
+
+
+@pytest.mark.parametrize(("script", "arguments", "text"), [
+    (cpu_linear, "--peer mkl=/x", "mkl is none of deepsparse"),
+    (cpu_decode, "--peer deepsparse=/x", "deepsparse is none of openvino, llamacpp, openvino-int8"),
+    (cpu_decode, "--model minilm --peer openvino=/x", "peers decode one sequence"),
+    (cpu_decode, "--model llama-tiny --linears --peer llamacpp=/x", "beside openvino only"),
+])  # fmt: skip
+def test_a_peer_that_cannot_serve_is_refused(script, arguments, text, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x.py", *arguments.split()])
+    with pytest.raises(SystemExit):
+        script.main()
+    assert text in capsys.readouterr().err
+
+
 # --- the others -------------------------------------------------------------------------------------------------------
 
 
@@ -238,3 +390,20 @@ def test_gpu_script_goes_on_after_a_failing_step(tmp_path):
 def test_gpu_script_fits_in_ten_minutes():
     lines = (ROOT / "benchmarks" / "gpu.sh").read_text().split('STEPS="')[1].split('"\n')[0].strip().splitlines()
     assert sum(int(line.split("|")[1]) for line in lines) < 600
+
+
+def test_packed_reads_compares_equal_products_and_refuses_wrong_numbers(monkeypatch):
+    if dispatch.best_isa() not in ("avx512bf16", "avx512vbmi2"):
+        with pytest.raises(SystemExit, match="AVX-512 with VBMI2"):
+            packed_reads.main(["--fast"])
+        return
+    rows = packed_reads.main(["--fast"])["rows"]
+    assert [(row["values"], row["kernel"]) for row in rows] == [("s8", "lookup"), ("s8", "vnni")]
+    assert all(row["chained cold ms"] > 0 for row in rows)
+    variant = Variant(isa=dispatch.best_isa(), value="s8")
+    before, source = packed_reads.chained(variant), generate(variant)
+    assert before.library._name != load_kernels(variant).library._name  # other source, other library
+    assert "fresh_zero()," in source
+    monkeypatch.setattr(packed_reads, "in_small_pages", torch.zeros_like)
+    with pytest.raises(AssertionError, match="relative error"):
+        packed_reads.main(["--fast"])

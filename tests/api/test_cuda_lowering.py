@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections import Counter
+from typing import Any
 
 import pytest
 import tiny
@@ -23,6 +24,7 @@ from sparsify.lowering.cuda import lower_model
 from sparsify.lowering.fuse_cpu import MovedActivation
 from sparsify.lowering.fuse_cuda import GatedGpuLinear
 from sparsify.lowering.gpu_linear import GpuSparseLinear, pack_smallest
+from sparsify.lowering.rows_of_gated import RowsOfGated
 from sparsify.lowering.share_cuda import SharedGpuLinear
 
 triton = pytest.importorskip("triton")
@@ -213,8 +215,7 @@ def test_layers_that_stay_dense_say_why() -> None:
 
 # --- linears that share a kernel --------------------------------------------------------------------------------------
 
-#: launches per layer of a decoding step: Phi-3 packs q/k/v and gate/up itself, GPT-2 q/k/v; the product of Phi-3's packed
-#: gate and up stays outside
+#: launches per layer of a decoding step: Phi-3 packs q/k/v and gate/up itself, GPT-2 q/k/v
 LAUNCHES = {"Llama": 4, "Qwen2": 4, "Phi-3": 4, "GPT-2": 4, "GPT-NeoX": 4}
 MAGNITUDE = Prune(sparsity=0.75, method="magnitude")
 
@@ -281,6 +282,123 @@ def test_an_activation_with_hooks_stays(launched: Counter[str]) -> None:
         assert ("up: gelu apart: a module has hooks" in str(host.sparsify.report)) == hooks
         assert isinstance(host.act, MovedActivation) != hooks
         torch.testing.assert_close(host(x), model(x))
+
+
+class PackedFeedForward(nn.Module):
+    """gate and up in one weight, as Phi-3 has them; 24 and 24 rows."""
+
+    def __init__(self, up_first: bool = False, activation: str = "silu") -> None:
+        super().__init__()
+        self.both, self.out = sparse_linear(48, 64), sparse_linear(64, 24)
+        self.up_first, self.activation = up_first, activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.both(x).chunk(2, -1)
+        if self.up_first:
+            gate, up = up, gate
+        return self.out(getattr(F, self.activation)(gate) * up)
+
+
+def feed_forward(**options: Any) -> Any:
+    """In a module around it: the analysis leaves the model itself alone."""
+    return nn.Sequential(PackedFeedForward(**options))
+
+
+def lowered_feed_forward(model: nn.Module, *rules: object) -> Any:
+    return sparsify.compile(
+        model,
+        Plan(list(rules), target="cuda"),
+        example=(torch.randn(3, 64),),
+        progress=False,  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "relu"])
+def test_gate_and_up_in_one_weight_are_one_launch(activation: str, tokens: int, launched: Counter[str]) -> None:
+    model, x = feed_forward(activation=activation), torch.randn(tokens, 64)
+    host = lowered_feed_forward(model)
+    assert type(host[0]) is not PackedFeedForward
+    assert isinstance(host[0], PackedFeedForward)
+    assert isinstance(host[0].gate_up, GatedGpuLinear)
+    assert isinstance(host[0].both, RowsOfGated)
+    assert f"both, {activation} and product in one kernel" in str(host.sparsify.report)
+    text = str(host.sparsify.program)
+    assert text.count("sparsify.gpu_linear(") == 2
+    for gone in ("aten.chunk", "aten.split", "aten.mul", f"aten.{activation}"):
+        assert gone not in text
+    launched.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(host(x), model(x))
+        kind = "stream" if tokens <= 16 else "expand"
+        assert launched == {kind: 2}
+        torch.testing.assert_close(host[0].both(x), model[0].both(x))  # asked for alone
+
+
+def test_gate_and_up_in_one_weight_copy_load_and_come_back(launched: Counter[str]) -> None:
+    model, x = feed_forward(), torch.randn(2, 64)
+    host = lowered_feed_forward(model)
+    assert set(host.state_dict()) == set(model.state_dict())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(host.state_dict()[name], tensor), name
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(host)[0].gate_up))
+    other = feed_forward()
+    with torch.no_grad():
+        torch.testing.assert_close(twin(x), F.silu(model[0].both(x)[:, :24]) * model[0].both(x)[:, 24:])
+        host.load_state_dict(other.state_dict())
+        torch.testing.assert_close(host(x), other(x))
+    plain = host.sparsify.plain()
+    assert [type(m) for m in plain.modules()] == [type(m) for m in model.modules()]
+    tiny.assert_same(dict(plain.state_dict()), dict(other.state_dict()))
+    rounded = lowered_feed_forward(model, Quantize(format="int8"))
+    assert rounded[0].gate_up.packed.value == "int8"
+    dense = feed_forward()
+    dense.load_state_dict(rounded.state_dict())
+    assert not torch.equal(dense[0].both.weight, model[0].both.weight)
+    with torch.no_grad():
+        torch.testing.assert_close(rounded(x), dense(x))
+
+
+def test_gate_and_up_keep_two_four(launched: Counter[str]) -> None:
+    model, x = feed_forward(), torch.randn(2, 64)
+    with torch.no_grad():
+        fours = torch.randn(48, 16, 4)
+        model[0].both.weight.copy_((fours * (fours.abs() >= fours.abs().topk(2, -1).values[..., -1:])).flatten(1))
+        host = lowered_feed_forward(model)
+        assert host[0].gate_up.format == "two_four"
+        torch.testing.assert_close(host(x), model(x))
+
+
+def test_up_before_gate_and_hooks_stay_apart(launched: Counter[str]) -> None:
+    """The kernel activates the first half: a feed-forward that activates the second keeps its product outside."""
+    model, x = feed_forward(up_first=True), torch.randn(2, 64)
+    host = lowered_feed_forward(model)
+    assert type(host[0]) is PackedFeedForward
+    torch.testing.assert_close(host(x), model(x))
+    model = feed_forward()
+    model[0].both.register_forward_hook(lambda _m, _x, y: y)
+    host = lowered_feed_forward(model)
+    assert "both, silu and product apart: a linear has hooks" in str(host.sparsify.report)
+    torch.testing.assert_close(host(x), model(x))
+
+
+def test_phi_3_multiplies_gate_and_up_in_the_kernel(launched: Counter[str]) -> None:
+    model = tiny.build("Phi-3")
+    plain = sparsify.compile(model, Plan([MAGNITUDE]), progress=False)
+    host = sparsify.compile(model, Plan([MAGNITUDE], target="cuda"), progress=False)
+    assert [type(layer.mlp.gate_up) for layer in host.model.layers] == [GatedGpuLinear] * 2
+    text = str(host.sparsify.program)
+    assert "aten.silu" not in text
+    assert "gate_up_proj, silu and product in one kernel" in str(host.sparsify.report)
+    seen: list[str] = []
+    for layer in host.model.layers:
+        layer.mlp.activation_fn.register_forward_hook(lambda *_: seen.append("activation"))
+    with torch.no_grad():
+        torch.testing.assert_close(host(tiny.tokens()).logits, plain(tiny.tokens()).logits, rtol=1e-4, atol=1e-5)
+    assert not seen
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(host.state_dict()[name], tensor), name
+    assert {type(m) for m in host.sparsify.plain().modules()} == {type(m) for m in model.modules()}
 
 
 class Attention(nn.Module):

@@ -80,7 +80,7 @@ def test_epsilon_switches_off_layers_with_small_hidden_states() -> None:
 
 
 def test_masks_reapplied_only_at_the_end_of_a_batch() -> None:
-    """Zeros are exact after every optimizer step of an accumulation loop, momentum and weight decay included."""
+    """Zeros are exact after every optimizer step of an accumulation loop, weight decay and moments of dense training included."""
     host = compiled(SPARSE)
     distiller = Distiller(host, model_of())
     optimizer = torch.optim.AdamW(host.parameters(), lr=1e-2, weight_decay=0.3)
@@ -89,6 +89,8 @@ def test_masks_reapplied_only_at_the_end_of_a_batch() -> None:
             distiller(part).loss.backward()
             optimizer.step()
             check_masks(host)
+            for name, mask in host.sparsify.program.masks.items():  # as if the optimizer came from before the pruning
+                optimizer.state[host.get_parameter(name)]["exp_avg"][~mask] = 1.0
         optimizer.zero_grad()
 
 
@@ -119,7 +121,8 @@ def test_mask_guessed_from_ten_percent_zeros(tmp_path: Path) -> None:
     tiny.train(again, **padded())
     check_masks(again)
     assert bool((again.get_parameter(name)[mask] != 0).any())
-    assert {n for n, _, _ in masked_parameters(again)} == set(open_sparse(tmp_path / "a.sparse").masked)
+    found = {n: module.mask(leaf) for n, module, leaf in masked_parameters(again)}
+    tiny.assert_same(found, host.sparsify.program.masks)
     dense: Any = copy.deepcopy(model_of())
     with torch.no_grad():
         dense.get_parameter(name)[:, ::2] = 0

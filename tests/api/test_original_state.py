@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.kernels.cpu.formats import pack
+from sparsify.kernels.gpu.formats import pack_stream
+from sparsify.lowering.fuse_cuda import GatedGpuLinear
 from sparsify.lowering.gpu_linear import GpuSparseLinear, pack_smallest
 from sparsify.lowering.prepacked_linear import PrepackedLinear, can_prepack
-from sparsify.lowering.sparse_linear import GatedLinear, HalfOfGated, SparseLinear
+from sparsify.lowering.rows_of_gated import RowsOfGated
+from sparsify.lowering.sparse_linear import GatedLinear, SparseLinear
 
 OUT, IN = 24, 40
 
@@ -26,12 +29,38 @@ def sparse(seed: int) -> Tensor:
 def half(weight: Tensor, bias: Tensor, transposed: bool) -> nn.Module:
     gate = SparseLinear(pack(weight), bias, transposed=transposed)
     up = SparseLinear(pack(sparse(7)), torch.randn(OUT), transposed=transposed)
-    return HalfOfGated(GatedLinear(gate, up, "silu"), 0, gate)
+    return RowsOfGated(GatedLinear(gate, up, "silu"), 0, gate)
+
+
+def both(weight: Tensor, bias: Tensor, transposed: bool) -> nn.Module:
+    linear = SparseLinear(pack(weight), bias, transposed=transposed)
+    gate, up = (SparseLinear(pack(weight[rows]), bias[rows]) for rows in (slice(0, OUT // 2), slice(OUT // 2, OUT)))
+    return RowsOfGated(GatedLinear(gate, up, "silu"), 0, linear)
+
+
+def gpu_rows(place: int) -> Callable[[Tensor, Tensor, bool], nn.Module]:
+    """gate (0) or up (1) of a gated GPU linear, or the linear that was both (2)."""
+
+    def build(weight: Tensor, bias: Tensor, transposed: bool) -> nn.Module:
+        linear = GpuSparseLinear(pack_smallest(weight, None, False), bias, transposed=transposed)
+        parts, biases = [sparse(7), sparse(7)], [torch.randn(OUT), torch.randn(OUT)]
+        if place < 2:
+            parts[place], biases[place] = weight, bias
+        else:
+            parts, biases = [weight], [bias]
+        whole = GatedGpuLinear(pack_stream(torch.cat(parts), gated=True), torch.cat(biases), activation="silu")
+        return RowsOfGated(whole, OUT if place == 1 else 0, linear)
+
+    return build
 
 
 LOWERED: dict[str, Callable[[Tensor, Tensor, bool], nn.Module]] = {
     "cpu": lambda w, b, t: SparseLinear(pack(w), b, transposed=t),
     "half": half,
+    "both": both,
+    "gpu gate": gpu_rows(0),
+    "gpu up": gpu_rows(1),
+    "gpu gate and up": gpu_rows(2),
     "onednn": lambda w, b, t: PrepackedLinear(w, b, transposed=t),
     "gpu": lambda w, b, t: GpuSparseLinear(pack_smallest(w, None, False), b, transposed=t),
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import pickle
+import re
+import shutil
 import subprocess
 import threading
 from pathlib import Path
@@ -44,8 +46,9 @@ def test_source_is_deterministic_and_whole(isa: codegen.Isa, value: str) -> None
         assert f"int sparsify_{name}(" in first
     byte_expand = isa in ("avx512bf16", "avx512vbmi2")
     assert ("sparsify_vnni" in first) == ((byte_expand or isa == "avx512vnni") and value == "s8")
-    assert ("sparsify_lookup" in first) == ("_mm512_maskz_compress_epi8" in first) == byte_expand
+    assert ("sparsify_lookup" in first) == ("_mm512_mask_compress_epi8" in first) == byte_expand
     assert ("sparsify_dot" in first) == ("_mm512_dpbf16_ps" in first) == (isa == "avx512bf16" and value == "bf16")
+    assert ("sparsify_pairs" in first) == ("sparsify_dot" in first)
     assert ("_mm512" in first) == isa.startswith("avx512")
     assert ("immintrin" in first) == (isa != "portable")
 
@@ -287,16 +290,51 @@ def test_moving_and_casting() -> None:
         host.to("meta")
 
 
+def innermost_loops(library: Path) -> list[list[str]]:
+    """Instructions of every loop of a shared library that ends in a backward jump and holds no other."""
+    listing = subprocess.run(["objdump", "-d", "--no-show-raw-insn", str(library)], capture_output=True, text=True)
+    found = re.findall(r"^ *([0-9a-f]+):\t(.*)$", listing.stdout, re.MULTILINE)
+    places = {int(address, 16): i for i, (address, _) in enumerate(found)}
+    loops, last = [], -1
+    for i, (address, instruction) in enumerate(found):
+        jump = re.match(r"j\w+ +([0-9a-f]+)\b", instruction)
+        if jump is None or int(jump[1], 16) >= int(address, 16):
+            continue
+        start = places.get(int(jump[1], 16), i)
+        if start > last:
+            loops.append([text for _, text in found[start : i + 1]])
+        last = i
+    return loops
+
+
+def test_the_pair_loop_does_nothing_but_multiply() -> None:
+    """Per pair of weights and eight vectors of tokens: one broadcast, eight products, and the walk through the mask."""
+    if dispatch.best_isa() != "avx512bf16" or shutil.which("objdump") is None:
+        pytest.skip("no bf16 products here, or no objdump")
+    needs_compiler()
+    variant = Variant(isa="avx512bf16", value="bf16")
+    loops = innermost_loops(build.compile_library(generate(variant), variant.flags))
+    walks = [loop for loop in loops if any(i.startswith("tzcnt") for i in loop) and "vdpbf16ps" in "".join(loop)]
+    counts = {sum(i.startswith("vdpbf16ps") for i in loop): loop for loop in walks}
+    assert set(counts) == {2, 3, 4, 5, 6, 7, 8}
+    for vectors, loop in counts.items():
+        assert sum("vpbroadcastd" in i for i in loop) == 1
+        assert sum("zmm" in i for i in loop) <= 2 * vectors + 1  # products, their operands from L1 and the broadcast
+        assert not any("%rsp" in i or "%rbp)" in i for i in loop)
+        assert len(loop) <= 2 * vectors + 10
+
+
 DRIVER = r"""
 #include <cstdio>
 #include <vector>
 static uint32_t state = 12345;
 static uint32_t next() { state = state * 1664525u + 1013904223u; return state >> 8; }
 static float uniform() { return float(next() %% 2001) / 1000.0f - 1.0f; }
+static uint16_t half(float x) { uint32_t bits; std::memcpy(&bits, &x, 4); return uint16_t(bits >> 16); }
 int main() {
   sparsify_init(nullptr);
   const int64_t shapes[][2] = {{1, 1}, {3, 64}, {4, 128}, {5, 65}, {37, 53}, {66, 131}, {70, 200}};
-  const int64_t token_counts[] = {1, 2, 3, 7, 8, 9, 16, 17, 33, 65, 70};
+  const int64_t token_counts[] = {1, 2, 3, 7, 8, 9, 16, 17, 33, 70, 130};
   for (auto& shape : shapes) for (int density = 0; density <= 100; density += 50) {
     int64_t rows = shape[0], cols = shape[1], blocks = (cols + 63) / 64, panels = (rows + 3) / 4;
     std::vector<uint64_t> masks(panels * blocks * 4);
@@ -319,21 +357,39 @@ int main() {
     values.resize(values.size() + 96);
     values.shrink_to_fit();
     Layer layer{rows, cols, blocks, masks.data(), values.data(), panel_ptr.data(), %(scales)s, 0, sums.data(),
-                bias.data(), 4, 0,
-                int32_t(int64_t(values.size()) - 96 == panels * 4 * blocks * 64)};
+                bias.data(), 4, 0};
     for (int64_t tokens : token_counts) {
       std::vector<float> x(tokens * cols), out(tokens * rows), residual(tokens * rows, 0.125f);
       for (auto& v : x) v = uniform();
       typedef int (*entry)(const Layer*, const float*, int64_t, int64_t, float*, int64_t, const float*, int64_t, int,
                            int64_t);
       entry entries[] = {%(entries)s};
-      for (int k = 0; k < int(sizeof entries / sizeof *entries); ++k) {
-        if (entries[k](&layer, x.data(), cols, tokens, out.data(), rows, residual.data(), rows, 1, 16) != 0) return 2;
+#if %(halves)d
+      typedef int (*half_entry)(const Layer*, const uint16_t*, int64_t, int64_t, uint16_t*, int64_t, const uint16_t*,
+                                int64_t, int, int64_t);
+      half_entry half_entries[] = {sparsify_dot, sparsify_pairs};
+      const int halves = 2;
+      std::vector<uint16_t> half_x(tokens * cols), half_out(tokens * rows), half_residual(tokens * rows, 0x3e00);
+#else
+      const int halves = 0;
+#endif
+      const int plain = int(sizeof entries / sizeof *entries);
+      for (int k = 0; k < plain + halves; ++k) {
+        if (k < plain) {
+          if (entries[k](&layer, x.data(), cols, tokens, out.data(), rows, residual.data(), rows, 1, 16) != 0) return 2;
+        } else {
+#if %(halves)d
+          for (int64_t i = 0; i < tokens * cols; ++i) half_x[i] = half(x[i]);
+          if (half_entries[k - plain](&layer, half_x.data(), cols, tokens, half_out.data(), rows, half_residual.data(),
+                                      rows, 1, 16) != 0) return 2;
+          for (int64_t i = 0; i < tokens * rows; ++i) out[i] = to_float(half_out[i]);
+#endif
+        }
         for (int64_t t = 0; t < tokens; ++t) for (int64_t r = 0; r < rows; ++r) {
           double y = 0.25;
           for (int64_t c = 0; c < cols; ++c) y += double(dense[r * cols + c]) * x[t * cols + c];
           y = y / (1 + std::exp(-y)) + 0.125;
-          bool quantised = %(quantised)d == k;
+          bool quantised = %(quantised)d == k || k >= plain;
           double allowed = quantised ? 0.02 * (cols * 64.0) : 1e-3 * (1 + std::fabs(y)) ;
           if (!(std::fabs(out[t * rows + r] - y) <= allowed)) {
             std::printf("kernel %%d, %%ld x %%ld, %%ld tokens: %%g, expected %%g\n", k, long(rows), long(cols),
@@ -364,8 +420,9 @@ def test_sanitizers_find_nothing(isa: codegen.Isa, value: str, tmp_path: Path) -
         "value": sample,
         "scale": "0.5f" if integers else "1.0f",
         "scales": "scales.data()" if integers else "nullptr",
-        "quantised": next((i for i, name in enumerate(variant.kernels) if name in ("vnni", "dot")), -1),
-        "entries": ", ".join(f"sparsify_{name}" for name in variant.kernels),
+        "quantised": next((i for i, name in enumerate(variant.kernels) if name == "vnni"), -1),
+        "halves": variant.dot,
+        "entries": ", ".join(f"sparsify_{name}" for name in variant.kernels if name not in codegen.BF16_KERNELS),
     }
     source, program = tmp_path / "driver.cpp", tmp_path / "driver"
     source.write_text(generate(variant) + driver)

@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import nn
 
+import sparsify
+from sparsify import CpuOptions, Plan
 from sparsify.kernels.cpu import build, dispatch, tune
 from sparsify.kernels.cpu.formats import pack
 from sparsify.kernels.cpu.tune import Timing
-from sparsify.lowering import cpu, fuse_cpu
-from sparsify.lowering.cpu import lower_model
+from sparsify.lowering import cpu, fuse_cpu, whole_model
+from sparsify.lowering.cpu import lower_model, numbers_of_tokens
 from sparsify.lowering.prepacked_linear import PrepackedLinear
 from sparsify.lowering.sparse_linear import SparseLinear
 
@@ -197,21 +199,25 @@ def test_more_tokens_than_were_measured_are_served_by_what_256_said() -> None:
         pytest.skip("no compiler")
     key = dispatch.tune_key(layer.packed, layer.layer, layer.kernels.variant, 256, torch.get_num_threads(), False)
     tune.remember(key, {"seconds": {"decompress/48": 1.0, "stream/64": 2.0}, "steady": True})
-    assert (dispatch.bucket(700), dispatch.bucket(5000)) == (1024, 1024)
-    assert layer.choice(700).kernel == "decompress"
+    assert (dispatch.bucket(700), dispatch.bucket(5000)) == (1024, 4096)
+    assert (layer.choice(700).kernel, layer.choice(700).measured) == ("decompress", None)
     own = dispatch.tune_key(layer.packed, layer.layer, layer.kernels.variant, 1024, torch.get_num_threads(), False)
     tune.remember(own, {"seconds": {"decompress/48": 2.0, "stream/64": 1.0}, "steady": True})
     layer.choices.clear()
-    assert layer.choice(700).kernel == "stream"
+    assert (layer.choice(700).kernel, layer.choice(700).measured) == ("stream", 1.0)
+    assert layer.choice(3000).kernel == "stream"  # the nearest smaller number that was measured
+    assert layer.choice(400).kernel == "decompress"
+    assert dispatch.stand_ins(512) == (512, 256, 1024, 2048, 4096)
+    assert dispatch.stand_ins(64) == (64,)
 
 
 def test_products_of_16_bit_models_are_timed_with_their_conversions(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.dtype] = []
     plain = dispatch.run_module
 
-    def spy(entry: Any, layer: Any, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def spy(kernels: Any, name: str, layer: Any, x: torch.Tensor, *rest: Any) -> torch.Tensor:
         seen.append(x.dtype)
-        return plain(entry, layer, x, *rest)
+        return plain(kernels, name, layer, x, *rest)
 
     layer = SparseLinear(pack(torch.randn(8, 64).bfloat16()))
     if layer.kernels is None:
@@ -225,3 +231,114 @@ def test_products_of_16_bit_models_are_timed_with_their_conversions(monkeypatch:
     monkeypatch.setattr(dispatch, "measured", run_all)
     layer.choice(16, measure=True)
     assert set(seen) == {torch.bfloat16}
+
+
+def test_pairs_serve_many_tokens_of_bf16_models_only() -> None:
+    def names(isa: Any, value: str, tokens: int) -> set[str]:
+        return {name for name, _ in dispatch.candidates(isa, value, tokens, True)}
+
+    assert "pairs" in names("avx512bf16", "bf16", 2048)
+    assert "pairs" not in names("avx512bf16", "bf16", 8)
+    assert not {"pairs", "dot"} & (names("avx512bf16", "f32", 2048) | names("avx512vbmi2", "bf16", 2048))
+    chosen = dispatch.Choice("pairs", 64, 1.0)
+    assert dispatch.serves(chosen, torch.bfloat16, 2048) is chosen
+    assert dispatch.serves(chosen, torch.float32, 2048).kernel == "stream"
+
+
+def test_pairs_do_less_than_the_stream_at_any_sparsity() -> None:
+    """The cost model follows the instructions: 1 - s² over two per weight, against 1 - s and against a dense product's half."""
+    for sparsity, beats_dot in ((0.75, True), (0.5, True), (0.0, False)):
+        torch.manual_seed(0)
+        packed = pack((torch.randn(384, 384) * (torch.rand(384, 384) >= sparsity)).bfloat16())
+        cost = {k: dispatch.predict(packed, "avx512bf16", k, 2048, 2) for k in ("pairs", "stream", "dot")}
+        assert cost["pairs"] < cost["stream"]
+        assert (cost["pairs"] < cost["dot"]) == beats_dot
+
+
+def test_the_example_says_which_numbers_of_tokens_are_measured() -> None:
+    seen = {"encoder": (2048,), "pooler": (16,)}
+    assert numbers_of_tokens(None, seen, "encoder") == (1, 16, 64, 256, 2048)
+    assert numbers_of_tokens(None, seen, "pooler") == (1, 16, 64, 256)
+    assert numbers_of_tokens(None, seen, None) == (1, 16, 64, 256, 2048)
+    assert numbers_of_tokens(None, {"encoder": (250, 4000)}, "encoder") == (1, 16, 64, 250, 4000)  # 250 stands for 256
+    assert numbers_of_tokens((1, 7), seen, "encoder") == (1, 7)
+    model = nn.Sequential(nn.Flatten(0, 1), nn.Linear(24, 8))
+    assert whole_model.example_tokens(sparsify.analyse(model, torch.randn(6, 50, 24))) == {"1": (300,)}
+
+
+@pytest.fixture
+def fast_layers(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, int]]:
+    """Every packed layer is measured to be fast; the sizes that were measured are kept."""
+    try:
+        build.find_compiler(None)
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    keys: list[Any] = []
+
+    def measured(key: str, calls: Mapping[str, Any], budget: float = 0.25) -> Timing:
+        keys.append(key)
+        return Timing({name: {"torch": 4.0, "onednn": 3.0, "apart": 4.0}.get(name, 1.0) for name in calls}, True)
+
+    for module in (dispatch, cpu, fuse_cpu):
+        monkeypatch.setattr(module, "measured", measured)
+    return keys
+
+
+@pytest.mark.parametrize("lowered", [0.5, 1.02, 2.0])
+def test_a_whole_model_that_is_slower_becomes_dense_again(
+    monkeypatch: pytest.MonkeyPatch, fast_layers: list[str], lowered: float
+) -> None:
+    model, x = sparse_model(), torch.randn(300, 96)
+    expected, outputs = model(x), []
+
+    def time_in_turn(calls: Mapping[str, Callable[[], Any]], budget: float) -> Timing:
+        assert list(calls) == ["lowered", "dense"]
+        outputs.extend(call() for call in calls.values())
+        return Timing({"lowered": lowered, "dense": 1.0}, True)
+
+    monkeypatch.setattr(whole_model, "time_in_turn", time_in_turn)
+    host: Any = sparsify.compile(model, Plan([], target="cpu"), example=x, progress=False)
+    for y in (*outputs, host(x), host.sparsify.program.run_example()):
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    assert len(outputs) == 2
+    assert any(key.split("/")[-2] == "512" for key in fast_layers if key.startswith("kernel/"))  # what the example has
+    report, slower = str(host.sparsify.report), lowered > 1.03
+    assert type(host[0]) is (PrepackedLinear if slower else SparseLinear)
+    assert type(host[1]) is (nn.ReLU if slower else fuse_cpu.MovedActivation)
+    speed = f"lowered {lowered * 1e3:.2f} ms, dense 1000.00 ms ({1 / lowered:.2f} ×)"
+    assert f"whole      on the example (300 tokens): {speed}" in report
+    assert ("its layers became dense again" in report) == slower
+    assert ("the whole dense model is 2.00 × as fast" in report) == slower
+    assert f"{0 if slower else 1} linears packed" in report
+    assert ("sparsify.packed_linear(" in str(host.sparsify.program)) != slower
+
+
+def test_the_whole_model_is_timed_only_on_an_example_of_the_user(
+    monkeypatch: pytest.MonkeyPatch, fast_layers: list[str]
+) -> None:
+    def never(*_: Any) -> Timing:
+        raise AssertionError("nothing to compare")
+
+    monkeypatch.setattr(whole_model, "time_in_turn", never)
+    model, x = sparse_model(), torch.randn(300, 96)
+    for options in (CpuOptions(compare=False), CpuOptions(mode="small")):
+        host: Any = sparsify.compile(model, Plan([], target="cpu"), example=x, cpu=options, progress=False)
+        assert type(host[0]) is SparseLinear
+        assert "whole  " not in str(host.sparsify.report)
+    report = sparsify.compile(model, Plan([], target="cpu"), example=x, progress=False).sparsify.report  # type: ignore[operator, union-attr]
+    assert "whole      not timed on the example: AssertionError: nothing to compare" in str(report)
+
+
+def test_hooks_survive_the_way_to_packed_and_back(monkeypatch: pytest.MonkeyPatch, fast_layers: list[str]) -> None:
+    monkeypatch.setattr(whole_model, "time_in_turn", lambda *_: Timing({"lowered": 2.0, "dense": 1.0}, True))
+    model, x, calls = sparse_model(), torch.randn(300, 96), []
+    program = sparsify.analyse(model, x)
+    model[0].register_forward_hook(lambda *_: calls.append(1))
+    report = lower_model(model, program, compare=True)
+    assert report.lowered == ()
+    assert report.whole is not None
+    assert report.whole.slower
+    model(x)
+    assert calls == [1]

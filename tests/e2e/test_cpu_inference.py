@@ -18,7 +18,8 @@ import sparsify
 from sparsify import CpuOptions, Plan, PlanError, Prune, Quantize
 from sparsify.kernels.cpu import build
 from sparsify.kernels.cpu.formats import FormatError
-from sparsify.lowering.sparse_linear import BothOfGated, GatedLinear, HalfOfGated, SparseLinear
+from sparsify.lowering.rows_of_gated import RowsOfGated
+from sparsify.lowering.sparse_linear import GatedLinear, SparseLinear
 from sparsify.program import Stage
 
 SMALL = CpuOptions(tokens=(1, 8), mode="small")
@@ -140,6 +141,37 @@ def test_int8_follows_its_own_integers() -> None:
     assert 0 < float((found - exact).norm() / exact.norm()) < 0.03  # int8 activations, where VNNI serves them
 
 
+@pytest.mark.parametrize("name", ["Phi-3", "GPT-2", "T5 (gated)", "BERT (classifier)"])
+def test_a_whole_model_slower_than_dense_comes_back_as_it_was(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer is said to be fast alone and the model slow: packed, fused and moved parts all become what they were."""
+    from sparsify.kernels.cpu import dispatch
+    from sparsify.kernels.cpu.tune import Timing
+    from sparsify.lowering import cpu, fuse_cpu, whole_model
+
+    def measured(key: str, calls: dict[str, Any], budget: float = 0.25) -> Timing:
+        return Timing({n: 4.0 if n in ("torch", "onednn", "apart") else 1.0 for n in calls}, True)
+
+    def time_in_turn(calls: dict[str, Any], budget: float) -> Timing:
+        outputs = [tiny.output_of(call()) for call in calls.values()]
+        torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-4 * float(outputs[1].abs().max()))
+        return Timing({"lowered": 2.0, "dense": 1.0}, True)
+
+    for module in (dispatch, cpu, fuse_cpu):
+        monkeypatch.setattr(module, "measured", measured)
+    monkeypatch.setattr(whole_model, "time_in_turn", time_in_turn)
+    model = tiny.build(name)
+    inputs = tiny.inputs_of(model, name)
+    host: Any = sparsify.compile(model, Plan([PRUNE], target="cpu"), example=inputs, progress=False)
+    pruned: Any = sparsify.compile(model, Plan([PRUNE]), example=inputs, progress=False).sparsify.plain().eval()  # type: ignore[union-attr]
+    assert [type(m).__name__ for m in host.modules()] == [type(m).__name__ for m in pruned.modules()]
+    assert "0 linears packed" in str(host.sparsify.report)
+    assert "the whole dense model is 2.00 × as fast" in str(host.sparsify.report)
+    tiny.assert_same(host.state_dict(), pruned.state_dict())
+    with torch.inference_mode():
+        close(host(**inputs), pruned(**inputs))
+        close(host.sparsify.program.run_example(), pruned(**inputs))
+
+
 @pytest.mark.parametrize("name", ["Llama", "BERT (classifier)", "GPT-2"])
 def test_torch_compile_sees_one_graph(name: str) -> None:
     host, pruned, inputs = lowered(name)
@@ -225,8 +257,8 @@ def test_gated_feed_forwards_become_one_kernel() -> None:
     assert isinstance(feed_forward, type(plain))
     assert isinstance(feed_forward.gate_up, GatedLinear)
     assert feed_forward.gate_up.activation == "silu"
-    assert isinstance(feed_forward.gate_proj, HalfOfGated)
-    assert isinstance(feed_forward.up_proj, HalfOfGated)
+    assert isinstance(feed_forward.gate_proj, RowsOfGated)
+    assert isinstance(feed_forward.up_proj, RowsOfGated)
     x = torch.randn(2, 3, 36)
     with torch.inference_mode():
         close(feed_forward(x), plain(x))
@@ -240,7 +272,7 @@ def test_gate_and_up_in_one_weight_become_one_kernel() -> None:
     feed_forward = host.model.layers[0].mlp
     assert type(feed_forward).__name__ == "Phi3MLP"
     assert isinstance(feed_forward.gate_up, GatedLinear)
-    assert isinstance(feed_forward.gate_up_proj, BothOfGated)
+    assert isinstance(feed_forward.gate_up_proj, RowsOfGated)
     weight = pruned.model.layers[0].mlp.gate_up_proj.weight
     assert torch.equal(host.state_dict()["model.layers.0.mlp.gate_up_proj.weight"], weight)
     x = torch.randn(3, weight.shape[1])

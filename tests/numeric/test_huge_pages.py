@@ -15,6 +15,7 @@ import torch
 
 from sparsify.kernels.cpu import huge_pages
 from sparsify.kernels.cpu.formats import pack
+from sparsify.lowering.sparse_linear import SparseLinear
 
 HUGE = huge_pages.HUGE_PAGE
 
@@ -61,6 +62,18 @@ def test_large_weights_ask_for_huge_pages_and_small_ones_do_not() -> None:
     assert torch.equal(packed.part(8, 16).unpack(), weight[8:24])
     assert packed.masks.numel() * 8 < HUGE
     assert not advised(huge_pages.zeros((16,), torch.float32))
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no transparent huge pages here")
+def test_a_copied_layer_lies_in_huge_pages_again() -> None:
+    weight = torch.randn(2048, 2048).masked_fill_(torch.rand(2048, 2048) < 0.5, 0.0)
+    layer = SparseLinear(pack(weight), None)
+    assert advised(layer.values)
+    for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert again.packed.values is again.values
+        middle = again.values[again.values.numel() // 2 :]
+        assert advised(middle)  # the pages at its ends may be shared with others
+        assert torch.equal(again.packed.unpack(), weight)
 
 
 def test_the_memory_goes_with_its_last_tensor(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ FLAGS: dict[Isa, tuple[str, ...]] = {
     "avx2": AVX2_FLAGS,
     "portable": (),
 }
+BF16_KERNELS = ("dot", "pairs")  # these read and write bf16, all others fp32
 ACTIVATION_BYTES = 384 << 10  # packed activations that a range of columns may take: they stay in L2
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -69,7 +70,7 @@ class Variant:
         common = ("gemv", "stream", "decompress")
         integers = ("vnni",) if self.vnni and self.value == "s8" else ()
         lookup = ("lookup",) if self.vbmi2 else ()
-        return (*common, *integers, *lookup, "dot") if self.dot else (*common, *integers, *lookup)
+        return (*common, *integers, *lookup, *BF16_KERNELS) if self.dot else (*common, *integers, *lookup)
 
     @property
     def vnni(self) -> bool:

@@ -1,12 +1,13 @@
 """Which kernel serves how many tokens: what this CPU has, what the cost model predicts, what was measured once.
 
-A packed layer has six ways to run, all on the same bytes:
+A packed layer has seven ways to run, all on the same bytes:
     gemv        expand 16 weights against their mask, multiply with every token: bandwidth bound, 1 to 8 tokens
     lookup      fetch the activations of up to 16 stored weights: 1 or 2 tokens, very sparse (AVX512-VBMI2)
     stream      one broadcast and a few FMAs per nonzero: work proportional to the nonzeros, from 4 tokens on
     decompress  expand rows to L1 and multiply densely: moderate sparsity with many tokens
     vnni        int8 weights × int8 activations (dynamic, per token): any number of tokens
     dot         bf16 weights × bf16 activations, in pairs: any number of tokens of a model held in bf16
+    pairs       the same products for the pairs of columns that are not both zero: many tokens of a model held in bf16
 """
 
 from __future__ import annotations
@@ -25,15 +26,13 @@ import torch
 
 from sparsify.errors import SparsifyError
 from sparsify.kernels.cpu.build import Kernels, load_kernels
-from sparsify.kernels.cpu.codegen import ISAS, LANES, VECTORS, Isa, Variant, generate
+from sparsify.kernels.cpu.codegen import BF16_KERNELS, ISAS, LANES, VECTORS, Isa, Variant, generate
 from sparsify.kernels.cpu.formats import BLOCK, Bitmask
 from sparsify.kernels.cpu.tune import TUNE_VERSION, cpu_name, measured, recorded, remember, seconds_of, tuning
 
 ACTIVATIONS: dict[str, int] = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
-BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024)
-COMMON = (
-    256  # the largest bucket that is measured by default; what it says serves above where nothing else was measured
-)
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+COMMON = 256  # the largest bucket that is measured by default
 
 
 class LayerStruct(ctypes.Structure):
@@ -132,20 +131,25 @@ def layer_struct(
 
 
 def run_kernel(
-    entry: Callable[..., int],
+    kernels: Kernels,
+    name: str,
     layer: LayerStruct,
     x: torch.Tensor,
     outputs: int,
     residual: torch.Tensor | None,
     row_tile: int,
 ) -> torch.Tensor:
-    """One product: x (tokens, cols) float32 contiguous → (tokens, outputs) float32.
+    """One product of kernel `name`: x (tokens, cols) and residual (tokens, outputs) of any float type → (tokens, outputs).
 
+    They are converted to what the kernel reads, which is also the type of the result: bf16 for `BF16_KERNELS`, else fp32.
     Raises NonFiniteError when the kernel met NaN or Inf and cannot behave as the dense product does.
     """
+    dtype = torch.bfloat16 if name in BF16_KERNELS else torch.float32
+    x = x.to(dtype).contiguous()
+    residual = None if residual is None else residual.to(dtype).contiguous()
     tokens, cols = x.shape
-    out = torch.empty(tokens, outputs)
-    status = entry(
+    out = torch.empty(tokens, outputs, dtype=dtype)
+    status = kernels.entries[name](
         ctypes.addressof(layer),
         x.data_ptr(),
         cols,
@@ -165,15 +169,23 @@ def run_kernel(
 
 
 def run_module(
-    entry: Callable[..., int], layer: LayerStruct, x: torch.Tensor, outputs: int, row_tile: int
+    kernels: Kernels, name: str, layer: LayerStruct, x: torch.Tensor, outputs: int, row_tile: int
 ) -> torch.Tensor:
     """A product as a module runs it, from and to x's dtype: what has to be compared with torch's product in that dtype."""
-    return run_kernel(entry, layer, x.float(), outputs, None, row_tile).to(x.dtype)
+    return run_kernel(kernels, name, layer, x, outputs, None, row_tile).to(x.dtype)
 
 
 def bucket(tokens: int) -> int:
     """The measured number of tokens that stands for `tokens`: the next larger bucket, at most the largest."""
     return next((b for b in BUCKETS if tokens <= b), BUCKETS[-1])
+
+
+def stand_ins(size: int) -> tuple[int, ...]:
+    """Buckets whose measurement serves a bucket, best first: its own; for many tokens then smaller ones, then larger ones."""
+    if size <= COMMON:
+        return (size,)
+    many = [b for b in BUCKETS if b >= COMMON]
+    return (*(b for b in reversed(many) if b <= size), *(b for b in many if b > size))
 
 
 def candidates(isa: Isa, value: str, tokens: int, vnni: bool) -> list[tuple[str, int]]:
@@ -192,6 +204,7 @@ def candidates(isa: Isa, value: str, tokens: int, vnni: bool) -> list[tuple[str,
         found += [("vnni", 32), ("vnni", 64)] if tokens > 8 else [("vnni", 32)]
     if variant.dot:
         found += [("dot", 32), ("dot", 64)] if tokens > 8 else [("dot", 64)]
+        found += [("pairs", 64), ("pairs", 512)] if tokens > 32 else [("pairs", 64)] if tokens > 8 else []
     return found
 
 
@@ -220,7 +233,13 @@ def predict(packed: Bitmask, isa: Isa, kernel: str, tokens: int, threads: int) -
         cycles = groups * (expand + tokens * (0.8 if tokens <= 8 else 1.3))
         cycles += tokens * packed.cols * 0.3
     elif kernel == "dot":
-        cycles = weights / BLOCK * (6.0 + tokens * (2.0 if tokens <= 8 else 2.4)) + tokens * packed.cols * 0.2
+        cycles = weights / BLOCK * (6.0 + tokens * (2.0 if tokens <= 8 else 2.4))
+    elif kernel == "pairs":
+        vectors = max(2, -(-tokens // 16))
+        passes = -(-vectors // 8)
+        kept = weights / 2 * (1 - packed.sparsity**2)
+        cycles = kept * (1.25 * vectors + 0.3 * passes) + weights / 128 * (4.0 * vectors + 40)
+        cycles += tokens * (packed.cols * 0.15 + packed.rows * 0.3)
     else:
         vectors = -(-tokens // lanes)
         wide = min(vectors, VECTORS[isa] if kernel == "stream" else min(4, VECTORS[isa]))
@@ -319,32 +338,33 @@ def choose(
     options = candidates(isa, packed.value, size, vnni)
     costs = {option: predict(packed, isa, option[0], size, threads) for option in options}
     best = min(options, key=lambda option: costs[option])
-    key = tune_key(packed, layer, kernels.variant, size, threads, vnni)
+    keys = [tune_key(packed, layer, kernels.variant, known, threads, vnni) for known in stand_ins(size)]
     if measure:
         x = activations(size, packed.cols).to(packed.dtype)
         outputs = packed.rows // 2 if layer.gated else packed.rows
-        plausible = [option for option in options if costs[option] <= 4 * costs[best]]
+        margin = 4 if size <= COMMON else 2  # products of many tokens take long, and the model knows them better
+        plausible = [option for option in options if costs[option] <= margin * costs[best]]
         calls: dict[str, Callable[[], Any]] = {
-            option_name(o): partial(run_module, kernels.entries[o[0]], layer, x, outputs, o[1]) for o in plausible
+            option_name(o): partial(run_module, kernels, o[0], layer, x, outputs, o[1]) for o in plausible
         }
         if dense is not None:
             calls.update(dense(size))
-        timing = measured(key, calls)
+        timing = measured(keys[0], calls)
     else:
-        timing = recorded(key)
-        if timing is None and size > COMMON:
-            timing = recorded(tune_key(packed, layer, kernels.variant, COMMON, threads, vnni))
+        timing = next((found for found in map(recorded, keys) if found is not None), None)
     known = [o for o in options if timing is not None and option_name(o) in timing.seconds]
     if timing is None or not known:
         return Choice(best[0], best[1], costs[best])
     best = min(known, key=lambda option: timing.seconds[option_name(option)])
+    if not measure and recorded(keys[0]) is None:  # these seconds are of another number of tokens
+        return Choice(best[0], best[1], costs[best])
     others = {name: s for name, s in timing.seconds.items() if name not in map(option_name, options)}
     return Choice(best[0], best[1], costs[best], timing.seconds[option_name(best)], others, timing.steady)
 
 
 def serves(choice: Choice, dtype: torch.dtype, tokens: int) -> Choice:
     """`choice`, or what takes its place for activations of a type that its kernel would round."""
-    if choice.kernel != "dot" or dtype == torch.bfloat16:
+    if choice.kernel not in BF16_KERNELS or dtype == torch.bfloat16:
         return choice
     return Choice("gemv" if tokens <= 8 else "stream", 64, choice.predicted)
 

@@ -7,13 +7,17 @@ cache lines, and the hardware's prefetchers stop at every page's end. Linux give
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
+from functools import cache
+from typing import Any
 
 import torch
 
 HUGE_PAGE = 2 << 20
 ADVICE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
+COLLAPSE = 25  # Linux 6.1: MADV_COLLAPSE, not yet named by Python
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -36,3 +40,23 @@ def in_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.numel() * tensor.element_size() < HUGE_PAGE:
         return tensor
     return zeros(tuple(tensor.shape), tensor.dtype).copy_(tensor)
+
+
+@cache
+def libc() -> Any:
+    """The C library of this process, with `madvise(address, bytes, advice)`."""
+    library = ctypes.CDLL(None, use_errno=True)
+    library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return library
+
+
+def make_huge(tensor: torch.Tensor) -> None:
+    """Turn the pages that lie wholly inside a CPU tensor into huge ones where they are: for tensors that were copied or read
+    by others, so that their memory was allocated without asking. Does nothing where the system cannot.
+    """
+    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // mmap.PAGESIZE * mmap.PAGESIZE
+    if ADVICE is None or end - first < HUGE_PAGE:
+        return
+    for advice in (ADVICE, COLLAPSE):
+        libc().madvise(first, end - first, advice)

@@ -81,17 +81,17 @@ def packed_linear_cpu(
 ) -> torch.Tensor:
     packed = Bitmask(rows, cols, masks, values, panel_ptr, scales, group, x.dtype)
     outputs = rows // 2 if gated else rows
-    flat = x.reshape(-1, cols).float().contiguous()
+    flat = x.reshape(-1, cols)
     shape = (*x.shape[:-1], outputs)
     if flat.shape[0] == 0:
         return x.new_empty(shape)
-    extra = residual.reshape(-1, outputs).float().contiguous() if residual is not None else None
+    extra = residual.reshape(-1, outputs) if residual is not None else None
     try:
         kernels, layer, choice = prepared(packed, row_sums, bias, activation, gated, int8, flat.shape[0])
         choice = serves(choice, x.dtype, flat.shape[0])
-        y = run_kernel(kernels.entries[choice.kernel], layer, flat, outputs, extra, choice.row_tile)
+        y = run_kernel(kernels, choice.kernel, layer, flat, outputs, extra, choice.row_tile)
     except (NonFiniteError, BuildError):
-        y = dense_product(packed, flat, bias, activation, gated, extra)
+        y = dense_product(packed, flat.float(), bias, activation, gated, None if extra is None else extra.float())
     return y.view(shape).to(x.dtype)
 
 
