@@ -17,7 +17,17 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import compile_time, cpu_decode, cpu_linear, harness, layouts, packed_reads, skinny_products, train_step  # noqa: E402
+from benchmarks import (  # noqa: E402
+    bf16_products,
+    compile_time,
+    cpu_decode,
+    cpu_linear,
+    harness,
+    layouts,
+    packed_reads,
+    skinny_products,
+    train_step,
+)
 from benchmarks.peer import Peer, named_environments, resident  # noqa: E402
 from benchmarks.peers import decoder_loop  # noqa: E402
 from benchmarks.random_decoder import Decoder, block_tensors, quantize_rows, random_tensor  # noqa: E402
@@ -407,3 +417,15 @@ def test_packed_reads_compares_equal_products_and_refuses_wrong_numbers(monkeypa
     monkeypatch.setattr(packed_reads, "in_small_pages", torch.zeros_like)
     with pytest.raises(AssertionError, match="relative error"):
         packed_reads.main(["--fast"])
+
+
+def test_bf16_products_times_every_kernel_and_refuses_wrong_numbers(monkeypatch):
+    if dispatch.best_isa() != "avx512bf16":
+        with pytest.raises(SystemExit, match="need avx512bf16"):
+            bf16_products.main(["--fast"])
+        return
+    (row,) = bf16_products.main(["--fast"])["rows"]
+    assert all(row[f"torch / {kernel}"] > 0 for kernel in bf16_products.KERNELS)
+    monkeypatch.setattr(bf16_products, "prepacked_product", lambda x, blocked, bias: x.new_zeros(len(x), len(bias)))
+    with pytest.raises(AssertionError, match="onednn: relative error"):
+        bf16_products.main(["--fast"])
