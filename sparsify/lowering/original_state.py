@@ -55,3 +55,29 @@ class OriginalState(nn.Module):
             error_msgs.append(f"size mismatch for {prefix}weight: got {tuple(weight.shape)}")
             return
         self.take(weight, bias.detach() if has_bias and bias is not None else None)
+
+
+class RowsOfWhole(OriginalState):
+    """Rows of a larger linear from `first` on, as the linear that the host calls by this name. whole: the larger one, no submodule of
+    this; linear: what stood here before."""
+
+    def __init__(self, whole: Any, first: int, linear: Any) -> None:
+        super().__init__()
+        self.owner, self.first = (whole,), first  # in a tuple: not a submodule
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.transposed, self.has_bias = linear.transposed, linear.bias is not None
+
+    @property
+    def whole(self) -> Any:
+        return self.owner[0]
+
+    @property
+    def rows(self) -> slice:
+        """Of the whole, those of this linear."""
+        return slice(self.first, self.first + self.out_features)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Shape and dtype of the original weight without its data."""
+        shape = (self.out_features, self.in_features)
+        return torch.empty(shape[::-1] if self.transposed else shape, dtype=self.whole.dtype, device="meta")

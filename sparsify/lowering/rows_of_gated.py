@@ -9,12 +9,12 @@ In what order the kernel keeps its rows is the gated linear's own affair: it giv
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
 
-from sparsify.lowering.original_state import OriginalState
+from sparsify.lowering.original_state import RowsOfWhole
 
 
 class Gated(Protocol):
@@ -35,29 +35,10 @@ class Gated(Protocol):
         ...
 
 
-class RowsOfGated(OriginalState):
-    """Rows of a gated linear's [gate; up] from `first` on, as the linear that the host calls by this name: its weight in
-    `state_dict`, its product when somebody asks for it alone."""
+class RowsOfGated(RowsOfWhole):
+    """Rows of a gated linear's [gate; up]: their weight in `state_dict`, their product when somebody asks for it alone."""
 
-    def __init__(self, whole: Gated, first: int, linear: Any) -> None:
-        super().__init__()
-        self.owner, self.first = (whole,), first  # in a tuple: not a submodule
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.transposed, self.has_bias = linear.transposed, linear.bias is not None
-
-    @property
-    def whole(self) -> Gated:
-        return self.owner[0]
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.first, self.first + self.out_features)
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """Shape and dtype of the original weight without its data."""
-        shape = (self.out_features, self.in_features)
-        return torch.empty(shape[::-1] if self.transposed else shape, dtype=self.whole.dtype, device="meta")
+    whole: Gated
 
     @property
     def bias(self) -> torch.Tensor | None:

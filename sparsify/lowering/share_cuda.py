@@ -21,7 +21,7 @@ from torch import nn
 from sparsify.kernels.gpu.formats import Stream, pack_stream, pack_two_four
 from sparsify.lowering.fuse_linears import SharedPass, find_shared_passes
 from sparsify.lowering.gpu_linear import GpuSparseLinear, stored_values
-from sparsify.lowering.original_state import OriginalState
+from sparsify.lowering.original_state import RowsOfWhole
 from sparsify.program import Program
 
 
@@ -100,30 +100,14 @@ def version_of(x: torch.Tensor) -> int:
     return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
-class PartOfShared(OriginalState):
+class PartOfShared(RowsOfWhole):
     """Part `place` of a SharedGpuLinear, under the name that the host calls: its rows, and its weight in `state_dict`."""
 
+    whole: SharedGpuLinear
+
     def __init__(self, whole: SharedGpuLinear, place: int, linear: GpuSparseLinear) -> None:
-        super().__init__()
-        self.owner, self.place = (whole,), place  # in a tuple: not a submodule
-        self.first = sum(whole.sizes[:place])
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.transposed, self.has_bias = linear.transposed, linear.bias is not None
-
-    @property
-    def whole(self) -> SharedGpuLinear:
-        return self.owner[0]
-
-    @property
-    def rows(self) -> slice:
-        """Of the whole, those of this part."""
-        return slice(self.first, self.first + self.out_features)
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """Shape and dtype of the original weight without its data."""
-        shape = (self.out_features, self.in_features)
-        return torch.empty(shape[::-1] if self.transposed else shape, dtype=self.whole.dtype, device="meta")
+        super().__init__(whole, sum(whole.sizes[:place]), linear)
+        self.place = place
 
     @property
     def bias(self) -> torch.Tensor | None:
