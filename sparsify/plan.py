@@ -144,6 +144,8 @@ class S2FT(Rule):
         "activation" root mean square over calibration tokens of ‖x_unit‖₂ at the consumer's input; "product" of the
         two; "gradient" root mean square over calibration batches of ‖dW_unit‖₂ of the consumer's columns.
     largest: take the units with the largest score instead of the smallest (the paper found smallest activation best).
+    permute: bring the chosen channels of a feed-forward structure together by co-permuting its weights, where the structure is
+        proven (`sparsify.passes.prove_units`); elsewhere, for attention heads and with False, the same units train in place.
     """
 
     structure: Literal["ffn", "attention", "both"] = "both"
@@ -153,6 +155,7 @@ class S2FT(Rule):
     balance: Literal["parameters", "units"] = "parameters"
     select: SelectionMethod = "random"
     largest: bool = False
+    permute: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
