@@ -21,6 +21,7 @@ from sparsify.passes.base import Context, Pass, run_passes
 from sparsify.passes.find_structures import find_structures
 from sparsify.passes.insert_partial import insert_partial
 from sparsify.passes.permute_weights import permute_weights
+from sparsify.passes.prove_units import prove_units
 from sparsify.passes.prune import prune
 from sparsify.passes.select_units import select_units
 from sparsify.plan import Plan, Rule
@@ -39,6 +40,7 @@ def find_pass(program: Program, context: Context) -> Program:
 
 PIPELINE = (
     Pass("find-structures", Stage.CAPTURED, Stage.STRUCTURED, find_pass),
+    Pass("prove-units", Stage.STRUCTURED, Stage.STRUCTURED, prove_units),
     Pass("prune", Stage.STRUCTURED, Stage.STRUCTURED, prune),
     Pass("select", Stage.STRUCTURED, Stage.SELECTED, select_units),
     Pass("permute-weights", Stage.SELECTED, Stage.PERMUTED, permute_weights),
@@ -97,14 +99,22 @@ def compile(
         )
     if plan.for_inference:
         return compile_for_cuda(source, context, example)  # type: ignore[return-value]
-    program = run_passes(capture(source, example), PIPELINE, context)
+    return compile_for_training(source, context, example)  # type: ignore[return-value]
+
+
+def compile_for_training(
+    source: nn.Module, context: Context, example: Any, pipeline: Sequence[Pass] = PIPELINE
+) -> nn.Module:
+    """Run the pipeline and install its program into a copy of the host."""
+    plan = context.plan
+    program = run_passes(capture(source, example), pipeline, context)
     flags = {name: p.requires_grad for name, p in source.named_parameters()}
     train = tuple(sorted(trained_in_full(program, tuple(plan.train))))
     host, layouts = install(program, tuple(plan.train), whole=not plan.adapts)
     program.host, program.tensors, program.packed = host, {}, {}
     host.train(source.training)
     host.__dict__["sparsify"] = Handle(host, program, plan, layouts, train, flags, dict(program.hashes))
-    return host  # type: ignore[return-value]
+    return host
 
 
 def compile_for_cpu(source: nn.Module, context: Context, example: Any, options: CpuOptions) -> nn.Module:
@@ -126,7 +136,7 @@ def compile_for_cuda(source: nn.Module, context: Context, example: Any) -> nn.Mo
 def compile_for_inference(source: nn.Module, context: Context, example: Any, lower: Callable[..., Any]) -> nn.Module:
     """Prune and quantise, put the result into a copy of the host, and lower its linears."""
     plan = context.plan
-    program = run_passes(capture(source, example), PIPELINE[:3], context)
+    program = run_passes(capture(source, example), PIPELINE[:4], context)
     wrong = {f for f in program.quantize.values() if f != "int8"}
     if wrong:
         raise PlanError(

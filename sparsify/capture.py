@@ -44,6 +44,48 @@ def capture(model: nn.Module, example: Any = None) -> Program:
     return Program.from_export(exported, model, args, kwargs)
 
 
+def capture_training(program: Program) -> Program:
+    """The same model and example traced in train mode: for what differs there, never for transforming.
+
+    Raises whatever the trace raises.
+    """
+    model = shadow_of(program.host)
+    model.train()
+    args, kwargs = program.example
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        exported = torch.export.export(model, args, kwargs, strict=False)
+    return Program.from_export(exported, model, args, kwargs)
+
+
+def shadow_of(model: nn.Module, copy_tensors: bool = False) -> nn.Module:
+    """The module tree again, over the same tensors or copies: what a forward sets, registers or swaps stays in the shadow."""
+    made: dict[int, nn.Module] = {}
+    tensors: dict[int, Any] = {}
+
+    def shared(tensor: Any) -> Any:
+        if tensor is None or not copy_tensors:
+            return tensor
+        if id(tensor) not in tensors:
+            fresh = tensor.detach().clone()
+            tensors[id(tensor)] = (
+                nn.Parameter(fresh, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fresh
+            )
+        return tensors[id(tensor)]
+
+    def again(module: nn.Module) -> nn.Module:
+        if id(module) in made:
+            return made[id(module)]
+        twin = made[id(module)] = module.__class__.__new__(module.__class__)
+        twin.__dict__.update(module.__dict__)
+        for table in ("_parameters", "_buffers"):
+            twin.__dict__[table] = {n: shared(t) for n, t in module.__dict__[table].items()}
+        twin.__dict__["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
+        twin.__dict__["_modules"] = {n: None if m is None else again(m) for n, m in module._modules.items()}
+        return twin
+
+    return again(model)
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's own module under `torch.compile` and DistributedDataParallel; other wrappers are refused."""
     if isinstance(model, torch._dynamo.OptimizedModule):

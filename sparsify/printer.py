@@ -174,7 +174,8 @@ def _choices(program: Program, ids: int) -> list[str]:
             if structure and structure.inner is not None and side == "consumers":
                 total *= structure.inner.units
             parts.append(f"{len(chosen)} of {total} {side}: {ids_text(chosen, ids)}")
-        return f"{choice.structure} by rule {choice.rule} ({choice.method}), {'; '.join(parts) or 'nothing'}"
+        place = f"; in place: {choice.in_place}" if choice.in_place else ""
+        return f"{choice.structure} by rule {choice.rule} ({choice.method}), {'; '.join(parts) or 'nothing'}{place}"
 
     lines = [line(c) for c in program.choices]
     for choice in program.channel_choices:

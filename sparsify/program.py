@@ -112,6 +112,20 @@ class TrainedSlice:
             stored.narrow(self.axis, self.start, self.length).copy_(block)
 
     @property
+    def spans(self) -> str:
+        """Positions of the channels as ranges: `0:12`, or `8:16, 40:48` where they lie scattered."""
+        if not self.places:
+            return f"{self.start}:{self.start + self.length}"
+        found: list[list[int]] = []
+        for place in self.places:
+            if found and found[-1][1] == place:
+                found[-1][1] += 1
+            else:
+                found.append([place, place + 1])
+        shown = [f"{a}:{b}" if b > a + 1 else str(a) for a, b in found[:6]]
+        return ", ".join(shown) + (f", … {len(found) - 6} more" if len(found) > 6 else "")
+
+    @property
     def block_name(self) -> str:
         """Qualified name of the trained parameter in the host."""
         owner, _, leaf = self.param.rpartition(".")
@@ -180,6 +194,7 @@ class UnitChoice:
     """What a rule trains in one structure: ids of consumer units and producer units, in original coordinates.
 
     Under grouped-query attention consumer ids are query heads and producer ids KV heads.
+    in_place: why the units train where they lie, by blocks or gathered channels; empty when co-permutation brings them together.
     """
 
     structure: str
@@ -188,6 +203,7 @@ class UnitChoice:
     producers: tuple[int, ...]
     method: str
     scores: tuple[float, ...] = ()
+    in_place: str = ""
 
 
 @dataclass(frozen=True)
@@ -217,6 +233,7 @@ class Program:
     structures: tuple[Structure, ...] = ()
     declined: tuple[Declined, ...] = ()
     refusals: tuple[Refusal, ...] = ()
+    unproven: dict[str, str] = field(default_factory=dict)
     choices: tuple[UnitChoice, ...] = ()
     permutations: dict[str, tuple[Permutation, Permutation | None]] = field(default_factory=dict)
     moves: tuple[Move, ...] = ()

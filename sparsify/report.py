@@ -75,14 +75,11 @@ def make_report(program: Program, plan: Plan, host: nn.Module, cpu: Any = None) 
     chosen = []
     for choice in program.choices:
         rows = f", {len(choice.producers)} producer units" if choice.producers else ""
-        weights = [
-            f"{s.param}[{s.side}s {s.start}:{s.start + s.length}]"
-            for s in program.slices
-            if s.structure == choice.structure
-        ]
+        weights = [f"{s.param}[{s.side}s {s.spans}]" for s in program.slices if s.structure == choice.structure]
         chosen.append(
             f"{choice.structure}: {len(choice.consumers)} of {units[choice.structure]} units{rows} "
             f"({choice.method}, rule {choice.rule}) → {', '.join(weights)}"
+            + (f"; in place: {choice.in_place}" if choice.in_place else "")
         )
     for group in program.channel_choices:
         chosen.append(

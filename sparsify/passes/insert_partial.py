@@ -104,13 +104,17 @@ def slices_of(program: Program, structure: Structure, choice: UnitChoice) -> lis
     found = []
     for site in structure.consumers:
         channels = channels_of(structure, site, choice.consumers)
-        found.append(slice_at(program, site.param, site.axis, channels, "column", structure.name, choice.rule))
+        together = not choice.in_place
+        found.append(
+            slice_at(program, site.param, site.axis, channels, "column", structure.name, choice.rule, together)
+        )
     if choice.producers:
         outer = Structure(structure.name, structure.kind, structure.units, structure.sites)
         for site in structure.with_role("v", "up"):
             channels = channels_of(outer, site, choice.producers)
+            together = neighbours(site) and not choice.in_place
             found.append(
-                slice_at(program, site.param, site.axis, channels, "row", structure.name, choice.rule, neighbours(site))
+                slice_at(program, site.param, site.axis, channels, "row", structure.name, choice.rule, together)
             )
     return found
 

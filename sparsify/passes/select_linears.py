@@ -147,11 +147,11 @@ def choose_columns(
 
 
 def movable_consumers(program: Program) -> dict[str, Any]:
-    """Consumer weight → the structure that may reorder its input columns one by one, in the columns' own order."""
+    """Consumer weight → the proven structure that may reorder its input columns one by one, in the columns' own order."""
     found = {}
     moved = {c.structure for c in program.choices}
     for structure in program.structures:
-        if structure.name in moved:
+        if structure.name in moved or structure.kind != "ffn" or structure.name in program.unproven:
             continue
         for site in structure.consumers:
             channels = unit_channels(site, structure)
