@@ -27,6 +27,7 @@ from benchmarks.harness import begin, interleave, mib, parser, report, saved_for
 from benchmarks.train_step import DTYPES, PRESETS, Case
 from sparsify import S2FT, Plan
 from sparsify.api import PIPELINE, compile_for_training
+from sparsify.capture import capture
 from sparsify.passes.base import Context, Pass
 from sparsify.program import Program, Stage
 
@@ -42,8 +43,8 @@ PERMUTED = (*PIPELINE[:4], Pass("bring-together", Stage.SELECTED, Stage.SELECTED
 
 
 def host_of(case: Case, rule: S2FT, together: bool) -> nn.Module:
-    context = Context(Plan([rule], seed=case.seed), progress=False)
-    return compile_for_training(case.model(), context, None, PERMUTED if together else PIPELINE).train()
+    context, model = Context(Plan([rule], seed=case.seed), progress=False), case.model()
+    return compile_for_training(capture(model), model, context, PERMUTED if together else PIPELINE).train()
 
 
 def step_of(host: nn.Module, case: Case) -> Any:

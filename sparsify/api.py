@@ -99,15 +99,15 @@ def compile(
         )
     if plan.for_inference:
         return compile_for_cuda(source, context, example)  # type: ignore[return-value]
-    return compile_for_training(source, context, example)  # type: ignore[return-value]
+    return compile_for_training(capture(source, example), source, context)  # type: ignore[return-value]
 
 
 def compile_for_training(
-    source: nn.Module, context: Context, example: Any, pipeline: Sequence[Pass] = PIPELINE
+    captured: Program, source: nn.Module, context: Context, pipeline: Sequence[Pass] | None = None
 ) -> nn.Module:
-    """Run the pipeline and install its program into a copy of the host."""
+    """Run a pipeline (PIPELINE unless given) over a captured program and install the result into a copy of the host."""
     plan = context.plan
-    program = run_passes(capture(source, example), pipeline, context)
+    program = run_passes(captured, PIPELINE if pipeline is None else pipeline, context)
     flags = {name: p.requires_grad for name, p in source.named_parameters()}
     train = tuple(sorted(trained_in_full(program, tuple(plan.train))))
     host, layouts = install(program, tuple(plan.train), whole=not plan.adapts)
