@@ -15,6 +15,7 @@ Prune and Quantize change the outputs; they are compared with `plain()`, and Pru
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import queue
 import random
@@ -78,10 +79,7 @@ BOUND = 2e-4
 
 def compare(model: nn.Module, host: Any, batch: Mapping[str, Any], kind: str, changes: bool) -> str:
     """The verdict of one host: OK, or what is wrong with it. changes: the rule is meant to change the outputs."""
-    if changes:
-        reference: Any = host.sparsify.plain()
-    else:
-        reference = model
+    reference: Any = host.sparsify.plain() if changes else copy.deepcopy(model)  # train mode moves its buffers
     with torch.no_grad():
         for mode in (False, True):
             reference.train(mode), host.train(mode)
