@@ -401,7 +401,7 @@ def dummy_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
     inputs: dict[str, torch.Tensor] = {}
 
     def tokens(length: int) -> torch.Tensor:
-        high = int(setting("vocab_size") or 32)
+        high = min(int(setting("vocab_size") or 32), embedded(model))
         limit = setting("max_position_embeddings", "n_positions")
         length = min(length, int(limit)) if isinstance(limit, int) and limit > 0 else length
         ids = torch.randint(min(3, high - 1), high, (2, length), generator=generator)
@@ -411,8 +411,13 @@ def dummy_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
 
     if "input_ids" in accepted and model.main_input_name != "input_features":
         inputs["input_ids"] = tokens(7)
-        if special and len(configs(config)) > 1:
+        needed = [n for n, p in accepted.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        if special and len(configs(config)) > 1 and set(needed) <= {"input_ids"}:
             return inputs  # pictures and sounds come with placeholders in the text; the text alone is an input too
+        count = setting("num_query_tokens", "image_seq_length")
+        token = setting("image_token_id", "image_token_index")
+        if special and "pixel_values" in needed and isinstance(count, int) and isinstance(token, int):
+            inputs["input_ids"] = torch.cat([torch.full((2, count), token, device=device), inputs["input_ids"]], dim=1)
     if "pixel_values" in accepted and setting("image_size") is not None:
         size = setting("image_size")
         height, width = size if isinstance(size, list | tuple) else (size, size)
@@ -432,6 +437,14 @@ def dummy_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
             f"'{model.main_input_name}'): pass example=…"
         )
     return inputs
+
+
+def embedded(model: nn.Module) -> int:
+    """Rows of the table that a model looks its tokens up in; without bound where it has none."""
+    try:
+        return len(model.get_input_embeddings().weight)  # type: ignore[operator, union-attr]
+    except (AttributeError, NotImplementedError, TypeError):
+        return 2**31
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ running generators, and every object that refuses to be copied. An activation th
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import copyreg
 import enum
@@ -140,8 +141,9 @@ class Copier:
         state: Any = x.__dict__
         restore = None
         if not self.share and kind.__setstate__ is not nn.Module.__setstate__:
-            restore = getattr(y, "__setstate__", None)
-            state = x.__getstate__()  # type: ignore[attr-defined]
+            with contextlib.suppress(Exception):  # parametrized modules have one that only refuses
+                state = x.__getstate__()  # type: ignore[attr-defined]
+                restore = getattr(y, "__setstate__", None)
         if not isinstance(state, dict):
             restore, state = None, x.__dict__
         left = self.leave_out if x is self.root else ()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import keyword
 import re
+import unicodedata
 
 from torch import fx
 
@@ -25,6 +26,14 @@ def identifier(text: str) -> str:
     return f"{name}_" if keyword.iskeyword(name) or keyword.issoftkeyword(name) else name
 
 
+def printable(text: str, keep: str = "") -> str:
+    """`text` with control characters, line separators and lone surrogates as escapes: one line of any console and any XML."""
+    hidden = {c for c in text if c not in keep and unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp", "Cf")}
+    for character in hidden:
+        text = text.replace(character, character.encode("unicode_escape").decode("ascii"))
+    return text
+
+
 def is_safe(text: str) -> bool:
     """Whether a name can stand in generated source as it is."""
     return text.isascii() and text.isidentifier() and not keyword.iskeyword(text)
@@ -37,4 +46,4 @@ def placeholder(graph: fx.Graph, text: str) -> fx.Node:
     return node
 
 
-__all__ = ["identifier", "is_safe", "placeholder"]
+__all__ = ["identifier", "is_safe", "placeholder", "printable"]

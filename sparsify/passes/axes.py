@@ -22,7 +22,6 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-
 #: Whether a bug in a rule (any exception but `Refuse`) is raised. The tests set it; else the operation counts as unknown.
 strict_rules = False
 
