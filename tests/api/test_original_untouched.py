@@ -6,6 +6,7 @@ import functools
 import random
 import threading
 from collections import deque
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -139,7 +140,7 @@ class CachedProperty(Base):
 
 class ClassAttribute(Base):
     table: Tensor | None = None
-    tables: dict = {}
+    tables: ClassVar[dict[int, Tensor]] = {}
 
     def shift(self, count: int) -> Tensor:
         if type(self).table is None:
