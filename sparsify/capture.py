@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 import sparsify.ops  # noqa: F401  (registers the operators that a host may already contain)
 from sparsify.errors import CaptureError, Refusal
 from sparsify.module_tree import copy_module_tree, first_line
+from sparsify.names import is_safe, with_safe_targets, with_targets
 from sparsify.program import Program, Stage
 from sparsify.sharded import back_to_pieces
 from sparsify.untouched import fake_in, untouched
@@ -114,7 +115,41 @@ def functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedP
     """
     if not any(writes_in_place(node) for node in every_node(exported.graph_module)):
         return exported
-    return exported.run_decompositions({})
+    safe, names = with_safe_targets(exported)
+    result = with_targets(safe.run_decompositions({}), names)
+    read_through_scatters(result.graph)
+    result.graph_module.recompile()
+    return result
+
+
+def read_through_scatters(graph: torch.fx.Graph) -> None:
+    """A slice of `slice_scatter(base, new)` reads `new` where it reads just that, and `base` where it reads nothing of it."""
+    aten = torch.ops.aten
+    for node in list(graph.nodes):
+        while node.target is aten.slice.Tensor and getattr(node.args[0], "target", None) is aten.slice_scatter.default:
+            scatter = node.args[0]
+            read, written = slice_range(node, node.args[1:]), slice_range(node, scatter.args[2:])
+            if read is None or written is None or read[0] != written[0]:
+                break
+            if read == written:
+                node.replace_all_uses_with(scatter.args[1])
+                break
+            if read[2] > written[1] and written[2] > read[1]:
+                break
+            node.replace_input_with(scatter, scatter.args[0])
+    graph.eliminate_dead_code()
+
+
+def slice_range(node: torch.fx.Node, arguments: tuple[Any, ...]) -> tuple[int, int, int] | None:
+    """(dim, start, stop) of a slice of `node`'s source by `(dim, start, end, step)`; None unless it is contiguous and static."""
+    dim, start, end, step = (*arguments, *(0, None, None, 1)[len(arguments) :])
+    shape = node.args[0].meta["val"].shape  # type: ignore[union-attr]
+    dim %= len(shape)
+    size = shape[dim]
+    if step != 1 or any(type(value) not in (int, type(None)) for value in (size, start, end)):
+        return None
+    start, stop, _ = slice(start, end).indices(size)
+    return dim, start, max(start, stop)
 
 
 def every_node(graph_module: torch.fx.GraphModule) -> Iterator[torch.fx.Node]:
@@ -331,6 +366,11 @@ def example_inputs(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], dic
             switch in accepted or (open_ended and any(hasattr(part, switch) for part in parts))
         ):
             kwargs[switch] = False
+    for name in kwargs:
+        if not isinstance(name, str) or not is_safe(name):
+            raise CaptureError(
+                f"example: the input {name!r} is not called by a name of Python in ASCII letters: rename it"
+            )
     check_leaves(args, kwargs)
     try:
         signature.bind(*args, **kwargs)

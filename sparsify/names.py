@@ -12,8 +12,11 @@ from __future__ import annotations
 import keyword
 import re
 import unicodedata
+from dataclasses import replace
 
 from torch import fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature
 
 LONGEST = 120  # characters; a longer name is cut
 
@@ -46,4 +49,51 @@ def placeholder(graph: fx.Graph, text: str) -> fx.Node:
     return node
 
 
-__all__ = ["identifier", "is_safe", "placeholder", "printable"]
+def with_safe_targets(exported: ExportedProgram) -> tuple[ExportedProgram, dict[str, str]]:
+    """The program with its tensors under names that can stand in source, and new name → old name; itself where they can already.
+
+    `ExportedProgram.module()`, which `run_decompositions` and AOTInductor call, writes the path of every tensor into source.
+    """
+    signature = exported.graph_signature
+    held = [*exported.state_dict, *exported.constants]
+    held += [s.target for s in (*signature.input_specs, *signature.output_specs) if s.target is not None]
+    if all(re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", name) for name in held):
+        return exported, {}
+    new: dict[str, str] = {}
+    taken: set[str] = set()
+    for name in dict.fromkeys(held):
+        free = base = identifier(name)
+        number = 0
+        while free in taken:
+            number += 1
+            free = f"{base}_{number}"
+        taken.add(free)
+        new[name] = free
+    inputs = [replace(s, target=new.get(s.target, s.target)) for s in signature.input_specs]  # type: ignore[arg-type]
+    outputs = [replace(s, target=new.get(s.target, s.target)) for s in signature.output_specs]  # type: ignore[arg-type]
+    safe = ExportedProgram(
+        root=exported.graph_module,
+        graph=exported.graph,
+        graph_signature=ExportGraphSignature(inputs, outputs),
+        state_dict={new[name]: tensor for name, tensor in exported.state_dict.items()},
+        range_constraints=dict(exported.range_constraints),
+        module_call_graph=[entry for entry in exported.module_call_graph if entry.fqn == ""],
+        example_inputs=exported.example_inputs,
+        constants={new[name]: value for name, value in exported.constants.items()},
+        verifiers=exported.verifiers,
+    )
+    return safe, {short: name for name, short in new.items()}
+
+
+def with_targets(exported: ExportedProgram, names: dict[str, str]) -> ExportedProgram:
+    """The program with its tensors renamed by `names`, as they were before `with_safe_targets`. Changes it in place."""
+    signature = exported.graph_signature
+    for spec in (*signature.input_specs, *signature.output_specs):
+        if spec.target is not None:
+            spec.target = names.get(spec.target, spec.target)
+    exported._constants = {names.get(name, name): value for name, value in exported.constants.items()}
+    exported._state_dict = {names.get(name, name): value for name, value in exported.state_dict.items()}
+    return exported
+
+
+__all__ = ["identifier", "is_safe", "placeholder", "printable", "with_safe_targets", "with_targets"]

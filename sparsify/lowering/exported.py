@@ -33,7 +33,7 @@ from sparsify.kernels.gpu.operator import rebuild
 from sparsify.lowering.decompositions import decompositions
 from sparsify.lowering.prepacked_linear import alive
 from sparsify.module_tree import copy_module_tree
-from sparsify.names import placeholder
+from sparsify.names import placeholder, with_safe_targets
 from sparsify.untouched import untouched
 
 aten = torch.ops.aten
@@ -52,6 +52,7 @@ def lower_exported(exported: ExportedProgram, *, fold: bool = True, kernels: boo
     """
     if not isinstance(exported, ExportedProgram):
         raise SparsifyError(f"lower_exported: expected a torch.export.ExportedProgram, got {type(exported).__name__}")
+    exported, _ = with_safe_targets(exported)  # what runs it writes these names into source
     with torch.no_grad():
         editor = Editor(exported)
         for node in list(editor.graph.nodes):

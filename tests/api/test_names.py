@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import ast
 import keyword
-import re
 import xml.dom.minidom
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import sparsify
-from sparsify import LoRA, PaCA, Plan, Prune, Quantize, RoSA, S2FT
+from sparsify import S2FT, CaptureError, LoRA, PaCA, Plan, Prune, Quantize, RoSA
 from sparsify.lowering.exported import export_for_inference, lower_exported
 from sparsify.names import LONGEST, identifier, is_safe, placeholder, printable
 
@@ -37,7 +37,7 @@ KEYS = [
     "</text><script>",
     "%s{0}",
     "f" * 300,
-    "x=exec(b'open(\"executed\",\"w\")') and y",
+    'x=exec(b\'open("executed","w")\') and y',
     "x): open('executed', 'w') #",
     "x\nopen('executed', 'w')\n",
     "x, y=open('executed', 'w')",
@@ -78,8 +78,8 @@ def _nothing_is_executed(tmp_path: Path, monkeypatch):
 def assert_harmless(program: sparsify.program.Program) -> None:
     code = program.graph_module.code
     assert code.isascii()
-    assert "exec" not in re.sub(r"\w*x_exec\w*", "", code)
-    assert "open(" not in code
+    tree = ast.walk(ast.parse(code.strip()))
+    assert not {"exec", "open", "eval", "print"} & {n.id for n in tree if isinstance(n, ast.Name)}
     names = [node.name for node in program.graph.nodes]
     assert len(set(names)) == len(names)
     inputs = {node.name for node in program.graph.nodes if node.op == "placeholder"}
@@ -88,7 +88,7 @@ def assert_harmless(program: sparsify.program.Program) -> None:
     assert all(n.target == n.name for n in program.graph.nodes if n.op == "placeholder")
     program.graph.lint()
     text = str(program)
-    assert not [c for c in text if ord(c) < 32 and c != "\n" or c in "\u2028\x85"]
+    assert not [c for c in text if (ord(c) < 32 and c != "\n") or c in "\u2028\x85"]
     xml.dom.minidom.parseString(program.svg())
 
 
@@ -100,9 +100,7 @@ def test_any_key_under_any_rule(rule):
     program = host.sparsify.program
     assert_harmless(program)
     assert len(program.structures) == len(KEYS)
-    weights = {linear.weight for linear in program.linears()}
-    if isinstance(rule, Prune):
-        assert weights == {f"{half}.{key}.weight" for half in ("up", "down") for key in KEYS}
+    assert {i.target for i in program.inputs} >= {f"{half}.{key}.bias" for half in ("up", "down") for key in KEYS}
     str(host.sparsify.report)
     torch.testing.assert_close(program(x), host(x))
     if not isinstance(rule, Quantize | Prune):
@@ -135,21 +133,49 @@ def test_exported_programs():
     torch.testing.assert_close(lowered.module()(x), host(x))
 
 
-def test_names_of_inputs_are_mangled_too():
-    class Open(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+class Open(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
 
-        def forward(self, **batch) -> Tensor:
-            x = sum(v["a b"] if isinstance(v, dict) else v for v in batch.values())
-            return self.down(torch.relu(self.up(x)))
+    def forward(self, **batch) -> Tensor:
+        x = sum(v[next(iter(v))] if isinstance(v, dict) else v for v in batch.values())
+        return self.down(torch.relu(self.up(x)))
 
-    model = Open()
-    batch = {"x=exec('')": torch.randn(2, 8), "en-de": {"a b": torch.randn(2, 8)}, "class": torch.randn(2, 8)}
-    host = sparsify.compile(model, Plan([LoRA(rank=2)]), example=batch, progress=False)
-    assert_harmless(host.sparsify.program)
-    torch.testing.assert_close(host.sparsify.program(**batch), model(**batch))
+
+def test_keys_inside_inputs():
+    model, batch = Open(), {"a": torch.randn(2, 8)} | {f"b{i}": {key: torch.randn(2, 8)} for i, key in enumerate(KEYS)}
+    program = sparsify.analyse(model, batch)
+    assert_harmless(program)
+    torch.testing.assert_close(program(**batch), model(**batch))
+
+
+@pytest.mark.parametrize("key", ["x=exec('')", "en-de", "class", "é", "", "a b"])
+def test_names_of_inputs_that_are_no_names_are_refused(key: str):
+    with pytest.raises(
+        CaptureError, match=r"^example: the input .* is not called by a name of Python in ASCII letters"
+    ):
+        sparsify.analyse(Open(), {key: torch.randn(2, 8)})
+
+
+class InPlace(Net):
+    """Making a graph functional runs source that torch generates."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        for key in self.up:
+            x += self.scales[key] * self.down[key](self.up[key](x).relu_())
+        return x
+
+
+def test_any_key_in_a_model_that_writes_in_place():
+    model, x = InPlace(KEYS), torch.randn(2, 8)
+    program = sparsify.analyse(model, (x,))
+    assert_harmless(program)
+    assert len(program.structures) == len(KEYS)
+    weights = {linear.weight for linear in program.linears()}
+    assert weights == {f"{half}.{key}.weight" for half in ("up", "down") for key in KEYS}
+    torch.testing.assert_close(program(x), model(x))
 
 
 @pytest.mark.parametrize("text", [*KEYS, "", "_", "a.b.weight", "p_a", "for", "match"])

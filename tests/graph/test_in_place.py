@@ -21,7 +21,9 @@ WIDTH, HIDDEN = 10, 14
 class Network(nn.Module):
     """A residual feed-forward: norm, up, between, down, and how the residual is added."""
 
-    def __init__(self, between: Callable[[Tensor], Tensor], join: Callable[[Tensor, Tensor], Tensor], inner: int = HIDDEN):
+    def __init__(
+        self, between: Callable[[Tensor], Tensor], join: Callable[[Tensor, Tensor], Tensor], inner: int = HIDDEN
+    ):
         super().__init__()
         self.norm, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, HIDDEN), nn.Linear(inner, WIDTH)
         self.between, self.join = between, join
@@ -159,7 +161,9 @@ def test_the_program_writes_to_nothing_and_agrees_with_the_model():
     torch.testing.assert_close(program(x), model(x))
     nodes = [n for n in program.graph.nodes if str(n.target) == "aten.linear.default"]
     assert all("nn_module_stack" in n.meta and "stack_trace" in n.meta for n in nodes)
-    assert {linear.weight for linear in program.linears()} == {f"{n}.weight" for n in ("q", "k", "v", "o", "up", "down")}
+    assert {linear.weight for linear in program.linears()} == {
+        f"{n}.weight" for n in ("q", "k", "v", "o", "up", "down")
+    }
 
 
 @pytest.mark.parametrize("rule", [S2FT(fraction=0.3), LoRA(rank=2)])
