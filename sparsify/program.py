@@ -19,6 +19,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from sparsify.errors import Refusal, SparsifyError
+from sparsify.names import LONGEST, identifier, is_safe
 from sparsify.permutation import Permutation
 from sparsify.structure import Declined, Structure
 
@@ -268,15 +269,21 @@ class Program:
         for node in exported.graph.nodes:
             if node.op != "placeholder":
                 continue
-            if node.name in named:
-                kind, target = named[node.name]
+            found = named.get(node.name)
+            if not is_safe(node.name) or len(node.name) > LONGEST:
+                node._rename(identifier(node.name))
+            node.target = node.name
+            if found is not None:
+                kind, target = found
                 inputs.append(Input(node.name, kind, canonical.get(target, target)))
             else:
                 inputs.append(Input(node.name, "user"))
         in_spec, out_spec = exported.call_spec.in_spec, exported.call_spec.out_spec
         if in_spec is None or out_spec is None:  # pragma: no cover - export always sets both
             raise SparsifyError("torch.export returned no calling convention")
-        mutations = len(signature.buffers_to_mutate) + len(getattr(signature, "user_inputs_to_mutate", {}))
+        tables = ("buffers_to_mutate", "user_inputs_to_mutate", "parameters_to_mutate")
+        mutations = sum(len(getattr(signature, table, {})) for table in tables)
+        exported.graph_module.recompile()
         return cls(
             graph_module=exported.graph_module,
             inputs=tuple(inputs),

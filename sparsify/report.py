@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from sparsify.errors import Refusal
 from sparsify.modules import QuantizedMixin
+from sparsify.names import printable
 from sparsify.plan import Plan
 from sparsify.program import Program
 from sparsify.sharded import class_name
@@ -50,7 +51,7 @@ class Report:
             )
         lines += [("passes     " if i == 0 else "           ") + note for i, note in enumerate(self.history)]
         lines += [self.cpu] if self.cpu else []
-        return "\n".join(lines)
+        return printable("\n".join(lines), keep="\n")
 
 
 def human(count: float) -> str:

@@ -19,6 +19,7 @@ from torch import fx
 from sparsify.adapter import tensor_hash
 from sparsify.errors import VerifyError
 from sparsify.masked import pack_bits
+from sparsify.names import placeholder
 from sparsify.passes.assign_rules import is_conv1d, owner_name
 from sparsify.passes.base import Context
 from sparsify.permutation import invert_index
@@ -264,7 +265,7 @@ def rewrite(program: Program, survivors: list[str]) -> tuple[fx.GraphModule, tup
         nonlocal last
         if name not in added:
             with graph.inserting_after(last):
-                last = graph.placeholder("p_" + name.replace(".", "_"))
+                last = placeholder(graph, f"p_{name}")
             last.meta["val"] = fake_like(program, value)
             inputs.append(Input(last.name, "parameter" if value.is_floating_point() else "buffer", name))
             added[name] = last
