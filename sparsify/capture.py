@@ -17,7 +17,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -88,16 +88,16 @@ TEXT_ONLY = (
 )
 
 
-def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
-    """Export a copy of `model` in eval mode that shares its tensors; in-place operations come out functional.
+def trace(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool = False
+) -> torch.export.ExportedProgram:
+    """Export a copy of `model`, in eval mode unless `training`, that shares its tensors; in-place operations come out functional.
 
     What the forward sets, registers, appends or caches stays in the copy. Raises CaptureError.
     """
     with untouched(model):
-        shadow = copy_module_tree(model, tensors="shared")
-        switch_off_caches(shadow)
-        give_plain_outputs(shadow)
-        with evaluating(shadow), torch.no_grad(), quiet():
+        shadow = shadow_of(model)
+        with evaluating(shadow, training), torch.no_grad(), quiet():
             try:
                 exported = torch.export.export(shadow, args, kwargs, strict=False)
                 return functional(exported)
@@ -315,45 +315,17 @@ def stopped(error: CaptureError) -> str:
 
 
 def capture_training(program: Program) -> Program:
-    """The same model and example traced in train mode: for what differs there, never for transforming.
-
-    Raises whatever the trace raises.
-    """
-    model = shadow_of(program.host)
-    model.train()
+    """The same model and example traced in train mode: for what differs there, never for transforming. Raises CaptureError."""
     args, kwargs = program.example
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        exported = torch.export.export(model, args, kwargs, strict=False)
-    return Program.from_export(exported, model, args, kwargs)
+    return Program.from_export(trace(program.host, args, kwargs, training=True), program.host, args, kwargs)
 
 
-def shadow_of(model: nn.Module, copy_tensors: bool = False) -> nn.Module:
-    """The module tree again, over the same tensors or copies: what a forward sets, registers or swaps stays in the shadow."""
-    made: dict[int, nn.Module] = {}
-    tensors: dict[int, Any] = {}
-
-    def shared(tensor: Any) -> Any:
-        if tensor is None or not copy_tensors:
-            return tensor
-        if id(tensor) not in tensors:
-            fresh = tensor.detach().clone()
-            tensors[id(tensor)] = (
-                nn.Parameter(fresh, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fresh
-            )
-        return tensors[id(tensor)]
-
-    def again(module: nn.Module) -> nn.Module:
-        if id(module) in made:
-            return made[id(module)]
-        twin = made[id(module)] = module.__class__.__new__(module.__class__)
-        twin.__dict__.update(module.__dict__)
-        for table in ("_parameters", "_buffers"):
-            twin.__dict__[table] = {n: shared(t) for n, t in module.__dict__[table].items()}
-        twin.__dict__["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
-        twin.__dict__["_modules"] = {n: None if m is None else again(m) for n, m in module._modules.items()}
-        return twin
-
-    return again(model)
+def shadow_of(model: nn.Module, tensors: Literal["copied", "shared"] = "shared") -> nn.Module:
+    """The copy of `model` that is run in its stead: over the same tensors or copies of them, caches off, plain outputs."""
+    shadow = copy_module_tree(model, tensors=tensors)
+    switch_off_caches(shadow)
+    give_plain_outputs(shadow)
+    return shadow
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -530,12 +502,12 @@ def embedded(model: nn.Module) -> int:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the trace (no dropout in the graph); every module's own flag is put back."""
+def evaluating(model: nn.Module, training: bool = False) -> Iterator[None]:
+    """Eval mode for the trace (no dropout in the graph), or train mode; every module's own flag is put back."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in modes:
-            module.training = False
+            module.training = training
         yield
     finally:
         for module, training in modes:
