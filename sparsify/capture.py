@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 import sparsify.ops  # noqa: F401  (registers the operators that a host may already contain)
@@ -104,7 +104,7 @@ def trace(
             except CaptureError:
                 raise
             except Exception as error:
-                failure = CaptureError(explain(model, error, kwargs))
+                failure = CaptureError(explain(model, error.error if isinstance(error, Stopped) else error, kwargs))
     raise failure
 
 
@@ -142,7 +142,8 @@ def read_through_scatters(graph: torch.fx.Graph) -> None:
 
 def slice_range(node: torch.fx.Node, arguments: tuple[Any, ...]) -> tuple[int, int, int] | None:
     """(dim, start, stop) of a slice of `node`'s source by `(dim, start, end, step)`; None unless it is contiguous and static."""
-    dim, start, end, step = (*arguments, *(0, None, None, 1)[len(arguments) :])
+    given: list[Any] = [*arguments, *(0, None, None, 1)[len(arguments) :]]
+    dim, start, end, step = given
     shape = node.args[0].meta["val"].shape  # type: ignore[union-attr]
     dim %= len(shape)
     size = shape[dim]
@@ -169,7 +170,7 @@ def writes_in_place(node: torch.fx.Node) -> bool:
 def check_ready(model: nn.Module) -> None:
     """Raises CaptureError for a model without parameters, with parameters that have no shape yet, or broken by a trace."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if isinstance(tensor, UninitializedTensorMixin):
+        if is_lazy(tensor):
             raise CaptureError(
                 f"{name} has no shape yet (a lazy module): call the model once with a real batch, then sparsify.compile"
             )
@@ -208,13 +209,28 @@ def configs(config: Any) -> list[Any]:
     return found
 
 
+class Stopped(Exception):
+    """The model's own error on its way out of a trace. Torch would hang the graph so far on it, and print that."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "partial_fx_graph":
+            super().__setattr__(name, value)
+
+
 def give_plain_outputs(model: nn.Module) -> None:
     """Let a copy return tensors, containers and mappings of them, where its class returns objects that export does not know."""
     forward = model.forward
 
     @functools.wraps(forward)
     def plain_forward(*args: Any, **kwargs: Any) -> Any:
-        return plain_output(forward(*args, **kwargs))
+        try:
+            return plain_output(forward(*args, **kwargs))
+        except Exception as error:
+            raise Stopped(error) from None
 
     model.__dict__["forward"] = plain_forward
 

@@ -381,6 +381,7 @@ def ignore_on_save(host: nn.Module, names: list[str]) -> None:
 
     A wrapper may show the attribute of the module inside it as a property that cannot be set: that module is told itself.
     """
+    module: Any
     for prefix, module in host.named_modules():
         if not isinstance(getattr(module, "_keys_to_ignore_on_save", ()), list | set | None):
             continue
@@ -392,6 +393,7 @@ def ignore_on_save(host: nn.Module, names: list[str]) -> None:
 
 def save_again(host: nn.Module, names: set[str]) -> None:
     """Undo `ignore_on_save` for these tensors."""
+    module: Any
     for prefix, module in host.named_modules():
         start = f"{prefix}." if prefix else ""
         ignored = module.__dict__.get("_keys_to_ignore_on_save")
