@@ -85,10 +85,15 @@ def unpack_bits(bits: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
     """Inverse of `pack_bits`: bool of `shape`."""
     count = int(torch.Size(shape).numel())
     if bits.device.type == "meta" or torch.compiler.is_compiling():
-        flat = ((bits[:, None] >> torch.arange(8, device=bits.device, dtype=torch.uint8)) & 1).flatten().to(torch.bool)
+        flat = _unpack_by_shifts(bits)
     else:
         flat = byte_table(bits.device).index_select(0, bits.int()).view(torch.bool)
     return flat[:count].view(shape)
+
+
+def _unpack_by_shifts(bits: Tensor) -> Tensor:
+    """All bits as bools, in arithmetic that compilers and torch.func can see through."""
+    return ((bits[:, None] >> torch.arange(8, device=bits.device, dtype=torch.uint8)) & 1).flatten().to(torch.bool)
 
 
 # --- the oracle --------------------------------------------------------------------------------------------------------------
@@ -154,7 +159,7 @@ def _apply_mask_backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
 
 def _apply_mask_in_aten(t: Tensor, bits: Tensor) -> Tensor:
     _check_bits("apply_mask", bits, t.numel())
-    return t.masked_fill(~unpack_bits(bits, t.shape), 0)
+    return t.masked_fill(~_unpack_by_shifts(bits)[: t.numel()].view(t.shape), 0)
 
 
 LIBRARY.impl("apply_mask", _apply_mask, "CompositeExplicitAutograd")

@@ -75,6 +75,7 @@ class OperatorLibrary(torch.library.Library):
         """Say what an operator means in differentiable ATen; it must not write to its arguments."""
         self._forms[name] = form
         super().impl(name, form, "FuncTorchBatched")
+        super().impl(name, form, "Batched")  # the older vmap, behind `is_grads_batched`
 
     def impl(self, op_name: Any, fn: Any, dispatch_key: str = "", **options: Any) -> None:
         if dispatch_key == "CompositeExplicitAutograd":

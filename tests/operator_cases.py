@@ -242,9 +242,9 @@ def products(shape: Shape, name: str) -> OperatorCase:
     if name == "channel_grad_all":
         return OperatorCase(ops.channel_grad.default, [g, x, None], (0, 1), lambda g, x, _: g.t() @ x)
     if name == "skinny_rows":
-        return OperatorCase(ops.skinny_products.default, [x, randn(2, M), None], (0, 1), lambda x, r, _: x @ r.t())
+        return OperatorCase(ops.skinny_products.default, [x, randn(2, M), None], (0, 1), lambda x, r, _: (x @ r.t(),))
     if name == "skinny_factor":
-        twin = lambda x, _, f: f.t() @ x  # noqa: E731
+        twin = lambda x, _, f: (f.t() @ x,)  # noqa: E731
         return OperatorCase(ops.skinny_products.default, [x, None, randn(tokens, 2)], (0, 2), twin)
     assert name == "skinny_both"
     twin = lambda x, r, f: (x @ r.t(), f.t() @ x)  # noqa: E731
