@@ -292,6 +292,14 @@ def _cases() -> dict[str, Build]:
 
 CASES = _cases()
 
+#: Each operator in one form or two.
+ONE_OF_EACH = [
+    "partial_columns", "partial_at_rows_turned", "partial_dx_rows", "partial_at_dx_columns", "sparse_lowrank_sparse+lora",
+    "sparse_lowrank_dx_sparse+lora_turned", "quantized_nf4_rows+lora", "quantized_int8_columns+sparse+lora",
+    "quantized_int8_dx_rows+sparse_turned", "quantized_int4_columns", "masked", "masked_turned", "survivor", "apply_mask",
+    "masked_grad", "sampled_product", "channel_grad", "channel_grad_all", "skinny_rows", "skinny_factor", "skinny_both",
+]  # fmt: skip
+
 
 def case_of(name: str, shape: Shape = (3,), bias: bool = True) -> OperatorCase:
     """The case `name` for inputs `(*shape, channels)`, the same numbers in every process."""

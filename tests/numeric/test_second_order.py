@@ -7,18 +7,11 @@ import warnings
 
 import pytest
 import torch
-from operator_cases import CASES, OperatorCase, case_of
+from operator_cases import CASES, ONE_OF_EACH, OperatorCase, case_of
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 SHAPES = [(4,), (2, 3), (2, 1, 3), (), (0,), (2, 0)]
-ONE_OF_EACH = [
-    "partial_columns", "partial_at_rows_turned", "partial_dx_rows", "partial_at_dx_columns", "sparse_lowrank_sparse+lora",
-    "sparse_lowrank_dx_sparse+lora_turned", "quantized_nf4_rows+lora", "quantized_int8_columns+sparse+lora",
-    "quantized_int8_dx_rows+sparse_turned", "quantized_int4_columns", "masked", "masked_turned", "survivor", "apply_mask",
-    "masked_grad", "sampled_product", "channel_grad", "channel_grad_all", "skinny_rows", "skinny_factor", "skinny_both",
-]  # fmt: skip
-
 
 def derivatives(case: OperatorCase, leaves: list[Tensor], twin: bool) -> list[Tensor]:
     """Value, and the first three derivatives of sums over it with fixed, random weights, one after the other."""
