@@ -104,13 +104,18 @@ def _check_linear(
 ) -> None:  # fmt: skip
     """That the parts of a linear `(rows, columns)` fit; without reading any tensor."""
     require(x.dim() >= 1, lambda: f"{name}: the input has no dimension")
-    require(x.shape[-1] == columns, lambda: f"{name}: the input {tuple(x.shape)} has not the weight's {columns} channels")
+    require(
+        x.shape[-1] == columns, lambda: f"{name}: the input {tuple(x.shape)} has not the weight's {columns} channels"
+    )
     if bias is not None:
         require_shape(name, "bias", bias, rows)
     _check_support(name, values, index)
     require((a is None) == (b is None), lambda: f"{name}: of two low-rank factors, one is missing")
     if a is not None and b is not None:
-        require(a.dim() == 2 and b.dim() == 2, lambda: f"{name}: low-rank factors are matrices, not {a.dim()}-D, {b.dim()}-D")
+        require(
+            a.dim() == 2 and b.dim() == 2,
+            lambda: f"{name}: low-rank factors are matrices, not {a.dim()}-D, {b.dim()}-D",
+        )
         require_shape(name, "a", a, a.shape[0], columns)
         require_shape(name, "b", b, rows, a.shape[0])
 
@@ -123,7 +128,9 @@ def _check_dx(
     require(g.shape[-1] == rows, lambda: f"{name}: the gradient {tuple(g.shape)} has not the weight's {rows} rows")
     _check_support(name, values, index)
     if a is not None and low is not None:
-        require(a.dim() == 2 and low.dim() == 2, lambda: f"{name}: low and a are matrices, not {low.dim()}-D, {a.dim()}-D")
+        require(
+            a.dim() == 2 and low.dim() == 2, lambda: f"{name}: low and a are matrices, not {low.dim()}-D, {a.dim()}-D"
+        )
         require_shape(name, "a", a, a.shape[0], columns)
         require_shape(name, "low", low, math.prod(g.shape[:-1]), a.shape[0])
 
@@ -139,11 +146,15 @@ def _check_weight(name: str, weight: Tensor, index: Tensor | None) -> None:
     require(weight.dim() == 2, lambda: f"{name}: the weight {tuple(weight.shape)} is no matrix")
     require(
         index is None or weight.is_contiguous(),
-        lambda: f"{name}: the weight {tuple(weight.shape)} has strides {weight.stride()}: positions are of a contiguous one",
+        lambda: (
+            f"{name}: the weight {tuple(weight.shape)} has strides {weight.stride()}: positions are of a contiguous one"
+        ),
     )
 
 
-def _check_block(name: str, rows: Sizes, columns: Sizes, block: Tensor | None, channels: Tensor | None, axis: int) -> None:
+def _check_block(
+    name: str, rows: Sizes, columns: Sizes, block: Tensor | None, channels: Tensor | None, axis: int
+) -> None:
     require((block is None) == (channels is None), lambda: f"{name}: of a block and its channels, one is missing")
     if block is not None and channels is not None:
         require(axis in (0, 1), lambda: f"{name}: axis must be 0 or 1, got {axis}")
@@ -700,7 +711,12 @@ def _backward_sparse_lowrank_dx(ctx: Any, outer: Tensor) -> tuple[Tensor | None,
 
 
 def _added_gradients(
-    outer: Tensor, low: Tensor | None, a: Tensor | None, scale: float, of_low: torch.dtype | None, of_a: torch.dtype | None
+    outer: Tensor,
+    low: Tensor | None,
+    a: Tensor | None,
+    scale: float,
+    of_low: torch.dtype | None,
+    of_a: torch.dtype | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Of `s low A` in dX: `(s outer Aᵀ, s lowᵀ outer)`, in the dtypes given; None where there is none."""
     if low is None or a is None or (of_low is None and of_a is None):
@@ -755,7 +771,7 @@ def _backward_quantized(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     *kept, block, values, channels, index, a, b = ctx.saved_tensors[:9]
     packed = list(ctx.saved_tensors[9:])
     need, (of_bias, of_block, of_values, of_a, of_b) = ctx.needs_input_grad, ctx.dtypes
-    format, rows, columns, transposed = ctx.meta
+    _, rows, columns, transposed = ctx.meta
     dx = d_block = None
     x = restored_input(*kept)
     low, d_a, d_b = _low_rank_gradients(g, x if ctx.whole else None, a, b, ctx.scale, need[0], of_a, of_b)
@@ -766,7 +782,9 @@ def _backward_quantized(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     d_bias = None if of_bias is None else flat(g).sum(0).to(of_bias)
     if of_block is not None and x is not None:
         read = x.index_select(-1, channels) if ctx.whole and ctx.axis == 1 else x
-        d_block = _quantized_block_gradient(g, read, channels, ctx.axis, index, (rows, columns), transposed).to(of_block)
+        d_block = _quantized_block_gradient(g, read, channels, ctx.axis, index, (rows, columns), transposed).to(
+            of_block
+        )
     d_values = _sparse_gradient(g, x if ctx.whole else None, index, transposed, of_values)
     gradients = (dx, None, None, None, None, d_bias, d_block, None, None, d_values, None, d_a, d_b, None)
     return (*gradients, [None] * len(packed))
@@ -786,14 +804,16 @@ def _backward_quantized_dx(ctx: Any, outer: Tensor) -> tuple[Any, ...]:
     g, block, values, channels, index, low, a = ctx.saved_tensors[:7]
     packed = list(ctx.saved_tensors[7:])
     of_block, of_values, of_low, of_a = ctx.dtypes
-    format, rows, columns, transposed = ctx.meta
+    _, rows, columns, transposed = ctx.meta
     dg = d_block = None
     if ctx.needs_input_grad[0]:
         parts = (None, block, None if block is None else channels, ctx.axis, values, None if values is None else index)
         dg = torch.ops.sparsify.quantized_linear(outer, *ctx.meta, *parts, None, None, 1.0, packed)
     if of_block is not None:
         read = outer.index_select(-1, channels) if ctx.axis == 1 else outer
-        d_block = _quantized_block_gradient(g, read, channels, ctx.axis, index, (rows, columns), transposed).to(of_block)
+        d_block = _quantized_block_gradient(g, read, channels, ctx.axis, index, (rows, columns), transposed).to(
+            of_block
+        )
     d_values = _sparse_gradient(g, outer, index, transposed, of_values)
     d_low, d_a = _added_gradients(outer, low, a, ctx.scale, of_low, of_a)
     gradients = (dg, None, None, None, None, d_block, None, None, d_values, None, d_low, d_a, None)
@@ -829,24 +849,24 @@ def _backward_skinny(ctx: Any, of_low: Tensor | None, of_product: Tensor | None)
     """Of `(x rowsᵀ, factorᵀ x)`: x gets `of_low rows + factor of_product`; rows and factor get the same products of x again."""
     x, rows, factor = ctx.saved_tensors
     need = ctx.needs_input_grad
-    of_low, of_product = (None if rows is None else of_low), (None if factor is None else of_product)
-    dx = None
+    dx = d_rows = d_factor = None
     if need[0]:
-        parts = [] if of_low is None else [of_low.mm(rows.to(x.dtype))]
-        parts += [] if of_product is None else [factor.mm(of_product)]
-        dx = sum(parts[1:], parts[0]) if parts else None
-    wanted = (of_product if need[2] else None), (of_low if need[1] else None)
-    if wanted == (None, None):
-        return dx, None, None
-    d_factor, d_rows = torch.ops.sparsify.skinny_products(x, *wanted)
-    return (
-        dx,
-        None if wanted[1] is None else d_rows.to(rows.dtype),
-        None if wanted[0] is None else d_factor.to(factor.dtype),
-    )
+        through_low = None if rows is None or of_low is None else of_low.mm(rows.to(x.dtype))
+        through_product = None if factor is None or of_product is None else factor.mm(of_product)
+        both = through_low is not None and through_product is not None
+        dx = through_low + through_product if both else through_product if through_low is None else through_low
+    for_rows = of_low if need[1] and rows is not None else None
+    for_factor = of_product if need[2] and factor is not None else None
+    if for_rows is not None or for_factor is not None:
+        low, product = torch.ops.sparsify.skinny_products(x, for_factor, for_rows)
+        d_factor = None if for_factor is None else low.to(factor.dtype)
+        d_rows = None if for_rows is None else product.to(rows.dtype)
+    return dx, d_rows, d_factor
 
 
-torch.library.register_autograd("sparsify::sampled_product", _backward_sampled, setup_context=_setup_sampled, lib=LIBRARY)
+torch.library.register_autograd(
+    "sparsify::sampled_product", _backward_sampled, setup_context=_setup_sampled, lib=LIBRARY
+)
 torch.library.register_autograd("sparsify::skinny_products", _backward_skinny, setup_context=_setup_skinny, lib=LIBRARY)
 
 for _name in ("sparse_lowrank_linear", "quantized_linear"):

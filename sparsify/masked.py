@@ -173,7 +173,9 @@ PIECE = 1 << 18
 
 
 def _check_masked_grad(g: Tensor, x: Tensor, bits: Tensor) -> None:
-    require(g.dim() == 2 and x.dim() == 2, lambda: f"masked_grad: g and x are matrices, not {g.dim()}-D and {x.dim()}-D")
+    require(
+        g.dim() == 2 and x.dim() == 2, lambda: f"masked_grad: g and x are matrices, not {g.dim()}-D and {x.dim()}-D"
+    )
     require(g.shape[0] == x.shape[0], lambda: f"masked_grad: g has {g.shape[0]} tokens, x {x.shape[0]}")
     _check_bits("masked_grad", bits, g.shape[1] * x.shape[1])
 
@@ -285,7 +287,9 @@ def expand_survivors(values: Tensor, index: Tensor, rows: int, columns: int) -> 
 def _check_survivors(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, rows: int) -> None:
     name = "survivor_linear"
     require_index(name, "index", index)
-    require(values.shape == index.shape, lambda: f"{name}: {tuple(values.shape)} values but {tuple(index.shape)} positions")
+    require(
+        values.shape == index.shape, lambda: f"{name}: {tuple(values.shape)} values but {tuple(index.shape)} positions"
+    )
     _check_linear(name, x, rows, x.shape[-1], bias)
 
 

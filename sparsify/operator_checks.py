@@ -33,7 +33,9 @@ def shape_of(t: Tensor) -> str:
 
 def require_shape(operator: str, name: str, t: Tensor, *shape: Any) -> None:
     """`t` must have this shape."""
-    require(t.dim() == len(shape), lambda: f"{operator}: {name} is {shape_of(t)}, expected {len(shape)} dimensions {shape}")
+    require(
+        t.dim() == len(shape), lambda: f"{operator}: {name} is {shape_of(t)}, expected {len(shape)} dimensions {shape}"
+    )
     for found, wanted in zip(t.shape, shape, strict=True):
         require(found == wanted, lambda: f"{operator}: {name} is {shape_of(t)}, expected shape {shape}")
 
@@ -41,13 +43,17 @@ def require_shape(operator: str, name: str, t: Tensor, *shape: Any) -> None:
 def require_floats(operator: str, **tensors: Tensor | None) -> None:
     for name, t in tensors.items():
         if t is not None:
-            require(t.is_floating_point(), lambda name=name, t=t: f"{operator}: {name} is {shape_of(t)}, expected floats")
+            require(
+                t.is_floating_point(), lambda name=name, t=t: f"{operator}: {name} is {shape_of(t)}, expected floats"
+            )
 
 
 def require_together(operator: str, *tensors: Tensor | None) -> None:
     """All tensors must lie on one device."""
     devices = {t.device for t in tensors if t is not None}
-    require(len(devices) < 2, lambda: f"{operator}: tensors lie on {', '.join(sorted(map(str, devices)))}; move them to one")
+    require(
+        len(devices) < 2, lambda: f"{operator}: tensors lie on {', '.join(sorted(map(str, devices)))}; move them to one"
+    )
 
 
 def require_index(operator: str, name: str, index: Tensor) -> None:

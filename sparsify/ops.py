@@ -82,13 +82,17 @@ def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def _check_sizes(name: str, x: Tensor, weight: Tensor, block: Tensor, where: int | Tensor, axis: int, side: int) -> None:
+def _check_sizes(
+    name: str, x: Tensor, weight: Tensor, block: Tensor, where: int | Tensor, axis: int, side: int
+) -> None:
     """That block and weight fit, and that `x` has as many channels as the weight on `side`; without reading any tensor."""
     require(axis in (0, 1), lambda: f"{name}: axis must be 0 or 1, got {axis}")
     require(
         weight.dim() == 2 and block.dim() == 2 and x.dim() >= 1,
-        lambda: f"{name}: x {tuple(x.shape)}, weight {tuple(weight.shape)}, block {tuple(block.shape)}: expected (…, m), (n, m) "
-        "and a matrix",
+        lambda: (
+            f"{name}: x {tuple(x.shape)}, weight {tuple(weight.shape)}, block {tuple(block.shape)}: expected (…, m), (n, m) "
+            "and a matrix"
+        ),
     )
     require(
         x.shape[-1] == weight.shape[side],

@@ -87,7 +87,11 @@ def check_packed(packed: list[Tensor], format: str, shape: tuple[int, int]) -> N
         raise OperatorError(f"a weight packed as {format} is {len(wanted)} tensors, not {len(packed)}")
     for place, (t, (dtype, size)) in enumerate(zip(packed, wanted, strict=True)):
         fits = t.numel() == size if isinstance(size, int) else t.shape == size
-        if not fits or not t.is_contiguous() or not (t.dtype in dtype if isinstance(dtype, tuple) else t.dtype == dtype):
+        if (
+            not fits
+            or not t.is_contiguous()
+            or not (t.dtype in dtype if isinstance(dtype, tuple) else t.dtype == dtype)
+        ):
             raise OperatorError(
                 f"tensor {place} of a weight {rows} × {columns} packed as {format} is {t.dtype} {tuple(t.shape)}, "
                 f"expected {size} contiguous entries of {'a float type' if isinstance(dtype, tuple) else dtype}"

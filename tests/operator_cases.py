@@ -209,7 +209,10 @@ def survivor_linear(shape: Shape, bias: bool) -> OperatorCase:
     zero = torch.zeros(N, M, dtype=torch.float64)
     leaves = (0, 1, 3) if bias else (0, 1)
     return OperatorCase(
-        torch.ops.sparsify.survivor_linear.default, arguments, leaves, lambda x, v, i, b, _: linear(x, put(zero, v, i), b)
+        torch.ops.sparsify.survivor_linear.default,
+        arguments,
+        leaves,
+        lambda x, v, i, b, _: linear(x, put(zero, v, i), b),
     )
 
 
@@ -237,7 +240,10 @@ def products(shape: Shape, name: str) -> OperatorCase:
     if name == "channel_grad":
         rows = torch.tensor([3, 0, 4])
         return OperatorCase(
-            ops.channel_grad.default, [g, x, rows], (0, 1), lambda g, x, _: torch.stack([g[:, k] for k in (3, 0, 4)]) @ x
+            ops.channel_grad.default,
+            [g, x, rows],
+            (0, 1),
+            lambda g, x, _: torch.stack([g[:, k] for k in (3, 0, 4)]) @ x,
         )
     if name == "channel_grad_all":
         return OperatorCase(ops.channel_grad.default, [g, x, None], (0, 1), lambda g, x, _: g.t() @ x)

@@ -31,7 +31,7 @@ HOSTS: dict[str, tuple[str, list[Any]]] = {
     "nf4+rosa": ("gated", [Quantize(format="nf4"), RoSA(rank=2, density=0.1, mask="random")]),
     "prune": ("GPT-2", [Prune(sparsity=0.5, method="magnitude")]),
 }
-QUICK = ("s2ft", "paca gathered", "rosa", "nf4+lora", "prune")
+QUICK = ("s2ft", "paca gathered", "rosa", "prune")
 
 
 class Gated(nn.Module):
@@ -47,6 +47,7 @@ class Gated(nn.Module):
     def forward(self, inputs_embeds: Tensor) -> Tensor:
         x = inputs_embeds
         for block in self.blocks:
+            assert isinstance(block, nn.ModuleDict)
             x = x + block["down"](nn.functional.silu(block["gate"](x)) * block["up"](x))
         return x
 
@@ -59,7 +60,12 @@ def compiled(rules: str) -> nn.Module:
     torch.manual_seed(0)
     example = {"inputs_embeds": torch.randn(2, 5, 8, dtype=torch.float64)}
     return sparsify.compile(
-        Gated().double(), Plan(plan), example=example, calibration=[example], loss=lambda y, _: y.square().sum(), progress=False
+        Gated().double(),
+        Plan(plan),
+        example=example,
+        calibration=[example],
+        loss=lambda y, _: y.square().sum(),
+        progress=False,
     )
 
 
@@ -69,7 +75,8 @@ def scene(rules: str) -> tuple[nn.Module, dict[str, nn.Parameter], Callable[[], 
     tiny.disturb(host)
     rezero(host)
     trained = {n: p for n, p in host.named_parameters() if p.requires_grad}
-    width = 8 if HOSTS[rules][0] == "gated" else host.config.hidden_size  # type: ignore[union-attr]
+    config: Any = getattr(host, "config", None)
+    width = 8 if config is None else config.hidden_size
     embeddings = torch.randn(2, 5, width, dtype=torch.float64, requires_grad=True)
 
     def loss() -> Tensor:
@@ -112,7 +119,7 @@ def test_penalty_and_hessian_vector_product(rules):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7 * float(penalty()))
 
         first = torch.autograd.grad(loss(), parameters, create_graph=True)
-        product = sum((g * v).sum() for g, v in zip(first, along, strict=True))
+        product = torch.stack([(g * v).sum() for g, v in zip(first, along, strict=True)]).sum()
         second = torch.cat([g.flatten() for g in torch.autograd.grad(product, [*parameters, embeddings])])
         expected = difference(trained, along, gradient)
         scale = float(expected.abs().max())
@@ -132,7 +139,7 @@ def test_forward_mode_and_per_sample_gradients(rules):
 
     parameters = {n: p.detach() for n, p in trained.items()}
     with sdpa_kernel(SDPBackend.MATH):
-        _, tangent = torch.func.jvp(lambda p: loss_at(p, embeddings.detach()), (parameters,), (along,))
+        tangent = torch.func.jvp(lambda p: loss_at(p, embeddings.detach()), (parameters,), (along,))[1]
         gradients = torch.autograd.grad(loss_at(dict(trained), embeddings.detach()), list(trained.values()))
         expected = sum((g * v).sum() for g, v in zip(gradients, along.values(), strict=True))
         torch.testing.assert_close(tangent, expected)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from operator_cases import CASES, OperatorCase, case_of
+from operator_cases import CASES, case_of
 from torch import Tensor, nn
 
 import sparsify
@@ -108,7 +108,9 @@ def test_a_gated_input_written_to_after_the_operator(name):
         y = own.of(function)(product, *parts)
         with torch.no_grad():
             if write:
-                {"product": product, "view": product[:, :2], "factor": first, "of the factor": first[:, :2]}[write].add_(1.0)
+                {"product": product, "view": product[:, :2], "factor": first, "of the factor": first[:, :2]}[
+                    write
+                ].add_(1.0)
         return torch.autograd.grad(y.square().sum(), [gate, up, *parts])
 
     expected = gradients(own.twin)

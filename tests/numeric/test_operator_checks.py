@@ -29,7 +29,9 @@ def test_opcheck_of_schema_and_shapes(name):
     turn = list(CASES).index(name)
     case, _ = case_of(name, SHAPES[turn % 3], bias=turn % 2 == 0).needing(case_of(name).leaves if turn % 2 == 0 else ())
     torch.library.opcheck(
-        case.operator, tuple(case.arguments), test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
+        case.operator,
+        tuple(case.arguments),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 
 
@@ -201,7 +203,12 @@ def test_positions_in_any_order_and_repeated(density, monkeypatch):
 @needs_compiler
 def test_the_generated_kernels_refuse_what_they_would_read_past():
     x, rows, factor = torch.randn(9, 40), torch.randn(3, 40), torch.randn(9, 3)
-    for arguments in ((x, rows[:, :30], None), (x, None, factor[:5]), (x, rows, factor[:, :2]), (x.double(), rows, None)):
+    for arguments in (
+        (x, rows[:, :30], None),
+        (x, None, factor[:5]),
+        (x, rows, factor[:, :2]),
+        (x.double(), rows, None),
+    ):
         with pytest.raises(OperatorError, match="skinny products"):
             skinny.skinny_by_kernel(*arguments)
     for low, second in ((factor[:5], rows), (factor, rows[:2]), (factor, rows[:, :30])):

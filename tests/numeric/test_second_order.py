@@ -13,6 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 SHAPES = [(4,), (2, 3), (2, 1, 3), (), (0,), (2, 0)]
 
+
 def derivatives(case: OperatorCase, leaves: list[Tensor], twin: bool) -> list[Tensor]:
     """Value, and the first three derivatives of sums over it with fixed, random weights, one after the other."""
     torch.manual_seed(7)
@@ -24,7 +25,10 @@ def derivatives(case: OperatorCase, leaves: list[Tensor], twin: bool) -> list[Te
         gradients = torch.autograd.grad(total, leaves, create_graph=True, allow_unused=True)
         gradients = [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, leaves, strict=True)]
         found += gradients
-        total = sum(((g * torch.randn(g.shape, dtype=g.dtype)).sum() + g.square().sum() * 0.1 for g in gradients), torch.zeros(()))
+        total = sum(
+            ((g * torch.randn(g.shape, dtype=g.dtype)).sum() + g.square().sum() * 0.1 for g in gradients),
+            torch.zeros(()),
+        )
     return found
 
 
@@ -74,7 +78,9 @@ def test_every_combination_of_what_needs_a_gradient(name):
             assert_agree(case, places)
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if place % 2 == 0 else pytest.mark.slow) for place, n in enumerate(ONE_OF_EACH)]
+)
 def test_finite_differences(name):
     """First and second derivatives, backward, forward over backward, and batched, with perturbations of the arguments."""
     case, leaves = case_of(name, (2,)).needing(case_of(name, (2,)).leaves)
@@ -111,7 +117,9 @@ def test_second_derivatives_of_a_masked_weight_are_masked(turned):
     assert bool((second[~gone] != 0).any())
 
 
-@pytest.mark.parametrize("name", ["sparse_lowrank_sparse+lora", "quantized_int8_sparse+lora", "quantized_nf4_rows+lora"])
+@pytest.mark.parametrize(
+    "name", ["sparse_lowrank_sparse+lora", "quantized_int8_sparse+lora", "quantized_nf4_rows+lora"]
+)
 def test_an_input_saved_as_its_factors_stays_connected(name):
     """`x = gate · up` is saved as gate and up; second derivatives with respect to x itself, and to gate and up, are right."""
     case = case_of(name, (4,))

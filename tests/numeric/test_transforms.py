@@ -53,7 +53,9 @@ def test_reverse_and_forward_transforms(name):
     both(case, lambda f: torch.func.hessian(f, argnums=0)(*leaves))
     both(case, lambda f: torch.func.jvp(torch.func.grad(f, argnums=every), tuple(leaves), tangents))
     both(case, lambda f: torch.func.vjp(torch.func.grad(f, argnums=every), *leaves)[1](tangents))
-    both(case, lambda f: torch.func.jacrev(torch.func.jacrev(f, argnums=1), argnums=0)(*leaves) if len(leaves) > 1 else 0)
+    both(
+        case, lambda f: torch.func.jacrev(torch.func.jacrev(f, argnums=1), argnums=0)(*leaves) if len(leaves) > 1 else 0
+    )
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -87,7 +89,9 @@ def test_tangents_without_torch_func(name):
             torch.testing.assert_close(found[0], found[1])
 
 
-@pytest.mark.parametrize("name", ["partial_columns", "sparse_lowrank_sparse+lora", "quantized_int8_columns+sparse+lora", "masked"])
+@pytest.mark.parametrize(
+    "name", ["partial_columns", "sparse_lowrank_sparse+lora", "quantized_int8_columns+sparse+lora", "masked"]
+)
 def test_a_tangent_that_arrives_in_the_backward(name):
     """Forward over reverse, where only what follows the operator is dual."""
     case, leaves = case_of(name, (2,)).needing(case_of(name, (2,)).leaves)

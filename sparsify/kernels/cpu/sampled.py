@@ -93,7 +93,9 @@ def sampled_by_kernel(a: Tensor, b: Tensor, index: Tensor, isa: Isa | None = Non
 def check_index(index: Tensor) -> None:
     """The kernels read positions as int32 or int64, and nothing else."""
     if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64):
-        raise OperatorError(f"positions are {index.dtype} {tuple(index.shape)}, expected int32 or int64 in one dimension")
+        raise OperatorError(
+            f"positions are {index.dtype} {tuple(index.shape)}, expected int32 or int64 in one dimension"
+        )
 
 
 def kernel_writes(weight: Tensor, values: Tensor, index: Tensor) -> bool:
@@ -111,9 +113,13 @@ def write_by_kernel(weight: Tensor, values: Tensor, index: Tensor) -> None:
     Raises PositionError if an index lies outside the weight."""
     check_index(index)
     if values.shape != index.shape or not all(t.is_contiguous() for t in (weight, values, index)):
-        raise OperatorError(f"sparse part: {tuple(values.shape)} values for {tuple(index.shape)} positions, all contiguous")
+        raise OperatorError(
+            f"sparse part: {tuple(values.shape)} values for {tuple(index.shape)} positions, all contiguous"
+        )
     if values.dtype != torch.float32 or weight.dtype not in VALUES:
-        raise OperatorError(f"sparse part: {values.dtype} values into a {weight.dtype} weight; the kernel writes float32 values")
+        raise OperatorError(
+            f"sparse part: {values.dtype} values into a {weight.dtype} weight; the kernel writes float32 values"
+        )
     library = load_sampled(best_isa(), VALUES[weight.dtype])
     outside = library.sparsify_write(
         weight.data_ptr(), weight.numel(), values.data_ptr(), index.data_ptr(), int(index.dtype == torch.int64),

@@ -83,7 +83,9 @@ def skinny_by_kernel(
         raise OperatorError(f"skinny products: x is {x.dtype}, the kernel reads float32")
     for name, tensor, shape in (("rows", rows, (rank, width)), ("factor", factor, (tokens, rank))):
         if tensor is not None and tuple(tensor.shape) != shape:
-            raise OperatorError(f"skinny products: {name} is {tuple(tensor.shape)}, expected {shape} for x {tuple(x.shape)}")
+            raise OperatorError(
+                f"skinny products: {name} is {tuple(tensor.shape)}, expected {shape} for x {tuple(x.shape)}"
+            )
     spare = -rank % RANKS
     threads = torch.get_num_threads()
     low = product = None
