@@ -29,6 +29,14 @@ class AdapterError(SparsifyError, ValueError):
     """An adapter file is damaged, foreign, hostile, or does not fit the model."""
 
 
+class OperatorError(SparsifyError, RuntimeError):
+    """An operator was called with tensors that do not fit together; nothing was read or written."""
+
+
+class PositionError(OperatorError, IndexError):
+    """A position of a sparse part lies outside of what it points into."""
+
+
 @dataclass(frozen=True)
 class Refusal:
     """One declined opportunity. `where` is a parameter, node or structure name; `reason` a full sentence."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.errors import PlanError
+from sparsify.errors import OperatorError, PlanError
 
 FORMATS = ("nf4", "int8", "int4")
 BLOCK = 64
@@ -64,6 +64,38 @@ def pack(weight: Tensor, format: str) -> list[Tensor]:
         codes = codes.to(torch.uint8)
         return [codes[:, ::2] | (codes[:, 1::2] << 4), scale.to(torch.float32)]
     raise PlanError(f"unknown format {format!r}; formats are {', '.join(FORMATS)}")
+
+
+def check_packed(packed: list[Tensor], format: str, shape: tuple[int, int]) -> None:
+    """That packed tensors are what `pack` gives for a stored weight of `shape`: the libraries read them by these sizes."""
+    rows, columns = shape
+    floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    if format == "nf4":
+        data = (rows * columns + 1) // 2
+        scales = -(-rows * columns // BLOCK)
+        blocks = -(-scales // NESTED_BLOCK)
+        wanted = [(torch.uint8, data), (torch.uint8, scales), (torch.float32, blocks), (torch.float32, 256)]
+        wanted += [(torch.float32, 16), (torch.float32, 1)]
+    elif format == "int8":
+        wanted = [(torch.int8, (rows, columns)), (floats, (rows,))]
+    elif format == "int4":
+        groups = -(-columns // BLOCK)
+        wanted = [(torch.uint8, (rows, groups * BLOCK // 2)), (floats, rows * groups)]
+    else:
+        raise OperatorError(f"unknown format {format!r}; formats are {', '.join(FORMATS)}")
+    if len(packed) != len(wanted):
+        raise OperatorError(f"a weight packed as {format} is {len(wanted)} tensors, not {len(packed)}")
+    for place, (t, (dtype, size)) in enumerate(zip(packed, wanted, strict=True)):
+        fits = t.numel() == size if isinstance(size, int) else t.shape == size
+        if (
+            not fits
+            or not t.is_contiguous()
+            or not (t.dtype in dtype if isinstance(dtype, tuple) else t.dtype == dtype)
+        ):
+            raise OperatorError(
+                f"tensor {place} of a weight {rows} × {columns} packed as {format} is {t.dtype} {tuple(t.shape)}, "
+                f"expected {size} contiguous entries of {'a float type' if isinstance(dtype, tuple) else dtype}"
+            )
 
 
 def unpack(packed: list[Tensor], format: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
