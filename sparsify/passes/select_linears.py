@@ -87,14 +87,18 @@ def serve(
     return served, refusals + unmatched_patterns(index, rule, everything)
 
 
+#: ranks that are taken whatever the size of the weight: one rank for all linears of a model may exceed its narrow ones
+ALWAYS_TAKEN = 256
+
+
 def why_not_rank(program: Program, param: str, rule: LinearRule) -> str | None:
     """Why a weight cannot have the low-rank part that a rule asks for, said before anything is allocated."""
     if not isinstance(rule, RoSA | LoRA):
         return None
     rank, smaller = pattern_value(rule.rank, owner_name(param)), min(program.tensor(param).shape)
-    if rank is None or rank <= smaller:
+    if rank is None or rank <= max(smaller, ALWAYS_TAKEN):
         return None
-    return f"rank {rank} is more than the smaller side of its weight, {smaller}: {rule.__class__.__name__}(rank={smaller}) is all of it"
+    return f"rank {rank} is more than the smaller side of its weight, {smaller}, where a low-rank part is a full one already"
 
 
 def select_linears(
