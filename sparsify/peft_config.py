@@ -17,7 +17,10 @@ from sparsify.name_patterns import Budget, PatternError, Regex
 from sparsify.plan import MAX_ENTRIES, MAX_RANK
 
 PLAIN = "save it in PEFT as a plain LoRA, or merge it there (merge_and_unload) and use the merged model as the base"
-CONVERT = "convert it in PEFT with save_pretrained(…, path_initial_model_for_weight_conversion=…), which writes a plain LoRA of twice the rank"
+CONVERT = (
+    "convert it in PEFT with save_pretrained(…, path_initial_model_for_weight_conversion=…), which writes a plain LoRA "
+    "of twice the rank"
+)
 
 #: beginnings that leave the base as it is: what is saved is all there is
 PLAIN_BEGINNINGS = ("gaussian", "eva", "orthogonal")

@@ -146,11 +146,19 @@ class Reading:
             parts = name.split(".")
             if plain in self.canonical:
                 full[plain] = key
+            elif self.is_leftover(parts):
+                continue
             elif len(parts) >= 3 and parts[-2] in ("lora_A", "lora_B") and parts[-1] == "weight":
                 factors.setdefault(".".join(parts[:-2]), set()).add(parts[-2])
             else:
                 raise self.unknown_tensor(name, parts)
         return factors, full
+
+    def is_leftover(self, parts: list[str]) -> bool:
+        """Whether a tensor is what bias="all" writes a second time for modules_to_save; PEFT computes nothing with it."""
+        inner = [part for part in parts if part not in ("modules_to_save", "original_module")]
+        name = ".".join(inner)
+        return len(inner) == len(parts) - 1 and name in self.canonical and self.wrapper(name) is not None
 
     def unknown_tensor(self, name: str, parts: list[str]) -> AdapterError:
         for part in parts:
@@ -183,7 +191,8 @@ class Reading:
             self.check_dtype(module, entry)
         if module not in self.settings.targets:
             raise self.fail(
-                f"the file has factors for {module}, which target_modules of adapter_config.json does not name (PEFT would ignore them)"
+                f"the file has factors for {module}, which adapter_config.json does not name (target_modules, exclude_modules, "
+                "layers_to_transform): PEFT would ignore them"
             )
         if a.shape[0] != self.settings.rank_of(module):
             raise self.fail(
