@@ -805,8 +805,8 @@ class Handle:
 
         Trained channels and low-rank parts export exactly. A sparse part is not low-rank: it is refused with that reason, or with
         `sparse="merge"` folded into a copy of the base that is written to `directory/base` (Hugging Face models) beside it.
-        After Quantize or Prune the adapter belongs to the changed base, which PEFT does not have: refused, unless
-        `changed_base="keep"` says that PEFT will load it over the same changed base.
+        After Quantize or Prune the adapter belongs to the changed base, which PEFT must be given: a warning says so after
+        Quantize, and after Prune it is refused, unless `changed_base="keep"` says that PEFT will load it over the same changed base.
         What trained in full is written where PEFT loads it to the same function, see `sparsify.peft_export`.
         """
         if sparse not in ("refuse", "merge"):
@@ -826,16 +826,25 @@ class Handle:
                     "matrix of useful rank equals; merge() and save the whole model, or pass sparse='merge' to fold it into the base"
                 )
             path = str(self.write_sparse_base(source, Path(directory) / "base"))
-        elif self.program.quantize or self.program.masks or self.dequantised:
-            verb, what = ("Prune", "pruned") if self.program.masks else ("Quantize", "quantised")
-            if changed_base == "refuse":
-                raise AdapterError(
-                    f"export_lora: {verb} changed the base, and over the unchanged one PEFT computes something else; merge() and save "
-                    f"the whole model, or pass changed_base='keep' if PEFT will load the adapter over the same {what} base"
-                )
+        elif changed_base == "refuse":
+            self.say_base_changed()
         kept = Adapter(rest, source.bases, source.info)
         exported = peft_export.export(kept, self.host, self.shapes(), self.dense_base, path)
         return self.write_once(lambda: exported.write(directory), directory)
+
+    def say_base_changed(self) -> None:
+        """Before an export: the adapter computes the same only over the base that Prune or Quantize made of the user's."""
+        if self.program.masks:
+            raise AdapterError(
+                "export_lora: Prune changed the base, and over the dense one PEFT computes something else; merge() and save the whole "
+                "model, or pass changed_base='keep' if PEFT will load the adapter over the same pruned base"
+            )
+        if self.program.quantize or self.dequantised:
+            warnings.warn(
+                "export_lora: Quantize changed the base, and the adapter belongs to it: PEFT computes the same over a base that is "
+                "quantised in the same way, and not quite over the dense one (changed_base='keep' says that you know)",
+                stacklevel=3,
+            )
 
     def write_sparse_base(self, source: Adapter, directory: Path) -> Path:
         """Save the base with only the sparse parts of an adapter folded in."""

@@ -34,11 +34,16 @@ class ArgumentError(PlanError, TypeError):
 
 def check_types(rule: Any) -> None:
     """Refuse a wrong type or a word that a `Literal` field does not list, naming field and rule."""
-    hints = typing.get_type_hints(type(rule))
+    hints = hints_of(type(rule))
     for spec in dataclasses.fields(rule):
         value, hint = getattr(rule, spec.name), hints[spec.name]
         if not fits(value, hint):
             raise PlanError(f"{type(rule).__name__}({spec.name}={short(value)}): expected {describe(hint)}")
+
+
+@functools.cache
+def hints_of(rule: type[Any]) -> dict[str, Any]:
+    return typing.get_type_hints(rule)
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -162,7 +167,7 @@ class Rule:
         The first rule that matches a module wins; a rule that matches nothing is an error.
     """
 
-    match: str | tuple[str, ...] = "*"
+    match: str | tuple[str, ...] | list[str] = "*"
 
     #: "adapt" rules train something, "weight" rules change the base; a module takes one of each at most.
     phase: ClassVar[Literal["adapt", "weight"]] = "adapt"

@@ -34,7 +34,10 @@ PLANS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PLANS)
+QUICK = ("S2FT", "RoSA", "train", "LoRA over nf4")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in PLANS])
 def test_a_loaded_adapter_computes_what_was_trained(name, tmp_path):
     rules, train = PLANS[name]
     model = tiny.build("Llama")
@@ -60,7 +63,7 @@ def test_a_loaded_adapter_computes_what_was_trained(name, tmp_path):
     else:
         with pytest.raises(sparsify.SparsifyError, match="the base was packed by Quantize"):
             host.sparsify.restore()
-        with pytest.raises(AdapterError, match="Quantize changed the base"):
+        with pytest.warns(UserWarning, match="Quantize changed the base"):
             host.sparsify.export_lora(tmp_path / "peft", "default")
 
 

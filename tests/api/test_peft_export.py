@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import sparsify
-from sparsify import S2FT, AdapterError, LoRA, PaCA, Plan, Prune, Quantize, RoSA
+from sparsify import S2FT, AdapterError, LoRA, PaCA, Plan, Prune, Quantize, RoSA, peft_export
+from sparsify.adapter import Adapter, Delta
 
 peft = pytest.importorskip("peft")
 
@@ -94,7 +95,7 @@ CASES: list[tuple[str, list[Any], list[str]]] = [
     ("BERT (classifier)", [LoRA(match="query", rank=3)], ["classifier.bias", "bert.embeddings.LayerNorm", "*word_embeddings"]),
     ("T5 (gated)", [LoRA(match=["q", "wo"], rank=3)], ["shared", "*.final_layer_norm"]),
     ("ViT", [LoRA(match="re:.*(query|q_proj)", rank=3)], ["*cls_token", "classifier.weight"]),
-    ("Named", [LoRA(match="blocks.*", rank=3)], ["head"]),
+    ("Named", [LoRA(match="blocks.head", rank=3)], ["blocks.a+b.weight", "head"]),
     ("Named", [LoRA(match="blocks.head", rank=3)], ["scale", "mid.1.bias", "head.bias"]),
     ("Named", [LoRA(match="head", rank=3)], ["mid.1"]),
     ("Mlp", [LoRA(match="*.down", rank=3)], ["layers.0.up.weight", "head"]),
@@ -102,7 +103,12 @@ CASES: list[tuple[str, list[Any], list[str]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "rules", "train"), CASES, ids=[f"{n} {' '.join(t)}" for n, _, t in CASES])
+#: the rest is marked slow
+QUICK = {0, 1, 3, 4, 9, 11, 14, 16, 18, 19}
+MARKED = [pytest.param(*c, marks=[] if i in QUICK else [pytest.mark.slow]) for i, c in enumerate(CASES)]
+
+
+@pytest.mark.parametrize(("name", "rules", "train"), MARKED, ids=[f"{n} {' '.join(t)}" for n, _, t in CASES])
 def test_peft_loads_the_same_function(name, rules, train, tmp_path):
     batch = example(name)
     host = sparsify.compile(build(name), Plan(rules, train=train), example=batch, progress=False)
@@ -142,14 +148,34 @@ def test_no_other_module_is_adapted_because_its_name_ends_alike(tmp_path):
     assert adapted == ["base_model.model.head.lora_A"]
 
 
+def test_names_that_are_regular_expressions(tmp_path):
+    """PEFT takes keys of rank_pattern for expressions; ours are escaped and anchored."""
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    empty = torch.empty(0, dtype=torch.int64)
+    ranks = {"blocks.a+b": 3, "blocks.x(y": 2, "head": 1}
+    deltas = [
+        Delta(f"{m}.weight", "lora", empty, draw(5 if m == "head" else 12, r), False, draw(r, 12))
+        for m, r in ranks.items()
+    ]
+    model, batch = build("Named"), example("Named")
+    shapes = {n: p.shape for n, p in model.named_parameters()}
+    peft_export.export(Adapter(tuple(deltas), {}), model, shapes, model.get_parameter, None).write(tmp_path)
+    with torch.no_grad():
+        for delta in deltas:
+            assert delta.a is not None
+            model.get_parameter(delta.param).add_(delta.values @ delta.a)
+    theirs = peft.PeftModel.from_pretrained(build("Named"), tmp_path)
+    torch.testing.assert_close(outputs(theirs, batch), outputs(model, batch))
+    torch.testing.assert_close(outputs(sparsify.load(build("Named"), tmp_path), batch), outputs(model, batch))
+
+
 def test_what_peft_cannot_compute_is_refused(tmp_path):
     host = sparsify.compile(build("Shared"), Plan([LoRA(match="first", rank=3)]), example=example("Shared"))
     with pytest.raises(AdapterError, match=r"stands in several places of the model \(first\.weight, second\.weight\)"):
         host.sparsify.export_lora(tmp_path)
     assert not list(tmp_path.iterdir())
     host = tiny.lower(build("Llama"), Quantize("int8", match="q_proj"), train=["lm_head"])
-    with pytest.raises(AdapterError, match="Quantize changed the base"):
-        host.sparsify.export_lora(tmp_path)
     with pytest.raises(AdapterError, match="nothing low-rank was trained"):
         host.sparsify.export_lora(tmp_path, changed_base="keep")
     with pytest.raises(AdapterError, match="changed_base must be"):
@@ -157,13 +183,17 @@ def test_what_peft_cannot_compute_is_refused(tmp_path):
 
 
 def test_an_adapter_of_a_changed_base_belongs_to_it(tmp_path):
-    """Over the packed or pruned base PEFT computes the same; over the dense one it would not, so it must be asked for."""
+    """Over the packed or pruned base PEFT computes the same; over the dense one it would not, so it is said."""
     batch = tiny.inputs_of(build("Llama"))
     for number, rule in enumerate((Quantize("int8"), Prune(0.5, method="magnitude"))):
         host = tiny.lower(build("Llama"), Q, rule)
         tiny.disturb(host)
-        with pytest.raises(AdapterError, match=f"{type(rule).__name__} changed the base.*changed_base='keep'"):
-            host.sparsify.export_lora(tmp_path / str(number))
+        if isinstance(rule, Prune):
+            with pytest.raises(AdapterError, match=r"Prune changed the base.*changed_base='keep'"):
+                host.sparsify.export_lora(tmp_path / str(number))
+        else:
+            with pytest.warns(UserWarning, match=r"Quantize changed the base.*changed_base='keep'"):
+                host.sparsify.export_lora(tmp_path / str(number))
         host.sparsify.export_lora(tmp_path / str(number), changed_base="keep")
         base = build("Llama")
         if isinstance(rule, Prune):
