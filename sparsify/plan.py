@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
 from sparsify.errors import PlanError
-from sparsify.habits import ALIASES, HINTS, from_habit
+from sparsify.habits import HINTS, from_habit
 from sparsify.json_text import parse_json, short
 from sparsify.name_patterns import PatternError, check_pattern, matches
 
@@ -145,7 +145,8 @@ def arguments(rule: Any, values: tuple[Any, ...], fields: Mapping[str, Any], whe
             answer = f"; {hint}" if hint else nearest(word, names) if word else ""
             raise ArgumentError(f"{where}: unknown field {short(word)}{answer} (its fields are {', '.join(names)})")
         if name in found:
-            raise ArgumentError(f"{where}: {name} is given twice ({ALIASES.get(word, 'once by position')})")
+            also = f"as {word}" if word != name else "by position"
+            raise ArgumentError(f"{where}: {name} is given twice (once {also})")
         found[name] = value
     for spec in specs:
         if (
@@ -191,7 +192,7 @@ class Rule:
     @property
     def patterns(self) -> tuple[str, ...]:
         """`match` as a tuple."""
-        return (self.match,) if isinstance(self.match, str) else self.match
+        return (self.match,) if isinstance(self.match, str) else tuple(self.match)
 
     def matches(self, *names: str) -> bool:
         return any(matches(pattern, name) for pattern in self.patterns for name in names)

@@ -19,10 +19,11 @@ from sparsify import adapter as files
 from sparsify import peft_format
 from sparsify.errors import AdapterError, SparsifyError
 from sparsify.json_text import short
+from sparsify.name_patterns import matches
 from sparsify.plan import Plan, Quantize, Rule
 from sparsify.program import Program, Stage, canonical_names
 from sparsify.quantized import pack, unpack
-from sparsify.rules_prune import Prune
+from sparsify.rules_prune import Prune, head_parameters
 
 AdapterPath = str | os.PathLike[str]
 AdapterPaths = AdapterPath | Sequence[AdapterPath] | Mapping[str, AdapterPath]
@@ -158,8 +159,11 @@ def shown(rules: tuple[Rule, ...]) -> str:
 def check_pruned(model: nn.Module, rule: Prune, where: str) -> None:
     """Refuse a dense model for an adapter whose plan pruned the base: it would compute over other weights than it was trained on."""
     zeros = total = 0.0
+    dense = head_parameters(model)
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or not rule.matches(name) or module.weight.is_meta:
+            continue
+        if f"{name}.weight" in dense or any(matches(pattern, name) for pattern in rule.exclude):
             continue
         share = rule.sparsity_of(name)
         if share:

@@ -178,8 +178,6 @@ def test_a_pattern_of_a_list_that_matches_nothing_is_said():
     with pytest.warns(UserWarning, match="v_prj: this pattern of rule 0, LoRA, matches nothing; did you mean .*v_proj"):
         host = tiny.lower(tiny.llama(), LoRA(2, match=["q_proj", "v_prj"]))
     assert any(r.where == "v_prj" for r in host.sparsify.report.declined)
-    with pytest.raises(PlanError, match="matches no linear"):
-        tiny.lower(tiny.llama(), LoRA(2, match=["v_prj"]))
     with pytest.warns(UserWarning, match="mpl: this pattern of rule 0, S2FT"):
         tiny.lower(tiny.llama(), S2FT(0.2, match=["mlp", "mpl"]))
 
@@ -188,12 +186,12 @@ def test_ranks_beyond_the_weight_are_declined_before_anything_is_made():
     with pytest.raises(RefusedError, match="rank 1000000 is more than the smaller side"):
         tiny.lower(tiny.llama(), LoRA(1_000_000, match="model.layers.0.self_attn.q_proj"))
     with pytest.raises(PlanError, match="rank 1000000 is more than the smaller side"):
-        tiny.lower(tiny.llama(), RoSA(1_000_000, match="q_proj", mask="random"))
+        tiny.lower(tiny.llama(num_hidden_layers=1), RoSA(1_000_000, match="q_proj", mask="random"))
 
 
 def test_tied_weights_train_under_each_of_their_names():
-    for name in ("lm_head", "embed_tokens.weight"):
-        host: Any = tiny.lower(tiny.llama(tie_word_embeddings=True), S2FT(0.3), train=[name])
+    for name, rule in (("lm_head", S2FT(0.3)), ("embed_tokens.weight", LoRA(2, match="q_proj"))):
+        host: Any = tiny.lower(tiny.llama(tie_word_embeddings=True), rule, train=[name])
         assert host.sparsify.train == ("model.embed_tokens.weight",)
         assert host.lm_head.weight is host.model.embed_tokens.weight
         assert host.lm_head.weight.requires_grad
