@@ -23,7 +23,7 @@ CONVERT = (
 )
 
 #: beginnings that leave the base as it is: what is saved is all there is
-PLAIN_BEGINNINGS = ("gaussian", "eva", "orthogonal")
+PLAIN_BEGINNINGS = ("gaussian", "eva", "orthogonal", "mica")
 #: beginnings that take their own factors out of the base, each time that PEFT loads the adapter, in a way that can be repeated
 RESIDUAL_BEGINNINGS = ("pissa", "olora")
 

@@ -76,6 +76,8 @@ EQUAL = [
     ("BERT (classifier)", {}),
     ("BERT (classifier)", {"bias": "all", "modules_to_save": ["classifier", "embeddings.LayerNorm"]}),
     ("T5 (gated)", {"modules_to_save": ["final_layer_norm"]}),
+    ("tied Llama", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+    *([("Llama", {"init_lora_weights": "mica"})] if hasattr(peft, "KasaConfig") else []),
 ]  # fmt: skip
 
 
@@ -194,7 +196,7 @@ FIELDS: list[tuple[str, Any]] = [
     ("target_modules", ["q_proj"]), ("target_modules", ["q_proj", "down_proj", "v_proj"]), ("target_modules", []),
     ("target_modules", r"(?i).*Q_PROJ"), ("exclude_modules", ["q_proj"]), ("exclude_modules", 1), ("layers_to_transform", [1]),
     ("layers_to_transform", "1"), ("modules_to_save", "lm_head"), ("modules_to_save", ["lm_head"]), ("modules_to_save", [3]),
-    ("init_lora_weights", "corda"), ("init_lora_weights", "loftq"), ("init_lora_weights", "lora_ga"), ("init_lora_weights", "mica"),
+    ("init_lora_weights", "corda"), ("init_lora_weights", "loftq"), ("init_lora_weights", "lora_ga"), ("init_lora_weights", "later"),
     ("init_lora_weights", 3), ("init_lora_weights", None), ("init_lora_weights", "pissa_niter_2"), ("auto_mapping", 3),
     ("kasa_config", {}), ("arrow_config", {"top_k": 2}), ("use_bdlora", {}), ("monteclora_config", {}), ("velora_config", {}),
     ("target_parameters", ["x"]), ("use_qalora", True), ("megatron_config", {"a": 1}), ("peft_type", "LOHA"), ("peft_type", None),
