@@ -132,7 +132,8 @@ def load(
     the host that trained; low-rank parts are folded in, as by `merge`. So outputs agree with the trained host's to rounding of the
     weight's dtype. An adapter over a quantised base (Quantize in its plan) gets the weights that the packed ones stand for, dense.
 
-    Returns the host in eval mode; `host.sparsify` has `load_adapter`, `set_adapter`, `merge`, `export_lora` and the rest.
+    Returns the host in eval mode; `host.sparsify` has `load_adapter`, `set_adapter`, `merge`, `export_lora` and the rest, and the
+    plan that the adapters carry.
     Raises AdapterError: no such folder, damaged or hostile files, another base, adapters of differently changed bases.
     """
     source = unwrap(model)
@@ -141,14 +142,14 @@ def load(
             "load: this model is compiled already; add adapters with model.sparsify.load_adapter, or load onto the original model"
         )
     folders = name_folders(adapters, name)
-    program, hashes = serving_program(
+    program, hashes, plan = serving_program(
         source, folders, lambda plan: run_passes(capture(source, example), PIPELINE[:3], Context(plan))
     )
     flags = {key: p.requires_grad for key, p in source.named_parameters()}
     host, layouts = install(program, ())
     program.host, program.tensors = host, {}
     host.eval()
-    handle = Handle(host, program, Plan.empty(), layouts, (), flags, hashes, active=Mix({}), serving=True)
+    handle = Handle(host, program, plan, layouts, (), flags, hashes, active=Mix({}), serving=True)
     host.__dict__["sparsify"] = handle
     for key, folder in folders.items():
         handle.load_adapter(folder, key, strict=strict)

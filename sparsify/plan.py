@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
 from sparsify.errors import PlanError
-from sparsify.habits import HINTS, from_habit
+from sparsify.habits import from_habit, hint_for
 from sparsify.json_text import parse_json, short
 from sparsify.name_patterns import PatternError, check_pattern, matches
 
@@ -141,7 +141,7 @@ def arguments(rule: Any, values: tuple[Any, ...], fields: Mapping[str, Any], whe
     for word, value in fields.items():
         name, value = (word, value) if word in names else from_habit(word, value, names)
         if name is None:
-            hint = HINTS.get(word)
+            hint = hint_for(rule.__name__, word)
             answer = f"; {hint}" if hint else nearest(word, names) if word else ""
             raise ArgumentError(f"{where}: unknown field {short(word)}{answer} (its fields are {', '.join(names)})")
         if name in found:

@@ -116,8 +116,8 @@ def bare_program(host: nn.Module, note: str) -> Program:
 
 def serving_program(
     source: nn.Module, folders: Mapping[str, Path], select: Callable[[Plan], Program]
-) -> tuple[Program, dict[str, str]]:
-    """The program of a serving host, and hashes of the weights that were replaced.
+) -> tuple[Program, dict[str, str], Plan]:
+    """The program of a serving host, hashes of the weights that were replaced, and the plan that all adapters carry (or none).
 
     select: runs the passes up to the selection for a plan. Raises AdapterError when the adapters were trained on differently
     quantised bases, or when their plan pruned a base that is not pruned here.
@@ -136,8 +136,10 @@ def serving_program(
                 "load them onto two hosts"
             )
     note = f"load: {', '.join(folders)}; the model is not traced"
+    carried = plans[first]
+    plan = carried if carried is not None and all(p == carried for p in plans.values()) else Plan.empty()
     if not quantised[first]:
-        return bare_program(source, note), {}
+        return bare_program(source, note), {}, plan
     found = select(Plan(quantised[first]))
     tensors, hashes = {}, {}
     for param, format in found.quantize.items():
@@ -145,7 +147,7 @@ def serving_program(
         hashes[param] = files.tensor_hash(weight)
         tensors[param] = unpack(pack(weight, format), format, tuple(weight.shape), weight.dtype)
     note += f"; {len(tensors)} weights stand as {shown(quantised[first])} leaves them"
-    return replace(bare_program(source, note), tensors=tensors), hashes
+    return replace(bare_program(source, note), tensors=tensors), hashes, plan
 
 
 def quantize_rules(plan: Plan | None) -> tuple[Rule, ...]:

@@ -50,6 +50,7 @@ def test_a_loaded_adapter_computes_what_was_trained(name, tmp_path):
     torch.testing.assert_close(logits(host), logits(trained), rtol=2e-6, atol=2e-6)
     assert type(host) is type(model)
     assert not host.training
+    assert host.sparsify.plan == trained.sparsify.plan
     assert not tiny.trainable(host)
     for param in trained.sparsify.train:
         assert torch.equal(host.get_parameter(param), trained.get_parameter(param))  # bit for bit

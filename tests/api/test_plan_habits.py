@@ -127,9 +127,9 @@ ANSWERS = [
     (lambda: LoRA(modules_to_save=["head"]), r"write Plan\(\[…\], train=\[…\]\)"), (lambda: LoRA(bias="all"), r"train=\['\*\.bias'\]"),
     (lambda: LoRA(use_dora=True), "DoRA is not implemented"), (lambda: LoRA(rank_pattern={}), r"write rank=\{"),
     (lambda: LoRA(8, 16), "takes 1 value by position"), (lambda: LoRA(8, r=8), "rank is given twice"),
-    (lambda: LoRA(target_modules=["a"], match="b"), "match is given twice"), (lambda: S2FT(r=8), "S2FT: unknown field 'r'"),
-    (lambda: S2FT(lora_alpha=8), "S2FT: unknown field 'lora_alpha'"), (lambda: Quantize(bits=4), "write format="),
-    (lambda: Prune(amount=0.5), "write sparsity="), (lambda: PaCA(lora_dropout=0.1), "PaCA: unknown field"), (lambda: Plan([LoRA()], sed=3), "did you mean 'seed'"),
+    (lambda: LoRA(target_modules=["a"], match="b"), "match is given twice"), (lambda: S2FT(r=8), r"S2FT: unknown field 'r'; write fraction=… .* or units=…"),
+    (lambda: S2FT(lora_alpha=8), "S2FT has no alpha"), (lambda: Quantize(bits=4), "write format="),
+    (lambda: Prune(amount=0.5), "write sparsity="), (lambda: PaCA(lora_dropout=0.1), "PaCA has no dropout"), (lambda: Plan([LoRA()], sed=3), "did you mean 'seed'"),
     (lambda: RoSA(sparsity=0.5), "density="), (lambda: Plan(), "rules is missing"),
 ]  # fmt: skip
 
