@@ -6,7 +6,7 @@ import copy
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sparsify import adapter as files
-from sparsify import peft_format
+from sparsify import peft_export, peft_format
 from sparsify.adapter import Adapter, Delta
 from sparsify.capture import evaluating
 from sparsify.errors import AdapterError, SparsifyError
@@ -98,6 +98,7 @@ class Handle:
     backups: list[tuple[str, int | None, Tensor, Tensor]] = field(default_factory=list)
     merge_backups: dict[str, list[Tensor]] = field(default_factory=dict)
     owned: set[str] = field(default_factory=set)
+    serving: bool = False  # made by `sparsify.load`: nothing trains, and adapters bring what trained in full with them
 
     def __post_init__(self) -> None:
         for piece in self.program.slices:
@@ -207,6 +208,11 @@ class Handle:
     def layout(self, param: str) -> Layout:
         return self.layouts.get(owner_name(param)) or Layout()
 
+    @property
+    def dequantised(self) -> bool:
+        """Whether `sparsify.load` replaced the base by what a packed one stands for (their hashes are kept)."""
+        return self.serving and bool(self.hashes)
+
     def is_packed(self, param: str) -> bool:
         return isinstance(self.module(param), QuantizedMixin)
 
@@ -227,6 +233,14 @@ class Handle:
         if param in self.base_full:
             tensor.copy_(self.base_full[param])
         return self.layout(param).to_original(param.rpartition(".")[2], tensor)
+
+    def dense_base(self, param: str) -> Tensor:
+        """`base_original`, which a packed weight does not have."""
+        if self.is_packed(param):
+            raise AdapterError(
+                f"{param} is packed ({self.program.quantize[param]}), and what it was before is not kept"
+            )
+        return self.base_original(param)
 
     def base_hash(self, param: str) -> str:
         """Hash of the base value; of a packed weight the one recorded before packing."""
@@ -302,7 +316,10 @@ class Handle:
         self.need_unmerged("load_adapter")
         where = str(directory)
         foreign = peft_format.is_peft(directory)
-        loaded = peft_format.read(directory, self.host) if foreign else files.load(directory)
+        if foreign:
+            loaded = peft_format.read(directory, self.host, self.shapes(), self.dense_base)
+        else:
+            loaded = files.load(directory)
         for delta in loaded.deltas:
             try:
                 module = self.module(delta.param)
@@ -311,7 +328,7 @@ class Handle:
                 raise AdapterError(f"{where}: the model has no parameter {delta.param!r}") from None
             if delta.kind != "full" and delta.transposed != is_conv1d(module):
                 raise AdapterError(f"{where}: {delta.param} is stored in another orientation in this model")
-            if delta.kind == "full" and delta.param not in self.train:
+            if delta.kind == "full" and delta.param not in self.train and not self.serving:
                 hint = f"compile with Plan(train=[{owner_name(delta.param)!r}])"
                 raise AdapterError(f"{where}: {delta.param} trained in full there; {hint}")
         strict = strict and not foreign
@@ -322,8 +339,17 @@ class Handle:
         files.check_fits(loaded, shapes, hashes, where, strict)
         if name in self.active.weights:
             self.set_adapter(None)
+        if self.serving:
+            self.take_in_full([d.param for d in loaded.deltas if d.kind == "full"])
         self.parked.pop(name, None)
         self.adapters[name] = loaded
+
+    def take_in_full(self, params: Iterable[str]) -> None:
+        """Let adapters replace these parameters, which are the base's until then."""
+        for param in params:
+            if param not in self.base_full:
+                self.base_full[param] = self.own(param).detach().clone()
+                self.train = (*self.train, param)
 
     def set_adapter(self, spec: str | Mapping[str, float] | None) -> Mix:
         """Make an adapter active (a name), none (None: the base, bit for bit), or a weighted mix (`{"a": .5, "b": .5}`).
@@ -339,7 +365,7 @@ class Handle:
             if not isinstance(weight, int | float) or isinstance(weight, bool) or not math.isfinite(weight):
                 raise AdapterError(f"set_adapter: the weight of {name!r} must be a finite number, got {weight!r}")
         chosen = {name: self.get(name) for name in weights}
-        single = isinstance(spec, str) and (
+        single = (isinstance(spec, str) and not self.serving) and (
             spec in self.parked or self.is_active(spec) or self.fits_parts(chosen[spec])
         )
         if weights and not single:
@@ -382,6 +408,7 @@ class Handle:
             write_whole(self.stored(name), base)
 
     def allow_training(self, on: bool) -> Mix:
+        on = on and not self.serving
         for part in self.parts.values():
             for parameter in part.parameters():
                 parameter.requires_grad_(on)
@@ -432,6 +459,9 @@ class Handle:
         for param, members in by_param.items():
             part = self.parts.get(param)
             if param in self.base_full:
+                if len(members) == 1 and weights[members[0][0]] == 1:
+                    self.stored(param).detach().copy_(members[0][1].values)  # as it was trained, bit for bit
+                    continue
                 base = self.base_full[param].float()
                 change = torch.zeros_like(base)
                 for name, delta in members:
@@ -693,7 +723,7 @@ class Handle:
 
     def restore(self) -> nn.Module:
         """Back to the base, bit for bit, in original order and as plain modules; the host leaves sparsify's hands."""
-        if self.program.quantize:
+        if self.program.quantize or self.dequantised:
             raise SparsifyError(
                 "restore: the base was packed by Quantize and its dense bits are not kept; the model that was passed to compile "
                 "still has them (unless donated), and set_adapter(None) gives the packed base"
@@ -756,15 +786,27 @@ class Handle:
         return bare
 
     def export_lora(
-        self, directory: str | os.PathLike[str], name: str | None = None, *, sparse: str = "refuse"
+        self,
+        directory: str | os.PathLike[str],
+        name: str | None = None,
+        *,
+        sparse: str = "refuse",
+        changed_base: str = "refuse",
     ) -> Path:
         """Write an adapter as a PEFT LoRA directory that computes the same logits.
 
         Trained channels and low-rank parts export exactly. A sparse part is not low-rank: it is refused with that reason, or with
         `sparse="merge"` folded into a copy of the base that is written to `directory/base` (Hugging Face models) beside it.
+        After Quantize or Prune the adapter belongs to the changed base, which PEFT must be given: a warning says so after
+        Quantize, and after Prune it is refused, unless `changed_base="keep"` says that PEFT will load it over the same changed base.
+        What trained in full is written where PEFT loads it to the same function, see `sparsify.peft_export`.
         """
         if sparse not in ("refuse", "merge"):
             raise AdapterError(f"export_lora: sparse must be 'refuse' or 'merge', got {sparse!r}")
+        if changed_base not in ("refuse", "keep"):
+            raise AdapterError(f"export_lora: changed_base must be 'refuse' or 'keep', got {changed_base!r}")
+        if name is None and not self.active.trainable and len(self.active.weights) == 1:
+            name = next(iter(self.active.weights))
         source = self.current() if name is None and self.active.trainable else self.get(name or DEFAULT)
         path = getattr(getattr(self.host, "config", None), "_name_or_path", None) or None
         rest = tuple(d for d in source.deltas if d.kind != "sparse")
@@ -776,8 +818,25 @@ class Handle:
                     "matrix of useful rank equals; merge() and save the whole model, or pass sparse='merge' to fold it into the base"
                 )
             path = str(self.write_sparse_base(source, Path(directory) / "base"))
-        exported, shapes = Adapter(rest, source.bases, source.info), self.shapes()
-        return self.write_once(lambda: peft_format.export(exported, shapes, directory, path), directory)
+        elif changed_base == "refuse":
+            self.say_base_changed()
+        kept = Adapter(rest, source.bases, source.info)
+        exported = peft_export.export(kept, self.host, self.shapes(), self.dense_base, path)
+        return self.write_once(lambda: exported.write(directory), directory)
+
+    def say_base_changed(self) -> None:
+        """Before an export: the adapter computes the same only over the base that Prune or Quantize made of the user's."""
+        if self.program.masks:
+            raise AdapterError(
+                "export_lora: Prune changed the base, and over the dense one PEFT computes something else; merge() and save the whole "
+                "model, or pass changed_base='keep' if PEFT will load the adapter over the same pruned base"
+            )
+        if self.program.quantize or self.dequantised:
+            warnings.warn(
+                "export_lora: Quantize changed the base, and the adapter belongs to it: PEFT computes the same over a base that is "
+                "quantised in the same way, and not quite over the dense one (changed_base='keep' says that you know)",
+                stacklevel=3,
+            )
 
     def write_sparse_base(self, source: Adapter, directory: Path) -> Path:
         """Save the base with only the sparse parts of an adapter folded in."""

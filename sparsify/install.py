@@ -12,7 +12,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ from sparsify.modules import (
     become,
     low_rank_delta,
 )
+from sparsify.name_patterns import matches
 from sparsify.ops import write_block, write_block_at
 from sparsify.passes.assign_rules import owner_name
 from sparsify.permutation import invert_index
@@ -245,16 +245,23 @@ def module_prefixes(name: str) -> list[str]:
 
 
 def trained_in_full(program: Program, patterns: tuple[str, ...]) -> set[str]:
-    """Parameters that `Plan(train=…)` names, by parameter or module pattern."""
-    names = {n for n, k in program.aliases.items() if n == k and program.tensor(n).is_floating_point()}
-    names &= {n for n, _ in program.host.named_parameters()}
+    """Parameters that `Plan(train=…)` names, by parameter or module pattern, under their first names.
+
+    A tied parameter is found under each of its names (`lm_head` of a model that shares it with its embedding) and trains as one.
+    A name without wildcards is that parameter or module; where there is none, everything whose name ends in it after a dot.
+    """
+    trainable = {n for n, _ in program.host.named_parameters() if program.tensor(n).is_floating_point()}
+    names = {n: k for n, k in program.aliases.items() if k in trainable}
     found: set[str] = set()
     for pattern in patterns:
-        hits = {n for n in names if fnmatchcase(n, pattern) or any(fnmatchcase(p, pattern) for p in module_prefixes(n))}
+        if not pattern:
+            raise PlanError("Plan(train=['']): an empty pattern matches nothing; use '*' for everything")
+        hits = {k for n, k in names.items() if pattern in (n, *module_prefixes(n))}
+        hits |= {k for n, k in names.items() if not hits and any(matches(pattern, p) for p in (n, *module_prefixes(n)))}
         if not hits:
             modules = {p for n in names for p in module_prefixes(n)}
             raise PlanError(
-                f"Plan(train=[{pattern!r}]) matches no parameter or module{nearest(pattern, sorted(modules | names))}"
+                f"Plan(train=[{pattern!r}]) matches no parameter or module{nearest(pattern, sorted(modules | set(names)))}"
             )
         found |= hits
     changed = {x.param for things in (program.slices, program.moves, program.lowranks) for x in things}
