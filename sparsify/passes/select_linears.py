@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, fx
 from tqdm import tqdm
 
-from sparsify.calibration import gradient_statistics, input_squares, need_batches, sum_over_ranks
+from sparsify.calibration import batch_count, given, gradient_statistics, input_squares, need_batches
+from sparsify.calibration_checks import check_weights, column_squares, squares_of
 from sparsify.errors import PlanError, Refusal, RefusedError
 from sparsify.passes.assign_rules import WHOLE, is_conv1d, owner_name, why_not_trainable
 from sparsify.passes.base import Context
 from sparsify.plan import LinearRule, LoRA, PaCA, Quantize, RoSA, nearest, pattern_value
 from sparsify.program import ChannelChoice, LinearNode, Program, Support, UnitChoice
+from sparsify.ranks import sum_over_ranks
 from sparsify.selection import choose, generator, index_dtype, random_scores, unit_channels
 
 VIEWS = frozenset(
@@ -170,11 +172,13 @@ def column_scores(
             g[0]: random_scores(context.plan.seed, g[0], program.tensor(g[0]).shape[linears[g[0]].in_axis])
             for g in groups
         }
-    members = {p for g in groups for p in g}
+    members = [p for g in groups for p in g]  # one order on every rank
     modules = {p: program.host.get_submodule(owner_name(p)) for p in members}
-    weights = {
-        p: program.tensor(p).detach().float().square().sum(1 - linears[p].in_axis).double().cpu() for p in members
-    }
+    weights: dict[str, Tensor] = {}
+    for param in members if rule.select in ("weight", "product") else ():
+        weight = program.tensor(param).detach()
+        check_weights([(param, weight)])
+        weights[param] = column_squares(weight if linears[param].in_axis == 1 else weight.t())
     if rule.select == "weight":
         return {g[0]: torch.stack([weights[p] for p in g]).sum(0).sqrt() for g in groups}
     batches = need_batches(context.calibration, f"rule {index}, select={rule.select!r},")
@@ -182,11 +186,12 @@ def column_scores(
         sums: dict[str, Tensor] = {}
 
         def reduce(name: str, gradient: Tensor) -> None:
-            total = gradient.square().sum(0).double().cpu()
+            total = column_squares(gradient)
             sums[name] = sums[name] + total if name in sums else total
 
         gradient_statistics(program.host, modules, batches, reduce, context.loss, context.progress)
-        return {g[0]: sum_over_ranks(torch.stack([sums[p] for p in g]).sum(0) / len(batches)).sqrt() for g in groups}
+        total = batch_count(batches)
+        return {g[0]: (sum_over_ranks(torch.stack([sums[p] for p in g]).sum(0)) / total).sqrt() for g in groups}
     squares = input_squares(program.host, {g[0]: modules[g[0]] for g in groups}, batches, context.progress)
     result = {name: s.sqrt() for name, s in squares.items()}
     if rule.select == "product":
@@ -214,7 +219,7 @@ def choose_supports(
     sparse = [p for p in served if settings[p][1]]
     gradient = mask.startswith("gradient")
     found: dict[str, Tensor] = {}
-    if gradient and sparse and context.calibration is not None:
+    if gradient and sparse and given(context.calibration):
         batches = need_batches(context.calibration, f"rule {index}, mask={mask!r},")
         modules = {p: program.host.get_submodule(owner_name(p)) for p in sparse}
         counts = {p: settings[p][1] for p in sparse}
@@ -222,6 +227,8 @@ def choose_supports(
     elif not gradient:
         for param in tqdm(sparse, desc=f"mask: {mask}", disable=not context.progress or len(sparse) < 8, leave=False):
             weight, survivors = program.tensor(param), program.masks.get(param)
+            if mask == "magnitude":
+                check_weights([(param, weight)])
             found[param] = plain_support(weight, settings[param][1], mask, context.plan.seed, param, survivors)
     supports = []
     for param in served:
@@ -271,16 +278,15 @@ def gradient_supports(
     sums: dict[str, Tensor] = {}
 
     def reduce(name: str, gradient: Tensor) -> None:
-        part = (gradient if mask == "gradient_abs" else gradient.square()).cpu()
-        if name in sums:
-            sums[name] += part
-        else:
-            sums[name] = part.clone()
+        part = (gradient if mask == "gradient_abs" else squares_of(gradient)).cpu()
+        sums[name] = sums[name] + part if name in sums else part.clone()  # (fp64 where fp32 squares would not fit)
 
     gradient_statistics(model, modules, batches, reduce, context.loss, context.progress)
     found = {}
     for name in modules:  # one order on every rank
-        score = sum_over_ranks(sums.pop(name)).abs()
+        own = sums.pop(name)
+        wide = bool(float(sum_over_ranks(torch.tensor([float(own.dtype == torch.float64)]))))
+        score = sum_over_ranks(own.double() if wide else own).abs()
         stored = score.t() if is_conv1d(modules[name]) else score
         found[name] = best_entries(stored.reshape(-1), counts[name], (survivors or {}).get(name))
     return found
