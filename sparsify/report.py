@@ -100,7 +100,8 @@ def make_report(program: Program, plan: Plan, host: nn.Module, cpu: Any = None) 
         dense, stored = pruned_bytes(program)
         chosen[-1] += f"; in a sparse checkpoint {human(stored)} instead of {human(dense)}"
         chosen += [
-            f"  {p.name}: {p.sparsity:.1%} {p.pattern}, {p.method}, error {p.error:.2e}" + (f" ({p.note})" if p.note else "")
+            f"  {p.name}: {p.sparsity:.1%} {p.pattern}, {p.method}, error {p.error:.2e}"
+            + (f" ({p.note})" if p.note else "")
             for p in program.pruned
         ]
     packed = [f"{p.param}: {p.format}, error {p.error:.2%}" for p in program.packings]

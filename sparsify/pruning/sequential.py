@@ -434,9 +434,7 @@ class Driver:
                 here.append((forward, number, batch))
         return here
 
-    def prune_group(
-        self, unit: Unit, group: Group, here: list[tuple[LockstepForward, int, Any]], forward: Any
-    ) -> None:
+    def prune_group(self, unit: Unit, group: Group, here: list[tuple[LockstepForward, int, Any]], forward: Any) -> None:
         """Collect on every rank, prune on the first, and give all ranks its bits (the same sums may still be factorised to
         other last digits on another machine)."""
         written: Written | None = None
@@ -608,7 +606,9 @@ class Driver:
         view.of(state["mask"]).copy_(mask)
         state["numel"] += view.numel
         if stats["method"] == "sparsegpt" and stats["tokens"] < view.shape[1]:
-            self.short[name] = min(self.short.get(name, (stats["tokens"], view.shape[1])), (stats["tokens"], view.shape[1]))
+            self.short[name] = min(
+                self.short.get(name, (stats["tokens"], view.shape[1])), (stats["tokens"], view.shape[1])
+            )
         state["stats"].append(stats)
         if state["numel"] < parameter.numel():
             return
