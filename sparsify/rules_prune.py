@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from torch import nn
 
 from sparsify.errors import PlanError, Refusal
-from sparsify.plan import Rule
+from sparsify.name_patterns import matches
+from sparsify.plan import Rule, check_patterns, takes_habits
 from sparsify.program import Program
 from sparsify.pruning.patterns import NM, Pattern, check_sparsity, parse_pattern
 
@@ -19,11 +19,12 @@ NEEDS_DATA: frozenset[str] = frozenset({"sparsegpt", "wanda"})
 DEFAULT_SPARSITY = 0.75
 
 
+@takes_habits
 @dataclass(frozen=True, kw_only=True)
 class Prune(Rule):
     """One-shot pruning of linears, layer by layer in the order of the graph.
 
-    match: glob over qualified module names; embeddings and the output head are left out unless `match` is the head's exact name.
+    match: as in `Rule`; embeddings and the output head are left out unless `match` is the head's exact name.
     sparsity: fraction of zeros, 0 ≤ s < 1; or a mapping {glob: sparsity} (first match wins, a linear that none matches is left
         dense). Default: 0.75, and `1 − N/M` for an N:M pattern, which allows nothing else.
     method: "sparsegpt" (arXiv 2301.00774) and "wanda" (2306.11695) need calibration batches; "magnitude" and "random" do not.
@@ -35,7 +36,7 @@ class Prune(Rule):
     seed: of "random".
     """
 
-    sparsity: float | Mapping[str, float] | tuple[tuple[str, float], ...] | None = None
+    sparsity: float | Mapping[str, float] | tuple[tuple[str, float], ...] | None = field(default=None, kw_only=False)
     method: PruneMethod = "sparsegpt"
     pattern: str = "unstructured"
     allocation: Literal["uniform", "sensitivity"] = "uniform"
@@ -52,6 +53,9 @@ class Prune(Rule):
         if isinstance(self.exclude, str):
             raise PlanError(f"Prune(exclude={self.exclude!r}): expected a list of patterns")
         super().__post_init__()
+        check_patterns("Prune", "exclude", self.exclude)
+        if isinstance(self.sparsity, tuple):
+            check_patterns("Prune", "sparsity", [pattern for pattern, _ in self.sparsity])
         shape = parse_pattern(self.pattern)
         if self.sparsity is None:
             object.__setattr__(self, "sparsity", shape.sparsity if isinstance(shape, NM) else DEFAULT_SPARSITY)
@@ -89,7 +93,7 @@ class Prune(Rule):
     def sparsity_of(self, module: str) -> float | None:
         """Sparsity of the linear in module `module` before allocation, or None when no glob of a mapping matches it."""
         if isinstance(self.sparsity, tuple):
-            return next((s for glob, s in self.sparsity if fnmatchcase(module, glob)), None)
+            return next((s for pattern, s in self.sparsity if matches(pattern, module)), None)
         return float(self.sparsity) if isinstance(self.sparsity, int | float) else None
 
     def targets(self, program: Program) -> tuple[list[str], list[Refusal]]:
@@ -105,11 +109,11 @@ class Prune(Rule):
             module = name.rpartition(".")[0]
             if not self.matches(module, name):
                 continue
-            if any(fnmatchcase(n, glob) for n in (module, name) for glob in self.exclude):
+            if any(matches(pattern, n) for n in (module, name) for pattern in self.exclude):
                 refused.append(Refusal(name, "excluded by the rule"))
-            elif name in heads and self.match not in (module, name):
+            elif name in heads and not self.is_named(module, name):
                 refused.append(Refusal(name, "the output head or an embedding; name it in match=… to prune it"))
-            elif name in routers and self.match not in (module, name):
+            elif name in routers and not self.is_named(module, name):
                 refused.append(Refusal(name, "a router: its output chooses experts; name it in match=… to prune it"))
             elif self.sparsity_of(module) is None:
                 refused.append(Refusal(name, "no pattern of the sparsity mapping matches it"))

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from sparsify.errors import PlanError, Refusal, RefusedError
+from sparsify.passes.assign_rules import unmatched_patterns
 from sparsify.passes.base import Context
 from sparsify.plan import Plan
 from sparsify.program import Program
@@ -31,13 +32,15 @@ def assign_prune_rules(program: Program, plan: Plan) -> tuple[dict[str, Prune], 
             continue
         targets, refused = rule.targets(program)
         fresh = [name for name in targets if name not in wanted]
-        if not any(c in rule.match for c in "*?[") and refused:
-            raise RefusedError(f"rule {index}, {rule}: {refused[0]}")
+        named = [r for r in refused if rule.is_named(r.where, r.where.rpartition(".")[0])]
+        if named:
+            raise RefusedError(f"rule {index}, {rule}: {named[0]}")
         if not fresh:
             why = f": {refused[0]}" if refused else "; it matches no linear that is still dense"
             raise PlanError(f"rule {index}, {rule}, serves nothing{why}")
         wanted.update(dict.fromkeys(fresh, rule))
-        refusals += refused
+        names = {n for param in targets + [r.where for r in refused] for n in (param, param.rpartition(".")[0])}
+        refusals += refused + unmatched_patterns(index, rule, names)
     return wanted, refusals
 
 

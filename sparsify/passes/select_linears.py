@@ -16,7 +16,7 @@ from tqdm import tqdm
 from sparsify.calibration import batch_count, given, gradient_statistics, input_squares, need_batches
 from sparsify.calibration_checks import check_weights, column_squares, squares_of
 from sparsify.errors import PlanError, Refusal, RefusedError
-from sparsify.passes.assign_rules import WHOLE, is_conv1d, owner_name, why_not_trainable
+from sparsify.passes.assign_rules import WHOLE, is_conv1d, owner_name, unmatched_patterns, why_not_trainable
 from sparsify.passes.base import Context
 from sparsify.plan import LinearRule, LoRA, PaCA, Quantize, RoSA, nearest, pattern_value
 from sparsify.program import ChannelChoice, LinearNode, Program, Support, UnitChoice
@@ -57,24 +57,25 @@ def serve(
     for linear in program.linears():
         by_weight.setdefault(linear.weight, []).append(linear)
     served, refusals = [], []
-    clashes = []
+    clashes, everything, named = [], [], False
     for param in linears:
         names = [owner_name(n) for n, canonical in program.aliases.items() if canonical == param]
+        everything += names
         if not rule.matches(*names):
             continue
+        named |= rule.is_named(*names)
         if taken.get(param) == WHOLE:
             refusals.append(Refusal(owner_name(param), "it trains in full (Plan(train=…))"))
             continue
         if param in taken:
             clashes.append(f"rule {taken[param]} already has {owner_name(param)}")
             continue
-        reason = why_not_trainable(program, param, by_weight)
+        reason = why_not_trainable(program, param, by_weight) or why_not_rank(program, param, rule)
         if reason is None:
             served.append(param)
         else:
             refusals.append(Refusal(owner_name(param), reason))
-    literal = not any(c in rule.match for c in "*?[")
-    if literal and refusals:
+    if named and refusals:
         raise RefusedError(f"rule {index}, {rule}: {refusals[0]}")
     if not served:
         if refusals:
@@ -84,8 +85,18 @@ def serve(
                 f"rule {index}, {rule}, serves nothing: {clashes[0]}, and a module takes one rule that trains it"
             )
         names = [owner_name(p) for p in linears]
-        raise PlanError(f"rule {index}, {rule}, matches no linear{nearest(rule.match.strip('*.'), names)}")
-    return served, refusals
+        raise PlanError(f"rule {index}, {rule}, matches no linear{nearest(rule.patterns[0].strip('*.'), names)}")
+    return served, refusals + unmatched_patterns(index, rule, everything)
+
+
+def why_not_rank(program: Program, param: str, rule: LinearRule) -> str | None:
+    """Why a weight cannot have the low-rank part that a rule asks for, said before anything is allocated."""
+    if not isinstance(rule, RoSA | LoRA):
+        return None
+    rank, smaller = pattern_value(rule.rank, owner_name(param)), min(program.tensor(param).shape)
+    if rank is None or rank <= smaller:
+        return None
+    return f"rank {rank} is more than the smaller side of its weight, {smaller}: {rule.__class__.__name__}(rank={smaller}) is all of it"
 
 
 def select_linears(
