@@ -25,6 +25,7 @@ from sparsify.passes.prune import prune
 from sparsify.passes.select_units import select_units
 from sparsify.plan import Plan, Rule
 from sparsify.program import Program, Stage
+from sparsify.quantized_bases import check_host, check_plan, dense_twin
 from sparsify.verify import verify
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -88,6 +89,9 @@ def compile(
                 "compile: this model is compiled already; compile the original, or call model.sparsify.restore() first"
             )
         source = source.__dict__["sparsify"].plain()
+    check_host(source)
+    user, (source, bases) = source, dense_twin(source)
+    check_plan(plan, bases)
     context = Context(plan, calibration, loss, donate, progress, resume_dir)
     if plan.target == "cpu":
         return compile_for_cpu(source, context, example, cpu or CpuOptions())  # type: ignore[return-value]
@@ -97,12 +101,15 @@ def compile(
         )
     if plan.for_inference:
         return compile_for_cuda(source, context, example)  # type: ignore[return-value]
-    program = run_passes(capture(source, example), PIPELINE, context)
+    program = capture(source, example)
+    canonical = {program.aliases.get(name, name): base for name, base in bases.items()}
+    program = replace(program, bases=canonical, quantize={name: base.format for name, base in canonical.items()})
+    program = run_passes(program, PIPELINE, context)
     flags = {name: p.requires_grad for name, p in source.named_parameters()}
     train = tuple(sorted(trained_in_full(program, tuple(plan.train))))
     host, layouts = install(program, tuple(plan.train), whole=not plan.adapts)
     program.host, program.tensors, program.packed = host, {}, {}
-    host.train(source.training)
+    host.train(user.training)
     host.__dict__["sparsify"] = Handle(host, program, plan, layouts, train, flags, dict(program.hashes))
     return host  # type: ignore[return-value]
 

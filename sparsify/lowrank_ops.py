@@ -30,7 +30,7 @@ from sparsify.kernels.cpu.skinny import skinny_by_kernel, skinny_serves, update_
 from sparsify.kernels.gpu import launch
 from sparsify.kernels.gpu.operator import kernels_take
 from sparsify.ops import LIBRARY, _autocast, effective_weight
-from sparsify.quantized import unpack
+from sparsify.quantized import FORMATS, unpack
 from sparsify.saved_input import restored_input, saved_input
 
 LIBRARY.define(
@@ -214,7 +214,7 @@ def _quantized(
     channels: Tensor | None, axis: int, values: Tensor | None, index: Tensor | None, a: Tensor | None, b: Tensor | None,
     scale: float, packed: list[Tensor],
 ) -> Tensor:  # fmt: skip
-    if fits_one_pass(x, rows, columns, transposed, index):
+    if format in FORMATS and fits_one_pass(x, rows, columns, transposed, index):
         return one_pass(x, format, rows, bias, block, channels, axis, values, index, a, b, scale, packed)
     stored = dense_weight(packed, format, [rows, columns], transposed, x.dtype, block, channels, axis, values, index)
     return _forward(x, stored, transposed, bias, a, b, scale)

@@ -319,7 +319,9 @@ class Regex:
     def emit(self, node: Any) -> None:
         code = self.code
         if len(code) > MAX_INSTRUCTIONS:
-            raise PatternError(f"the regular expression {self.text[:60]!r} is too large once its repeats are written out")
+            raise PatternError(
+                f"the regular expression {self.text[:60]!r} is too large once its repeats are written out"
+            )
         if isinstance(node, Char):
             code.append(("char", node.test))
         elif isinstance(node, Assert):

@@ -143,7 +143,11 @@ def arguments(rule: Any, values: tuple[Any, ...], fields: Mapping[str, Any], whe
             raise ArgumentError(f"{where}: {name} is given twice ({ALIASES.get(word, 'once by position')})")
         found[name] = value
     for spec in specs:
-        if spec.name not in found and spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+        if (
+            spec.name not in found
+            and spec.default is dataclasses.MISSING
+            and spec.default_factory is dataclasses.MISSING
+        ):
             raise ArgumentError(f"{where}: {spec.name} is missing (its fields are {', '.join(names)})")
     return found
 
@@ -283,7 +287,9 @@ def check_patterns(rule: str, name: str, patterns: Iterable[str]) -> None:
 
 def check_alpha(rule: Any) -> None:
     if rule.alpha is not None and abs(rule.alpha) > 1e9:
-        raise PlanError(f"{type(rule).__name__}(alpha={short(rule.alpha)}): at most 1e9 is read; twice the rank is usual")
+        raise PlanError(
+            f"{type(rule).__name__}(alpha={short(rule.alpha)}): at most 1e9 is read; twice the rank is usual"
+        )
 
 
 def check_pattern_table(rule: Any, name: str, check: Any) -> None:
@@ -295,7 +301,9 @@ def check_pattern_table(rule: Any, name: str, check: Any) -> None:
         check_patterns(type(rule).__name__, name, value)
     for pattern, number in value.items() if isinstance(value, Mapping) else (("*", value),):
         if not check(number):
-            raise PlanError(f"{type(rule).__name__}({name}={short(value)}): {number!r} for {short(pattern)} is out of range")
+            raise PlanError(
+                f"{type(rule).__name__}({name}={short(value)}): {number!r} for {short(pattern)} is out of range"
+            )
 
 
 def pattern_value(value: Any, module: str) -> Any:
@@ -528,6 +536,8 @@ def make_rule(rule: type[Rule], values: dict[str, Any], where: str) -> Rule:
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """`; did you mean …` with the closest names, or the first few when nothing is close."""
     known = sorted(known) if isinstance(known, set) else list(known)
+    if not known:
+        return ""
     close = difflib.get_close_matches(name[:200], known, n=count, cutoff=0.4)
     if close:
         return "; did you mean " + ", ".join(repr(c) for c in close) + "?"

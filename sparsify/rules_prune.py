@@ -105,6 +105,7 @@ class Prune(Rule):
         refused: list[Refusal] = []
         heads = head_parameters(program.host)
         routers = router_parameters(program)
+        orientations = {linear.weight: linear.transposed for linear in program.linears()}
         for name in prunable_parameters(program):
             module = name.rpartition(".")[0]
             if not self.matches(module, name):
@@ -117,9 +118,28 @@ class Prune(Rule):
                 refused.append(Refusal(name, "a router: its output chooses experts; name it in match=… to prune it"))
             elif self.sparsity_of(module) is None:
                 refused.append(Refusal(name, "no pattern of the sparsity mapping matches it"))
+            elif (reason := self.why_not_fitting(program, name, orientations.get(name, False))) is not None:
+                refused.append(Refusal(name, reason))
             else:
                 wanted.append(name)
         return wanted, refused
+
+    def why_not_fitting(self, program: Program, name: str, transposed: bool) -> str | None:
+        """Why a parameter's shape or storage does not take the pattern. transposed: it is stored `(in, out)`."""
+        if name in program.bases:
+            return f"it is packed already, by {program.bases[name].library}: prune the model before it is quantised"
+        parameter = program.tensor(name)
+        if not parameter.is_floating_point():
+            return f"it is stored as {parameter.dtype}"
+        if parameter.dim() == 3:  # packed experts
+            owner = program.host.get_submodule(name.rpartition(".")[0])
+            transposed = bool(getattr(owner, "is_transposed", False))
+        shape = (int(parameter.shape[-2]), int(parameter.shape[-1]))
+        try:
+            self.shape.check(name, (shape[1], shape[0]) if transposed else shape)
+        except PlanError as error:
+            return str(error).removeprefix(f"{name}: ")
+        return None
 
 
 def head_parameters(host: nn.Module) -> set[str]:

@@ -23,6 +23,7 @@ from sparsify.program import ChannelChoice, LinearNode, Program, Support, UnitCh
 from sparsify.ranks import sum_over_ranks
 from sparsify.selection import choose, generator, index_dtype, random_scores, unit_channels
 
+HALF = torch.finfo(torch.float16)
 VIEWS = frozenset(
     getattr(torch.ops.aten, name)
     for name in (
@@ -70,7 +71,8 @@ def serve(
         if param in taken:
             clashes.append(f"rule {taken[param]} already has {owner_name(param)}")
             continue
-        reason = why_not_trainable(program, param, by_weight) or why_not_rank(program, param, rule)
+        reason = why_not_trainable(program, param, by_weight)
+        reason = reason or why_not_fitting(program, linears[param], rule)
         if reason is None:
             served.append(param)
         else:
@@ -85,18 +87,50 @@ def serve(
                 f"rule {index}, {rule}, serves nothing: {clashes[0]}, and a module takes one rule that trains it"
             )
         names = [owner_name(p) for p in linears]
+        if not names:
+            raise PlanError(
+                f"rule {index}, {rule}, matches nothing: the captured graph of {type(program.host).__name__} multiplies with no weight "
+                "of its own (no nn.Linear and no Conv1D is in it)"
+            )
         raise PlanError(f"rule {index}, {rule}, matches no linear{nearest(rule.patterns[0].strip('*.'), names)}")
     return served, refusals + unmatched_patterns(index, rule, everything)
 
 
-def why_not_rank(program: Program, param: str, rule: LinearRule) -> str | None:
-    """Why a weight cannot have the low-rank part that a rule asks for, said before anything is allocated."""
-    if not isinstance(rule, RoSA | LoRA):
-        return None
-    rank, smaller = pattern_value(rule.rank, owner_name(param)), min(program.tensor(param).shape)
-    if rank is None or rank <= smaller:
-        return None
-    return f"rank {rank} is more than the smaller side of its weight, {smaller}: {rule.__class__.__name__}(rank={smaller}) is all of it"
+def why_not_fitting(program: Program, linear: LinearNode, rule: LinearRule) -> str | None:
+    """Why a weight that can train cannot have what this rule asks for, said before anything is allocated."""
+    module, weight = owner_name(linear.weight), program.tensor(linear.weight)
+    if isinstance(rule, PaCA):
+        rank, width = pattern_value(rule.rank, module), weight.shape[linear.in_axis]
+        if rank is not None and rank >= width:
+            return f"rank {rank} for {module}, which has {width} input columns: give it a smaller rank, or another rule"
+    if isinstance(rule, RoSA | LoRA):
+        rank, larger = pattern_value(rule.rank, module), max(weight.shape)
+        if rank is not None and rank > larger:
+            return f"rank {rank} is more than the larger side of its weight, {larger}; {min(weight.shape)} is all that it can hold"
+        kept = program.masks.get(linear.weight)
+        if isinstance(rule, RoSA) and not rank and kept is not None and not bool(kept.any()):
+            return "every entry of the weight is pruned, so no entry can train"
+    return why_not_packed(program, linear.weight, weight, rule.format) if isinstance(rule, Quantize) else None
+
+
+def why_not_packed(program: Program, param: str, weight: Tensor, format: str) -> str | None:
+    """Why a weight cannot be stored in `format`."""
+    if param in program.bases:
+        return f"it is packed already, by {program.bases[param].library} ({program.quantize[param]})"
+    if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return f"the weight is stored as {weight.dtype}, and {format} is made from 16, 32 or 64 bits"
+    if weight.device.type == "meta" or not weight.numel():
+        return None if weight.numel() else "the weight has no entries"
+    largest = weight.detach().abs().amax(dim=1).float()
+    if not bool(torch.isfinite(largest).all()):
+        return "the weight has NaN or Inf"
+    if format == "int8" and float(largest.max()) > HALF.max:
+        return f"its largest entry, {float(largest.max()):.3g}, lies beyond the scales of int8, which are float16 ({HALF.max:,.0f})"
+    if format == "int8" and bool(((largest > 0) & (largest < HALF.tiny)).any()):
+        return (
+            f"a row has no entry above {HALF.tiny:.1g}, where the scales of int8, which are float16, end; nf4 holds it"
+        )
+    return None
 
 
 def select_linears(
@@ -114,7 +148,7 @@ def select_linears(
         units, channels = choose_columns(program, context, index, rule, served, linears)
         changes["choices"], changes["channel_choices"] = units, channels
     elif isinstance(rule, RoSA | LoRA):
-        changes["supports"] = choose_supports(program, context, index, rule, served)
+        changes["supports"] = choose_supports(program, context, index, rule, served, refusals)
     return changes
 
 
@@ -140,11 +174,6 @@ def choose_columns(
         rank = pattern_value(rule.rank, owner_name(param))
         if rank is None:
             raise PlanError(f"rule {index}, {rule}: no pattern of rank names {owner_name(param)}; add '*' for the rest")
-        width = program.tensor(param).shape[linears[param].in_axis]
-        if rank >= width:
-            raise PlanError(
-                f"rule {index}, {rule}: rank {rank} for {owner_name(param)}, which has {width} input columns"
-            )
         groups.setdefault((input_root(linears[param].x), rank), []).append(param)
     scores = column_scores(program, context, index, rule, list(groups.values()), linears)
     movable = movable_consumers(program) if rule.permute else {}
@@ -164,8 +193,8 @@ def movable_consumers(program: Program) -> dict[str, Any]:
     found = {}
     moved = {c.structure for c in program.choices}
     for structure in program.structures:
-        if structure.name in moved:
-            continue
+        if structure.name in moved or any(site.param in program.bases for site in structure.sites):
+            continue  # (a packed base lies in blocks, which no reordering respects)
         for site in structure.consumers:
             channels = unit_channels(site, structure)
             whole = channels.shape == (program.tensor(site.param).shape[site.axis], 1)
@@ -214,8 +243,9 @@ def column_scores(
 
 
 def choose_supports(
-    program: Program, context: Context, index: int, rule: RoSA | LoRA, served: list[str]
+    program: Program, context: Context, index: int, rule: RoSA | LoRA, served: list[str], refusals: list[Refusal]
 ) -> list[Support]:
+    """Ranks and entries of every served weight; what a table leaves without either goes to `refusals`."""
     settings: dict[str, tuple[int, int]] = {}
     for param in served:
         module, size = owner_name(param), program.tensor(param).numel()
@@ -245,6 +275,7 @@ def choose_supports(
     for param in served:
         rank, count = settings[param]
         if not rank and not count:  # a pattern that says so; nothing to train, nothing to store
+            refusals.append(Refusal(owner_name(param), "rank 0 and density 0 leave nothing to train in it"))
             continue
         entries = found[param].to(index_dtype(program.tensor(param).shape)) if param in found else None
         scale = rule.scale(rank) if rank else 1.0

@@ -76,7 +76,8 @@ def dequantised(program: Program, wanted: bool) -> Iterator[None]:
     try:
         for param, format in program.quantize.items() if wanted else ():
             weight = program.tensor(param).detach()
-            back = unpack(pack(weight, format), format, tuple(weight.shape), weight.dtype)
+            base = program.bases.get(param)
+            back = base.dense() if base else unpack(pack(weight, format), format, tuple(weight.shape), weight.dtype)
             stand_in = nn.Parameter(back, requires_grad=False)
             for name in [n for n, canonical in program.aliases.items() if canonical == param]:
                 owner, _, leaf = name.rpartition(".")
