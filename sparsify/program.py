@@ -309,6 +309,9 @@ class Program:
         """`tensor`, and of a weight that was packed before `compile` what it stands for, unpacked now (`tensor` gives a stand-in of
         its shape, filled with NaN and without memory)."""
         target = self.aliases.get(target, target)
+        owner, _, leaf = target.rpartition(".")
+        if leaf.startswith("packed_") and f"{owner}.weight" in self.packed:  # before `install` gives them to the host
+            return self.packed[f"{owner}.weight"][int(leaf.removeprefix("packed_"))]
         base = self.bases.get(target)
         return self.tensor(target) if base is None or target in self.tensors else base.dense()
 
