@@ -22,6 +22,7 @@ from sparsify.plan import LinearRule, LoRA, PaCA, Quantize, RoSA, nearest, patte
 from sparsify.program import ChannelChoice, LinearNode, Program, Support, UnitChoice
 from sparsify.ranks import sum_over_ranks
 from sparsify.selection import choose, generator, index_dtype, random_scores, unit_channels
+from sparsify.task_heads import head_parameters, output_parameters
 
 HALF = torch.finfo(torch.float16)
 VIEWS = frozenset(
@@ -59,14 +60,21 @@ def serve(
         by_weight.setdefault(linear.weight, []).append(linear)
     served, refusals = [], []
     clashes, everything, named = [], [], False
+    heads = head_parameters(program.host) if isinstance(rule, Quantize) else output_parameters(program.host)
     for param in linears:
         names = [owner_name(n) for n, canonical in program.aliases.items() if canonical == param]
         everything += names
         if not rule.matches(*names):
             continue
         named |= rule.is_named(*names)
+        where = owner_name(param) or param
+        if param in heads and rule.exclude and not rule.is_named(*names):
+            refusals.append(
+                Refusal(where, "it belongs to the output head; name it in match=…, or pass exclude=(), to take it")
+            )
+            continue
         if taken.get(param) == WHOLE:
-            refusals.append(Refusal(owner_name(param), "it trains in full (Plan(train=…))"))
+            refusals.append(Refusal(where, "it trains in full (Plan(train=…))"))
             continue
         if param in taken:
             clashes.append(f"rule {taken[param]} already has {owner_name(param)}")
@@ -76,7 +84,7 @@ def serve(
         if reason is None:
             served.append(param)
         else:
-            refusals.append(Refusal(owner_name(param), reason))
+            refusals.append(Refusal(where, reason))
     if named and refusals:
         raise RefusedError(f"rule {index}, {rule}: {refusals[0]}")
     if not served:
