@@ -443,6 +443,8 @@ class Driver:
                 written = self.store.load(group.views)
         if not object_from_rank(0, written is not None):
             written = {}
+            if self.is_scored(group):
+                check_weights((name, self.parameter(name)) for name in group.params)
             for views in self.passes(group):
                 with together():
                     statistics = self.collect(unit, group, views, here, forward)
@@ -471,6 +473,9 @@ class Driver:
             found[view] = (from_rank(0, values), from_rank(0, mask), object_from_rank(0, stats))
         return found
 
+    def is_scored(self, group: Group) -> bool:
+        return any(self.rules[name].method != "random" for name in group.params)
+
     def is_full(self, group: Group) -> bool:
         """Whether some matrix of the group wants the whole Hessian."""
         return any(self.rules[name].method == "sparsegpt" for name in group.params)
@@ -484,6 +489,8 @@ class Driver:
         return [group.views[i : i + count] for i in range(0, len(group.views), count)]
 
     def prune_without_data(self, group: Group) -> None:
+        if self.is_scored(group):
+            check_weights((name, self.parameter(name)) for name in group.params)
         for name in group.params:
             for view in [v for v in group.views if v.param == name] or self.plain_views(name):
                 self.write(view, *self.prune_view(view, Statistics(False)))
@@ -550,8 +557,6 @@ class Driver:
     def prune_view(self, view: View, statistics: Statistics) -> tuple[Tensor, Tensor, dict[str, Any]]:
         rule, sparsity, where = self.rules[view.param], self.sparsity[view.param], self.label(view)
         weight = view.of(self.parameter(view.param).detach())
-        if rule.method != "random":
-            check_weights([(where, weight)])
         started, method, note = time.perf_counter(), rule.method, ""
         tokens = statistics.tokens(view)
         if rule.needs_calibration and tokens == 0:
