@@ -89,13 +89,17 @@ def test_where_it_begins_is_named_when_the_batch_is_clean() -> None:
     model = net()
     with torch.no_grad():
         model[0].bias[1] = INF
-    with pytest.raises(SparsifyError, match=r"batch 0 gives NaN or Inf at the input of 2; the parameter 0\.bias has NaN"):
+    with pytest.raises(
+        SparsifyError, match=r"batch 0 gives NaN or Inf at the input of 2; the parameter 0\.bias has NaN"
+    ):
         compiled(S2FT(structure="ffn", units=3, select="activation"), [(rows(),)], model)
     half = net(torch.float16)
     with torch.no_grad():
         half[0].weight.mul_(3e4)
     batches = [(rows().half() * 100,)]
-    with pytest.raises(SparsifyError, match=r"begins in the output of 0 \(Linear, torch.float16\): float16 ends at 65,504"):
+    with pytest.raises(
+        SparsifyError, match=r"begins in the output of 0 \(Linear, torch.float16\): float16 ends at 65,504"
+    ):
         sparsify.compile(
             half, Plan([PaCA(rank=3, select="activation")]), example=batches[0], calibration=batches, progress=False
         )
@@ -173,7 +177,9 @@ GRADIENT_RULES = [rule for rule in DATA_RULES if "gradient" in str(rule) or type
 @pytest.mark.parametrize("rule", GRADIENT_RULES, ids=str)
 def test_losses_that_say_nothing(rule: Any) -> None:
     batches = [(rows(),), (rows(1),)]
-    with pytest.raises(SparsifyError, match=r"the loss of calibration batch 0 is nan; it begins|the loss of .* 0 is nan"):
+    with pytest.raises(
+        SparsifyError, match=r"the loss of calibration batch 0 is nan; it begins|the loss of .* 0 is nan"
+    ):
         compiled(rule, batches, loss=lambda y, b: y.sum() * NAN)
     with pytest.raises(SparsifyError, match=r"the gradient at \S+ is zero in every calibration batch"):
         compiled(rule, batches, loss=lambda y, b: (y * 0).sum())

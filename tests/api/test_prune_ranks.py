@@ -35,7 +35,6 @@ RULES: dict[str, Any] = {
     "2:4": Prune(pattern="2:4", method="sparsegpt"),
     "sensitivity": Prune(sparsity=0.5, method="wanda", allocation="sensitivity"),
     "random": Prune(sparsity=0.5, method="random"),
-    "magnitude": Prune(sparsity=0.5, method="magnitude", allocation="sensitivity"),
 }
 
 
@@ -97,20 +96,20 @@ def worker(rank: int, store: str, results: str) -> None:
     found: dict[str, Any] = {}
     for name, rule in RULES.items():
         for number, shares in enumerate(SHARES):
-            if number == 0 or name in ("wanda", "sparsegpt"):
+            if number == 0 or name == "sparsegpt":
                 found[f"{name} {number}"] = result(run(rule, shares[rank]))
     resumed = [result(run(SPARSEGPT, SHARES[0][rank], resume_dir=f"{results}/resume")) for _ in range(2)]
     found["resumed"] = resumed
     for number, shares in enumerate(SHARES):
         found[f"paca {number}"] = result(run(PaCA(rank=3, select="activation", permute=False), shares[rank]))
         found[f"rosa {number}"] = result(run(RoSA(rank=0, density=0.05), shares[rank]))
-        found[f"s2ft {number}"] = result(run(S2FT(fraction=0.2, select="gradient"), shares[rank]))
+    found["s2ft 0"] = result(run(S2FT(fraction=0.2, select="gradient"), SHARES[0][rank]))
     host = run(RoSA(rank=2, density=0.05), None)
     collect_masks(host, SHARES[1][rank], loss=lambda y, _: y.square().mean(), progress=False)
     found["collected"] = result(host)
 
     bad = [spoiled()] if rank == 1 else [batch(1), batch(2)]  # rank 1 alone has a NaN
-    rules = (WANDA, SPARSEGPT, RULES["sensitivity"], PaCA(rank=3, select="activation"), RoSA(rank=0, density=0.05))
+    rules = (SPARSEGPT, RULES["sensitivity"], RoSA(rank=0, density=0.05))
     found["refusals"] = [refusal(lambda rule=rule: run(rule, bad)) for rule in rules]
     empty = [batch(1)[:0]] if rank == 1 else [batch(1)]
     found["refusals"] += [refusal(lambda rule=rule: run(rule, empty)) for rule in rules]
@@ -124,7 +123,12 @@ def worker(rank: int, store: str, results: str) -> None:
     found["own"] = "", ""
     try:
         sparsify.compile(
-            model(), Plan([RoSA(rank=0, density=0.05)]), example=BATCHES[0], calibration=BATCHES, loss=fails, progress=False
+            model(),
+            Plan([RoSA(rank=0, density=0.05)]),
+            example=BATCHES[0],
+            calibration=BATCHES,
+            loss=fails,
+            progress=False,
         )
     except Exception as error:
         found["own"] = type(error).__name__, str(error)
@@ -162,7 +166,7 @@ def assert_equal(a: dict[str, Any], b: dict[str, Any]) -> None:
 def test_masks_and_weights_are_the_same_bits_on_both_ranks(ranks: Any) -> None:
     first, second = ranks
     names = [n for n in first if n.split()[0] in (*RULES, "paca", "rosa", "s2ft", "collected")]
-    assert len(names) == 6 + 4 + 9 + 1
+    assert len(names) == 5 + 2 + 3 + 3 + 1 + 1
     for name in names:
         assert_equal(first[name], second[name])
     for name in ("resumed",):
@@ -185,18 +189,21 @@ def test_they_are_those_of_one_process_with_all_batches(ranks: Any) -> None:
             assert [(n, t) for n, t, _, _ in joint["layers"]] == [(n, t) for n, t, _, _ in alone["layers"]]
     own = result(run(WANDA, SHARES[0][0]))
     assert any(not torch.equal(own["masks"][n], m) for n, m in first["wanda 0"]["masks"].items()), "the data decides"
-    for name, rule in (("rosa", RoSA(rank=0, density=0.05)), ("paca", PaCA(rank=3, select="activation", permute=False))):
+    for name, rule in (
+        ("rosa", RoSA(rank=0, density=0.05)),
+        ("paca", PaCA(rank=3, select="activation", permute=False)),
+    ):
         assert [first[f"{name} {n}"]["chosen"] for n in range(3)] == [result(run(rule, BATCHES))["chosen"]] * 3
 
 
 def test_an_error_on_one_rank_is_raised_on_both(ranks: Any) -> None:
     first, second = ranks
-    assert len(first["refusals"]) == 15
+    assert len(first["refusals"]) == 9
     for place, ((kind, text), (other, told)) in enumerate(zip(first["refusals"], second["refusals"], strict=True)):
         assert kind == other and kind in ("SparsifyError", "PlanError"), (place, text, told)
-        if place < 5:
+        if place < 3:
             assert "rank 1: " in text and "calibration batch 0" in text and "NaN" in text + told or "nan" in text
-        elif place < 10:
+        elif place < 6:
             assert "rank 1: calibration batch 0 is empty" in text and "calibration batch 0 is empty" in told
         else:
             assert "calibration" in text and text == told

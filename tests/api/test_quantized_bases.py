@@ -48,9 +48,13 @@ def replace_linears(model: nn.Module, make: Any) -> nn.Module:
     return model
 
 
-def four_bit(linear: nn.Linear, quant_type: str, compute_dtype: Any = None, blocksize: int = 64, **more: Any) -> nn.Module:
+def four_bit(
+    linear: nn.Linear, quant_type: str, compute_dtype: Any = None, blocksize: int = 64, **more: Any
+) -> nn.Module:
     bias = linear.bias is not None
-    made = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias, compute_dtype, quant_type=quant_type, **more)
+    made = bnb.nn.Linear4bit(
+        linear.in_features, linear.out_features, bias, compute_dtype, quant_type=quant_type, **more
+    )
     options = {"quant_type": quant_type, "blocksize": blocksize, "module": made, **more}
     made.weight = bnb.nn.Params4bit(linear.weight.data.clone(), requires_grad=False, **options).to("cpu")
     made.bias = linear.bias
@@ -149,8 +153,15 @@ def test_the_base_is_taken_bit_for_bit_and_trains_beside(kind: str) -> None:
     assert all(torch.equal(after[n], t) for n, t in before.items())
 
 
-@pytest.mark.parametrize("kind", ("nf4", "int8", "torchao int8"))
-@pytest.mark.parametrize("rule", RULES)
+OFTEN = {("nf4", "LoRA"), ("int8", "PaCA"), ("torchao int8", "RoSA")}
+PAIRS = [
+    pytest.param(kind, rule, marks=() if (kind, rule) in OFTEN else pytest.mark.slow)
+    for kind in ("nf4", "int8", "torchao int8")
+    for rule in RULES
+]
+
+
+@pytest.mark.parametrize(("kind", "rule"), PAIRS)
 def test_adapters_save_load_and_switch(kind: str, rule: str, tmp_path: Path) -> None:
     model = quantised(kind)
     host = compiled(model, RULES[rule])
@@ -315,7 +326,9 @@ def test_what_cannot_be_taken_is_named_with_its_library_and_class(layer: Any, li
 def test_layers_that_are_not_packed_yet_or_pack_in_every_forward() -> None:
     model = tiny.llama()
     model.model.layers[0].mlp.up_proj = bnb.nn.Linear4bit(36, 56, bias=False)
-    with pytest.raises(CaptureError, match=r"layers\.0\.mlp\.up_proj is a bitsandbytes Linear4bit whose weight is not packed yet"):
+    with pytest.raises(
+        CaptureError, match=r"layers\.0\.mlp\.up_proj is a bitsandbytes Linear4bit whose weight is not packed yet"
+    ):
         compiled(model, LoRA(rank=2))
     model.model.layers[0].mlp.up_proj = bnb.nn.Linear8bitLt(36, 56, bias=False)
     with pytest.raises(CaptureError, match="has_fp16_weights=True"):
@@ -341,7 +354,9 @@ def test_wrapped_and_offloaded_models_say_what_they_are() -> None:
     accelerate = pytest.importorskip("accelerate")
     model = tiny.llama()
     model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)  # type: ignore[method-assign]
-    with pytest.raises(CaptureError, match=r"its forward is wrapped for mixed precision .* call sparsify.compile first"):
+    with pytest.raises(
+        CaptureError, match=r"its forward is wrapped for mixed precision .* call sparsify.compile first"
+    ):
         compiled(model, LoRA(rank=2))
     model = accelerate.cpu_offload(tiny.llama(), execution_device=torch.device("cpu"))
     with pytest.raises(CaptureError, match=r"is offloaded by accelerate"):
