@@ -26,6 +26,7 @@ from sparsify.passes.prune import prune
 from sparsify.passes.select_units import select_units
 from sparsify.plan import Plan, Rule
 from sparsify.program import Program, Stage
+from sparsify.quantized_bases import check_host, check_plan, dense_twin
 from sparsify.serving import AdapterPaths, name_folders, serving_program
 from sparsify.verify import verify
 
@@ -48,6 +49,11 @@ PIPELINE = (
     Pass("insert", Stage.PERMUTED, Stage.EXPANDED, insert_partial),
     Pass("lower", Stage.EXPANDED, Stage.LOWERED, lower_reference),
 )
+
+
+def up_to_selection() -> tuple[Pass, ...]:
+    """The passes that look and choose, without those that move and insert."""
+    return tuple(step for step in PIPELINE if step.writes <= Stage.SELECTED)
 
 
 def analyse(model: nn.Module, example: Any = None) -> Program:
@@ -91,6 +97,9 @@ def compile(
                 "compile: this model is compiled already; compile the original, or call model.sparsify.restore() first"
             )
         source = source.__dict__["sparsify"].plain()
+    check_host(source)
+    user, (source, bases) = source, dense_twin(source)
+    check_plan(plan, bases)
     context = Context(plan, calibration, loss, donate, progress, resume_dir)
     if plan.target == "cpu":
         return compile_for_cpu(source, context, example, cpu or CpuOptions())  # type: ignore[return-value]
@@ -100,7 +109,11 @@ def compile(
         )
     if plan.for_inference:
         return compile_for_cuda(source, context, example)  # type: ignore[return-value]
-    return compile_for_training(capture(source, example), source, context)  # type: ignore[return-value]
+    captured = capture(source, example)
+    canonical = {captured.aliases.get(name, name): base for name, base in bases.items()}
+    captured = replace(captured, bases=canonical, quantize={name: base.format for name, base in canonical.items()})
+    host = compile_for_training(captured, source, context)
+    return host.train(user.training)  # type: ignore[return-value]
 
 
 def compile_for_training(
@@ -153,7 +166,7 @@ def load(
         )
     folders = name_folders(adapters, name)
     program, hashes, plan = serving_program(
-        source, folders, lambda plan: run_passes(capture(source, example), PIPELINE[:3], Context(plan))
+        source, folders, lambda plan: run_passes(capture(source, example), up_to_selection(), Context(plan))
     )
     flags = {key: p.requires_grad for key, p in source.named_parameters()}
     host, layouts = install(program, ())
@@ -188,7 +201,7 @@ def compile_for_cuda(source: nn.Module, context: Context, example: Any) -> nn.Mo
 def compile_for_inference(source: nn.Module, context: Context, example: Any, lower: Callable[..., Any]) -> nn.Module:
     """Prune and quantise, put the result into a copy of the host, and lower its linears."""
     plan = context.plan
-    program = run_passes(capture(source, example), PIPELINE[:4], context)
+    program = run_passes(capture(source, example), up_to_selection(), context)
     wrong = {f for f in program.quantize.values() if f != "int8"}
     if wrong:
         raise PlanError(

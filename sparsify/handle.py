@@ -29,7 +29,7 @@ from sparsify.passes.assign_rules import is_conv1d, owner_name
 from sparsify.passes.insert_partial import activate_support, current_index
 from sparsify.plan import Plan, nearest
 from sparsify.program import Program
-from sparsify.quantized import pack, unpack
+from sparsify.quantized import pack, packs_again, unpack
 from sparsify.report import Report, make_report
 from sparsify.sharded import back_to_pieces, class_name, refuse_sharded, whole, whole_parameters, write_whole
 
@@ -621,6 +621,12 @@ class Handle:
         self.need_unmerged("merge")
         refuse_sharded(self.host, "merge")
         packed = [p for p in self.parts if self.is_packed(p)]
+        fixed = next((p for p in packed if not packs_again(self.module(p).format)), None)
+        if fixed is not None:
+            raise SparsifyError(
+                f"merge: {fixed} came packed as {self.module(fixed).format}, and sparsify cannot pack a changed weight so: save_adapter "
+                "keeps what trained beside the base exactly, and save_pretrained writes the dense model"
+            )
         low = [p for p, part in self.parts.items() if isinstance(part, LowRankPart) and part.part.rank]
         masked = [p for p in low if p in self.program.masks]
         before = self.example_outputs() if packed or masked else None
@@ -723,6 +729,11 @@ class Handle:
 
     def restore(self) -> nn.Module:
         """Back to the base, bit for bit, in original order and as plain modules; the host leaves sparsify's hands."""
+        if self.program.bases:
+            raise SparsifyError(
+                "restore: the base came packed and its layers are sparsify's now; the model that was passed to compile is still as it was, "
+                "and set_adapter(None) gives the packed base here"
+            )
         if self.program.quantize or self.dequantised:
             raise SparsifyError(
                 "restore: the base was packed by Quantize and its dense bits are not kept; the model that was passed to compile "
@@ -878,7 +889,17 @@ def strip(module: Any) -> None:
     for leaf in ("slice_channels", "slice_mask_bits", "sparse_index", *packed):
         module._buffers.pop(leaf, None)
         module._non_persistent_buffers_set.discard(leaf)
-    for leaf in ("slice_start", "slice_axis", "scale", "dropout", "mask_open", "packed_names", "format", "shape"):
+    for leaf in (
+        "slice_start",
+        "slice_axis",
+        "scale",
+        "dropout",
+        "mask_open",
+        "packed_names",
+        "format",
+        "shape",
+        "compute_dtype",
+    ):
         module.__dict__.pop(leaf, None)
     module.weight = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
     make_plain(module)

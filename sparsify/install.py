@@ -333,6 +333,8 @@ def swap_modules(program: Program, host: nn.Module) -> list[str]:
         if packed is not None:
             become(module, "Quantized")
             module.format, module.shape = program.quantize[param], shapes[param]
+            if param in program.bases and module.__dict__.pop("forward", None) is not None:
+                module.compute_dtype = program.bases[param].dtype
             module.packed_names = tuple(f"packed_{i}" for i in range(len(packed)))
             for name, tensor in zip(module.packed_names, packed, strict=True):
                 module.register_buffer(name, tensor, persistent=False)

@@ -42,7 +42,7 @@ from sparsify.operator_checks import (
 )
 from sparsify.operator_library import LIBRARY, recorded
 from sparsify.ops import _autocast, effective_weight, flat
-from sparsify.quantized import check_packed, unpack
+from sparsify.quantized import FORMATS, check_packed, unpack
 from sparsify.saved_input import input_link, restored_input, saved_input
 
 LIBRARY.define(
@@ -343,7 +343,8 @@ def _quantized(
     _check_block(name, *_logical((rows, columns), transposed), block, channels, axis)
     require_together(name, x, bias, block, channels, values, index, a, b, *packed)
     require_floats(name, x=x, bias=bias, block=block, values=values, a=a, b=b)
-    if fits_one_pass(x, rows, columns, transposed, index) and (values is None or block is None):
+    one_sided = values is None or block is None
+    if format in FORMATS and one_sided and fits_one_pass(x, rows, columns, transposed, index):
         check_packed(packed, format, (rows, columns))
         if channels is not None:
             require_within(name, "channels", channels, columns if axis == 1 else rows, "weight's channels")

@@ -124,6 +124,12 @@ class QuantizedMixin(SparseLowRankMixin, PartialMixin):
     packed_names: tuple[str, ...]
     format: str
     shape: torch.Size
+    compute_dtype: torch.dtype | None = None  # of a base that computes in it whatever the input has (bitsandbytes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.compute_dtype is None or x.dtype == self.compute_dtype:
+            return super().forward(x)
+        return super().forward(x.to(self.compute_dtype)).to(x.dtype)
 
     def stored_shape(self) -> torch.Size:
         return self.shape

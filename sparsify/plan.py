@@ -260,14 +260,20 @@ class S2FT(Rule):
             raise PlanError(f"S2FT(units={self.units}): at least one unit must train")
 
 
+HEADS = ("lm_head", "*.lm_head", "embed_out")
+
+
 @dataclass(frozen=True, kw_only=True)
 class LinearRule(Rule):
     """Base of the rules that go to single linears.
 
     exclude: patterns (as in `match`) of modules that are left alone although `match` names them; the output head by default.
+        Whatever its name, the output projection of a Hugging Face model is left alone too, and by `Quantize` every head of a task
+        model (what lies beside its base model: classifiers, CTC heads), with the reason in the report. `exclude=()` takes
+        heads in, and a module whose exact name stands in `match` is taken in spite of the default.
     """
 
-    exclude: tuple[str, ...] = ("lm_head", "*.lm_head", "embed_out")
+    exclude: tuple[str, ...] = HEADS
 
     def __post_init__(self) -> None:
         if isinstance(self.exclude, str):
@@ -276,7 +282,8 @@ class LinearRule(Rule):
         check_patterns(type(self).__name__, "exclude", self.exclude)
 
     def matches(self, *names: str) -> bool:
-        return super().matches(*names) and not any(matches(pattern, n) for n in names for pattern in self.exclude)
+        excluded = any(matches(pattern, n) for n in names for pattern in self.exclude)
+        return super().matches(*names) and (not excluded or (self.exclude == HEADS and self.is_named(*names)))
 
 
 def check_patterns(rule: str, name: str, patterns: Iterable[str]) -> None:
@@ -549,6 +556,8 @@ def make_rule(rule: type[Rule], values: dict[str, Any], where: str) -> Rule:
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """`; did you mean …` with the closest names, or the first few when nothing is close."""
     known = sorted(known) if isinstance(known, set) else list(known)
+    if not known:
+        return ""
     close = difflib.get_close_matches(name[:200], known, n=count, cutoff=0.4)
     if close:
         return "; did you mean " + ", ".join(repr(c) for c in close) + "?"

@@ -245,6 +245,7 @@ class Program:
     quantize: dict[str, str] = field(default_factory=dict)
     packed: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     packings: tuple[Packed, ...] = ()
+    bases: dict[str, Any] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
     masks: dict[str, torch.Tensor] = field(default_factory=dict)
     pruned: tuple[Any, ...] = ()
@@ -328,6 +329,16 @@ class Program:
         owner, _, leaf = target.rpartition(".")
         return getattr(self.host.get_submodule(owner), leaf)
 
+    def value(self, target: str) -> torch.Tensor:
+        """`tensor`, and of a weight that was packed before `compile` what it stands for, unpacked now (`tensor` gives a stand-in of
+        its shape, filled with NaN and without memory)."""
+        target = self.aliases.get(target, target)
+        owner, _, leaf = target.rpartition(".")
+        if leaf.startswith("packed_") and f"{owner}.weight" in self.packed:  # before `install` gives them to the host
+            return self.packed[f"{owner}.weight"][int(leaf.removeprefix("packed_"))]
+        base = self.bases.get(target)
+        return self.tensor(target) if base is None or target in self.tensors else base.dense()
+
     def linears(self) -> Iterator[LinearNode]:
         """Every matrix product with a named weight, in graph order."""
         names = self.tensor_names
@@ -362,7 +373,7 @@ class Program:
         if spec != self.in_spec:
             raise SparsifyError(f"the program was captured with inputs {self.in_spec}, but was called with {spec}")
         user = iter(flat)
-        values = [next(user) if i.target is None else self.tensor(i.target) for i in self.inputs]
+        values = [next(user) if i.target is None else self.value(i.target) for i in self.inputs]
         outputs = self.graph_module(*values)
         return pytree.tree_unflatten(list(outputs)[self.mutations :], self.out_spec)
 

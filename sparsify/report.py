@@ -97,7 +97,11 @@ def make_report(program: Program, plan: Plan, host: nn.Module, cpu: Any = None) 
         chosen.append(f"{len(program.pruned)} weights pruned: {zeros:.1%} zeros")
         dense, stored = pruned_bytes(program)
         chosen[-1] += f"; in a sparse checkpoint {human(stored)} instead of {human(dense)}"
-        chosen += [f"  {p.name}: {p.sparsity:.1%} {p.pattern}, {p.method}, error {p.error:.2e}" for p in program.pruned]
+        chosen += [
+            f"  {p.name}: {p.sparsity:.1%} {p.pattern}, {p.method}, error {p.error:.2e}"
+            + (f" ({p.note})" if p.note else "")
+            for p in program.pruned
+        ]
     packed = [f"{p.param}: {p.format}, error {p.error:.2%}" for p in program.packings]
     if packed:
         before, after = sum(p.dense_bytes for p in program.packings), sum(p.packed_bytes for p in program.packings)

@@ -45,7 +45,14 @@ def insert_partial(program: Program, context: Context) -> Program:
     lowranks = [part_of(program, support) for support in program.supports]
     tensors, packed, packings = dict(program.tensors), dict(program.packed), []
     hashes = {}
+    for param, base in program.bases.items():  # packed before it came here: taken as it is
+        hashes[param], packed[param] = base.hash(), list(base.packed)
+        dense_bytes = base.shape.numel() * base.dtype.itemsize
+        packings.append(Packed(param, base.format, base.shape, dense_bytes, packed_bytes(packed[param]), 0.0))
+        tensors[param] = program.tensor(param)  # shape and dtype; `filled` unpacks one at a time
     for param, format in program.quantize.items():
+        if param in program.bases:
+            continue
         hashes[param] = base_hash(program, param)
         dense = tensors.get(param, program.tensor(param)).detach()
         packed[param] = pack(dense, format)
@@ -57,8 +64,13 @@ def insert_partial(program: Program, context: Context) -> Program:
     for param in dict.fromkeys([s.param for s in slices] + [p.param for p in lowranks]):
         if param not in tensors:  # entries under trained parts are scratch, so they may not be the user's own memory
             tensors[param] = program.tensor(param).detach().clone(memory_format=torch.contiguous_format)
+
+    def filled(param: str) -> torch.Tensor:
+        base = program.bases.get(param)
+        return tensors[param] if base is None else base.dense()
+
     for piece in slices:
-        tensors[piece.block_name] = block_of(tensors[piece.param], piece)
+        tensors[piece.block_name] = block_of(filled(piece.param), piece)
         if piece.places:
             tensors[f"{owner_name(piece.param)}.slice_channels"] = torch.tensor(piece.places)
         if piece.param in program.masks:
@@ -70,7 +82,8 @@ def insert_partial(program: Program, context: Context) -> Program:
         bits = pack_bits(program.masks[param].to(tensors[param].device))
         tensors[f"{owner_name(param)}.weight_mask_bits"] = bits
     for part in lowranks:
-        tensors |= initial_parts(tensors[part.param], part, context.plan.seed)
+        weight = filled(part.param) if part.count else tensors[part.param]
+        tensors |= initial_parts(weight, part, context.plan.seed)
     program = replace(program, tensors=tensors, packed=packed, slices=tuple(slices), lowranks=tuple(lowranks))
     graph_module, inputs = rewrite(program, survivors)
     for param in program.quantize:  # the dense values are gone from here on

@@ -20,8 +20,10 @@ from sparsify.program import Program
 from sparsify.rules_prune import Prune
 
 
-def assign_prune_rules(program: Program, plan: Plan) -> tuple[dict[str, Prune], list[Refusal]]:
+def assign_prune_rules(program: Program, plan: Plan, *, masked: bool = False) -> tuple[dict[str, Prune], list[Refusal]]:
     """Which weights the plan prunes, by which rule (the first that matches), and what it leaves dense with the reason.
+
+    masked: the survivors will train under masks, which tied weights cannot have.
 
     Raises PlanError for a rule that serves nothing, RefusedError when a rule names one module that cannot be pruned.
     """
@@ -31,6 +33,10 @@ def assign_prune_rules(program: Program, plan: Plan) -> tuple[dict[str, Prune], 
         if not isinstance(rule, Prune):
             continue
         targets, refused = rule.targets(program)
+        tied = {name: also for name in targets if masked and len(also := names_of(program, name)) > 1}
+        reason = "it is tied ({}), and a tied weight cannot train under a mask"
+        refused += [Refusal(name, reason.format(", ".join(also))) for name, also in tied.items()]
+        targets = [name for name in targets if name not in tied]
         fresh = [name for name in targets if name not in wanted]
         named = [r for r in refused if rule.is_named(r.where, r.where.rpartition(".")[0])]
         if named:
@@ -44,9 +50,15 @@ def assign_prune_rules(program: Program, plan: Plan) -> tuple[dict[str, Prune], 
     return wanted, refusals
 
 
+def names_of(program: Program, param: str) -> list[str]:
+    """Every name of a tensor (tied weights and shared modules have several)."""
+    return [name for name, canonical in program.aliases.items() if canonical == param]
+
+
 def prune(program: Program, context: Context) -> Program:
     """STRUCTURED → STRUCTURED."""
-    wanted, refusals = assign_prune_rules(program, context.plan)
+    plan = context.plan
+    wanted, refusals = assign_prune_rules(program, plan, masked=not plan.adapts and not plan.for_inference)
     if not wanted:
         return program
     check_memory(program, wanted)

@@ -183,9 +183,9 @@ def test_a_pattern_of_a_list_that_matches_nothing_is_said():
 
 
 def test_ranks_beyond_the_weight_are_declined_before_anything_is_made():
-    with pytest.raises(RefusedError, match="rank 1000000 is more than the smaller side"):
+    with pytest.raises(RefusedError, match="rank 1000000 is more than the larger side"):
         tiny.lower(tiny.llama(), LoRA(1_000_000, match="model.layers.0.self_attn.q_proj"))
-    with pytest.raises(PlanError, match="rank 1000000 is more than the smaller side"):
+    with pytest.raises(PlanError, match="rank 1000000 is more than the larger side"):
         tiny.lower(tiny.llama(num_hidden_layers=1), RoSA(1_000_000, match="q_proj", mask="random"))
 
 
