@@ -29,6 +29,10 @@ class AdapterError(SparsifyError, ValueError):
     """An adapter file is damaged, foreign, hostile, or does not fit the model."""
 
 
+class StateError(SparsifyError, RuntimeError):
+    """A state dict does not belong to the host that is to load or save it; nothing was loaded."""
+
+
 @dataclass(frozen=True)
 class Refusal:
     """One declined opportunity. `where` is a parameter, node or structure name; `reason` a full sentence."""
