@@ -38,15 +38,21 @@ class Anchor:
         where = path or "the model itself"
         if found is not self.module:
             now = "is gone" if found is None else f"is another {type(found).__name__} now"
-            raise SparsifyError(f"{verb}: {where} was a {self.kind} when sparsify.compile made this host, and {now}{ADVICE}")
+            raise SparsifyError(
+                f"{verb}: {where} was a {self.kind} when sparsify.compile made this host, and {now}{ADVICE}"
+            )
         if self.adapted and not merged and not isinstance(found, AdaptedMixin):
-            raise SparsifyError(f"{verb}: the class of {where} was changed from {self.kind} to {type(found).__name__}{ADVICE}")
+            raise SparsifyError(
+                f"{verb}: the class of {where} was changed from {self.kind} to {type(found).__name__}{ADVICE}"
+            )
         for leaf, shape in self.shapes.items():
             tensor = getattr(found, leaf, None)
             name = f"{path}.{leaf}" if path else leaf
             if not isinstance(tensor, Tensor) or tensor.shape != shape:
                 now = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-                raise SparsifyError(f"{verb}: {name} was {tuple(shape)} when sparsify.compile made this host, and is {now} now{ADVICE}")
+                raise SparsifyError(
+                    f"{verb}: {name} was {tuple(shape)} when sparsify.compile made this host, and is {now} now{ADVICE}"
+                )
             if not plain_tensor(tensor):
                 raise SparsifyError(f"{verb}: {name} is a {type(tensor).__name__} now, another tool's tensor{ADVICE}")
 

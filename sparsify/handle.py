@@ -8,6 +8,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -161,6 +162,14 @@ class Handle:
         self.anchors = anchors_of(self.host, touched)
         self.lock, hooks = guard(self.host)
         self.host.__dict__.setdefault("_sparsify_hooks", []).extend(hooks)
+
+    def reading(self) -> AbstractContextManager[None]:
+        """Hold off switches by other threads while the block runs: `with model.sparsify.reading(): …`.
+
+        Forwards, `generate` and `model.compile()`d calls do so by themselves; several calls that must see one adapter, calls of a
+        submodule, of `forward` itself or of what `torch.compile(model)` returned need it. A switch inside the block raises.
+        """
+        return self.lock.reading()
 
     def check(self, verb: str) -> None:
         """Raise SparsifyError where the host is not the one that was compiled any more: a module or a tensor was replaced."""
@@ -377,7 +386,9 @@ class Handle:
                 raise AdapterError(f"{where}: the model has no parameter {delta.param!r}") from None
             if delta.kind == "buffer":
                 if delta.param not in self.buffers.base:
-                    raise AdapterError(f"{where}: {delta.param} is a buffer there, which this model does not have or derives anew")
+                    raise AdapterError(
+                        f"{where}: {delta.param} is a buffer there, which this model does not have or derives anew"
+                    )
                 continue
             if delta.kind != "full" and delta.transposed != is_conv1d(module):
                 raise AdapterError(f"{where}: {delta.param} is stored in another orientation in this model")
@@ -392,7 +403,9 @@ class Handle:
         asked = touched if strict else exact
         hashes = {p: self.base_hash(p) for p in sorted(asked) if p in shapes}
         files.check_fits(loaded, shapes, hashes, where, strict)
-        other = {p for p in exact if hashes.get(p) != loaded.bases.get(p)}  # the values that were trained belong to their base
+        other = {
+            p for p in exact if hashes.get(p) != loaded.bases.get(p)
+        }  # the values that were trained belong to their base
         loaded = replace(loaded, deltas=tuple(replace(d, exact=None) if d.param in other else d for d in loaded.deltas))
         if name in self.active.weights:
             self.set_adapter(None)
@@ -409,8 +422,10 @@ class Handle:
         """
         self.need_unmerged("set_adapter")
         back_to_pieces(self.host)
-        if isinstance(spec, Mapping) and len(spec) == 1 and next(iter(spec.values())) == 1:
-            spec = next(iter(spec))
+        if isinstance(spec, Mapping) and [w for w in spec.values() if w == 1 and not isinstance(w, bool)] == list(
+            spec.values()
+        ):
+            spec = next(iter(spec)) if len(spec) == 1 else spec  # a mix of one, whole, is that adapter
         weights = {} if spec is None else {spec: 1.0} if isinstance(spec, str) else dict(spec)
         for name, weight in weights.items():
             if not isinstance(weight, int | float) or isinstance(weight, bool) or not math.isfinite(weight):
@@ -533,7 +548,9 @@ class Handle:
         for param, members in by_param.items():
             part = self.parts.get(param)
             if param in self.base_full:
-                self.stored(param).detach().copy_(mix_full(self.base_full[param], [(weights[n], d.values) for n, d in members]))
+                self.stored(param).detach().copy_(
+                    mix_full(self.base_full[param], [(weights[n], d.values) for n, d in members])
+                )
                 continue
             for kind in dict.fromkeys(d.kind for _, d in members):
                 same = [(n, d) for n, d in members if d.kind == kind]
@@ -964,7 +981,9 @@ class Handle:
                 "export_lora(sparse='merge') would write the packed base as if it were dense; merge() first"
             )
         state = self.original_state_dict()
-        state |= {n: self.layout(n).to_original(n.rpartition(".")[2], b) for n, b in self.buffers.base.items() if n in state}
+        state |= {
+            n: self.layout(n).to_original(n.rpartition(".")[2], b) for n, b in self.buffers.base.items() if n in state
+        }
         for param in dict.fromkeys(d.param for d in source.deltas if d.kind not in WHOLE):
             state[param] = self.base_original(param)
         for delta in source.deltas:

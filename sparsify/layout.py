@@ -90,7 +90,9 @@ class Layout:
             for axis, index in moves:
                 digest.update(f"{leaf} {axis} ".encode() + bytes_of(index))
         if isinstance(module, AdaptedMixin):
-            shapes = {n: tuple(p.shape) for n, p in sorted(module._parameters.items()) if n in TRAINED and p is not None}
+            shapes = {
+                n: tuple(p.shape) for n, p in sorted(module._parameters.items()) if n in TRAINED and p is not None
+            }
             digest.update(str(shapes).encode())
             if "weight_slice" in shapes:
                 digest.update(f"{found.slice_start} {found.slice_axis}".encode())
@@ -139,7 +141,10 @@ def fold(module: nn.Module, tensors: Mapping[str, Any]) -> Tensor:
     """The weight that an adapted module would compute with if it held `tensors` (by leaf; pieces are gathered)."""
     held = {n: tensors.get(n, t) for n, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
     device = whole(held["weight"]).device
-    return effective_weight(stand_in(module, {n: whole(t).detach().to(device) for n, t in held.items()}))
+    twin = stand_in(module, {n: whole(t).detach().to(device) for n, t in held.items()})
+    if "sparse_index" in twin._buffers:
+        twin.__dict__["mask_open"] = bool((twin.sparse_index < 0).any())  # that of the tensors, not of the module
+    return effective_weight(twin)
 
 
 def read_slice(module: Any, stored: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
     host.state_dict()                     live: what named_parameters() and named_buffers() say, under the same names
     host.sparsify.original_state_dict()   original: what the compiled model's own state_dict() would say, parts folded in
     host.save_pretrained(dir)             writes the original one (`SavePretrained`)
-    host.save_pretrained(dir, state_dict=live)   original, and the trained parts beside it in full precision: what Trainer's
-                                          checkpoints hold, so that a resumed run goes on exactly (`with_parts`)
+    host.save_pretrained(dir, state_dict=live or None)   original, and the trained parts beside it in full precision: what
+                                          Trainer's checkpoints hold, so that a resumed run goes on exactly (`with_parts`)
     host.load_state_dict(state)           takes any of them: a marker in each module (`layout.MARKER`) tells them apart
 
 A dict without markers is compared with the frozen tensors of the host. One that fits neither way (a checkpoint of another
@@ -73,7 +73,9 @@ def original(host: nn.Module, state: Mapping[str, Any], *, with_parts: bool = Fa
         if marker is None:
             continue  # not live, or another part of the model
         check_marker(marker, module, layout, prefix)
-        leaves = {leaf: found[prefix + leaf] for leaf in (*module._parameters, *module._buffers) if prefix + leaf in found}
+        leaves = {
+            leaf: found[prefix + leaf] for leaf in (*module._parameters, *module._buffers) if prefix + leaf in found
+        }
         for leaf, value in leaves.items():
             own = getattr(module, leaf)
             folded = leaf == "weight" and isinstance(module, AdaptedMixin)
@@ -237,12 +239,19 @@ def judge(module: nn.Module, layout: Layout, state: State, prefix: str, complete
             continue
         if value.is_meta or own.is_meta:
             return False
-        value, places = whole(value).detach(), trained_places(module, state, prefix) if leaf == "weight" and adapted else None
+        value, places = (
+            whole(value).detach(),
+            trained_places(module, state, prefix) if leaf == "weight" and adapted else None,
+        )
         as_live |= {leaf} if same_frozen(module, value, own, places) else set()
         as_original |= {leaf} if same_frozen(module, layout.to_current(leaf, value), own, places) else set()
     if not leaves:
         return True  # nothing here depends on the layout, or only parts, which have no other form
-    only_live, only_original, neither = as_live - as_original, as_original - as_live, set(leaves) - as_live - as_original
+    only_live, only_original, neither = (
+        as_live - as_original,
+        as_original - as_live,
+        set(leaves) - as_live - as_original,
+    )
     if bool(only_live) != bool(only_original):
         return bool(only_live)
     if neither or only_live:
@@ -264,14 +273,21 @@ def judge(module: nn.Module, layout: Layout, state: State, prefix: str, complete
 def trained_places(module: Any, state: State, prefix: str) -> list[Tensor]:
     """Supports of sparse parts, the module's own and the dict's: the base is written over there."""
     found = [module._buffers.get("sparse_index"), state.get(prefix + "sparse_index")]
-    return [whole(t).flatten().long() for t in found if isinstance(t, Tensor) and not t.is_meta and not bool((whole(t) < 0).any())]
+    return [
+        whole(t).flatten().long()
+        for t in found
+        if isinstance(t, Tensor) and not t.is_meta and not bool((whole(t) < 0).any())
+    ]
 
 
 def same_frozen(module: nn.Module, value: Tensor, own: Tensor, places: list[Tensor] | None) -> bool:
     """Whether two stored tensors agree bit for bit; of an adapted weight (`places`) outside of what trains in it."""
     value, own = value.to(own.device, own.dtype), own.detach()
     if places is not None:
-        value, own = value.clone(memory_format=torch.contiguous_format), own.clone(memory_format=torch.contiguous_format)
+        value, own = (
+            value.clone(memory_format=torch.contiguous_format),
+            own.clone(memory_format=torch.contiguous_format),
+        )
         for tensor in (value, own):
             clear_trained(module, tensor, places)
     return torch.equal(value, own)
@@ -297,7 +313,12 @@ def check_entries(module: nn.Module, layout: Layout, state: State, prefix: str, 
     if isinstance(index, Tensor) and layout.adopt is not None and "sparse_index" in module._buffers:
         if found.sparse_index.is_meta or index.is_meta:
             known = layout.adopt.known()
-            if not live or index.is_meta or known is None or not torch.equal(whole(index).cpu().long(), known.cpu().long()):
+            if (
+                not live
+                or index.is_meta
+                or known is None
+                or not torch.equal(whole(index).cpu().long(), known.cpu().long())
+            ):
                 raise StateError(
                     f"{prefix}sparse_index: the model is on the meta device, and its support there cannot be compared with the "
                     "checkpoint's; load it into a model that has its buffers (accelerate: fsdp_cpu_ram_efficient_loading: false)"
@@ -314,7 +335,12 @@ def check_entries(module: nn.Module, layout: Layout, state: State, prefix: str, 
         check_parts(module, state, prefix, current)
     elif prefix + "weight_slice" in state and not (found.slice_start < 0 and found.slice_channels.is_meta):
         block, region = whole(state[prefix + "weight_slice"]), read_slice(module, current)
-        if block.shape == region.shape and not block.is_meta and not region.is_meta and not near(masked(module, block), region):
+        if (
+            block.shape == region.shape
+            and not block.is_meta
+            and not region.is_meta
+            and not near(masked(module, block), region)
+        ):
             raise StateError(
                 f"{prefix}weight_slice is not what {prefix}weight holds in the trained channels: these two do not come from one "
                 f"checkpoint of a host with this selection, and {MARKER}, which would say how a live state dict lies, is missing"
@@ -356,7 +382,9 @@ def check_parts(module: Any, state: State, prefix: str, current: Tensor) -> None
     if any(t is not None and t.is_meta for t in held):
         return
     index = state.get(prefix + "sparse_index")
-    places = {"sparse_index": whole(index)} if isinstance(index, Tensor) and index.shape == module.sparse_index.shape else {}
+    places = (
+        {"sparse_index": whole(index)} if isinstance(index, Tensor) and index.shape == module.sparse_index.shape else {}
+    )
     if not near(fold(module, parts | places), current):
         raise StateError(
             f"{prefix}weight: the checkpoint was made over another base, and only its trained parts would be taken; "
@@ -492,8 +520,8 @@ class OnHost:
 class SavePretrained(OnHost):
     """`host.save_pretrained`: what is written has the original model's names, shapes and order, and nothing else.
 
-    A `state_dict` that is passed may be live (Trainer, accelerate): it is translated, and the trained parts are written beside
-    the weights so that the run resumes exactly. One in original names is written as it is.
+    Whoever passes `state_dict` (Trainer does, also as None) writes a checkpoint: a live one, or the host's, is translated, and the
+    trained parts are written beside the weights so that the run resumes exactly. One in original names is written as it is.
     """
 
     method = "save_pretrained"
@@ -507,9 +535,7 @@ class SavePretrained(OnHost):
             )
         bound = inspect.signature(self.of_class).bind_partial(host, save_directory, *args, **kwargs)
         state = bound.arguments.get("state_dict")
-        if state is None:
-            state = original(host, host.state_dict())
-        else:
-            state = original(host, state, with_parts=True)
+        with_parts = "state_dict" in bound.arguments
+        state = original(host, host.state_dict() if state is None else state, with_parts=with_parts)
         bound.arguments["state_dict"] = state
         return self.of_class(*bound.args, **bound.kwargs)

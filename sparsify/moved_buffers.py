@@ -21,7 +21,17 @@ from sparsify.layout import ADDED
 from sparsify.masked import MaskedModule, bits_name
 
 #: what modules keep in non-persistent buffers and compute anew
-DERIVED = ("inv_freq", "original_inv_freq", "cos", "sin", "cos_cached", "sin_cached", "position_ids", "token_type_ids", "causal_mask")
+DERIVED = (
+    "inv_freq",
+    "original_inv_freq",
+    "cos",
+    "sin",
+    "cos_cached",
+    "sin_cached",
+    "position_ids",
+    "token_type_ids",
+    "causal_mask",
+)
 
 
 def is_derived(module: nn.Module, leaf: str) -> bool:

@@ -7,8 +7,9 @@ A reader sees the adapter before the switch or the one after it, never a mixture
 `generate` counts as one reader from its first token to its last. A switch from inside the thread's own forward is an error: the rest
 of that pass would compute with another adapter than its beginning.
 
-Forwards inside of compiled regions (`model.compile()`) take the lock around the whole compiled call (`Compile`); a graph that is being
-traced or exported takes none, so it is one graph. Calls that go round the root module, as `model.model(x)`, are not guarded.
+`model.compile()` takes the lock around the compiled call (`Compile`). A graph that is being traced or exported takes none, so that it is
+one graph: what `torch.compile(model)` returns, and calls that go round the root module (`model.model(x)`, `model.forward(x)`), are
+guarded by whoever calls them, with `model.sparsify.reading()`.
 """
 
 from __future__ import annotations

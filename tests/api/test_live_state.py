@@ -35,7 +35,11 @@ RULES: dict[str, tuple[Any, ...]] = {
     "paca over nf4": (Quantize(format="nf4"), PaCA(rank=4)),
     "rosa over int8": (Quantize(format="int8"), SPARSE),
     "prune": (Prune(sparsity=0.5, method="magnitude"),),
-    "s2ft beside lora over pruned": (Prune(sparsity=0.5, method="magnitude"), S2FT(structure="ffn", fraction=0.2), LoRA(rank=2)),
+    "s2ft beside lora over pruned": (
+        Prune(sparsity=0.5, method="magnitude"),
+        S2FT(structure="ffn", fraction=0.2),
+        LoRA(rank=2),
+    ),
     "s2ft beside rosa": (S2FT(structure="ffn", fraction=0.2), SPARSE),
 }
 EVERY = pytest.mark.parametrize("method", list(RULES))
@@ -96,7 +100,9 @@ def test_offload_averages_and_by_name_loaders_compute_the_same(method: str, tmp_
     again.load_state_dict(average.state_dict())
     assert torch.equal(logits(again), logits(average))
 
-    by_name = {n: p.detach().clone() for n, p in host.named_parameters()}  # an average by name has no buffers, so no marker
+    by_name = {
+        n: p.detach().clone() for n, p in host.named_parameters()
+    }  # an average by name has no buffers, so no marker
     fresh = host_of(method, disturbed=False)
     assert not torch.equal(logits(fresh), expected)
     fresh.load_state_dict(by_name, strict=False)
@@ -175,7 +181,11 @@ def test_what_the_handle_knows_of_the_base_does_not_survive_another_base() -> No
     assert host.sparsify.program.slices == other.sparsify.program.slices
     host.load_state_dict(other.state_dict())
     assert torch.equal(logits(host), logits(other))
-    for verb in (lambda: host.sparsify.set_adapter(None), lambda: host.sparsify.current(), lambda: host.sparsify.restore()):
+    for verb in (
+        lambda: host.sparsify.set_adapter(None),
+        lambda: host.sparsify.current(),
+        lambda: host.sparsify.restore(),
+    ):
         with pytest.raises(SparsifyError, match="brought another base for model.layers"):
             verb()
     host = tiny.lower(tiny.llama(), *plan.rules)  # weights that come after compile: the base is theirs
