@@ -20,12 +20,13 @@ from torch.utils import _pytree as pytree
 from sparsify import adapter as files
 from sparsify import peft_format
 from sparsify.adapter import Adapter, Delta
+from sparsify.anchors import Anchor, anchors_of
 from sparsify.capture import evaluating
 from sparsify.errors import AdapterError, SparsifyError
-from sparsify.anchors import Anchor, anchors_of
 from sparsify.exact import changed, sum_dtype
 from sparsify.layout import ADDED, MARKER, Layout, layout_of
-from sparsify.live_state import LoadHook, OnHost, RootHook, SaveHook, Unshare, modules_with_layout, original
+from sparsify.live_state import LoadHook, OnHost, RootHook, SaveHook, Unshare
+from sparsify.live_state import original as in_original_names
 from sparsify.masked import MaskedModule, bits_name, masked_parameters
 from sparsify.modules import AdaptedMixin, QuantizedMixin, add_low_rank, make_plain, write_parts
 from sparsify.moved_buffers import Buffers, mix_buffer
@@ -882,7 +883,7 @@ class Handle:
         if state is None:
             back_to_pieces(self.host)
             state = self.host.state_dict()
-        return {name: whole(value) for name, value in original(self.host, state).items()}
+        return {name: whole(value) for name, value in in_original_names(self.host, state).items()}
 
     @reads
     def plain(self) -> nn.Module:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from sparsify.errors import SparsifyError, StateError
 from sparsify.layout import ADDED, MARKER, TRAINED, Layout, fold, layout_of, read_slice
-from sparsify.modules import AdaptedMixin, PartialMixin, QuantizedMixin, SparseLowRankMixin
+from sparsify.modules import AdaptedMixin, QuantizedMixin, SparseLowRankMixin
 from sparsify.sharded import cut_like, is_sharded, replicated, whole, whole_parameters
 
 State = dict[str, Any]
@@ -67,7 +67,7 @@ def original(host: nn.Module, state: Mapping[str, Any], *, with_parts: bool = Fa
     user's own do pass through; tied tensors stay one. Raises StateError for a live dict of another layout.
     """
     found = dict(state)
-    done: dict[tuple[int, str], Tensor] = {}
+    done: dict[tuple[int, str], Tensor] = {}  # tied tensors stay one
     for prefix, module, layout in modules_with_layout(host):
         marker = found.pop(prefix + MARKER, None)
         if marker is None:
@@ -80,7 +80,7 @@ def original(host: nn.Module, state: Mapping[str, Any], *, with_parts: bool = Fa
             own = getattr(module, leaf)
             folded = leaf == "weight" and isinstance(module, AdaptedMixin)
             if folded or leaf in layout.moves:
-                key = (id(own), leaf)
+                key = (id(module if folded else own), leaf)
                 if key not in done:
                     refuse_meta(value, prefix + leaf)
                     current = fold(module, leaves) if folded else whole(value.detach())
@@ -171,11 +171,11 @@ class LoadHook:
                     if is_sharded(piece):
                         state[prefix + leaf] = whole(piece)
                 reorder(module, layout, state, prefix)
-        assigned = bool(metadata.get("assign_to_params_buffers"))
         weight = state.get(prefix + "weight")
-        if assigned and isinstance(module, PartialMixin) and isinstance(weight, Tensor) and not is_sharded(weight):
-            if "weight" not in layout.moves or live:
-                state[prefix + "weight"] = weight.clone()  # the region under the block is scratch: not the caller's
+        scratch = {"weight_slice", "sparse_values"} & set(module._parameters) and (live or "weight" not in layout.moves)
+        assigned = bool(metadata.get("assign_to_params_buffers"))
+        if scratch and assigned and isinstance(weight, Tensor) and not is_sharded(weight):
+            state[prefix + "weight"] = weight.clone()  # what trains is written over it, and it is the caller's
         for leaf, parameter in module._parameters.items():
             value = state.get(prefix + leaf)
             if is_sharded(parameter) and isinstance(value, Tensor):
@@ -228,8 +228,8 @@ def judge(module: nn.Module, layout: Layout, state: State, prefix: str, complete
         return True
     weight = state.get(prefix + "weight")
     adapted = isinstance(module, AdaptedMixin)
-    if isinstance(module, QuantizedMixin):
-        return not isinstance(weight, Tensor) or weight.numel() == 0
+    if isinstance(module, QuantizedMixin) and isinstance(weight, Tensor):
+        return weight.numel() == 0
     as_live, as_original = set(), set()
     leaves = dict.fromkeys([*layout.moves, *(["weight"] if adapted else [])])
     for leaf in list(leaves):
@@ -262,7 +262,7 @@ def judge(module: nn.Module, layout: Layout, state: State, prefix: str, complete
                 "dict (host.state_dict(), buffers included) or a complete checkpoint of the original model"
             )
         return False
-    if not adapted or any(prefix + n in state for n in TRAINED):
+    if not adapted or not isinstance(weight, Tensor) or any(prefix + n in state for n in TRAINED):
         return True  # both readings are the same: nothing moved, and the parts come beside an unchanged base
     if isinstance(module, SparseLowRankMixin):
         return not complete
@@ -371,13 +371,13 @@ def check_parts(module: Any, state: State, prefix: str, current: Tensor) -> None
     parts = {n: whole(state[prefix + n]) for n in own}
     if any(parts[n].shape != module._parameters[n].shape for n in own):
         return  # torch says so itself
-    if module.weight.is_meta and not isinstance(module, QuantizedMixin):
-        if "lora_B" in own and not current.is_meta and bool(parts["lora_B"].any()):
-            raise StateError(
-                f"{prefix}weight: the model is on the meta device and has no base, and the checkpoint's weight has a trained "
-                "low-rank part folded in, from which the base does not follow exactly; load it into a model that has its base "
-                "(accelerate: fsdp_cpu_ram_efficient_loading: false)"
-            )
+    without_base = module.weight.is_meta and not isinstance(module, QuantizedMixin)
+    if without_base and "lora_B" in own and not current.is_meta and bool(parts["lora_B"].any()):
+        raise StateError(
+            f"{prefix}weight: the model is on the meta device and has no base, and the checkpoint's weight has a trained "
+            "low-rank part folded in, from which the base does not follow exactly; load it into a model that has its base "
+            "(accelerate: fsdp_cpu_ram_efficient_loading: false)"
+        )
     held = (module.weight, *(module._parameters[n] for n in own), *parts.values(), *module._buffers.values(), current)
     if any(t is not None and t.is_meta for t in held):
         return
@@ -400,9 +400,9 @@ def note_base(module: Any, layout: Layout, state: State, prefix: str, live: bool
     if isinstance(module, QuantizedMixin):
         for leaf in module.packed_names:
             incoming, own = state.get(prefix + leaf), module._buffers[leaf]
-            if isinstance(incoming, Tensor) and not (incoming.is_meta or own.is_meta):
-                if not torch.equal(whole(incoming).to(own), own):
-                    layout.base_loaded(None)
+            there = isinstance(incoming, Tensor) and not (incoming.is_meta or own.is_meta)
+            if there and not torch.equal(whole(incoming).to(own), own):
+                layout.base_loaded(None)
         return
     if not isinstance(weight, Tensor):
         return

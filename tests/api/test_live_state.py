@@ -254,7 +254,7 @@ def keys_of(folder: Path) -> dict[str, tuple[int, ...]]:
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
-            found |= {k: tuple(opened.get_slice(k).get_shape()) for k in opened.keys()}
+            found |= {k: tuple(opened.get_slice(k).get_shape()) for k in list(opened.keys())}
     return found
 
 

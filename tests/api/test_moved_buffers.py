@@ -108,7 +108,7 @@ def test_only_what_moved_is_written_and_old_adapters_load(tmp_path: Path) -> Non
     tiny.disturb(host)
     host.sparsify.save_adapter(tmp_path)
     with safe_open(tmp_path / "adapter.safetensors", "pt") as opened:
-        assert not any("buffer" in key for key in opened.keys())
+        assert not any("buffer" in key for key in list(opened.keys()))
     train(host)
     host.sparsify.load_adapter(tmp_path, "still")
     host.sparsify.set_adapter("still")
