@@ -81,7 +81,7 @@ def adapter(
     for delta in loaded.deltas:
         size = delta.values.numel() + (delta.a.numel() if delta.a is not None else 0)
         what = {"column": "columns", "row": "rows", "sparse": "entries", "lora": "rank", "full": "in full"}[delta.kind]
-        count = "" if delta.kind == "full" else f"{delta.rank} "
+        count = "" if delta.kind in ("full", "buffer") else f"{delta.rank} "
         typer.echo(f"{delta.param}: {count}{what}, {size:,} numbers")
     typer.echo(
         f"{len(loaded.deltas)} weights, {loaded.nbytes() / 1024:.1f} KiB, made by sparsify {loaded.info.get('sparsify', '?')}"

@@ -37,6 +37,10 @@ class PositionError(OperatorError, IndexError):
     """A position of a sparse part lies outside of what it points into."""
 
 
+class StateError(SparsifyError, RuntimeError):
+    """A state dict does not belong to the host that is to load or save it; nothing was loaded."""
+
+
 @dataclass(frozen=True)
 class Refusal:
     """One declined opportunity. `where` is a parameter, node or structure name; `reason` a full sentence."""
