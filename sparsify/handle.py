@@ -19,6 +19,7 @@ from sparsify import adapter as files
 from sparsify import peft_format
 from sparsify.adapter import Adapter, Delta
 from sparsify.capture import evaluating
+from sparsify.console import printable
 from sparsify.errors import AdapterError, SparsifyError
 from sparsify.install import Layout, LoadHook, SaveHook, Unshare
 from sparsify.masked import MaskedModule, bits_name, masked_parameters
@@ -35,6 +36,7 @@ from sparsify.sharded import back_to_pieces, class_name, refuse_sharded, whole, 
 DEFAULT = "default"
 
 
+@printable
 @dataclass(frozen=True)
 class Conflict:
     """Two mixed adapters change the same channels of one weight; their changes add up there."""
@@ -50,6 +52,7 @@ class Conflict:
         return f"{self.param}: {' and '.join(self.adapters)} share {self.shared} of {self.total} {what}"
 
 
+@printable
 @dataclass(frozen=True)
 class Mix:
     """What `set_adapter` made active, and where mixed adapters overlap."""
@@ -63,6 +66,7 @@ class Mix:
         return text + "".join(f"\n  conflict {c}" for c in self.conflicts)
 
 
+@printable
 @dataclass(frozen=True)
 class MergeNote:
     """What folding an adapter into packed weights did: it quantises again, so the result is not exact.
@@ -75,6 +79,7 @@ class MergeNote:
     outputs: float
 
 
+@printable
 @dataclass
 class Handle:
     """State of one compiled host. Made by `sparsify.compile`; reach it as `model.sparsify`."""

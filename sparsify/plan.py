@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
+from sparsify.console import printable
 from sparsify.errors import PlanError
 
 SelectionMethod = Literal["random", "weight", "activation", "product", "gradient"]
@@ -89,6 +90,7 @@ def check_fraction(rule: Any, name: str, *, zero: bool = False) -> None:
         raise PlanError(f"{type(rule).__name__}({name}={value!r}): a fraction {low} {name} ≤ 1 is needed")
 
 
+@printable
 @dataclass(frozen=True, kw_only=True)
 class Rule:
     """Base of all rules.
@@ -301,6 +303,7 @@ def register_rule(rule: type[Rule]) -> type[Rule]:
     return rule
 
 
+@printable
 @dataclass(frozen=True)
 class Plan:
     """What `sparsify.compile` should do.

@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from sparsify.console import printable
 from sparsify.errors import Refusal, SparsifyError
 from sparsify.permutation import Permutation
 from sparsify.structure import Declined, Structure
@@ -199,6 +200,7 @@ class Move:
     index: torch.Tensor
 
 
+@printable
 @dataclass
 class Program:
     """See the module docstring. Passes return a new Program (`evolve`); tensors are never written in place."""

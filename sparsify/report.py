@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from sparsify.console import printable
 from sparsify.errors import Refusal
 from sparsify.modules import QuantizedMixin
 from sparsify.plan import Plan
@@ -17,6 +18,7 @@ from sparsify.sparse_checkpoint import stored_bytes
 from sparsify.verify import SPARSIFY_OPS
 
 
+@printable
 @dataclass(frozen=True)
 class Report:
     """Plain data; `str(report)` is the text.

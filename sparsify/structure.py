@@ -18,12 +18,15 @@ from typing import Literal
 
 import torch
 
+from sparsify.console import printable
+
 Role = Literal["q", "k", "v", "o", "up", "gate", "down", "vector", "other"]
 Kind = Literal["attention", "ffn", "other"]
 CONSUMERS: frozenset[Role] = frozenset({"o", "down"})
 PRODUCERS: frozenset[Role] = frozenset({"q", "k", "v", "up", "gate"})
 
 
+@printable
 @dataclass(frozen=True)
 class Site:
     """Where the units of a structure lie in one tensor.
@@ -90,6 +93,7 @@ class Site:
         return f"{text}] {self.role}"
 
 
+@printable
 @dataclass(frozen=True)
 class Structure:
     """A coupled structure: `units` units that may be permuted together over `sites`.
@@ -130,6 +134,7 @@ class Structure:
         return "\n".join(lines)
 
 
+@printable
 @dataclass(frozen=True)
 class Declined:
     """A near miss of detection: something that looks like a structure and must not be moved, with the reason.

@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from sparsify.blocks import repeated_blocks
 from sparsify.capture import evaluating
+from sparsify.console import printable
 from sparsify.errors import PlanError, Refusal, SparsifyError
 from sparsify.masked import pack_bits, unpack_bits
 from sparsify.program import Program, canonical_names
@@ -59,6 +60,7 @@ HESSIAN_BYTES = 2 << 30
 FINGERPRINT_ENTRIES = 4096
 
 
+@printable
 @dataclass(frozen=True)
 class LayerStats:
     """What happened to one parameter.
@@ -66,7 +68,7 @@ class LayerStats:
     sparsity: achieved fraction of zeros. error: squared error of the layer's output relative to its energy on the calibration tokens
     (SparseGPT: exact up to the damping; Wanda: inputs taken as uncorrelated; without data: the share of Σ w²). tokens: calibration
     tokens seen (packed experts: the fewest of any expert). seconds: pruning only. note: what was done differently, and why.
-    numel: entries of the parameter. itemsize: bytes of each.
+    numel: entries of the parameter. itemsize: bytes of each. inputs: of one output, so the width of its Hessian (0: not recorded).
     """
 
     name: str
@@ -79,8 +81,10 @@ class LayerStats:
     note: str = ""
     numel: int = 0
     itemsize: int = 0
+    inputs: int = 0
 
 
+@printable
 @dataclass
 class PruneResult:
     """masks and tensors by qualified parameter name, in the stored layout (masks bool, True = survivor); layers in order.
@@ -506,6 +510,7 @@ class Driver:
             "error": relative(pruned, energy),
             "energy": energy,
             "tokens": tokens,
+            "inputs": weight.shape[1],
             "seconds": time.perf_counter() - started,
             "note": f"{where}: {note}" if note else "",
         }
@@ -550,6 +555,7 @@ class Driver:
                 note="; ".join(notes[:2]) + (f"; and {len(notes) - 2} more" if len(notes) > 2 else ""),
                 numel=final.numel(),
                 itemsize=parameter.element_size(),
+                inputs=max(s["inputs"] for s in every),
             )
         )
         self.residence.keep(self.result, name, parameter.detach(), final)
