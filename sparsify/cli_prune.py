@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparsify.cli_rule import line_of
+from sparsify.cli_rule import line_of, reading
 from sparsify.console import one_line
 from sparsify.errors import InputError
 from sparsify.model_folder import SPARSE_FILE, check_folder, load_config, load_model, load_tokenizer
@@ -34,11 +34,9 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 RECORD = "pruning.json"
 LARGEST_SEED = (1 << 63) - 1
-HELD_OUT = 16
-"""Samples on which the loss before and after is measured."""
-WANDA_TOKENS = 128
-SHOWN = 4
-"""Weights that were not pruned, of which each has its line without --all."""
+HELD_OUT = 16  # samples on which the loss before and after is measured
+WANDA_TOKENS = 128  # a mean of squares over as many is off by 12 %
+SHOWN = 4  # weights that were not pruned, of which each has its line without --all
 
 
 def prune(
@@ -176,11 +174,10 @@ def read_batches(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Calibration batches of a text model, and batches of samples that were not chosen; says how many tokens they have."""
     from sparsify.errors import PlanError
-    from sparsify.pruning.on_disk import hugging_face_class
     from sparsify.pruning.texts import split_batches
 
     config = load_config(model)
-    taken = getattr(hugging_face_class(model), "main_input_name", "input_ids")
+    taken = model_class(model).main_input_name
     if taken != "input_ids":
         raise PlanError(
             f"the model takes {taken}, not text: calibrate it in Python with sparsify.compile(…, calibration=batches), or use "
@@ -283,25 +280,30 @@ def predicts_text(model: Any, batch: dict[str, Any]) -> str:
 
 
 def few_tokens(layers: list[LayerStats]) -> str:
-    """A warning with numbers when layers saw too few calibration tokens for their method; empty when none did.
+    """A warning with numbers when Wanda saw too few tokens for its means of squares; empty when it did not.
 
-    SparseGPT inverts a matrix as wide as the layer has inputs: with fewer tokens than inputs it has directions that no token shows.
-    Wanda takes means of squares, whose relative error is √(2 / tokens).
+    SparseGPT's own need, as many tokens as inputs, is known and warned about where its Hessian is made.
     """
-    least = {"sparsegpt": lambda layer: layer.inputs, "wanda": lambda layer: WANDA_TOKENS}
-    short = [
-        (least[layer.method](layer), layer)
-        for layer in layers
-        if layer.tokens and layer.method in least and layer.tokens < least[layer.method](layer)
-    ]
+    short = [layer for layer in layers if layer.method == "wanda" and 0 < layer.tokens < WANDA_TOKENS]
     if not short:
         return ""
-    wanted, worst = max(short, key=lambda found: found[0] / found[1].tokens)
-    need = f"has {wanted:,} inputs" if worst.method == "sparsegpt" else f"needs about {wanted:,} tokens"
+    worst = min(short, key=lambda layer: layer.tokens)
     return one_line(
-        f"warning: too little calibration: {worst.name} {need} and saw {worst.tokens:,} tokens; so did {len(short)} of {len(layers)} "
-        f"weights; give more --samples, a longer --sequence or a larger file"
+        f"warning: too little calibration: {worst.name} saw {worst.tokens:,} tokens ({len(short)} of {len(layers)} weights fewer than "
+        f"{WANDA_TOKENS}), so its means of squares are off by {(2 / worst.tokens) ** 0.5:.0%}; give more --samples, a longer "
+        "--sequence or a larger file"
     )
+
+
+def model_class(model: Path) -> Any:
+    """The class that config.json names. Raises InputError or PlanError."""
+    from sparsify.pruning.on_disk import hugging_face_class
+
+    with reading(f"{model / 'config.json'}"):
+        kind = hugging_face_class(model)
+    if not hasattr(kind, "from_pretrained") or not hasattr(kind, "main_input_name"):
+        raise InputError(f"{model / 'config.json'}: names {getattr(kind, '__name__', kind)!r}, which is no model class")
+    return kind
 
 
 # --- the run: a folder that is complete but for its record, statistics of layers, what was left dense ---
@@ -337,9 +339,9 @@ def prune_in_memory(
 def complete_model(model: Path, dtype: Any) -> tuple[Any, list[Refusal]]:
     """The model with all its weights, and tensors in the files that it has no place for. Raises PlanError when the files lack one."""
     from sparsify.errors import PlanError
-    from sparsify.pruning.on_disk import hugging_face_class, unused_tensor
+    from sparsify.pruning.on_disk import unused_tensor
 
-    kind = hugging_face_class(model)
+    kind = model_class(model)
     loaded, missing, unexpected = load_model(model, kind, dtype or "auto")
     if missing:
         raise PlanError(
@@ -360,6 +362,7 @@ def prune_streamed(
     from sparsify.tensor_file import FolderTensors
 
     blocks = partial / "blocks"
+    model_class(model)
     result = prune_on_disk(model, blocks, Plan([rule], seed=seed), calibration=batches, dtype=dtype)
     if not sparse:
         return blocks, result.layers, result.refusals

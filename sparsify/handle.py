@@ -24,6 +24,7 @@ from sparsify.errors import AdapterError, SparsifyError
 from sparsify.install import Layout, LoadHook, SaveHook, Unshare
 from sparsify.masked import MaskedModule, bits_name, masked_parameters
 from sparsify.modules import AdaptedMixin, QuantizedMixin, low_rank_delta, make_plain, write_parts
+from sparsify.parameter_count import count_parameters
 from sparsify.parts import LowRankPart, Part, SlicePart, Snapshot
 from sparsify.passes.assign_rules import is_conv1d, owner_name
 from sparsify.passes.insert_partial import activate_support, current_index
@@ -136,19 +137,10 @@ class Handle:
         write_svg(self.program.pruned, path)
 
     def count_parameters(self) -> tuple[int, int]:
-        """`(trainable, all)`; parts that stand for entries of their weight do not add to `all`, packed weights count as dense."""
-        trainable = sum(p.numel() for p in self.host.parameters() if p.requires_grad)
-        added = {id(p) for part in self.parts.values() for p in part.parameters()}
-        total = sum(p.numel() for p in self.host.parameters() if id(p) not in added)
-        low = [
-            p
-            for part in self.parts.values()
-            if isinstance(part, LowRankPart)
-            for n, p in part.tensors().items()
-            if n != "sparse_values"
-        ]
-        packed = sum(m.shape.numel() for m in self.host.modules() if isinstance(m, QuantizedMixin))
-        return trainable, total + packed + sum(p.numel() for p in low)
+        """`(trainable, all)`; parts that stand for entries of their weight do not add to `all`, packed weights count as dense, and
+        entries that a mask keeps at zero do not train."""
+        found = count_parameters(self.host)
+        return found.trainable, found.total
 
     def print_trainable_parameters(self) -> None:
         """The line that PEFT's users know."""

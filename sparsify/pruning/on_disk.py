@@ -85,8 +85,10 @@ def unused_tensor(name: str) -> Refusal:
 
 def hugging_face_model(folder: Path) -> nn.Module:
     """An untrained model of the class and config that `folder/config.json` names."""
+    import transformers
+
     kind = hugging_face_class(folder)
-    return kind(read_config(folder))
+    return kind(transformers.AutoConfig.from_pretrained(folder))
 
 
 def hugging_face_class(folder: Path) -> Any:
@@ -95,21 +97,11 @@ def hugging_face_class(folder: Path) -> Any:
 
     if not (folder / "config.json").is_file():
         raise PlanError(f"{folder} has no config.json; pass build=… (a function that makes the module)")
-    names = getattr(read_config(folder), "architectures", None) or ["none"]
-    name = names[0] if isinstance(names, list) and isinstance(names[0], str) else "none"
-    kind = getattr(transformers, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+    config = transformers.AutoConfig.from_pretrained(folder)
+    names = getattr(config, "architectures", None) or ["none"]
+    kind = getattr(transformers, names[0], None)
+    if kind is None:
         raise PlanError(
-            f"{folder / 'config.json'}: transformers has no model class {name}; pass build=… (a function that makes it)"
+            f"{folder / 'config.json'}: transformers has no class {names[0]}; pass build=… (a function that makes it)"
         )
     return kind
-
-
-def read_config(folder: Path) -> Any:
-    """The configuration in a folder; no code from there runs, and nothing is fetched. Raises PlanError for a damaged one."""
-    import transformers
-
-    try:
-        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise PlanError(f"{folder / 'config.json'} cannot be read: {type(error).__name__}: {error}") from error

@@ -68,7 +68,7 @@ class LayerStats:
     sparsity: achieved fraction of zeros. error: squared error of the layer's output relative to its energy on the calibration tokens
     (SparseGPT: exact up to the damping; Wanda: inputs taken as uncorrelated; without data: the share of Σ w²). tokens: calibration
     tokens seen (packed experts: the fewest of any expert). seconds: pruning only. note: what was done differently, and why.
-    numel: entries of the parameter. itemsize: bytes of each. inputs: of one output, so the width of its Hessian (0: not recorded).
+    numel: entries of the parameter. itemsize: bytes of each.
     """
 
     name: str
@@ -81,7 +81,6 @@ class LayerStats:
     note: str = ""
     numel: int = 0
     itemsize: int = 0
-    inputs: int = 0
 
 
 @printable
@@ -510,7 +509,6 @@ class Driver:
             "error": relative(pruned, energy),
             "energy": energy,
             "tokens": tokens,
-            "inputs": weight.shape[1],
             "seconds": time.perf_counter() - started,
             "note": f"{where}: {note}" if note else "",
         }
@@ -555,7 +553,6 @@ class Driver:
                 note="; ".join(notes[:2]) + (f"; and {len(notes) - 2} more" if len(notes) > 2 else ""),
                 numel=final.numel(),
                 itemsize=parameter.element_size(),
-                inputs=max(s["inputs"] for s in every),
             )
         )
         self.residence.keep(self.result, name, parameter.detach(), final)
