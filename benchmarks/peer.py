@@ -31,7 +31,7 @@ class Peer:
         self.kind = kind
         executable = Path(python) / "bin" / "python" if Path(python).is_dir() else Path(python)
         environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the process)
+        self.log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (as long as the process)
         self.process = subprocess.Popen(
             [str(executable), str(HERE / "peers" / script), *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment,

@@ -43,9 +43,7 @@ def about(
     ] = False,
 ) -> None:
     if context.invoked_subcommand is None:
-        text = context.get_help()  # typer prints it itself where rich is installed
-        if text.strip():
-            typer.echo(text)
+        typer.echo(context.get_help())
 
 
 @app.command()
@@ -84,11 +82,6 @@ def model_to_inspect(name: str) -> Any:
     if is_folder(name):
         model, missing, _ = load_model(Path(name))
         if missing:
-            here = {key for key, _ in model.named_parameters()}
-            if here <= set(missing):
-                raise InputError(
-                    f"{name}: its files hold no tensor of {type(model).__name__}, which {name}/config.json names"
-                )
             note = f"note: the files lack '{missing[0]}' ({len(missing)} tensors in all), which start at random"
             typer.echo(one_line(note), err=True)
         return model

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sparsify.cli_rule import line_of, reading
-from sparsify.console import one_line
+from sparsify.console import one_line, printable
 from sparsify.errors import InputError
 from sparsify.model_folder import SPARSE_FILE, check_folder, load_config, load_model, load_tokenizer
 
@@ -202,6 +202,7 @@ def counted(batches: list[dict[str, Any]]) -> dict[str, int]:
 # --- loss before and after ---
 
 
+@printable
 class Losses:
     """Mean loss per token on a few samples, dense and pruned; or why there is none.
 

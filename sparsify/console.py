@@ -43,6 +43,9 @@ NOT_TEXT = re.compile(
 """Controls, separators that some programs take for line ends, marks that change the direction of reading or cannot be seen, and
 halves of surrogate pairs (as Python shows bytes of a file name that are not UTF-8). Tab and newline are not among them."""
 
+SHOWS = "shows_on_every_console"
+"""Attribute of the methods that `printable` made."""
+
 _in_full: ContextVar[bool] = ContextVar("sparsify_in_full", default=False)
 
 
@@ -117,7 +120,7 @@ def printable(cls: Class) -> Class:
     """Class decorator: `str()` and `repr()` give what the console can show. Stands above `@dataclass`."""
     for name in ("__str__", "__repr__"):
         written = getattr(cls, name)
-        if written is not getattr(object, name) and not hasattr(written, "__wrapped__"):
+        if written is not getattr(object, name) and not hasattr(written, SHOWS):
             setattr(cls, name, _showing(written))
     return cls
 
@@ -127,6 +130,7 @@ def _showing(written: Callable[[Any], str]) -> Callable[[Any], str]:
     def show(self: Any) -> str:
         return shown(written(self))
 
+    setattr(show, SHOWS, True)
     return show
 
 

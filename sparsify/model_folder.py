@@ -74,6 +74,8 @@ def check_folder(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} has no {CONFIG}: it is not a Hugging Face checkpoint")
     config = read_object(folder / CONFIG)
     check_depth(folder / CONFIG, config)
+    if "auto_map" in config and not known_type(config.get("model_type")):
+        raise InputError(f"{folder / CONFIG}: the model brings code of its own ('auto_map'), which is never run here")
     for name in INDICES:
         if (folder / name).exists():
             read_index(folder / name)
@@ -105,6 +107,13 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise InputError(f"{path}: expected a JSON object, found {json_kind(document)}")
     return document
+
+
+def known_type(name: Any) -> bool:
+    """Whether transformers itself has this model type."""
+    from transformers import CONFIG_MAPPING
+
+    return isinstance(name, str) and name in CONFIG_MAPPING
 
 
 def json_kind(value: Any) -> str:
@@ -170,7 +179,12 @@ def load_model(folder: Path, kind: Any = None, dtype: Any = "auto") -> tuple[Any
         model, info = (kind or AutoModel).from_pretrained(
             folder, dtype=dtype, local_files_only=True, weights_only=True, output_loading_info=True, **own
         )
-    return model.eval(), sorted(map(str, info["missing_keys"])), sorted(map(str, info["unexpected_keys"]))
+    missing, unexpected = (sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected"))
+    if missing and {name for name, _ in model.named_parameters()} <= set(missing):
+        raise InputError(
+            f"{folder}: its files hold no tensor of {type(model).__name__}, the model that {CONFIG} describes"
+        )
+    return model.eval(), missing, unexpected
 
 
 def config_of_type(name: str) -> Any:
