@@ -294,6 +294,135 @@ def test_a_failure_while_writing_leaves_no_output(
     same_as_compiled(tmp_path / "out", folder / "llama", Prune(method="magnitude"), None)
 
 
+# --- what is printed ---
+
+
+def loss_of(model: Any, batches: list[dict[str, Tensor]]) -> float:
+    """Mean loss per predicted token."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for batch in batches:
+            labels = batch.get("labels", batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100))
+            shift = 0 if "labels" in batch else 1
+            tokens = int((labels[:, shift:] != -100).sum())
+            total += float(model(**{**batch, "labels": labels}).loss) * tokens
+            count += tokens
+    return total / count
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+@pytest.mark.parametrize(("name", "file"), [("llama", "text.txt"), ("t5", "pairs.jsonl")])
+def test_the_loss_before_and_after_is_that_of_the_two_folders(
+    folder: Path, tmp_path: Path, name: str, file: str, held_out: bool
+) -> None:
+    from sparsify.pruning.texts import split_batches
+
+    samples = 4 if held_out else 1000
+    out, options = tmp_path / "out", ["--calibration", folder / file, "--samples", str(samples), "--sequence", "9"]
+    done = call(folder / name, "-o", out, *options)
+    assert done.exit_code == 0, done.output
+    config = hf.AutoConfig.from_pretrained(folder / name)
+    given, others = split_batches(folder / file, config, small_tokenizer(), samples=samples, held_out=16, sequence=9)
+    batches = others if held_out else given[:2]
+    kind: Any = hf.LlamaForCausalLM if name == "llama" else hf.T5ForConditionalGeneration
+    dense, pruned = (loss_of(kind.from_pretrained(path).eval(), batches) for path in (folder / name, out))
+    recorded = json.loads((out / "pruning.json").read_bytes())["loss"]
+    assert recorded["dense"] == pytest.approx(dense, abs=1e-5)
+    assert recorded["pruned"] == pytest.approx(pruned, abs=1e-5)
+    assert abs(dense - pruned) > 1e-5
+    count = sum(len(batch["input_ids"]) for batch in batches)
+    assert (recorded["held_out"], recorded["samples"]) == (held_out, count)
+    which = "held-out" if held_out else "calibration"
+    assert f"loss: {dense:.4f} dense, {pruned:.4f} pruned on {count} {which} samples (perplexity " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--no-loss"], "--no-loss"),
+        (["--stream"], "it would need the whole model in memory (--stream)"),
+        ([], "there is no --calibration text"),
+    ],
+)
+def test_why_there_is_no_loss(folder: Path, tmp_path: Path, options: list[str], why: str) -> None:
+    text = ["--calibration", folder / "text.txt", "--samples", "2"] if options else []
+    done = call(folder / "llama", "-o", tmp_path / "out", "--method", "magnitude", *text, *options)
+    assert done.exit_code == 0, done.output
+    assert f"loss: not measured, {why}\n" in done.stdout
+    assert json.loads((tmp_path / "out" / "pruning.json").read_bytes())["loss"] is None
+
+
+def test_a_loss_that_sees_its_answers_is_none() -> None:
+    """A masked language model's loss on its own input says nothing: found by trying, not by the class's name."""
+    from sparsify.cli_prune import Losses
+
+    batch = {"input_ids": tiny.tokens(3, 7), "attention_mask": torch.ones(3, 7, dtype=torch.int64)}
+    batch["attention_mask"][1:, 5:] = 0
+    bert: Any = hf.BertForMaskedLM(hf.BertConfig(**dict[str, Any](zoo.ENCODER))).eval()
+    losses = Losses([batch], False, False, False)
+    losses.dense = losses.measure(bert)
+    assert str(losses) == "loss: not measured, its outputs see the tokens that they would have to predict"
+    model: Any = tiny.build("Llama").train()
+    losses = Losses([batch], False, False, False)
+    losses.dense = losses.pruned = losses.measure(model)
+    assert losses.dense == pytest.approx(loss_of(model.eval(), [batch]), abs=1e-6)
+    assert "on 3 calibration samples (perplexity +0.0 %)" in str(losses)
+    losses = Losses([batch], False, False, False)
+    assert losses.measure(nn.Linear(2, 2)) != losses.measure(nn.Linear(2, 2))
+    assert "Linear has none for text (TypeError" in str(losses)
+
+
+def test_a_summary_by_kind_of_weight_and_every_line_with_all(folder: Path, tmp_path: Path) -> None:
+    options = [folder / "llama", "--method", "magnitude", "-o"]
+    short, long = call(*options, tmp_path / "a"), call(*options, tmp_path / "b", "--all")
+    down = "model.layers.*.mlp.down_proj.weight"
+    (line,) = [line.split() for line in short.stdout.splitlines() if line.startswith(down)]
+    layers = json.loads((tmp_path / "a" / "pruning.json").read_bytes())["layers"]
+    errors = {layer["name"]: layer["error"] for layer in layers if layer["name"].endswith("down_proj.weight")}
+    worst = max(errors, key=errors.__getitem__)
+    assert line[1:3] == [str(len(errors)), "75.00%"]
+    assert line[3:5] == [f"{sum(errors.values()) / len(errors):.2e}", f"{errors[worst]:.2e}"]
+    assert line[6:] == ["in", worst]
+    assert "model.layers.0.mlp.down_proj.weight 7" not in short.stdout
+    for name in errors:
+        assert sum(line.startswith(name) for line in long.stdout.splitlines()) == 1
+    assert down not in long.stdout
+
+
+def test_many_refusals_are_counted(folder: Path, tmp_path: Path) -> None:
+    tensors = dict(FolderTensors(folder / "llama"))
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "config.json").write_bytes((folder / "llama" / "config.json").read_bytes())
+    extra = {f"old\n.{i}": torch.ones(3) for i in range(9)}
+    save_file(tensors | extra, tmp_path / "more" / "model.safetensors", {"format": "pt"})
+    done = call(tmp_path / "more", "-o", tmp_path / "out", "--method", "magnitude")
+    assert done.exit_code == 0, done.output
+    lines = [line for line in done.stdout.splitlines() if line.startswith("not pruned: ")]
+    assert len(lines) == 5
+    assert lines[-1] == "not pruned: 6 more (--all lists them)"
+    assert r"old\n.0: the model has no such tensor" in done.stdout
+
+
+def test_too_little_calibration_for_wanda_is_said_with_numbers(folder: Path, tmp_path: Path) -> None:
+    options = [
+        folder / "llama",
+        "--method",
+        "wanda",
+        "--calibration",
+        folder / "text.txt",
+        "--sequence",
+        "9",
+        "--no-loss",
+    ]
+    done = call(*options, "-o", tmp_path / "few", "--samples", "4")
+    assert done.exit_code == 0, done.output
+    assert "warning: too little calibration: model.layers.0." in done.stderr
+    assert "saw 36 tokens (14 of 14 weights fewer than 128), so its means of squares are off by 24%" in done.stderr
+    done = call(*options, "-o", tmp_path / "enough", "--samples", "15")
+    assert done.exit_code == 0, done.output
+    assert "warning" not in done.stderr
+
+
 # --- refusals ---
 
 
