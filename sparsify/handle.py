@@ -22,6 +22,7 @@ from sparsify import peft_export, peft_format
 from sparsify.adapter import Adapter, Delta
 from sparsify.anchors import Anchor, anchors_of
 from sparsify.capture import evaluating
+from sparsify.console import printable
 from sparsify.errors import AdapterError, SparsifyError
 from sparsify.exact import changed, sum_dtype
 from sparsify.install import save_again
@@ -32,6 +33,7 @@ from sparsify.masked import MaskedModule, bits_name, masked_parameters
 from sparsify.module_tree import copy_module_tree
 from sparsify.modules import AdaptedMixin, QuantizedMixin, add_low_rank, make_plain, write_parts
 from sparsify.moved_buffers import Buffers, mix_buffer
+from sparsify.parameter_count import count_parameters
 from sparsify.parts import LowRankPart, Part, SlicePart, Snapshot
 from sparsify.passes.assign_rules import is_conv1d, owner_name
 from sparsify.passes.insert_partial import activate_support, current_index
@@ -75,6 +77,7 @@ def writes(method: Callable[..., T]) -> Callable[..., T]:
     return guarded
 
 
+@printable
 @dataclass(frozen=True)
 class Conflict:
     """Two mixed adapters change the same channels of one weight; their changes add up there."""
@@ -90,6 +93,7 @@ class Conflict:
         return f"{self.param}: {' and '.join(self.adapters)} share {self.shared} of {self.total} {what}"
 
 
+@printable
 @dataclass(frozen=True)
 class Mix:
     """What `set_adapter` made active, and where mixed adapters overlap."""
@@ -103,6 +107,7 @@ class Mix:
         return text + "".join(f"\n  conflict {c}" for c in self.conflicts)
 
 
+@printable
 @dataclass(frozen=True)
 class MergeNote:
     """What folding an adapter into packed weights did: it quantises again, so the result is not exact.
@@ -115,6 +120,7 @@ class MergeNote:
     outputs: float
 
 
+@printable
 @dataclass
 class Handle:
     """State of one compiled host. Made by `sparsify.compile`; reach it as `model.sparsify`."""
@@ -197,20 +203,11 @@ class Handle:
         write_svg(self.program.pruned, path)
 
     def count_parameters(self) -> tuple[int, int]:
-        """`(trainable, all)`; parts that stand for entries of their weight do not add to `all`, packed weights count as dense."""
+        """`(trainable, all)`; parts that stand for entries of their weight do not add to `all`, packed weights count as dense, and
+        entries that a mask keeps at zero do not train."""
         self.check("count_parameters")
-        trainable = sum(p.numel() for p in self.host.parameters() if p.requires_grad)
-        added = {id(p) for part in self.parts.values() for p in part.parameters()}
-        total = sum(p.numel() for p in self.host.parameters() if id(p) not in added)
-        low = [
-            p
-            for part in self.parts.values()
-            if isinstance(part, LowRankPart)
-            for n, p in part.tensors().items()
-            if n != "sparse_values"
-        ]
-        packed = sum(m.shape.numel() for m in self.host.modules() if isinstance(m, QuantizedMixin))
-        return trainable, total + packed + sum(p.numel() for p in low)
+        found = count_parameters(self.host)
+        return found.trainable, found.total
 
     def print_trainable_parameters(self) -> None:
         """The line that PEFT's users know."""

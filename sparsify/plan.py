@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
+from sparsify.console import printable
 from sparsify.errors import PlanError
 from sparsify.habits import from_habit, hint_for
 from sparsify.json_text import parse_json, short
@@ -158,6 +159,7 @@ def arguments(rule: Any, values: tuple[Any, ...], fields: Mapping[str, Any], whe
     return found
 
 
+@printable
 @dataclass(frozen=True, kw_only=True)
 class Rule:
     """Base of all rules.
@@ -437,6 +439,7 @@ def register_rule(rule: type[Rule]) -> type[Rule]:
 
 
 @takes_habits
+@printable
 @dataclass(frozen=True)
 class Plan:
     """What `sparsify.compile` should do.
