@@ -20,6 +20,8 @@ from sparsify import peft_format
 from sparsify.adapter import Adapter, Delta
 from sparsify.capture import evaluating
 from sparsify.errors import AdapterError, SparsifyError
+from sparsify.files.kinds import refuse_two_adapters
+from sparsify.files.ranks import on_first_rank
 from sparsify.install import Layout, LoadHook, SaveHook, Unshare
 from sparsify.masked import MaskedModule, bits_name, masked_parameters
 from sparsify.modules import AdaptedMixin, QuantizedMixin, low_rank_delta, make_plain, write_parts
@@ -283,14 +285,10 @@ class Handle:
         return self.write_once(lambda: files.save(adapter, directory), directory)
 
     def write_once(self, write: Callable[[], Path], directory: str | os.PathLike[str]) -> Path:
-        """Call `write`; of a sharded host only the first rank does, and the others wait for it."""
+        """Call `write`; of a sharded host only the first rank does, the others wait for it, and all raise when it fails."""
         if not back_to_pieces(self.host):
             return write()
-        try:
-            if torch.distributed.get_rank() == 0:
-                write()
-        finally:
-            torch.distributed.barrier()
+        on_first_rank(write)
         return Path(directory)
 
     def load_adapter(self, directory: str | os.PathLike[str], name: str = DEFAULT, *, strict: bool = True) -> None:
@@ -300,6 +298,7 @@ class Handle:
         """
         self.need_unmerged("load_adapter")
         where = str(directory)
+        refuse_two_adapters(directory)
         foreign = peft_format.is_peft(directory)
         loaded = peft_format.read(directory, self.host) if foreign else files.load(directory)
         for delta in loaded.deltas:

@@ -15,8 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsify.adapter import Adapter, Delta, write_atomic
+from sparsify.adapter import Adapter, Delta
 from sparsify.errors import AdapterError
+from sparsify.files import kinds
+from sparsify.files.atomic import committing
+from sparsify.files.tensors import write_tensors
 from sparsify.passes.assign_rules import is_conv1d
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -38,8 +41,8 @@ def export(
     adapter: Adapter, shapes: dict[str, torch.Size], directory: str | os.PathLike[str], base: str | None
 ) -> Path:
     """Write `adapter_config.json` and `adapter_model.safetensors` so that PEFT loads the same function."""
-    from safetensors.torch import save as to_bytes
-
+    path = Path(directory)
+    kinds.refuse_beside(path, kinds.PEFT, "adapter_config.json", AdapterError)
     if not adapter.deltas:
         raise AdapterError("export_lora: the adapter is empty")
     tensors: dict[str, Tensor] = {}
@@ -81,10 +84,10 @@ def export(
         "use_rslora": False,
         "use_dora": False,
     }
-    path = Path(directory)
-    path.mkdir(parents=True, exist_ok=True)
-    write_atomic(path / "adapter_model.safetensors", to_bytes(tensors, metadata={"format": "pt"}))
-    write_atomic(path / "adapter_config.json", json.dumps(config, indent=2).encode())
+    with committing() as commit:  # what PEFT looks for first appears last
+        write_tensors(path / "adapter_model.safetensors", tensors, {"format": "pt"}, commit)
+        with commit.writing(path / "adapter_config.json") as file:
+            file.write(json.dumps(config, indent=2).encode())
     return path
 
 
