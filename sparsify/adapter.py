@@ -174,7 +174,7 @@ def is_file(path: Path) -> bool:
 
 def compare_readable(path: Path, document: dict[str, Any]) -> None:
     """Warn when the readable copy says something else than the document that counts."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return
     try:
         same = strict_json.read(path) == document

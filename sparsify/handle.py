@@ -20,6 +20,7 @@ from sparsify import peft_format
 from sparsify.adapter import Adapter, Delta
 from sparsify.capture import evaluating
 from sparsify.errors import AdapterError, SparsifyError
+from sparsify.files.atomic import check_target, reported
 from sparsify.files.kinds import refuse_two_adapters
 from sparsify.files.ranks import on_first_rank
 from sparsify.install import Layout, LoadHook, SaveHook, Unshare
@@ -809,7 +810,10 @@ class Handle:
                 weight[places] = (weight[places].float() + delta.values.to(weight.device)).to(weight.dtype)
         added = {"weight_slice", "sparse_values", "sparse_index", "lora_A", "lora_B"}
         kept = {k: v for k, v in state.items() if k.rpartition(".")[2] not in added}
-        self.host.save_pretrained(directory, state_dict=kept)  # type: ignore[operator]
+        check_target(directory / "config.json")
+        with reported(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            self.host.save_pretrained(directory, state_dict=kept)  # type: ignore[operator]
         return directory
 
 

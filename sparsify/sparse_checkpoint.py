@@ -396,7 +396,7 @@ class SparseCheckpoint:
         SparseCheckpointError for a folder that holds a model.
         """
         folder = Path(folder)
-        if any(folder.glob("*.safetensors")):
+        if any(folder.glob("*.safetensors")) or kinds.DENSE in kinds.found_in(folder):
             raise SparseCheckpointError(f"{folder} holds a model already: choose another folder, or delete it")
         kinds.refuse_beside(folder, kinds.DENSE, "model.safetensors", SparseCheckpointError)
         self.file.verify()

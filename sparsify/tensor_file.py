@@ -8,6 +8,7 @@ names files of the folder and nothing outside of it, every file's header is chec
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -76,7 +77,7 @@ def open_tensors(folder: Path) -> dict[str, TensorFile]:
     index that points outside of the folder or to what is not there, and damaged files.
     """
     index = folder / INDEX
-    if index.exists() or index.is_symlink():
+    if os.path.lexists(index):
         return open_indexed(folder, index)
     if (folder / "pruning" / "run.json").is_file():
         raise SparsifyError(

@@ -176,8 +176,8 @@ def writing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """The same for code that writes to a path: an empty file with a name of its own, beside `path`."""
-    with writing(path) as file:
-        yield Path(file.name)
+    with committing() as commit, commit.writing(path):
+        yield commit.pending[-1][1]
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
@@ -208,13 +208,13 @@ def check_target(target: Path) -> None:
         raise WriteError(target, "the name has characters that this system cannot store; choose another") from None
     if b"\0" in encoded:
         raise WriteError(target, "the name has a NUL character; choose another")
-    if target.name in ("", "..") or target.is_dir():
+    if target.name in ("", "..") or os.path.isdir(target):
         raise WriteError(target, "a folder of that name is in the way; choose another name, or delete it")
+    mode = stat.S_IFREG
     with suppress(OSError):
-        if not stat.S_ISREG(target.stat().st_mode):
-            raise WriteError(
-                target, "something that is not a file (a device, a pipe) is in the way; choose another name"
-            ) from None
+        mode = target.stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise WriteError(target, "something that is not a file (a device, a pipe) is in the way; choose another name")
 
 
 def temporary_name(name: str) -> str:

@@ -88,10 +88,12 @@ def refuse_beside(
 def refuse_two_adapters(folder: str | os.PathLike[str]) -> None:
     """Raise AdapterError for a folder that holds an adapter and a PEFT adapter: which one is meant, nobody can say."""
     path = Path(folder)
+    found = []
     with suppress(OSError, ValueError):
-        if (path / "adapter.safetensors").is_file() and (path / "adapter_config.json").is_file():
-            raise AdapterError(
-                f"{shown(path)} holds two adapters: adapter.safetensors (made by save_adapter) and adapter_config.json (a PEFT "
-                "adapter, made by export_lora or PEFT): move one of them to a folder of its own, or delete the files of the one "
-                "that is not meant"
-            )
+        found = [(path / name).is_file() for name in ("adapter.safetensors", "adapter_config.json")]
+    if found == [True, True]:
+        raise AdapterError(
+            f"{shown(path)} holds two adapters: adapter.safetensors (made by save_adapter) and adapter_config.json (a PEFT "
+            "adapter, made by export_lora or PEFT): move one of them to a folder of its own, or delete the files of the one "
+            "that is not meant"
+        )

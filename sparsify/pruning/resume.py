@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class ResumeStore:
         self.folder, self.fingerprint, self.version = folder, fingerprint, STATE_VERSION
         kinds.refuse_beside(folder, kinds.RESUME, STATE, PlanError)
         state = folder / STATE
-        if state.exists() or state.is_symlink():
+        if os.path.lexists(state):
             self.version = self.checked_version(state)
             sweep(folder)
         else:
@@ -85,7 +86,7 @@ class ResumeStore:
     def load(self, views: list[View], dtype: torch.dtype) -> dict[View, tuple[Tensor, Tensor, dict[str, Any]]] | None:
         """What was saved for these views, of weights of `dtype`; None when nothing was. Raises PlanError for anything else."""
         path = self.path(views)
-        if not views or not (path.exists() or path.is_symlink()):
+        if not views or not os.path.lexists(path):
             return None
         try:
             return self.checked(TensorFile(path, PlanError), views, dtype)

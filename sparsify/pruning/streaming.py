@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -320,7 +321,7 @@ class StreamedWeights:
     def check_run(self, run: str) -> None:
         """Raises PlanError when the target belongs to another run, or to none."""
         path = self.records / "run.json"
-        if path.exists() or path.is_symlink():
+        if os.path.lexists(path):
             try:
                 document = strict_json.read(path, PlanError, limit=1 << 16)
                 found = document.get("run") if isinstance(document, dict) else None
