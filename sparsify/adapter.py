@@ -156,10 +156,10 @@ def load(directory: str | os.PathLike[str]) -> Adapter:
     file = path if is_file(path) else path / TENSORS
     if not is_file(file):
         raise AdapterError(f"{shown(path)}: no {TENSORS} there; is it an adapter that save_adapter wrote?")
-    opened = TensorFile(file, AdapterError, check=False)
-    document = read_document(opened.metadata.get("sparsify"), file)
-    deltas = tuple(read_deltas(document, opened))
-    opened.check_content(required=document["format_version"] > 1)
+    with TensorFile(file, AdapterError, check=False, keep_open=True) as opened:
+        document = read_document(opened.metadata.get("sparsify"), file)
+        deltas = tuple(read_deltas(document, opened))
+        opened.check_content(required=document["format_version"] > 1)
     if file.name == TENSORS:
         compare_readable(file.with_name(DOCUMENT), document)
     return Adapter(deltas, dict(document["bases"]), dict(document.get("info") or {}))

@@ -283,14 +283,14 @@ class SparseCheckpoint:
 
     def __init__(self, path: str | Path, *, base: nn.Module | str | Path | None = None) -> None:
         self.path = Path(path)
-        self.file = TensorFile(self.path, SparseCheckpointError, check=False)
-        self.entries, self.masked, self.parts, self.base = read_header(self.file)
-        self.plain = list(self.parts)
-        if base is not None:
-            self.check_base(base_hash(base))
-        self.file.verify()
-        for name, entry in self.entries.items():
-            check_bits(self.path, name, entry, self.part(name + BITMASK))
+        with TensorFile(self.path, SparseCheckpointError, check=False, keep_open=True) as self.file:
+            self.entries, self.masked, self.parts, self.base = read_header(self.file)
+            self.plain = list(self.parts)
+            if base is not None:
+                self.check_base(base_hash(base))
+            self.file.verify()
+            for name, entry in self.entries.items():
+                check_bits(self.path, name, entry, self.part(name + BITMASK))
 
     def check_base(self, expected: str) -> None:
         """Raises SparseCheckpointError when the file was not pruned from the dense model with this hash, or does not say."""

@@ -186,7 +186,8 @@ def write_tensors(
 
 
 class TensorFile:
-    """A safetensors file whose header was checked against the file. Tensors are read when asked for, and the file is open only then.
+    """A safetensors file whose header was checked against the file. Tensors are read when asked for, and the file is open only then;
+    keep_open: it stays open until `close`, so that a writer who replaces it meanwhile does not matter (for one thread).
 
     metadata: the header's, without our hashes. parts: tensor name → dtype and shape. hashes: tensor name → SHA-256, or None
     for a file that has none. error: what is raised, always with the file's name in front. check: False for a format whose reader
@@ -194,14 +195,30 @@ class TensorFile:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], error: type[SparsifyError] = SparsifyError, *, check: bool = True
+        self,
+        path: str | os.PathLike[str],
+        error: type[SparsifyError] = SparsifyError,
+        *,
+        check: bool = True,
+        keep_open: bool = False,
     ) -> None:
         self.path, self.error = Path(path), error
         self.parts: dict[str, Part] = {}
         self.offsets: dict[str, int] = {}
-        with open_regular(self.path, error) as file:
-            self.identity = identity(file)
-            header, self.first = self.read_header(file)
+        self.held: IO[bytes] | None = open_regular(self.path, error)
+        try:
+            self.parse(check)
+        except BaseException:
+            keep_open = False
+            raise
+        finally:
+            if not keep_open:
+                self.close()
+
+    def parse(self, check: bool) -> None:
+        assert self.held is not None
+        self.identity = identity(self.held)
+        header, self.first = self.read_header(self.held)
         self.metadata = self.parsed_metadata(header.pop("__metadata__", {}))
         self.parse_parts(header)
         content = self.metadata.pop(CONTENT, None)
@@ -211,6 +228,18 @@ class TensorFile:
             self.hashes, self.seal = self.parsed_hashes(content)
         if check:
             self.check_content()
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """From now on the file is opened for each tensor, and must still be the same one."""
+        if self.held is not None:
+            self.held.close()
+            self.held = None
 
     def bad(self, text: str) -> SparsifyError:
         return self.error(f"{shown(self.path)}: {text}")
@@ -305,6 +334,9 @@ class TensorFile:
 
     @contextmanager
     def opened(self) -> Iterator[IO[bytes]]:
+        if self.held is not None:
+            yield self.held
+            return
         with open_regular(self.path, self.error) as file:
             if identity(file) != self.identity:
                 raise self.bad("changed since it was opened; open it again")

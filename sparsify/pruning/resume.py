@@ -89,7 +89,8 @@ class ResumeStore:
         if not views or not os.path.lexists(path):
             return None
         try:
-            return self.checked(TensorFile(path, PlanError), views, dtype)
+            with TensorFile(path, PlanError, keep_open=True) as file:
+                return self.checked(file, views, dtype)
         except PlanError as error:
             raise PlanError(
                 f"{error}; delete {path.name} to prune its layers again, or {shown(self.folder)} to start over"

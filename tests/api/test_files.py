@@ -10,6 +10,7 @@ import signal
 import stat
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -189,11 +190,11 @@ def test_threads_write_the_same_targets(tmp_path: Path) -> None:
                 save_sparse(tensors[i], tmp_path / "model.sparse")
                 open_sparse(tmp_path / "model.sparse")
                 hosts[i].sparsify.save_adapter(tmp_path / "adapter")
+                with warnings.catch_warnings():  # the readable copy may be another writer's
+                    warnings.simplefilter("ignore")
+                    adapters.load(tmp_path / "adapter")
                 write_text(tmp_path / "report.html", str(i) * 10_000)
                 assert len(set((tmp_path / "report.html").read_text())) == 1
-        except SparsifyError as error:
-            if "changed since it was opened" not in str(error):  # a reader may meet a writer
-                failures.append(error)
         except BaseException as error:
             failures.append(error)
 
@@ -449,8 +450,10 @@ def test_truth_values_are_checked(tmp_path: Path) -> None:
 
 
 def test_a_file_that_changes_while_it_is_open_is_noticed(file: Path) -> None:
-    opened = TensorFile(file)
+    opened, kept = TensorFile(file), TensorFile(file, keep_open=True)
     write_tensors(file, {"a": torch.ones(2, 3)}, {})
+    with kept:
+        assert torch.equal(kept.read("a"), torch.arange(6.0).view(2, 3)), "who keeps it open reads what it opened"
     with pytest.raises(SparsifyError, match="changed since it was opened; open it again"):
         opened.read("a")
 
