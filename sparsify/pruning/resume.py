@@ -83,21 +83,23 @@ class ResumeStore:
         }
         write_tensors(self.path(views), tensors, metadata)
 
-    def load(self, views: list[View], dtype: torch.dtype) -> dict[View, tuple[Tensor, Tensor, dict[str, Any]]] | None:
-        """What was saved for these views, of weights of `dtype`; None when nothing was. Raises PlanError for anything else."""
+    def load(
+        self, views: list[View], dtypes: Mapping[str, torch.dtype]
+    ) -> dict[View, tuple[Tensor, Tensor, dict[str, Any]]] | None:
+        """What was saved for these views, None when nothing was. dtypes: of their parameters. Raises PlanError for anything else."""
         path = self.path(views)
         if not views or not os.path.lexists(path):
             return None
         try:
             with TensorFile(path, PlanError, keep_open=True) as file:
-                return self.checked(file, views, dtype)
+                return self.checked(file, views, dtypes)
         except PlanError as error:
             raise PlanError(
                 f"{error}; delete {path.name} to prune its layers again, or {shown(self.folder)} to start over"
             ) from error
 
     def checked(
-        self, file: TensorFile, views: list[View], dtype: torch.dtype
+        self, file: TensorFile, views: list[View], dtypes: Mapping[str, torch.dtype]
     ) -> dict[View, tuple[Tensor, Tensor, dict[str, Any]]]:
         if self.version > 1:
             file.require_hashes()
@@ -112,7 +114,7 @@ class ResumeStore:
         found = {}
         for place, view in enumerate(views):
             values, bits = file.parts[f"values.{place}"], file.parts[f"bits.{place}"]
-            size = (math.prod(view.shape) + 7) // 8
+            size, dtype = (math.prod(view.shape) + 7) // 8, dtypes[view.param]
             if values.dtype != dtype or values.shape != tuple(view.shape):
                 raise file.bad(
                     f"damaged: {values.name} is {values.dtype} {values.shape}, the weight {dtype} {tuple(view.shape)}"
@@ -120,7 +122,8 @@ class ResumeStore:
             if bits.dtype != torch.uint8 or bits.shape != (size,):
                 raise file.bad(f"damaged: {bits.name} is {bits.dtype} {bits.shape}, expected torch.uint8 {(size,)}")
             mask, kept = unpack_bits(file.read(bits.name), view.shape), file.read(values.name)
-            if bool((kept[~mask] != 0).any()) or not bool(torch.isfinite(kept).all()):
+            finite = file.hashes is not None or bool(torch.isfinite(kept).all())
+            if bool((kept[~mask] != 0).any()) or not finite:
                 raise file.bad(f"damaged: {values.name} is not zero where it was pruned, or not finite")
             found[view] = (kept, mask, stats[place])
         return found

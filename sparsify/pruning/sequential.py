@@ -392,7 +392,8 @@ class Driver:
     def prune_group(self, unit: Unit, group: Group, here: list[tuple[LockstepForward, Any]], forward: Any) -> None:
         if (
             self.store is not None
-            and (saved := self.store.load(group.views, self.parameter(group.params[0]).dtype)) is not None
+            and (saved := self.store.load(group.views, {name: self.parameter(name).dtype for name in group.params}))
+            is not None
         ):
             for view, (values, mask, stats) in saved.items():
                 self.write(view, values, mask, stats)

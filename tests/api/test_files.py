@@ -30,7 +30,9 @@ from sparsify.files import atomic, kinds, strict_json
 from sparsify.files.atomic import WriteError, committing, replacing, write_bytes, write_text, writing
 from sparsify.files.regular import open_regular
 from sparsify.files.tensors import CONTENT, Part, TensorFile, tensor_file, write_tensors
+from sparsify.pruning.collect import View
 from sparsify.pruning.on_disk import hugging_face_config, prune_on_disk
+from sparsify.pruning.resume import ResumeStore
 from sparsify.pruning.streaming import FolderMasks, file_label, shard_name
 from sparsify.sparse_checkpoint import SparseCheckpointError, open_sparse, save_sparse
 from sparsify.tensor_file import FolderTensors
@@ -908,6 +910,24 @@ def test_a_resume_folder_of_version_1_goes_on(resumed: Any, tmp_path: Path) -> N
         save_file(tensors, path, {"stats": text})
         with pytest.raises(PlanError, match="its statistics|in its statistics"):
             go_on(folder)
+
+
+def test_a_group_of_two_dtypes_comes_back(tmp_path: Path) -> None:
+    views = [View("a", 0, (3, 5), (5, 1)), View("b", 0, (2, 5), (5, 1))]
+    stats = {"method": "wanda", "error": float("nan"), "energy": 2.0, "tokens": 7, "seconds": 0.5, "note": "ü"}
+    masks = [torch.rand(view.shape) < 0.5 for view in views]
+    values = [torch.randn(3, 5) * masks[0], (torch.randn(2, 5) * masks[1]).bfloat16()]
+    store = ResumeStore(tmp_path / "rd", "f")
+    assert store.load(views, {}) is None
+    store.save({view: (v, m, stats) for view, v, m in zip(views, values, masks, strict=True)})
+    found = ResumeStore(tmp_path / "rd", "f").load(views, {"a": torch.float32, "b": torch.bfloat16})
+    assert found is not None
+    for view, v, m in zip(views, values, masks, strict=True):
+        assert torch.equal(found[view][0], v)
+        assert torch.equal(found[view][1], m)
+        assert repr(found[view][2]) == repr(stats)
+    with pytest.raises(PlanError, match="values.1 is torch.bfloat16"):
+        store.load(views, {"a": torch.float32, "b": torch.float32})
 
 
 class Blocks(nn.Module):
