@@ -10,7 +10,9 @@ A file pair per adapter, so that adapters of different runs, seeds and machines 
                           <param>::…::exact_places int64, ::exact: trained values that base + delta rounds away from
     adapter.json          the same document for people and tools: format version, base hashes, entries, plan, versions
 
-Both are written to temporary files and renamed; the tensor file is the commit point.
+Both appear together, the tensor file last: it is the commit point, complete without the other. Where the two disagree, what counts is
+the document in the tensor file, and a warning says so. Version 2 has a content hash of every tensor and of the document
+(`sparsify.files.tensors`), which is compared when the file is read; version 1, without, can still be read.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import hashlib
 import json
 import math
 import os
-import tempfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,9 +30,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sparsify.errors import AdapterError
+from sparsify.errors import AdapterError, SparsifyError
+from sparsify.files import kinds, strict_json
+from sparsify.files.atomic import committing, shown
+from sparsify.files.atomic import write_bytes as write_atomic  # noqa: F401  (its former name)
+from sparsify.files.tensors import TensorFile, write_tensors
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 TENSORS, DOCUMENT = "adapter.safetensors", "adapter.json"
 HASH_SAMPLES = 65536
 Kind = Literal["column", "row", "sparse", "lora", "full", "buffer"]
@@ -89,7 +96,11 @@ class Adapter:
 
 
 def tensor_hash(tensor: Tensor) -> str:
-    """SHA-256 over shape, dtype and up to 65,536 evenly spaced entries: cheap on any size, equal on every machine."""
+    """SHA-256 over shape, dtype and evenly spaced entries: all of them below 131,072, else at least 65,536.
+
+    Cheap on any size and equal on every machine: it tells *bases* apart. A base that differs in entries between the sampled ones
+    only has the same hash. What an adapter file holds has hashes over every byte (`sparsify.files.tensors`).
+    """
     flat = tensor.detach().reshape(-1)
     digest = hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
     if flat.device.type != "meta" and flat.numel():
@@ -121,27 +132,14 @@ def to_document(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write beside `path`, flush to disk, then rename over it: a killed save leaves the old file."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def save(adapter: Adapter, directory: str | os.PathLike[str]) -> Path:
-    """Write the adapter into `directory` (made if missing). Returns the directory."""
-    from safetensors.torch import save as to_bytes
+    """Write the adapter into `directory` (made if missing). Returns the directory.
 
+    Raises AdapterError for a directory that holds another kind of adapter or a pruning run, and SparsifyError when it cannot be written;
+    what was there is then unchanged.
+    """
     path = Path(directory)
-    path.mkdir(parents=True, exist_ok=True)
+    kinds.refuse_beside(path, kinds.ADAPTER, TENSORS, AdapterError)
     document = to_document(adapter)
     tensors: dict[str, Tensor] = {}
     for delta in adapter.deltas:
@@ -155,88 +153,120 @@ def save(adapter: Adapter, directory: str | os.PathLike[str]) -> Path:
             tensors[f"{delta.param}::{delta.kind}::exact_places"] = places
             tensors[f"{delta.param}::{delta.kind}::exact"] = flat[places]
     text = json.dumps(document, sort_keys=True)
-    write_atomic(path / DOCUMENT, json.dumps(document, indent=1, sort_keys=True).encode())
-    write_atomic(path / TENSORS, to_bytes(tensors, metadata={"sparsify": text}))
+    with committing() as commit:
+        with commit.writing(path / DOCUMENT) as file:
+            file.write(json.dumps(document, indent=1, sort_keys=True).encode())
+        write_tensors(path / TENSORS, tensors, {"sparsify": text}, commit)
     return path
 
 
 def load(directory: str | os.PathLike[str]) -> Adapter:
-    """Read and check an adapter directory; AdapterError says what is wrong with it. Nothing but the file is looked at."""
-    from safetensors import SafetensorError, safe_open
-
+    """Read and check an adapter directory; AdapterError says what is wrong with it. Nothing but the files is looked at."""
     path = Path(directory)
-    file = path if path.is_file() else path / TENSORS
-    if not file.is_file():
-        raise AdapterError(f"{path}: no {TENSORS} there; is it an adapter that save_adapter wrote?")
-    try:
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
-            document = read_document(metadata.get("sparsify"), file)
-            keys = set(opened.keys())
-            deltas = tuple(read_deltas(document, keys, opened, file))
-    except (SafetensorError, OSError, ValueError) as error:
-        if isinstance(error, AdapterError):
-            raise
-        raise AdapterError(f"{file}: damaged or not a safetensors file ({error})") from error
+    if not is_file(path):
+        kinds.refuse_two_adapters(path)
+    file = path if is_file(path) else path / TENSORS
+    if not is_file(file):
+        raise AdapterError(f"{shown(path)}: no {TENSORS} there; is it an adapter that save_adapter wrote?")
+    with TensorFile(file, AdapterError, check=False, keep_open=True) as opened:
+        document = read_document(opened.metadata.get("sparsify"), file)
+        deltas = tuple(read_deltas(document, opened))
+        opened.check_content(required=document["format_version"] > 1)
+    if file.name == TENSORS:
+        compare_readable(file.with_name(DOCUMENT), document)
     return Adapter(deltas, dict(document["bases"]), dict(document.get("info") or {}))
 
 
-def read_document(text: str | None, file: Path) -> dict[str, Any]:
-    if text is None:
-        raise AdapterError(f"{file}: not written by sparsify (no 'sparsify' metadata)")
+def is_file(path: Path) -> bool:
     try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{file}: its metadata is not JSON: {error}") from error
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+def compare_readable(path: Path, document: dict[str, Any]) -> None:
+    """Warn when the readable copy says something else than the document that counts."""
+    if not os.path.lexists(path):
+        return
+    try:
+        same = strict_json.read(path) == document
+    except SparsifyError:
+        same = False
+    if not same:
+        warnings.warn(
+            f"{shown(path)} is damaged or of another adapter; what counts is the document inside {TENSORS}, which was read",
+            stacklevel=4,
+        )
+
+
+def read_document(text: str | None, file: Path) -> dict[str, Any]:
+    where = shown(file)
+    if text is None:
+        raise AdapterError(f"{where}: not written by sparsify (no 'sparsify' metadata)")
+    document = strict_json.parse(text, f"{where}: its metadata is not JSON", AdapterError)
     if not isinstance(document, dict) or document.get("format") != "sparsify-adapter":
-        raise AdapterError(f"{file}: not a sparsify adapter")
+        raise AdapterError(f"{where}: not a sparsify adapter")
     version = document.get("format_version")
-    if version != FORMAT_VERSION:
-        raise AdapterError(f"{file}: format version {version!r}; this sparsify reads version {FORMAT_VERSION}")
+    if type(version) is not int or version not in READABLE_VERSIONS:
+        raise AdapterError(
+            f"{where}: format version {short(version)}; this sparsify reads versions 1 to {FORMAT_VERSION}; a newer one may read it"
+        )
     bases, entries = document.get("bases"), document.get("entries")
     if not isinstance(bases, dict) or not all(isinstance(v, str) for v in bases.values()):
-        raise AdapterError(f"{file}: 'bases' must map parameters to hashes")
+        raise AdapterError(f"{where}: 'bases' must map parameters to hashes")
     if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
-        raise AdapterError(f"{file}: 'entries' must be a list of objects")
+        raise AdapterError(f"{where}: 'entries' must be a list of objects")
     if not isinstance(document.get("info", {}), dict):
-        raise AdapterError(f"{file}: 'info' must be an object")
+        raise AdapterError(f"{where}: 'info' must be an object")
     return document
 
 
-def read_deltas(document: dict[str, Any], keys: set[str], opened: Any, file: Path) -> Iterator[Delta]:
+def short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "…"
+
+
+def read_deltas(document: dict[str, Any], opened: TensorFile) -> Iterator[Delta]:
+    file, keys = shown(opened.path), opened.parts
     seen: set[str] = set()
+    kinds_of: dict[str, set[str]] = {}
     for entry in document["entries"]:
         param, kind, transposed = entry.get("param"), entry.get("kind"), entry.get("transposed")
         if not isinstance(param, str) or kind not in KINDS or not isinstance(transposed, bool):
-            raise AdapterError(f"{file}: malformed entry {entry!r}")
+            raise AdapterError(f"{file}: malformed entry {short(entry)}")
         names = [f"{param}::{kind}::channels", f"{param}::{kind}::delta"]
         names += [f"{param}::{kind}::A"] if kind == "lora" else []
         corrected = "exact" in entry
         names += [f"{param}::{kind}::exact_places", f"{param}::{kind}::exact"] if corrected else []
         scale = entry.get("scale", 1.0)
         if not isinstance(scale, int | float) or isinstance(scale, bool) or not math.isfinite(scale):
-            raise AdapterError(f"{file}: {param}: the scale {scale!r} is not a finite number")
+            raise AdapterError(f"{file}: {param}: the scale {short(scale)} is not a finite number")
         if names[0] in seen:
             raise AdapterError(f"{file}: {param} ({kind}) is listed twice")
         seen.update(names)
+        together = kinds_of.setdefault(param, set())
+        together.add(kind)
+        if "full" in together and len(together) > 1:
+            raise AdapterError(f"{file}: {param} is listed in full and in parts")
         for name in names:
             if name not in keys:
                 raise AdapterError(f"{file}: tensor {name!r} is missing")
-        shape = list(opened.get_slice(names[1]).get_shape())
-        if shape != entry.get("shape") or opened.get_slice(names[0]).get_shape() != [entry.get("channels")]:
+        shape, count = entry.get("shape"), entry.get("channels")
+        if list(keys[names[1]].shape) != shape or list(keys[names[0]].shape) != [count] or type(count) is not int:
             raise AdapterError(f"{file}: {param}: the tensors have other shapes than the document says")
-        # copies: what safe_open returns is a view of the mapped file, which somebody may truncate or overwrite later
-        channels, values = opened.get_tensor(names[0]).clone(), opened.get_tensor(names[1]).clone()
-        if channels.dtype != torch.int64:
-            raise AdapterError(f"{file}: {param}: channels are {channels.dtype}, expected int64")
-        if values.dtype not in VALUE_DTYPES and kind != "buffer":
-            raise AdapterError(f"{file}: {param}: values are {values.dtype}, expected a floating type")
+        if keys[names[0]].dtype != torch.int64:
+            raise AdapterError(f"{file}: {param}: channels are {keys[names[0]].dtype}, expected int64")
+        for name in names[1:]:
+            free = kind == "buffer" or name.endswith("::exact_places")
+            if keys[name].dtype not in VALUE_DTYPES and not free:
+                raise AdapterError(f"{file}: {param}: values are {keys[name].dtype}, expected a floating type")
+        channels, values = opened.read(names[0]), opened.read(names[1])
         if not bool(torch.isfinite(values).all()):
             raise AdapterError(f"{file}: {param}: values are not finite")
-        factor = opened.get_tensor(names[2]).clone() if kind == "lora" else None
+        factor = opened.read(names[2]) if kind == "lora" else None
         if factor is not None:
-            fits = values.dim() == 2 and factor.dim() == 2 and factor.shape[0] == values.shape[1]
-            if not fits or factor.dtype not in VALUE_DTYPES or not bool(torch.isfinite(factor).all()):
+            fits = values.dim() == 2 and factor.dim() == 2 and factor.shape[0] == values.shape[1] > 0
+            if not fits or not bool(torch.isfinite(factor).all()):
                 raise AdapterError(
                     f"{file}: {param}: low-rank factors {tuple(values.shape)}, {tuple(factor.shape)} do not fit"
                 )
@@ -249,19 +279,23 @@ def read_deltas(document: dict[str, Any], keys: set[str], opened: Any, file: Pat
             channels.numel() == 0 or int(channels.min()) < 0 or channels.unique().numel() != channels.numel()
         ):
             raise AdapterError(f"{file}: {param}: channels must be distinct and not negative")
+        if kind in ("lora", "full", "buffer") and channels.numel():
+            raise AdapterError(
+                f"{file}: {param}: a change of kind {kind} has no channels, but {channels.numel()} are there"
+            )
         exact = read_exact(opened, names[-2], names[-1], entry, values, file) if corrected else None
         yield Delta(param, kind, channels, values, transposed, factor, float(scale), exact)
-    extra = keys - seen
+    extra = set(keys) - seen
     if extra:
         raise AdapterError(f"{file}: unexpected tensor {sorted(extra)[0]!r}")
 
 
 def read_exact(opened: Any, places_name: str, name: str, entry: dict[str, Any], values: Tensor, file: Path) -> Tensor:
     """Corrections by place → a tensor of the shape of `values`, NaN where there is none."""
-    shapes = [opened.get_slice(n).get_shape() for n in (places_name, name)]
+    shapes = [list(opened.part(n).shape) for n in (places_name, name)]
     if entry["kind"] not in ("column", "row", "sparse") or shapes != [[entry["exact"]]] * 2:
         raise AdapterError(f"{file}: {name}: the corrections do not fit their entry")
-    places, exact = opened.get_tensor(places_name), opened.get_tensor(name)
+    places, exact = opened.read(places_name), opened.read(name)
     fits = places.dtype == torch.int64 and exact.dtype in VALUE_DTYPES and places.unique().numel() == places.numel()
     if not fits or not bool(torch.isfinite(exact).all()):
         raise AdapterError(f"{file}: {name}: the corrections are not finite values at distinct places")
@@ -311,6 +345,7 @@ def check_fits(
             )
         if strict and hashes.get(delta.param) != adapter.bases.get(delta.param):
             raise AdapterError(
-                f"{where}: {delta.param} of this model is not the base that the adapter was trained on (hash differs); "
+                f"{where}: {delta.param} of this model is not the base that the adapter was trained on (the hash of "
+                f"its shape, dtype and sampled entries differs); "
                 "load the same base in the same dtype, or pass strict=False to apply the change to this one"
             )

@@ -11,18 +11,16 @@ Hovering shows original unit ids and sites; what was declined stands greyed in i
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 
 from sparsify.console import markup as escape
+from sparsify.files.atomic import write_text as write_atomically
 from sparsify.names import printable as without_controls
 from sparsify.printer import ids_text, lowrank_text, slice_text
 from sparsify.program import Program, TrainedSlice
@@ -108,22 +106,6 @@ def draw_program(program: Program, path: str | os.PathLike[str] | None = None) -
     if path is not None:
         write_atomically(path, text)
     return text
-
-
-def write_atomically(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file so that a reader, or a killed run, never sees half of it."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
 
 
 def split_layer(name: str) -> tuple[str, str]:

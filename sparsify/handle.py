@@ -25,6 +25,9 @@ from sparsify.capture import evaluating
 from sparsify.console import printable
 from sparsify.errors import AdapterError, SparsifyError
 from sparsify.exact import changed, sum_dtype
+from sparsify.files.atomic import check_target, reported
+from sparsify.files.kinds import refuse_two_adapters
+from sparsify.files.ranks import on_first_rank
 from sparsify.install import save_again
 from sparsify.layout import ADDED, MARKER, Layout, layout_of
 from sparsify.live_state import LoadHook, OnHost, RootHook, SaveHook, Unshare
@@ -372,14 +375,10 @@ class Handle:
         return self.write_once(lambda: files.save(adapter, directory), directory)
 
     def write_once(self, write: Callable[[], Path], directory: str | os.PathLike[str]) -> Path:
-        """Call `write`; of a sharded host only the first rank does, and the others wait for it."""
+        """Call `write`; of a sharded host only the first rank does, the others wait for it, and all raise when it fails."""
         if not back_to_pieces(self.host):
             return write()
-        try:
-            if torch.distributed.get_rank() == 0:
-                write()
-        finally:
-            torch.distributed.barrier()
+        on_first_rank(write)
         return Path(directory)
 
     @writes
@@ -390,6 +389,7 @@ class Handle:
         """
         self.need_unmerged("load_adapter")
         where = str(directory)
+        refuse_two_adapters(directory)
         foreign = peft_format.is_peft(directory)
         if foreign:
             loaded = peft_format.read(directory, self.host, self.shapes(), self.dense_base)
@@ -1055,7 +1055,10 @@ class Handle:
                 weight = state[delta.param].view(-1)
                 places = delta.channels.to(weight.device)
                 weight[places] = changed(weight[places], delta.values, delta.exact, weight.dtype)
-        self.host.save_pretrained(directory, state_dict=state)  # type: ignore[operator]
+        check_target(directory / "config.json")
+        with reported(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            self.host.save_pretrained(directory, state_dict=state)  # type: ignore[operator]
         return directory
 
 

@@ -25,8 +25,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sparsify.adapter import Adapter, Delta, write_atomic
+from sparsify.adapter import Adapter, Delta
 from sparsify.errors import AdapterError
+from sparsify.files import kinds
+from sparsify.files.atomic import committing
+from sparsify.files.tensors import write_tensors
 from sparsify.name_patterns import Regex
 from sparsify.passes.assign_rules import owner_name
 from sparsify.peft_config import ends_in
@@ -59,13 +62,13 @@ class Exported:
 
     def write(self, directory: str | os.PathLike[str]) -> Path:
         """Write both files, the tensors first. Returns the directory."""
-        from safetensors.torch import save as to_bytes
-
         path = Path(directory)
-        path.mkdir(parents=True, exist_ok=True)
+        kinds.refuse_beside(path, kinds.PEFT, CONFIG, AdapterError)
         tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in self.tensors.items()}
-        write_atomic(path / TENSORS, to_bytes(tensors, metadata={"format": "pt"}))
-        write_atomic(path / CONFIG, json.dumps(self.config, indent=2).encode())
+        with committing() as commit:  # what PEFT looks for first appears last
+            write_tensors(path / TENSORS, tensors, {"format": "pt"}, commit)
+            with commit.writing(path / CONFIG) as file:
+                file.write(json.dumps(self.config, indent=2).encode())
         return path
 
 

@@ -3,13 +3,13 @@
     model.safetensors      W (n, m)  4 nm bytes fp32            bf16 at 75 %: 2 nm
     sparse.safetensors     W.values (k,) + W.bitmask (⌈nm/8⌉,)  bf16 at 75 %: 0.625 nm
 
-Header metadata: `format` = "sparsify-sparse", `version`, `base` (hash of the dense model that was pruned, optional), and
-`entries`: for each compressed tensor its shape, dtype and number of survivors. A file is complete: it opens without its base, whose
-hash is there to be checked. Bits are flat and little-endian as in `sparsify.masked`. A tensor is compressed when that makes it smaller;
-all others are stored as they are. Values keep their bits exactly, in any dtype.
+Header metadata: `format` = "sparsify-sparse", `version`, `base` (hash of the dense model that was pruned, optional), `entries`: for each
+compressed tensor its shape, dtype and number of survivors, and (since version 2) a content hash of every tensor. A file is complete:
+it opens without its base, whose hash is there to be checked. Bits are flat and little-endian as in `sparsify.masked`. A tensor
+is compressed when that makes it smaller; all others are stored as they are. Values keep their bits exactly, in any dtype.
 
-A file is checked completely before anything is built from it: names, dtypes, shapes, the number of set bits against the number of
-values, unused bits. Files are written to a temporary name and renamed.
+A file is checked completely before anything is built from it: names, dtypes, shapes, content hashes, the number of set bits against the
+number of values, unused bits. Files are written to a temporary name and renamed. Version 1, without hashes, can still be read.
 
 Models that are larger than memory: `save_sparse("pruned/", "model.sparse")` compresses the folder that `prune_on_disk` wrote, and
 `open_sparse("model.sparse").save_dense("dense/")` expands it again, one tensor at a time. Every tensor is read twice while
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -31,10 +32,15 @@ from torch import Tensor, nn
 
 from sparsify.console import printable
 from sparsify.errors import SparsifyError
+from sparsify.files import kinds, strict_json
+from sparsify.files.atomic import shown, write_bytes
+from sparsify.files.tensors import TensorFile
 from sparsify.masked import MaskedModule, bits_name, mask_modules, masked_parameters, pack_bits, unpack_bits
-from sparsify.tensor_file import DTYPE_NAMES, DTYPES, FolderTensors, Part, PartWriter, replacing, tensor_file
+from sparsify.tensor_file import DTYPE_NAMES, INDEX, FolderTensors, Part, PartWriter, tensor_file
 
-FORMAT, VERSION = "sparsify-sparse", 1
+FORMAT, VERSION = "sparsify-sparse", 2
+READABLE_VERSIONS = ("1", "2")
+RESERVED = ("format", "version", "entries", "base")
 VALUES, BITMASK = ".sparse_values", ".sparse_bitmask"
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 MAX_ENTRIES = 1 << 40
@@ -127,8 +133,14 @@ def save_sparse(
     masks: survivors by name, bool of the tensor's shape; a survivor may be zero and stays a survivor. Tensors without a mask are
         compressed by their zeros when that is smaller: every nonzero bit pattern survives (so −0.0 does).
     base: the dense model that was pruned, its `model_hash`, or the `Path` of its folder; `open_sparse(path, base=…)` checks it.
-    metadata: further strings for the header. Raises SparseCheckpointError when a masked entry is not zero.
+    metadata: further strings for the header. Raises SparseCheckpointError when a masked entry is not zero, and SparsifyError when the
+        file cannot be written; what was there is then unchanged.
     """
+    path = Path(path)
+    if kinds.kind_of(path.name) == kinds.SPARSE:
+        kinds.refuse_beside(path.parent, kinds.SPARSE, path.name, SparseCheckpointError)
+    if taken := [name for name in metadata or () if name in RESERVED]:
+        raise SparseCheckpointError(f"metadata: the format keeps {taken[0]!r} for itself; choose another name")
     tensors, masks = collect(source, masks)
     entries: dict[str, Any] = {}
     parts: list[Part] = []
@@ -274,12 +286,14 @@ class SparseCheckpoint:
 
     def __init__(self, path: str | Path, *, base: nn.Module | str | Path | None = None) -> None:
         self.path = Path(path)
-        self.entries, self.masked, self.parts, self.base = read_header(self.path)
-        self.plain = list(self.parts)
-        if base is not None:
-            self.check_base(base_hash(base))
-        for name, entry in self.entries.items():
-            check_bits(self.path, name, entry, self.part(name + BITMASK))
+        with TensorFile(self.path, SparseCheckpointError, check=False, keep_open=True) as self.file:
+            self.entries, self.masked, self.parts, self.base = read_header(self.file)
+            self.plain = list(self.parts)
+            if base is not None:
+                self.check_base(base_hash(base))
+            self.file.verify()
+            for name, entry in self.entries.items():
+                check_bits(self.path, name, entry, self.part(name + BITMASK))
 
     def check_base(self, expected: str) -> None:
         """Raises SparseCheckpointError when the file was not pruned from the dense model with this hash, or does not say."""
@@ -292,10 +306,7 @@ class SparseCheckpoint:
             )
 
     def part(self, name: str) -> Tensor:
-        from safetensors import safe_open
-
-        with safe_open(self.path, framework="pt") as file:
-            return file.get_tensor(name)
+        return self.file.read(name)
 
     @property
     def names(self) -> list[str]:
@@ -361,6 +372,7 @@ class SparseCheckpoint:
                 raise SparseCheckpointError(
                     f"'{name}' has shape {shape} in {self.path.name}, the model {tuple(wanted[name].shape)}"
                 )
+        self.file.verify()
         if sparse:
             present = {name for name, _, _ in masked_parameters(host)}
             parameters = dict(host.named_parameters())
@@ -387,8 +399,10 @@ class SparseCheckpoint:
         SparseCheckpointError for a folder that holds a model.
         """
         folder = Path(folder)
-        if any(folder.glob("*.safetensors")):
+        if any(folder.glob("*.safetensors")) or kinds.DENSE in kinds.found_in(folder):
             raise SparseCheckpointError(f"{folder} holds a model already: choose another folder, or delete it")
+        kinds.refuse_beside(folder, kinds.DENSE, "model.safetensors", SparseCheckpointError)
+        self.file.verify()
         shards: list[list[Part]] = [[]]
         for name in self.names:
             part = Part(name, self.dtype(name), self.shape(name))
@@ -397,17 +411,23 @@ class SparseCheckpoint:
             shards[-1].append(part)
         several = len(shards) > 1
         places: dict[str, str] = {}
-        for number, parts in enumerate(shards, 1):
-            label = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if several else "model.safetensors"
-            with tensor_file(folder / label, parts, {"format": "pt"}) as file:
-                for part in parts:
-                    file.append(part.name, self.tensor(part.name))
-            places |= {part.name: label for part in parts}
-        if several:
-            index = {"metadata": {"format": "pt"}, "weight_map": dict(sorted(places.items()))}
-            with replacing(folder / "model.safetensors.index.json") as temporary:
-                temporary.write_text(json.dumps(index, indent=1))
-        return [folder / label for label in dict.fromkeys(places.values())]
+        written: list[Path] = []
+        try:
+            for number, parts in enumerate(shards, 1):
+                label = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if several else "model.safetensors"
+                with tensor_file(folder / label, parts, {"format": "pt"}) as file:
+                    for part in parts:
+                        file.append(part.name, self.tensor(part.name))
+                written.append(folder / label)
+                places |= {part.name: label for part in parts}
+            if several:  # the commit point: shards without it are no model
+                index = {"metadata": {"format": "pt"}, "weight_map": dict(sorted(places.items()))}
+                write_bytes(folder / INDEX, json.dumps(index, indent=1).encode())
+        except BaseException:
+            for path in written:
+                path.unlink(missing_ok=True)
+            raise
+        return written
 
     def sizes(self) -> Iterator[tuple[str, int, int]]:
         """`(name, dense bytes, stored bytes)` of the compressed tensors."""
@@ -434,71 +454,78 @@ def tied_names(host: nn.Module) -> dict[str, tuple[str, ...]]:
     return {n: tuple(o for o in names if o != n) for names in groups.values() if len(names) > 1 for n in names}
 
 
-def read_header(path: Path) -> tuple[dict[str, Entry], set[str], dict[str, Part], str | None]:
+def read_header(file: TensorFile) -> tuple[dict[str, Entry], set[str], dict[str, Part], str | None]:
     """Entries, which of them have masks, other tensors, base hash; all checked against the stored parts' dtypes and shapes."""
-    from safetensors import SafetensorError, safe_open
-
-    bad = lambda text: SparseCheckpointError(f"{path}: {text}")  # noqa: E731
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            parts = {name: file.get_slice(name) for name in list(file.keys())}
-            stored = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
-    except FileNotFoundError as error:
-        raise bad("no such file") from error
-    except (SafetensorError, OSError, ValueError) as error:
-        raise bad(f"not a safetensors file, or damaged: {error}") from error
+    metadata, stored = file.metadata, file.parts
     if metadata.get("format") != FORMAT:
-        raise bad(f"not a sparse checkpoint (format {metadata.get('format')!r}); open it with safetensors")
-    if metadata.get("version") != str(VERSION):
-        raise bad(f"version {metadata.get('version')!r}, but this sparsify reads version {VERSION}")
-    try:
-        listed = json.loads(metadata["entries"])
-        entries = {name: parse_entry(value) for name, value in listed.items()}
-        masked = {name for name, value in listed.items() if value.get("masked") is True}
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise bad(f"its list of entries is damaged: {error}") from error
+        raise file.bad(
+            f"not a sparse checkpoint (format {str(metadata.get('format'))[:40]!r}); open it with safetensors"
+        )
+    if metadata.get("version") not in READABLE_VERSIONS:
+        raise file.bad(
+            f"version {str(metadata.get('version'))[:40]!r}, but this sparsify reads versions 1 to {VERSION}; a newer one may read it"
+        )
+    where = f"{shown(file.path)}: its list of entries is damaged"
+    listed = strict_json.parse(metadata.get("entries", ""), where, SparseCheckpointError)
+    if not isinstance(listed, dict):
+        raise SparseCheckpointError(f"{where}: it is no object")
+    entries: dict[str, Entry] = {}
+    for name, value in listed.items():
+        try:
+            entries[name] = parse_entry(value)
+        except (KeyError, TypeError, ValueError) as error:
+            raise SparseCheckpointError(f"{where}: '{name[:200]}': {error}") from error
+    masked = {name for name, value in listed.items() if value.get("masked") is True}
     expected = {name + suffix for name in entries for suffix in (VALUES, BITMASK)}
-    plain = [name for name in stored if name not in expected]
+    plain = {name: part for name, part in stored.items() if name not in expected}
     if missing := sorted(expected - set(stored)):
-        raise bad(f"'{missing[0]}' is missing")
+        raise file.bad(f"'{missing[0]}' is missing")
     if stray := [name for name in plain if name.endswith((VALUES, BITMASK)) or name in entries]:
-        raise bad(f"'{stray[0]}' belongs to no entry")
+        raise file.bad(f"'{stray[0]}' belongs to no entry")
     for name, entry in entries.items():
-        kind, shape = stored[name + VALUES]
-        if shape != (entry.survivors,) or kind != DTYPE_NAMES.get(entry.dtype):
-            raise bad(f"'{name}': values are {kind} {shape}, but the header says {entry.dtype} ({entry.survivors},)")
-        kind, shape = stored[name + BITMASK]
-        if kind != "U8" or shape != ((entry.numel + 7) // 8,):
-            raise bad(f"'{name}': the bitmask is {kind} {shape}, which does not fit shape {entry.shape}")
-    if odd := [name for name in plain if stored[name][0] not in DTYPES]:
-        raise bad(f"'{odd[0]}' is {stored[odd[0]][0]}, which this sparsify does not know")
-    parts = {name: Part(name, DTYPES[stored[name][0]], stored[name][1]) for name in plain}
-    return entries, masked, parts, metadata.get("base")
+        values, bits = stored[name + VALUES], stored[name + BITMASK]
+        if values.shape != (entry.survivors,) or values.dtype != entry.dtype:
+            raise file.bad(
+                f"'{name}': values are {DTYPE_NAMES[values.dtype]} {values.shape}, but the header says {entry.dtype} ({entry.survivors},)"
+            )
+        if bits.dtype != torch.uint8 or bits.shape != ((entry.numel + 7) // 8,):
+            raise file.bad(
+                f"'{name}': the bitmask is {DTYPE_NAMES[bits.dtype]} {bits.shape}, which does not fit shape {entry.shape}"
+            )
+    file.check_content(required=metadata["version"] != "1")
+    return entries, masked, plain, metadata.get("base")
 
 
 def parse_entry(value: Any) -> Entry:
-    shape, dtype, survivors = value["shape"], getattr(torch, str(value["dtype"]), None), value["survivors"]
+    if not isinstance(value, dict):
+        raise ValueError("an entry must be an object")
+    shape, kind, survivors = value["shape"], str(value["dtype"])[:40], value["survivors"]
+    dtype = getattr(torch, kind, None) if re.fullmatch(r"[a-z0-9_]+", kind) else None
     sane = (
         isinstance(shape, list)
+        and len(shape) <= 64
         and all(type(s) is int and 0 <= s < MAX_ENTRIES for s in shape)
         and prod(shape) < MAX_ENTRIES
     )
     if not sane:
-        raise ValueError(f"bad shape {shape!r}")
+        raise ValueError(f"bad shape {str(shape)[:80]}")
     if not isinstance(dtype, torch.dtype) or dtype.itemsize not in INTEGERS:
-        raise ValueError(f"bad dtype {value['dtype']!r}")
+        raise ValueError(f"bad dtype {kind!r}")
     if type(survivors) is not int or not 0 <= survivors <= prod(shape):
-        raise ValueError(f"bad number of survivors {survivors!r} for shape {shape}")
+        raise ValueError(f"bad number of survivors {str(survivors)[:40]} for shape {shape}")
     return Entry(tuple(shape), dtype, survivors)
 
 
 def check_bits(path: Path, name: str, entry: Entry, bits: Tensor) -> None:
     """The number of set bits is the number of values, and unused bits are zero."""
-    unpacked = unpack_bits(bits, (bits.numel() * 8,))
-    within = int(torch.count_nonzero(unpacked[: entry.numel]))  # sum() would make eight bytes of each bit
-    set_bits = within + int(torch.count_nonzero(unpacked[entry.numel :]))
-    if set_bits != within:
+    within = beyond = 0
+    for start in range(0, bits.numel(), PIECE // 8):  # unpacked, a bit takes a byte
+        piece = bits[start : start + PIECE // 8]
+        unpacked = unpack_bits(piece, (piece.numel() * 8,))
+        inside = max(0, entry.numel - start * 8)
+        within += int(torch.count_nonzero(unpacked[:inside]))  # sum() would make eight bytes of each bit
+        beyond += int(torch.count_nonzero(unpacked[inside:]))
+    if beyond:
         raise SparseCheckpointError(f"{path}: '{name}': bits beyond the last weight are set")
     if within != entry.survivors:
         raise SparseCheckpointError(f"{path}: '{name}': {within} bits are set, but there are {entry.survivors} values")

@@ -1,118 +1,42 @@
-"""Safetensors files of models that are larger than memory: written piece by piece, read one tensor at a time.
-
-parts (name, dtype, shape) ──▶ header with every offset ──▶ pieces, each part in order ──▶ flush, rename
-
-with tensor_file("model.safetensors", [Part("w", torch.float32, (4, 3))], {"format": "pt"}) as file:
-    file.append("w", first_half)
-    file.append("w", second_half)
+"""The tensors of a checkpoint folder, read one at a time.
 
 FolderTensors("llama-2-7b/")["lm_head.weight"]       a mapping over all files of a checkpoint; nothing is kept
+
+Which file has which tensor is said by `model.safetensors.index.json`, or else by the files themselves. Neither is believed: an index
+names files of the folder and nothing outside of it, every file's header is checked, and hashes are compared where a file has them.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from math import prod
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO
 
 import torch
 from torch import Tensor
 
 from sparsify.errors import SparsifyError
+from sparsify.files import strict_json
+from sparsify.files.atomic import replacing, shown
+from sparsify.files.kinds import DENSE, kind_of
+from sparsify.files.tensors import DTYPE_NAMES, DTYPES, Part, PartWriter, TensorFile, tensor_file, write_tensors
 
-DTYPE_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.complex64: "C64",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.bool: "BOOL",
-    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
-    torch.float8_e5m2: "F8_E5M2", torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
-}  # fmt: skip
-DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-ALIGNMENT = 8
-
-
-@dataclass(frozen=True)
-class Part:
-    """One tensor of a file. Raises SparsifyError for a dtype that safetensors does not have."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPE_NAMES:
-            raise SparsifyError(f"'{self.name}': safetensors files cannot hold {self.dtype}")
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
-
-
-class PartWriter:
-    """Writes pieces of parts to their places. Pieces of one part come in order; parts may take turns."""
-
-    def __init__(self, file: IO[bytes], places: dict[str, tuple[int, int]]) -> None:
-        self.file, self.places = file, places
-        self.next = {name: start for name, (start, _) in places.items()}
-
-    def append(self, name: str, piece: Tensor) -> None:
-        """The next entries of a part, flat. Raises SparsifyError when they do not fit."""
-        data = piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        if self.next[name] + data.nbytes > self.places[name][1]:
-            raise SparsifyError(f"'{name}': more bytes than announced ({data.nbytes} too many or of another dtype)")
-        self.file.seek(self.next[name])
-        self.file.write(data.data)
-        self.next[name] += data.nbytes
-
-    def check_complete(self) -> None:
-        for name, (_, stop) in self.places.items():
-            if self.next[name] != stop:
-                raise SparsifyError(f"'{name}': {stop - self.next[name]} bytes are missing")
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when all went well: all of it or nothing."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def tensor_file(path: str | Path, parts: Sequence[Part], metadata: Mapping[str, str]) -> Iterator[PartWriter]:
-    """A safetensors file that appears under its name when every part is complete. Raises SparsifyError if one is not."""
-    ordered = sorted(parts, key=lambda part: (-part.dtype.itemsize, part.name))  # so that every part is aligned
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    offsets: dict[str, tuple[int, int]] = {}
-    end = 0
-    for part in ordered:
-        start, end = end, end + part.nbytes
-        offsets[part.name] = (start, end)
-        header[part.name] = {
-            "dtype": DTYPE_NAMES[part.dtype],
-            "shape": list(part.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, ensure_ascii=False).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
-    first = 8 + len(text)
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        writer = PartWriter(file, {name: (first + start, first + stop) for name, (start, stop) in offsets.items()})
-        yield writer
-        writer.check_complete()
+__all__ = [
+    "DTYPES",
+    "DTYPE_NAMES",
+    "FolderTensors",
+    "Part",
+    "PartWriter",
+    "cast",
+    "find_tensors",
+    "replacing",
+    "tensor_file",
+    "write_tensors",
+]
+INDEX = "model.safetensors.index.json"
+SHARD = re.compile(r".*-([0-9]{5})-of-([0-9]{5})\.safetensors")
+BESIDE = ("sparsify_masks.safetensors",)  # what else lies in a training checkpoint
 
 
 class FolderTensors(Mapping[str, Tensor]):
@@ -123,13 +47,11 @@ class FolderTensors(Mapping[str, Tensor]):
 
     def __init__(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         self.folder, self.dtype = Path(folder), dtype
-        self.files = find_tensors(self.folder)
+        self.opened = open_tensors(self.folder)
+        self.files = {name: file.path for name, file in self.opened.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        from safetensors import safe_open
-
-        with safe_open(self.files[name], framework="pt") as file:
-            return cast(file.get_tensor(name), self.dtype)
+        return cast(self.opened[name].read(name), self.dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
@@ -145,15 +67,80 @@ def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 def find_tensors(folder: Path) -> dict[str, Path]:
     """Tensor name → file, from an index or from the files' headers. Raises SparsifyError when there is none."""
-    from safetensors import safe_open
+    return {name: file.path for name, file in open_tensors(folder).items()}
 
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    found: dict[str, Path] = {}
+
+def open_tensors(folder: Path) -> dict[str, TensorFile]:
+    """Tensor name → its file, whose header was checked.
+
+    Raises SparsifyError for a folder without tensors, one that was not finished, one in which two files have the same tensor, an
+    index that points outside of the folder or to what is not there, and damaged files.
+    """
+    index = folder / INDEX
+    if os.path.lexists(index):
+        return open_indexed(folder, index)
+    if (folder / "pruning" / "run.json").is_file():
+        raise SparsifyError(
+            f"{shown(folder)} is an unfinished prune_on_disk run (no {INDEX} yet): run it again to the end first"
+        )
+    found: dict[str, TensorFile] = {}
+    shards: dict[str, set[str]] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            found |= dict.fromkeys(file.keys(), path)
+        if path.name in BESIDE or kind_of(path.name) not in (None, DENSE):
+            continue
+        if numbered := SHARD.fullmatch(path.name):
+            shards.setdefault(numbered[2], set()).add(numbered[1])
+        file = TensorFile(inside_of(folder, path))
+        for name in file.parts:
+            if name in found:
+                raise SparsifyError(
+                    f"{shown(folder)}: tensor '{name}' is in {found[name].path.name} and in {path.name}: keep one of them there"
+                )
+            found[name] = file
+    for total, present in shards.items():
+        if len(present) < int(total):
+            raise SparsifyError(
+                f"{shown(folder)} has {len(present)} of {int(total)} shards and no {INDEX}: copy or write it again"
+            )
     if not found:
-        raise SparsifyError(f"{folder} has no safetensors files")
+        raise SparsifyError(f"{shown(folder)} has no safetensors files")
     return found
+
+
+def open_indexed(folder: Path, index: Path) -> dict[str, TensorFile]:
+    document = strict_json.read(inside_of(folder, index))
+    places = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
+        raise SparsifyError(f"{shown(index)}: 'weight_map' must map tensors to files")
+    if "model.safetensors" not in places.values() and (folder / "model.safetensors").is_file():
+        raise SparsifyError(
+            f"{shown(folder)} holds two models: model.safetensors, and that of {INDEX}: delete the one that is not meant"
+        )
+    files: dict[str, TensorFile] = {}
+    for name, file in places.items():
+        if file not in files:
+            if not file.endswith(".safetensors") or file != Path(file).name or "\\" in file:
+                raise SparsifyError(
+                    f"{shown(index)}: '{name}' is said to be in {file[:200]!r}, which is not a safetensors file of this folder"
+                )
+            files[file] = TensorFile(inside_of(folder, folder / file))
+        if name not in files[file].parts:
+            raise SparsifyError(f"{shown(index)}: '{name}' is said to be in {file}, which has no such tensor")
+    return {name: files[file] for name, file in places.items()}
+
+
+def inside_of(folder: Path, path: Path) -> Path:
+    """The path, when its file lies in the folder. Raises SparsifyError for symbolic links that lead outside.
+
+    In a snapshot of the Hugging Face cache files are links to the blobs of the same repository, and may be.
+    """
+    try:
+        home, real = folder.resolve(), path.resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SparsifyError(f"{shown(path)} cannot be read: {error}") from error
+    blobs = home.parent.parent / "blobs"
+    if real.parent == home or (home.parent.name == "snapshots" and real.parent == blobs):
+        return path
+    raise SparsifyError(
+        f"{shown(path)} is a link that leads out of its folder, to {shown(real)}: put the file itself there"
+    )

@@ -19,12 +19,16 @@ import torch
 from torch import nn
 
 from sparsify.capture import capture
-from sparsify.errors import PlanError, Refusal
+from sparsify.errors import PlanError, Refusal, SparsifyError
+from sparsify.files import strict_json
 from sparsify.passes.prune import assign_prune_rules
 from sparsify.plan import Plan
 from sparsify.pruning.sequential import HESSIAN_BYTES, PruneResult, prune_model
 from sparsify.pruning.streaming import StreamedWeights, parameters_on_meta
 from sparsify.rules_prune import Prune
+
+BUFFER_BYTES = 1 << 30
+MOST_LAYERS = 10_000
 
 
 def prune_on_disk(
@@ -59,7 +63,10 @@ def prune_on_disk(
     residence = StreamedWeights(source, target, dtype)
     build = build or (lambda: hugging_face_model(Path(source)))
     with torch.device("meta"):
-        program = capture(build(), example)
+        skeleton = build()
+    residence.check_shapes(skeleton)
+    check_buffers(skeleton, residence)
+    program = capture(skeleton, example)
     wanted, refusals = assign_prune_rules(program, plan)
     with parameters_on_meta():
         host = build().eval()
@@ -83,25 +90,60 @@ def unused_tensor(name: str) -> Refusal:
     return Refusal(name, "the model has no such tensor, so it is not written")
 
 
-def hugging_face_model(folder: Path) -> nn.Module:
-    """An untrained model of the class and config that `folder/config.json` names."""
-    import transformers
+def check_buffers(model: nn.Module, residence: StreamedWeights) -> None:
+    """Raises SparsifyError when buffers, which get memory before anything is read, need far more than the files have."""
+    needed = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    given = sum({file.path: file.identity[2] for file in residence.given.values()}.values())
+    if needed > given + BUFFER_BYTES:
+        raise SparsifyError(
+            f"{residence.source}: the model's buffers need {needed / 2**30:.1f} GiB, its files have {given / 2**30:.1f} GiB: does "
+            "config.json belong to them?"
+        )
 
-    kind = hugging_face_class(folder)
-    return kind(transformers.AutoConfig.from_pretrained(folder))
+
+def hugging_face_model(folder: Path) -> nn.Module:
+    """An untrained model of the class and config that `folder/config.json` names. Raises PlanError when they make none."""
+    kind, config = hugging_face_config(folder)
+    try:
+        return kind(config)
+    except (Exception, RecursionError) as error:
+        raise PlanError(
+            f"{folder / 'config.json'}: {kind.__name__} cannot be made of it: {type(error).__name__}: {error}"
+        ) from error
 
 
 def hugging_face_class(folder: Path) -> Any:
     """The class that `folder/config.json` names. Raises PlanError when there is none."""
+    return hugging_face_config(folder)[0]
+
+
+def hugging_face_config(folder: Path) -> tuple[Any, Any]:
+    """Class and config of a folder. Raises PlanError when config.json is missing or damaged, or names no model of transformers."""
     import transformers
 
-    if not (folder / "config.json").is_file():
+    path = folder / "config.json"
+    if not path.exists():
         raise PlanError(f"{folder} has no config.json; pass build=… (a function that makes the module)")
-    config = transformers.AutoConfig.from_pretrained(folder)
-    names = getattr(config, "architectures", None) or ["none"]
-    kind = getattr(transformers, names[0], None)
-    if kind is None:
-        raise PlanError(
-            f"{folder / 'config.json'}: transformers has no class {names[0]}; pass build=… (a function that makes it)"
-        )
-    return kind
+    document = strict_json.read(path, PlanError)
+    if not isinstance(document, dict):
+        raise PlanError(f"{path}: a config must be a JSON object; pass build=… (a function that makes the module)")
+    check_depth(path, document)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise PlanError(f"{path}: transformers cannot read it: {type(error).__name__}: {error}") from error
+    names = getattr(config, "architectures", None)
+    name = names[0] if isinstance(names, list | tuple) and names else "none"
+    kind = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise PlanError(f"{path}: transformers has no class {str(name)[:80]}; pass build=… (a function that makes it)")
+    return kind, config
+
+
+def check_depth(path: Path, document: dict[str, Any]) -> None:
+    """Raises PlanError for a number of layers that no model has: making them would take for ever."""
+    for name, value in document.items():
+        if isinstance(value, dict):
+            check_depth(path, value)
+        elif ("layers" in name or name in ("n_layer", "depth")) and isinstance(value, int) and value > MOST_LAYERS:
+            raise PlanError(f"{path}: {name} is {str(value)[:20]}; models have at most {MOST_LAYERS:,} layers")

@@ -16,14 +16,12 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 import math
-import os
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +35,6 @@ from sparsify.calibration_checks import all_finite, blame, check_batches, check_
 from sparsify.capture import evaluating
 from sparsify.console import printable
 from sparsify.errors import PlanError, Refusal, SparsifyError
-from sparsify.masked import pack_bits, unpack_bits
 from sparsify.program import Program, canonical_names
 from sparsify.pruning.allocate import SaliencyCurve, by_sensitivity, saliency_curve
 from sparsify.pruning.collect import (
@@ -50,6 +47,7 @@ from sparsify.pruning.collect import (
     token_masks,
 )
 from sparsify.pruning.lockstep import LockstepForward, intercepted
+from sparsify.pruning.resume import ResumeStore
 from sparsify.pruning.scores import InputNorms, magnitude_prune, random_prune, wanda_prune
 from sparsify.pruning.sparsegpt import Hessian, Pruned, inverse_factor, sparsegpt_prune
 from sparsify.pruning.streaming import NoStreaming, Residence
@@ -59,7 +57,7 @@ from sparsify.rules_prune import Prune
 
 Written = dict[View, tuple[Tensor, Tensor, dict[str, Any]]]  # values, survivors, statistics
 
-STATE_VERSION = 1
+RUN_VERSION = 1  # of what makes two runs the same
 HESSIAN_BYTES = 2 << 30
 FINGERPRINT_ENTRIES = 4096
 
@@ -220,7 +218,7 @@ class Driver:
         return name.rpartition(".")[0]
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(f"{STATE_VERSION}:{self.seed}:{len(self.batches)}".encode())
+        digest = hashlib.sha256(f"{RUN_VERSION}:{self.seed}:{len(self.batches)}".encode())
         for name, rule in self.rules.items():
             parameter = self.parameter(name).detach()
             digest.update(f"{name}{tuple(parameter.shape)}{rule!r}".encode())
@@ -391,7 +389,7 @@ class Driver:
         """Take over what an earlier start of this run has put away, if it has."""
         saved = self.residence.finished(unit.name)
         for stats in saved or ():
-            self.result.layers.append(LayerStats(**stats))
+            self.result.layers.append(layer_stats(stats, f"{unit.name or 'the model'}: what an earlier start left"))
             self.bar.update()
         return saved is not None
 
@@ -443,7 +441,7 @@ class Driver:
         written: Written | None = None
         with together():
             if self.store is not None:
-                written = self.store.load(group.views)
+                written = self.store.load(group.views, {name: self.parameter(name).dtype for name in group.params})
         if not object_from_rank(0, written is not None):
             written = {}
             if self.is_scored(group):
@@ -835,61 +833,16 @@ def token_sides(program: Program) -> dict[str, str]:
     return sides
 
 
-class ResumeStore:
-    """Finished groups on disk: one safetensors file each, written atomically, and a fingerprint of the run."""
-
-    def __init__(self, folder: Path, fingerprint: str) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        state = folder / "state.json"
-        if state.exists():
-            try:
-                found = json.loads(state.read_text())
-            except json.JSONDecodeError as error:
-                raise PlanError(f"{state} is damaged: {error}; delete the folder to start again") from error
-            if not isinstance(found, dict) or found.get("fingerprint") != fingerprint:
-                raise PlanError(
-                    f"{folder} holds another pruning run (other rules, layers, seed or calibration): choose another "
-                    "resume_dir, or delete it"
-                )
-        else:
-            write_atomically(state, json.dumps({"version": STATE_VERSION, "fingerprint": fingerprint}).encode())
-
-    def path(self, views: list[View]) -> Path:
-        return self.folder / f"group-{hashlib.sha256(repr(views).encode()).hexdigest()[:24]}.safetensors"
-
-    def save(self, written: Mapping[View, tuple[Tensor, Tensor, dict[str, Any]]]) -> None:
-        from safetensors.torch import save
-
-        tensors: dict[str, Tensor] = {}
-        for place, (values, mask, _) in enumerate(written.values()):
-            tensors[f"values.{place}"], tensors[f"bits.{place}"] = values.contiguous(), pack_bits(mask)
-        metadata = {"stats": json.dumps([stats for _, _, stats in written.values()])}
-        write_atomically(self.path(list(written)), save(tensors, metadata))
-
-    def load(self, views: list[View]) -> dict[View, tuple[Tensor, Tensor, dict[str, Any]]] | None:
-        from safetensors import safe_open
-
-        path = self.path(views)
-        if not views or not path.exists():
-            return None
-        with safe_open(path, framework="pt") as file:
-            stats = json.loads((file.metadata() or {})["stats"])
-            found = {}
-            for place, view in enumerate(views):
-                mask = unpack_bits(file.get_tensor(f"bits.{place}"), view.shape)
-                found[view] = (file.get_tensor(f"values.{place}"), mask, stats[place])
-        return found
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """All of it or nothing: a temporary file in the same folder, flushed to disk, then renamed."""
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def layer_stats(stats: dict[str, Any], where: str) -> LayerStats:
+    """LayerStats from what a file brought back (None for NaN). Raises SparsifyError when it is something else."""
+    known = {f.name: str(f.type) for f in fields(LayerStats)}
+    types: dict[str, Any] = {"str": str, "int": int, "float": int | float | None}
+    if set(stats) != set(known) or not all(
+        isinstance(value, types[known[name]]) and not isinstance(value, bool) for name, value in stats.items()
+    ):
+        raise SparsifyError(f"{where}: the statistics of a layer are damaged; delete the folder to start over")
+    values: dict[str, Any] = {name: math.nan if value is None else value for name, value in stats.items()}
+    return LayerStats(**values)
 
 
 def stats_table(result: PruneResult) -> list[dict[str, Any]]:

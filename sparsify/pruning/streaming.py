@@ -12,12 +12,15 @@ shard. The same run started again goes on with the first block that is missing t
 
 from __future__ import annotations
 
+import hashlib
 import json
-import shutil
+import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,25 +29,28 @@ from torch import Tensor, nn
 
 from sparsify.blocks import repeated_blocks
 from sparsify.errors import PlanError, SparsifyError
+from sparsify.files import kinds, strict_json
+from sparsify.files.atomic import copy_file, is_temporary, sweep, write_bytes
+from sparsify.files.tensors import TensorFile, write_tensors
 from sparsify.masked import pack_bits, unpack_bits
 from sparsify.program import canonical_names
 from sparsify.pruning.collect import Watcher
-from sparsify.tensor_file import cast, find_tensors, replacing
+from sparsify.pruning.resume import parsed_stats, stats_text
+from sparsify.tensor_file import INDEX, cast, open_tensors
 
 RECORDS = "pruning"
+VERSION = 2  # of records and run.json: with content hashes
+READABLE_VERSIONS = (1, 2)
 
 
 class StoredMasks(Mapping[str, Tensor]):
     """Packed masks by parameter name, read from the records when asked for: at 7 B weights they are 0.8 GiB."""
 
     def __init__(self) -> None:
-        self.files: dict[str, Path] = {}
+        self.files: dict[str, TensorFile] = {}
 
     def __getitem__(self, name: str) -> Tensor:
-        from safetensors import safe_open
-
-        with safe_open(self.files[name], framework="pt") as file:
-            return file.get_tensor(name)
+        return self.files[name].read(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
@@ -54,23 +60,36 @@ class StoredMasks(Mapping[str, Tensor]):
 
 
 class FolderMasks(StoredMasks):
-    """The same as bool tensors of the parameters' shapes, for a folder that `prune_on_disk` wrote; empty for any other."""
+    """The same as bool tensors of the parameters' shapes, for a folder that `prune_on_disk` wrote; empty for any other.
+
+    Raises SparsifyError for a record that is damaged, or of other tensors than the folder's.
+    """
 
     def __init__(self, folder: Path) -> None:
-        from safetensors import safe_open
-
         super().__init__()
-        self.tensors = find_tensors(folder)
+        self.tensors = open_tensors(folder)
         for path in sorted((folder / RECORDS).glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                self.files |= dict.fromkeys(file.keys(), path)
+            file = open_record(path)
+            for name, bits in file.parts.items():
+                if name not in self.tensors:
+                    raise file.bad(f"a mask of '{name}', which the folder does not have")
+                count = prod(self.tensors[name].parts[name].shape)
+                if bits.dtype != torch.uint8 or bits.shape != ((count + 7) // 8,):
+                    raise file.bad(
+                        f"the mask of '{name}' is {bits.dtype} {bits.shape}, which does not fit {count} weights"
+                    )
+                self.files[name] = file
 
     def __getitem__(self, name: str) -> Tensor:
-        from safetensors import safe_open
+        return unpack_bits(super().__getitem__(name), torch.Size(self.tensors[name].parts[name].shape))
 
-        bits = super().__getitem__(name)
-        with safe_open(self.tensors[name], framework="pt") as file:
-            return unpack_bits(bits, torch.Size(file.get_slice(name).get_shape()))
+
+def open_record(path: Path) -> TensorFile:
+    """Masks and statistics of one unit. Raises SparsifyError when the file is damaged."""
+    file = TensorFile(path)
+    if "version" in file.metadata:
+        file.require_hashes()
+    return file
 
 
 class Residence(Protocol):
@@ -158,24 +177,29 @@ class StreamedWeights:
 
     def __init__(self, source: str | Path, target: str | Path, dtype: torch.dtype | None = None) -> None:
         self.source, self.target, self.dtype = Path(source), Path(target), dtype
-        self.files = find_tensors(self.source)
+        self.given = open_tensors(self.source)
+        self.files = {name: file.path for name, file in self.given.items()}
         if self.source.resolve() == self.target.resolve():
             raise PlanError(f"{self.target}: the pruned model needs a folder of its own, not the dense model's")
-        self.written: dict[str, str] = {}
+        self.written: dict[str, TensorFile] = {}
         self.stored = StoredMasks()
         self.pending: list[tuple[Tensor, dict[str, Any]]] = []
         self.host: nn.Module = nn.Module()
         self.blocks: list[str] = []
 
+    def check_shapes(self, model: nn.Module) -> None:
+        """Raises SparsifyError when a tensor of the files has another shape than in `model` (which needs no memory)."""
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            file = self.given.get(name)
+            if file is not None and file.parts[name].shape != tuple(tensor.shape):
+                raise SparsifyError(
+                    f"{file.path.name}: '{name}' has shape {file.parts[name].shape}, the model {tuple(tensor.shape)}"
+                )
+
     # --- the driver's side ---
 
     def sample(self, name: str) -> Tensor | None:
-        from safetensors import safe_open
-
-        if name not in self.files:
-            return None
-        with safe_open(self.files[name], framework="pt") as file:
-            return file.get_slice(name)[:1]
+        return self.given[name].rows(name, 1) if name in self.given else None
 
     def masks(self) -> StoredMasks:
         return self.stored
@@ -185,27 +209,55 @@ class StreamedWeights:
         self.host = host
         self.blocks = [name for stack in repeated_blocks(host) for name in stack.names]
         self.canonical = canonical_names(host)
-        self.records.mkdir(parents=True, exist_ok=True)
         self.check_run(run if self.dtype is None else f"{run}:{self.dtype}")
         for folder in (self.target, self.records):  # what a killed process left half-written
-            for leftover in folder.glob("*.tmp*"):
+            sweep(folder)
+            for leftover in folder.glob("*.tmp[0-9]*"):  # by earlier versions
                 leftover.unlink()
         self.load([name for name in self.own_names("") if not any(inside(name, block) for block in self.blocks)])
         yield
         self.finish()
 
     def finished(self, unit: str) -> list[dict[str, Any]] | None:
-        from safetensors import safe_open
-
+        """None as well when a shard was deleted: the unit is pruned again. Raises SparsifyError for damaged files."""
         path = self.record(unit)
-        if not self.touched(unit) or not path.exists():
+        shards = [self.target / shard_name(part) for part in self.parts(unit)]
+        if not self.touched(unit) or not all(file.exists() for file in (path, *shards)):
             return None
-        with safe_open(path, framework="pt") as file:
-            stats = json.loads((file.metadata() or {})["stats"])
-        for part in self.parts(unit):
-            self.written |= dict.fromkeys(self.own_names(part), shard_name(part))
-        self.stored.files |= dict.fromkeys((layer["name"] for layer in stats), path)
+        try:
+            record = open_record(path)
+            stats = parsed_stats(record)
+            if {layer.get("name") for layer in stats} != set(record.parts):
+                raise record.bad("damaged: its statistics are of other layers than its masks")
+        except SparsifyError as error:
+            raise SparsifyError(
+                f"{error}; delete {path.name} there to prune its layers again, or {self.target} to start over"
+            ) from error
+        for part, place in zip(self.parts(unit), shards, strict=True):
+            try:
+                shard = TensorFile(place)
+                self.check_shard(shard, part, record)
+                shard.verify()
+            except SparsifyError as error:
+                raise SparsifyError(
+                    f"{error}; delete it to prune its layers again, or {self.target} to start over"
+                ) from error
+            self.written |= dict.fromkeys(self.own_names(part), shard)
+        self.stored.files |= dict.fromkeys(record.parts, record)
         return stats
+
+    def check_shard(self, shard: TensorFile, part: str, record: TensorFile) -> None:
+        """A shard has the part's tensors, in their shapes; it is the one that the record was written after; masks fit."""
+        seals = record.metadata.get("shards", "")
+        if record.hashes is not None and f"{shard.path.name} {shard.seal}" not in seals.split("\n"):
+            raise shard.bad(f"is not the shard that {record.path.name} was written for")
+        for name in self.own_names(part):
+            shape = tuple(self.tensor(name).shape)
+            if name not in shard.parts or shard.parts[name].shape != shape:
+                raise shard.bad(f"damaged: '{name}' is missing or has another shape than the model's {shape}")
+            bits = record.parts.get(name)
+            if bits is not None and (bits.dtype != torch.uint8 or bits.shape != ((prod(shape) + 7) // 8,)):
+                raise record.bad(f"damaged: the mask of '{name}' does not fit its shape {shape}")
 
     @contextmanager
     def loaded(self, unit: str, *, keep: bool = False) -> Iterator[None]:
@@ -264,16 +316,20 @@ class StreamedWeights:
         return self.target / RECORDS
 
     def record(self, unit: str) -> Path:
-        return self.records / f"{unit or 'model'}.safetensors"
+        return self.records / f"{file_label(unit) or 'model'}.safetensors"
 
     def check_run(self, run: str) -> None:
         """Raises PlanError when the target belongs to another run, or to none."""
         path = self.records / "run.json"
-        if path.exists():
+        if os.path.lexists(path):
             try:
-                found = json.loads(path.read_text())["run"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise PlanError(f"{path} is damaged: {error}; delete {self.target} to start again") from error
+                document = strict_json.read(path, PlanError, limit=1 << 16)
+                found = document.get("run") if isinstance(document, dict) else None
+                version = document.get("version", 1) if isinstance(document, dict) else None
+                if not isinstance(found, str) or type(version) is not int or version not in READABLE_VERSIONS:
+                    raise PlanError(f"{path}: no run of a version that this sparsify reads")
+            except PlanError as error:
+                raise PlanError(f"{error}: it is damaged; delete {self.target} to start again") from error
             if found != run:
                 raise PlanError(
                     f"{self.target} holds another pruning run (other rules, weights, seed or calibration): choose another "
@@ -282,18 +338,24 @@ class StreamedWeights:
             return
         if any(self.target.glob("*.safetensors")):
             raise PlanError(f"{self.target} holds a model already: choose another target, or delete it")
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps({"run": run}))
+        kinds.refuse_beside(self.target, kinds.DENSE, INDEX, PlanError)
+        write_bytes(path, json.dumps({"run": run, "version": VERSION}).encode())
 
     def write_record(self, unit: str) -> None:
-        """Masks and statistics of a unit whose shards are on disk."""
-        from safetensors.torch import save_file
-
+        """Masks and statistics of a unit whose shards are on disk: from now on it is finished."""
         bits = {stats["name"]: packed for packed, stats in self.pending}
-        metadata = {"stats": json.dumps([stats for _, stats in self.pending])}
-        with replacing(self.record(unit)) as temporary:
-            save_file(bits, temporary, metadata)
-        self.stored.files |= dict.fromkeys(bits, self.record(unit))
+        shards = {
+            self.written[name].path.name: self.written[name].seal
+            for part in self.parts(unit)
+            for name in self.own_names(part)
+        }
+        metadata = {
+            "version": str(VERSION),
+            "stats": stats_text([stats for _, stats in self.pending]),
+            "shards": "\n".join(f"{file} {seal}" for file, seal in shards.items()),
+        }
+        write_tensors(self.record(unit), bits, metadata)
+        self.stored.files |= dict.fromkeys(bits, open_record(self.record(unit)))
         self.pending.clear()
 
     # --- files ---
@@ -313,31 +375,20 @@ class StreamedWeights:
         return getattr(self.host.get_submodule(owner), leaf)
 
     def load(self, names: list[str]) -> None:
-        from safetensors import safe_open
-
-        wanted: dict[Path, list[str]] = {}
         for name in names:
             if self.tensor(name).device.type != "meta":
                 continue
-            if name in self.written:
-                wanted.setdefault(self.target / self.written[name], []).append(name)
-            elif name in self.files:
-                wanted.setdefault(self.files[name], []).append(name)
-            else:
+            file = self.written.get(name) or self.given.get(name)
+            if file is None:
                 raise SparsifyError(
                     f"{self.source} has no tensor '{name}': its files must have the module's own names (a model that "
                     "transformers renames on loading, such as Mixtral, is written with them by "
                     "save_pretrained(…, save_original_format=False))"
                 )
-        for path, inside_file in wanted.items():
-            with safe_open(path, framework="pt") as file:
-                for name in inside_file:
-                    value = cast(file.get_tensor(name), self.dtype)
-                    if value.shape != self.tensor(name).shape:
-                        raise SparsifyError(
-                            f"{path.name}: '{name}' has shape {tuple(value.shape)}, the model {tuple(self.tensor(name).shape)}"
-                        )
-                    self.bind(name, value)
+            shape = tuple(self.tensor(name).shape)
+            if file.parts[name].shape != shape:
+                raise SparsifyError(f"{file.path.name}: '{name}' has shape {file.parts[name].shape}, the model {shape}")
+            self.bind(name, cast(file.read(name), self.dtype))
 
     def bind(self, name: str, value: Tensor) -> None:
         old = self.tensor(name)
@@ -351,13 +402,9 @@ class StreamedWeights:
             self.bind(name, self.tensor(name).detach().to("meta"))
 
     def write_shard(self, label: str, names: list[str]) -> None:
-        from safetensors.torch import save_file
-
-        shard = shard_name(label)
-        tensors = {name: self.tensor(name).detach().contiguous() for name in names}
-        with replacing(self.target / shard) as temporary:
-            save_file(tensors, temporary, {"format": "pt"})
-        self.written |= dict.fromkeys(names, shard)
+        path = self.target / shard_name(label)
+        write_tensors(path, {name: self.tensor(name) for name in names}, {"format": "pt"})
+        self.written |= dict.fromkeys(names, TensorFile(path))
 
     def finish(self) -> None:
         """Blocks that no rule touched, everything outside of blocks, the index, and the other files."""
@@ -370,26 +417,26 @@ class StreamedWeights:
         rest = [name for name in self.own_names("") if name not in self.written]
         if rest:
             self.write_shard("", rest)
-        index = {"metadata": {"format": "pt"}, "weight_map": dict(sorted(self.written.items()))}
-        path = self.target / "model.safetensors.index.json"
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(index, indent=1))
+        places = {name: file.path.name for name, file in sorted(self.written.items())}
+        index = {"metadata": {"format": "pt"}, "weight_map": places}
         copy_companions(self.source, self.target, self.dtype)
+        write_bytes(self.target / INDEX, json.dumps(index, indent=1).encode())  # last: now the folder is a model
 
 
 def copy_companions(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
     """Config, tokenizer and whatever else lies beside the weights in `source`; what `target` has already is left. dtype: for the config."""
     for path in sorted(source.iterdir()):
-        if not path.is_file() or (target / path.name).exists() or is_weights(path):
+        if not path.is_file() or (target / path.name).exists() or is_weights(path) or is_temporary(path.name):
             continue
         if path.name == "config.json" and dtype is not None:
-            document = json.loads(path.read_text())
+            document = strict_json.read(path)
+            if not isinstance(document, dict):
+                raise SparsifyError(f"{path}: a config must be a JSON object")
             document.pop("torch_dtype", None)
             document["dtype"] = str(dtype).removeprefix("torch.")
-            with replacing(target / path.name) as temporary:
-                temporary.write_text(json.dumps(document, indent=2) + "\n")
+            write_bytes(target / path.name, (json.dumps(document, indent=2) + "\n").encode())
         else:
-            shutil.copy2(path, target / path.name)
+            copy_file(path, target / path.name)
 
 
 def is_weights(path: Path) -> bool:
@@ -401,7 +448,18 @@ def is_weights(path: Path) -> bool:
 
 def shard_name(label: str) -> str:
     """File of a block, or of everything outside of blocks (label "")."""
-    return f"model-{label.replace('.', '-') or 'rest'}.safetensors"
+    return f"model-{file_label(label).replace('.', '-') or 'rest'}.safetensors"
+
+
+def file_label(name: str) -> str:
+    """A module's name as part of a file name: as it is, or mangled with a hash where a folder or another module could be meant."""
+    if re.fullmatch(r"[A-Za-z0-9_.]{0,120}", name) and name not in ("rest", "model"):
+        return name
+    return (
+        re.sub(r"[^A-Za-z0-9_.]", "_", name)[:80]
+        + "_"
+        + hashlib.sha256(name.encode("utf-8", "backslashreplace")).hexdigest()[:12]
+    )
 
 
 def inside(name: str, outer: str) -> bool:

@@ -23,9 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import PlanError
+from sparsify.files import strict_json
+from sparsify.files.atomic import committing, shown
+from sparsify.files.ranks import on_first_rank
+from sparsify.files.tensors import TensorFile, write_tensors
 from sparsify.masked import MaskedModule, load_mask_state, local_fill, mask_modules, mask_state, masked_parameters
 from sparsify.pruning.patterns import NM, Pattern, keep_largest, mask_from_scores, parse_pattern
-from sparsify.pruning.sequential import stored_transposed, write_atomically
+from sparsify.pruning.sequential import stored_transposed
 from sparsify.sharded import whole
 
 MASK_FILE = "sparsify_masks.safetensors"
@@ -175,7 +179,6 @@ def clear_state(optimizer: torch.optim.Optimizer, parameter: Tensor, mask: Tenso
 
 def gradual_pruning_callback(pruner: GradualPruner) -> Any:
     """A `transformers.TrainerCallback` that steps the pruner, saves its masks in every checkpoint and restores them on resume."""
-    from safetensors.torch import load_file, save
     from transformers import TrainerCallback
 
     class GradualPruning(TrainerCallback):
@@ -189,8 +192,7 @@ def gradual_pruning_callback(pruner: GradualPruner) -> Any:
                 raise PlanError(
                     f"{folder} has no {MASK_FILE}: it was not saved with this callback, so its masks are unknown"
                 )
-            reached = json.loads((folder / STATE_FILE).read_text())["sparsity"]
-            pruner.load_state_dict({"masks": load_file(folder / MASK_FILE), "sparsity": reached})
+            pruner.load_state_dict(read_state(folder))
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             time = state.global_step if pruner.schedule.unit == "step" else state.epoch
@@ -203,12 +205,29 @@ def gradual_pruning_callback(pruner: GradualPruner) -> Any:
                     entry["sparsity"] = pruner.sparsity
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if not state.is_world_process_zero:
-                return
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
-            held = pruner.state_dict()
-            write_atomically(folder / MASK_FILE, save({n: t.cpu().contiguous() for n, t in held["masks"].items()}))
-            write_atomically(folder / STATE_FILE, json.dumps({"sparsity": held["sparsity"]}).encode())
+            on_first_rank(lambda: write_state(folder, pruner.state_dict()))
 
     return GradualPruning()
+
+
+def write_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """Masks and the sparsity reached, both or neither. Raises SparsifyError when they cannot be written."""
+    with committing() as commit:
+        with commit.writing(folder / STATE_FILE) as file:
+            file.write(json.dumps({"sparsity": state["sparsity"]}).encode())
+        write_tensors(folder / MASK_FILE, state["masks"], {"sparsity": repr(float(state["sparsity"]))}, commit)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What `write_state` wrote. Raises SparsifyError, naming the file, for anything else."""
+    file, where = TensorFile(folder / MASK_FILE), folder / STATE_FILE
+    document = strict_json.read(where)
+    reached = document.get("sparsity") if isinstance(document, dict) else None
+    if not isinstance(reached, int | float) or isinstance(reached, bool) or not 0 <= reached <= 1:
+        raise PlanError(f"{shown(where)}: 'sparsity' must be a number from 0 to 1, got {str(reached)[:40]}")
+    if file.hashes is not None and file.metadata.get("sparsity") != repr(float(reached)):
+        raise PlanError(
+            f"{shown(where)} says another sparsity than {MASK_FILE} beside it: one of them is damaged, or of another checkpoint"
+        )
+    return {"masks": {name: file.read(name) for name in file.parts}, "sparsity": reached}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsify.errors import SparsifyError
+from sparsify.files.tensors import TensorFile, write_tensors
 from sparsify.module_tree import copy_module_tree
 
 
@@ -55,11 +57,7 @@ class TeacherCache:
         key = batch_key(batch)
         found = self.memory.get(key)
         if found is None and self.folder is not None and (path := self.folder / f"{key}.safetensors").exists():
-            from safetensors.torch import load_file
-
-            tensors = load_file(path)
-            logits = tensors.pop("logits", None)
-            found = TeacherStates([tensors[f"hidden.{i}"] for i in range(len(tensors))], logits)
+            found = read_states(path)
         self.hits += found is not None
         return found
 
@@ -68,14 +66,23 @@ class TeacherCache:
         if self.folder is None:
             self.memory[key] = states
             return
-        from safetensors.torch import save_file
-
-        tensors = {f"hidden.{i}": hidden.clone().contiguous() for i, hidden in enumerate(states.hidden)}
+        tensors = {f"hidden.{i}": hidden for i, hidden in enumerate(states.hidden)}
         if states.logits is not None:
-            tensors["logits"] = states.logits.clone().contiguous()
-        temporary = self.folder / f"{key}.tmp{os.getpid()}"
-        save_file(tensors, temporary)
-        os.replace(temporary, self.folder / f"{key}.safetensors")
+            tensors["logits"] = states.logits
+        write_tensors(self.folder / f"{key}.safetensors", tensors, {})
+
+
+def read_states(path: Path) -> TeacherStates | None:
+    """States from a file; None, with a warning, when it is damaged: the teacher computes them again."""
+    try:
+        file = TensorFile(path)
+        names = [f"hidden.{i}" for i in range(len(file.parts) - ("logits" in file.parts))]
+        return TeacherStates(
+            [file.read(name) for name in names], file.read("logits") if "logits" in file.parts else None
+        )
+    except SparsifyError as error:
+        warnings.warn(f"the teacher's states are computed again: {error}", stacklevel=4)
+        return None
 
 
 class Int8Linear(nn.Module):

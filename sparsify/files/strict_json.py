@@ -1,0 +1,74 @@
+"""JSON from outside: what is ambiguous, endless or no number at all is an error that names its place.
+
+Refused: text that is not UTF-8, an object with a name twice, NaN and infinities, numbers that no float can hold, nesting deeper than the
+interpreter's stack, and text that no file could hold again (half of a surrogate pair).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from sparsify.errors import SparsifyError
+from sparsify.files.regular import read_file
+
+LIMIT = 64 << 20  # bytes
+DIGITS = 300  # any such number is a finite float
+
+
+def parse(text: str | bytes, where: str, error: type[SparsifyError] = SparsifyError) -> Any:
+    """The value. Raises `error` with `where` in front: "…: not JSON: …"."""
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8-sig")
+        value = json.loads(
+            text, parse_int=whole_number, parse_float=number, parse_constant=no_number, object_pairs_hook=once
+        )
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError as cause:
+        raise error(f"{where}: not JSON that can be read: nested too deeply") from cause
+    except ValueError as cause:  # JSONDecodeError, UnicodeDecodeError and UnicodeEncodeError among them
+        raise error(f"{where}: not JSON that can be read: {short(cause)}") from cause
+    return value
+
+
+def read(path: str | os.PathLike[str], error: type[SparsifyError] = SparsifyError, limit: int = LIMIT) -> Any:
+    """The value in a regular file of at most `limit` bytes. Raises `error`, naming the file."""
+    from sparsify.files.atomic import shown
+
+    return parse(read_file(path, limit, error), shown(Path(path)), error)
+
+
+def short(cause: Exception) -> str:
+    text = str(cause)
+    return text if len(text) <= 200 else text[:200] + "…"
+
+
+def whole_number(text: str) -> int:
+    if len(text) > DIGITS:
+        raise ValueError(f"a whole number of {len(text.lstrip('-'))} digits ({text[:12]}…)")
+    return int(text)
+
+
+def number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:24]} is too large")
+    return value
+
+
+def no_number(text: str) -> Any:
+    raise ValueError(f"{text} is not a number")
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"the name {twice[:60]!r} stands twice in one object")
+    return found
