@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from sparsify.errors import Refusal
+from sparsify.kernels.fallback import notes
 from sparsify.modules import QuantizedMixin
 from sparsify.plan import Plan
 from sparsify.program import Program
@@ -122,7 +123,7 @@ def make_report(program: Program, plan: Plan, host: nn.Module, cpu: Any = None) 
         + sum(m.shape.numel() for m in host.modules() if isinstance(m, QuantizedMixin)),
         saved_bytes=saved,
         saved_bytes_full=full,
-        history=program.history,
+        history=(*program.history, *(f"note: {text}" for text in notes())),
         cpu="" if cpu is None else str(cpu),
     )
 

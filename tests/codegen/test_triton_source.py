@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import multiprocessing
+import py_compile
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +15,7 @@ import jinja2
 import pytest
 import torch
 
+from sparsify.kernels.cache import CacheError
 from sparsify.kernels.gpu import build, tiles
 from sparsify.kernels.gpu.codegen import generate, parameters
 from sparsify.kernels.gpu.spec import OPS, TARGETS, Epilogue, KernelSpec, Tile
@@ -139,6 +142,27 @@ def test_a_damaged_file_is_written_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert write_once("x = 1\n", ".py") == path
     assert path.read_text() == "x = 1\n"
     assert write_once("x = 2\n", ".py") != path
+
+
+def test_what_runs_is_the_generated_text_and_not_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a file that was changed behind us nor bytecode beside it: also when the text is asked for, as Triton does."""
+    monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path))
+    text = "def kernel():\n    return 'generated'\n"
+    path = write_once(text, ".py")
+    evil = "def kernel():\n    return 'hostile..'\n"
+    py_compile.compile(str(path), doraise=True)
+    path.write_text(evil)
+    (bytecode,) = (path.parent / "__pycache__").iterdir()
+    py_compile.compile(str(path), cfile=str(bytecode), doraise=True)
+    kernel = build.import_source(text).kernel
+    assert kernel() == "generated"
+    path.write_text(evil)
+    assert inspect.getsource(kernel) == text
+    monkeypatch.setattr(build, "write_once", lambda *_: (_ for _ in ()).throw(CacheError("no folder")))
+    with pytest.warns(RuntimeWarning, match="kept in memory only: no folder"):
+        kernel = build.import_source(text.replace("generated", "in memory")).kernel
+    assert kernel() == "in memory"
+    assert "in memory" in inspect.getsource(kernel)
 
 
 def test_without_triton_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,10 +25,20 @@ from typing import Any
 import torch
 
 from sparsify.errors import SparsifyError
-from sparsify.kernels.cpu.build import Kernels, load_kernels
+from sparsify.kernels.cpu.build import BuildError, Kernels, load_kernels
 from sparsify.kernels.cpu.codegen import BF16_KERNELS, ISAS, LANES, VECTORS, Isa, Variant, generate
 from sparsify.kernels.cpu.formats import BLOCK, Bitmask
-from sparsify.kernels.cpu.tune import TUNE_VERSION, cpu_name, measured, recorded, remember, seconds_of, tuning
+from sparsify.kernels.cpu.tune import (
+    TUNE_VERSION,
+    cpu_name,
+    credible,
+    measured,
+    recorded,
+    remember,
+    seconds_of,
+    tuning,
+)
+from sparsify.kernels.fallback import note
 
 ACTIVATIONS: dict[str, int] = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -102,12 +112,21 @@ def best_isa() -> Isa:
             best = "avx512bf16" if "avx512_bf16" in flags else "avx512vbmi2"
     elif has_avx2:
         best = "avx2"
-    named = os.environ.get("SPARSIFY_ISA")
-    if named is None:
+    named = os.environ.get("SPARSIFY_ISA", "").strip()
+    if not named:
         return best
     if named not in ISAS or ISAS.index(named) < ISAS.index(best):  # type: ignore[arg-type]
-        raise SparsifyError(f"SPARSIFY_ISA={named!r}: this CPU runs {', '.join(ISAS[ISAS.index(best) :])}")
+        raise BuildError(f"SPARSIFY_ISA={named!r}: this CPU runs {', '.join(ISAS[ISAS.index(best) :])}")
     return named  # type: ignore[return-value]
+
+
+def isa_for_training() -> Isa | None:
+    """`best_isa()`, or None, after a warning, where `SPARSIFY_ISA` names none: a training step does not die of it."""
+    try:
+        return best_isa()
+    except BuildError as error:
+        note(f"training kernels: PyTorch's own serve instead: {error}")
+        return None
 
 
 def layer_struct(
@@ -274,7 +293,7 @@ def calibrate() -> Machine:
     """Bandwidth and clock of this machine; measured once (about 0.1 s) and cached under the CPU's name."""
     key = f"machine/{TUNE_VERSION}/{cpu_name()}/{torch.get_num_threads()}"
     stored = tuning().get(key)
-    if isinstance(stored, dict):
+    if isinstance(stored, dict) and credible(stored.get("bandwidth"), 1e6) and credible(stored.get("clock"), 1e3):
         return Machine(float(stored["bandwidth"]), float(stored["clock"]))
     data = torch.ones(16 << 20)
     bandwidth = data.numel() * 4 / min(seconds_of(data.sum) for _ in range(13)) / 1e9

@@ -8,16 +8,16 @@ its time; here one factor is transposed in chunks by all threads and the other i
 from __future__ import annotations
 
 import ctypes
-import warnings
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsify.kernels.cpu.build import BuildError, compile_library, openmp_entry
+from sparsify.kernels.cpu.build import BuildError, load_library
 from sparsify.kernels.cpu.codegen import FLAGS, LANES, TEMPLATES, Isa, exchanges, rotations
-from sparsify.kernels.cpu.dispatch import best_isa
+from sparsify.kernels.cpu.dispatch import best_isa, isa_for_training
+from sparsify.kernels.fallback import note
 from sparsify.kernels.source import strict_environment
 
 CHUNK = 256  # tokens whose factors are transposed at a time
@@ -40,14 +40,13 @@ def generate_sampled(isa: Isa, value: str) -> str:
 @cache
 def load_sampled(isa: Isa, value: str) -> Any:
     """The built library, or None (remembered) where it cannot be built, which a warning says once."""
+    entries = ("sparsify_scratch", "sparsify_sampled", "sparsify_write")
     try:
-        library = ctypes.CDLL(str(compile_library(generate_sampled(isa, value), FLAGS[isa])))
-    except (BuildError, OSError) as error:
-        warnings.warn(f"sampled_product: PyTorch's own kernels serve instead: {error}", RuntimeWarning, stacklevel=2)
+        library = load_library(generate_sampled(isa, value), FLAGS[isa], entries)
+    except BuildError as error:
+        note(f"sampled_product: PyTorch's own kernels serve instead: {error}")
         return None
     pointer, word, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.sparsify_init.argtypes, library.sparsify_init.restype = [pointer], None
-    library.sparsify_init(openmp_entry())
     library.sparsify_scratch.argtypes, library.sparsify_scratch.restype = [word], word
     library.sparsify_sampled.argtypes = [
         pointer, word, pointer, word, word, word, word, pointer, small, word, pointer, pointer, small,
@@ -64,7 +63,8 @@ def kernel_serves(a: Tensor, b: Tensor, index: Tensor) -> bool:
         return False
     if a.shape[0] * index.numel() < SMALLEST:
         return False
-    return load_sampled(best_isa(), VALUES[a.dtype]) is not None
+    isa = isa_for_training()
+    return isa is not None and load_sampled(isa, VALUES[a.dtype]) is not None
 
 
 def sampled_by_kernel(a: Tensor, b: Tensor, index: Tensor, isa: Isa | None = None) -> Tensor:
@@ -89,7 +89,8 @@ def kernel_writes(weight: Tensor, values: Tensor, index: Tensor) -> bool:
         return False
     if index.numel() < SMALLEST_WRITE or not all(t.is_contiguous() for t in (weight, values, index)):
         return False
-    return load_sampled(best_isa(), VALUES[weight.dtype]) is not None
+    isa = isa_for_training()
+    return isa is not None and load_sampled(isa, VALUES[weight.dtype]) is not None
 
 
 def write_by_kernel(weight: Tensor, values: Tensor, index: Tensor) -> None:

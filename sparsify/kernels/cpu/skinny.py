@@ -7,16 +7,16 @@ one matrix (`g B` and `uᵀ g`) share one reading. `y += u Bᵀ` costs the readi
 from __future__ import annotations
 
 import ctypes
-import warnings
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsify.kernels.cpu.build import BuildError, compile_library, openmp_entry
+from sparsify.kernels.cpu.build import BuildError, load_library
 from sparsify.kernels.cpu.codegen import FLAGS, LANES, TEMPLATES, Isa, rotations
-from sparsify.kernels.cpu.dispatch import best_isa
+from sparsify.kernels.cpu.dispatch import best_isa, isa_for_training
+from sparsify.kernels.fallback import note
 from sparsify.kernels.source import strict_environment
 
 RANKS = 4  # the kernel takes ranks in groups of so many
@@ -40,13 +40,11 @@ def generate_skinny(isa: Isa) -> str:
 def load_skinny(isa: Isa) -> Any:
     """The built library, or None (remembered) where it cannot be built, which a warning says once."""
     try:
-        library = ctypes.CDLL(str(compile_library(generate_skinny(isa), FLAGS[isa])))
-    except (BuildError, OSError) as error:
-        warnings.warn(f"low-rank products: PyTorch's GEMM serves instead: {error}", RuntimeWarning, stacklevel=2)
+        library = load_library(generate_skinny(isa), FLAGS[isa], ("sparsify_skinny", "sparsify_update"))
+    except BuildError as error:
+        note(f"low-rank products: PyTorch's GEMM serves instead: {error}")
         return None
     pointer, word, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.sparsify_init.argtypes, library.sparsify_init.restype = [pointer], None
-    library.sparsify_init(openmp_entry())
     library.sparsify_skinny.argtypes = [pointer, word, word, word, word, pointer, pointer, pointer, pointer, small]
     library.sparsify_skinny.restype = None
     library.sparsify_update.argtypes = [pointer, word, word, word, word, pointer, pointer, small]
@@ -60,7 +58,8 @@ def skinny_serves(x: Tensor, rank: int) -> bool:
         return False
     if torch.get_num_threads() * (rank + RANKS) * x.shape[1] * 4 > PARTIAL_BYTES:
         return False
-    return load_skinny(best_isa()) is not None
+    isa = isa_for_training()
+    return isa is not None and load_skinny(isa) is not None
 
 
 def update_serves(y: Tensor, rank: int) -> bool:

@@ -1,0 +1,24 @@
+"""What does not run on generated kernels here, and why: said once as a warning, and kept for reports.
+
+note("low-rank products: PyTorch's GEMM serves instead: no C++ compiler found …") ──▶ RuntimeWarning, once
+                                                                                  └─▶ notes(): lines of the report
+"""
+
+from __future__ import annotations
+
+import warnings
+
+said: dict[str, None] = {}
+
+
+def note(text: str, stacklevel: int = 3) -> None:
+    """Say `text` as a RuntimeWarning, once per process, and keep it for `notes()`."""
+    if text in said:
+        return
+    said[text] = None
+    warnings.warn(text, RuntimeWarning, stacklevel=stacklevel)
+
+
+def notes() -> tuple[str, ...]:
+    """Everything that was said so far, in order."""
+    return tuple(said)
