@@ -483,11 +483,11 @@ def test_a_wrong_instruction_set_is_refused_by_name(monkeypatch: pytest.MonkeyPa
         with pytest.raises(build.BuildError, match="SPARSIFY_ISA='AVX2': this CPU runs"):
             dispatch.best_isa()
         with pytest.warns(RuntimeWarning, match="training kernels: PyTorch's own serve instead: SPARSIFY_ISA='AVX2'"):
-            assert dispatch.isa_for_training() is None
+            assert dispatch.usable_isa() is None
         assert "SPARSIFY_ISA='AVX2'" in fallback.notes()[0]
         monkeypatch.setenv("SPARSIFY_ISA", " ")
         dispatch.best_isa.cache_clear()
-        assert dispatch.best_isa() == dispatch.isa_for_training()
+        assert dispatch.best_isa() == dispatch.usable_isa()
     finally:
         dispatch.best_isa.cache_clear()
 
