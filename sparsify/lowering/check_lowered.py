@@ -73,7 +73,7 @@ class LoweringCheck:
             raise VerifyError(f"in pass 'lower-{self.target}': {error}") from error
 
 
-def logical_weight(module: nn.Module) -> Tensor | None:
+def logical_weight(module: Any) -> Tensor | None:
     """The (out, in) weight of a linear or Conv1D; None for other modules."""
     weight: Any = module.weight
     if type(module) is nn.Linear:
@@ -199,7 +199,7 @@ def watched(layers: list[Layer], reached: set[int]) -> Iterator[None]:
     def hook(layer: Layer) -> Any:
         def compare(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
             reached.add(id(module))
-            layer.compare(*args[:1], y, *args[1:])
+            layer.compare(args[0], y, args[1] if len(args) > 1 else None)
 
         return compare
 

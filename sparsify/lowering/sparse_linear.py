@@ -90,7 +90,6 @@ class SparseLinear(OriginalState):
             for name, tensor in self._buffers.items():
                 if tensor is not None and tensor.is_inference():
                     self._buffers[name] = tensor.clone()
-        seen = self.state()
         buffers: dict[str, Any] = {name: self._buffers[name] for name in PACKED}
         self.packed = replace(self.packed, **buffers)
         packed_operator.check_layer(self.packed, self.row_sums, self.bias, self.activation, self.gated, self.int8)
@@ -103,14 +102,18 @@ class SparseLinear(OriginalState):
             note(f"packed linears are unpacked in every call: {error}")
             self.kernels = None
         self.layer = layer_struct(self.packed, self.row_sums, self.bias, self.activation, self.gated)
-        self.seen = seen
+        names = (*PACKED, "row_sums", "bias")
+        held = {name: tensor for name in names if (tensor := self._buffers[name]) is not None}
+        self.absent = tuple(name for name in names if name not in held)
+        self.seen = tuple((name, tensor, tensor.data_ptr(), tensor._version) for name, tensor in held.items())
 
-    def state(self) -> tuple[Any, ...]:
-        """Where the tensors lie that the C view points to, and how often they were written to."""
-        found = map(self._buffers.__getitem__, (*PACKED, "row_sums", "bias"))
-        return tuple(
-            None if t is None else (t.data_ptr(), t.numel(), -1 if t.is_inference() else t._version) for t in found
-        )
+    def as_prepared(self) -> bool:
+        """Whether the tensors that the C view points to are the buffers still, where they were and not written to since."""
+        buffers = self._buffers
+        for name, tensor, address, version in self.seen:
+            if buffers[name] is not tensor or tensor.data_ptr() != address or tensor._version != version:
+                return False
+        return all(buffers[name] is None for name in self.absent)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -152,14 +155,15 @@ class SparseLinear(OriginalState):
             return self.as_operator(x, residual)
         if x.device.type != "cpu":
             raise RefusedError(f"this layer was lowered for the CPU, x is on {x.device}")
-        packed_operator.check_activations("SparseLinear", x, self.in_features)
-        if self.seen != self.state():  # a buffer was replaced or written to: nothing may be read by the old view
+        if x.dtype not in packed_operator.ACTIVATION_DTYPES or x.dim() == 0 or x.shape[-1] != self.in_features:
+            packed_operator.check_activations("SparseLinear", x, self.in_features)
+        if not self.as_prepared():  # a buffer was replaced or written to: nothing may be read by the old view
             self.prepare()
         flat = x.reshape(-1, self.in_features)
         tokens, shape = flat.shape[0], (*x.shape[:-1], self.out_features)
         if tokens == 0:
             return x.new_empty(shape)
-        extra = packed_operator.check_residual("SparseLinear", residual, x, shape)
+        extra = None if residual is None else packed_operator.check_residual("SparseLinear", residual, x, shape)
         if self.kernels is None or x.dtype == torch.float64:  # the kernels sum in fp32
             y = self.dense_product(flat, extra)
         else:
@@ -216,7 +220,7 @@ class SparseLinear(OriginalState):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("kernels", "layer", "choices", "seen"):
+        for name in ("kernels", "layer", "choices", "seen", "absent"):
             state.pop(name, None)
         return state
 

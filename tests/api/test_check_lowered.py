@@ -159,6 +159,7 @@ def test_a_wrong_graph_is_the_passs_mistake(monkeypatch: pytest.MonkeyPatch) -> 
         rewrite(program, *rest)
         node = next(n for n in program.graph.nodes if n.target is torch.ops.sparsify.packed_linear.default)
         node.args = (*node.args[:11], "relu", *node.args[12:])
+        program.graph_module.recompile()
 
     monkeypatch.setattr(cpu, "rewrite", wrong)
     with pytest.raises(VerifyError, match="in pass 'lower-cpu': the lowered program: output 0 drifted"):

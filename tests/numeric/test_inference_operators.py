@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -450,3 +455,32 @@ def test_training_kernels_refuse_what_does_not_fit() -> None:
     for values, places in ((torch.ones(2), index), (torch.ones(3).double(), index), (torch.ones(3), index.short())):
         with pytest.raises(FormatError, match="sparse part"):
             sampled.write_by_kernel(weight, values, places)
+
+
+# --- under a sanitizer ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_sanitizers_find_nothing_in_direct_calls(tmp_path: Path) -> None:
+    """The calls of this file again, in a process in which kernels are built with, and memory comes from, AddressSanitizer."""
+    try:
+        command, _ = build.find_compiler(None)
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    runtime = subprocess.run([*command, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not Path(runtime).is_absolute():
+        pytest.skip("the compiler has no sanitizer runtime")
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": runtime,
+        "CXX": f"{command[0]} -fsanitize=address -g",
+        "ASAN_OPTIONS": "detect_leaks=0:verify_asan_link_order=0:abort_on_error=1",
+        "SPARSIFY_CACHE": str(tmp_path / "cache"),
+    }
+    chosen = "fits or fit_are_refused or not_fit or modules or training_kernels or once_per_state"
+    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
+    result = subprocess.run(run, capture_output=True, text=True, env=environment, timeout=1800)
+    text = result.stdout + result.stderr
+    assert "AddressSanitizer" not in text, text[-4000:]
+    assert result.returncode == 0, text[-4000:]
+    assert re.search(r"\d{2,} passed", text), text[-500:]

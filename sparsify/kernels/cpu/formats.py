@@ -15,6 +15,7 @@ read 80 values past its start: 96 zeros stand behind the last.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -135,7 +136,7 @@ class Bitmask:
         check(self.rows > 0 and self.cols > 0, f"a weight needs rows and columns, got {self.rows} × {self.cols}")
         blocks = self.blocks
         for name in ("masks", "values", "panel_ptr", "scales"):
-            tensor = getattr(self, name)
+            tensor: Any = getattr(self, name)
             if tensor is not None or name != "scales":
                 check(isinstance(tensor, torch.Tensor), f"{name} is no tensor but {type(tensor).__name__}")
                 check(tensor.device.type == "cpu", f"{name} is on {tensor.device}, the CPU format needs it on the CPU")

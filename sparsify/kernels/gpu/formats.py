@@ -211,6 +211,13 @@ class Stream:
         check(where.unique().numel() == where.numel(), "an entry is stored twice")
 
 
+def check_scales(scales: Tensor | None, rows: int) -> None:
+    """Refuse anything but one finite fp32 scale per row."""
+    good = scales is not None and tuple(scales.shape) == (rows,) and scales.dtype == torch.float32
+    check(good, f"int8 values need {rows} float32 scales")
+    check(scales is not None and bool(torch.isfinite(scales).all()), "a scale is NaN or Inf")
+
+
 def rebuild_stream(like: Stream, tensors: list[Tensor]) -> Stream:
     """The same description over other tensors, in the order of `Stream.tensors`."""
     values, meta, base, start, order, *scales = tensors
@@ -514,9 +521,7 @@ class Blocks:
         where = row * wide + self.column
         check(where.unique().numel() == tiles, "a tile is stored twice")
         if self.value == "int8":
-            good = self.scales is not None and tuple(self.scales.shape) == (self.rows,)
-            check(good and self.scales.dtype == torch.float32, f"int8 values need {self.rows} float32 scales")
-            check(bool(torch.isfinite(self.scales).all()), "a scale is NaN or Inf")
+            check_scales(self.scales, self.rows)
         else:
             check(self.scales is None, "scales belong to int8 values")
             check(bool(torch.isfinite(self.values).all()), "a weight is NaN or Inf")
