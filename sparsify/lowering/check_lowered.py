@@ -48,7 +48,7 @@ class LoweringCheck:
     def __init__(self, host: nn.Module, program: Program, target: str) -> None:
         self.target, self.example = target, program.example
         self.pieces = [
-            Piece(name, weight, module.bias)
+            Piece(name, weight, getattr(module, "bias", None))
             for name, module in host.named_modules()
             if isinstance(getattr(module, "weight", None), nn.Parameter)
             and (weight := logical_weight(module)) is not None

@@ -27,8 +27,10 @@ alive: weakref.WeakValueDictionary[int, PrepackedLinear] = weakref.WeakValueDict
 
 
 def can_prepack(weight: torch.Tensor) -> bool:
-    """Whether this torch has oneDNN, and it takes this weight."""
-    return torch.backends.mkldnn.is_available() and weight.dtype in PREPACKED_DTYPES and weight.device.type == "cpu"
+    """Whether this torch has oneDNN, and it takes this weight on this CPU."""
+    if not torch.backends.mkldnn.is_available() or weight.dtype not in PREPACKED_DTYPES or weight.device.type != "cpu":
+        return False
+    return weight.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def prepack(weight: torch.Tensor) -> torch.Tensor:

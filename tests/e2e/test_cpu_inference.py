@@ -18,6 +18,8 @@ from torch import nn
 import sparsify
 from sparsify import CpuOptions, Plan, PlanError, Prune, Quantize
 from sparsify.kernels.cpu import build
+from sparsify.kernels.cpu.codegen import Variant
+from sparsify.kernels.cpu.dispatch import best_isa
 from sparsify.kernels.cpu.formats import FormatError, pack, pack_int8, quantize_int8
 from sparsify.lowering.rows_of_gated import RowsOfGated
 from sparsify.lowering.sparse_linear import GatedLinear, SparseLinear
@@ -139,7 +141,9 @@ def test_int8_follows_its_own_integers() -> None:
     quick, _, _ = lowered("Llama", PRUNE, Quantize(format="int8"))
     with torch.inference_mode():
         exact, found = tiny.output_of(host(**inputs)), tiny.output_of(quick(**inputs))
-    assert 0 < float((found - exact).norm() / exact.norm()) < 0.03  # int8 activations, where VNNI serves them
+    error = float((found - exact).norm() / exact.norm())
+    assert error < 0.03
+    assert error > 0 or not Variant(isa=best_isa(), value="s8").vnni  # int8 activations, where VNNI serves them
 
 
 @pytest.mark.parametrize("name", ["Phi-3", "GPT-2", "T5 (gated)", "BERT (classifier)"])

@@ -135,12 +135,13 @@ class Bitmask:
         """Refuse data that a kernel could not read safely; returns self. Raises FormatError saying what is wrong."""
         check(self.rows > 0 and self.cols > 0, f"a weight needs rows and columns, got {self.rows} × {self.cols}")
         blocks = self.blocks
-        for name in ("masks", "values", "panel_ptr", "scales"):
-            tensor: Any = getattr(self, name)
-            if tensor is not None or name != "scales":
-                check(isinstance(tensor, torch.Tensor), f"{name} is no tensor but {type(tensor).__name__}")
-                check(tensor.device.type == "cpu", f"{name} is on {tensor.device}, the CPU format needs it on the CPU")
-                check(tensor.is_contiguous(), f"{name} is not contiguous")
+        given: dict[str, Any] = {name: getattr(self, name) for name in ("masks", "values", "panel_ptr", "scales")}
+        for name, tensor in given.items():
+            if tensor is None and name == "scales":
+                continue
+            check(isinstance(tensor, torch.Tensor), f"{name} is no tensor but {type(tensor).__name__}")
+            check(tensor.device.type == "cpu", f"{name} is on {tensor.device}, the CPU format needs it on the CPU")
+            check(tensor.is_contiguous(), f"{name} is not contiguous")
         check(self.masks.dtype == torch.int64, f"masks are {self.masks.dtype}, expected torch.int64")
         check(self.panel_ptr.dtype == torch.int64, f"panel_ptr is {self.panel_ptr.dtype}, expected torch.int64")
         check(
