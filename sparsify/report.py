@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from sparsify.console import in_full, one_line, printable
 from sparsify.errors import Refusal
+from sparsify.kernels.fallback import notes
 from sparsify.names import printable as without_controls
 from sparsify.parameter_count import count_parameters
 from sparsify.plan import Plan
@@ -128,7 +129,7 @@ def make_report(program: Program, plan: Plan, host: nn.Module, cpu: Any = None) 
         pruned=count.pruned,
         saved_bytes=saved,
         saved_bytes_full=full,
-        history=program.history,
+        history=(*program.history, *(f"note: {text}" for text in notes())),
         cpu="" if cpu is None else in_full(cpu),
     )
 

@@ -1,28 +1,18 @@
-"""What the code generators of both targets share: strict templates, the cache directory, files written once.
+"""What the code generators of both targets share: strict templates, and files of generated source.
 
     template + parameters ──render──▶ source ──sha256──▶ <cache>/kernels/<key>.<suffix>
 
-A file is written under a temporary name and moved into place, so that processes may write the same one at once and none
-ever reads half of it. `SPARSIFY_CACHE` names the cache directory.
+The files are for reading, by people and by tools; what runs is the text that was generated, not what a file says.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-
-def cache_directory() -> Path:
-    """Where kernels and tuning results are kept: `SPARSIFY_CACHE`, else the user's cache directory."""
-    named = os.environ.get("SPARSIFY_CACHE")
-    if named:
-        return Path(named)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "sparsify"
+from sparsify.kernels.cache import keep, kept
 
 
 @cache
@@ -35,19 +25,8 @@ def strict_environment(directory: Path) -> Any:
 
 
 def write_once(text: str, suffix: str) -> Path:
-    """Path of a file that holds `text`, named by its hash; written only if the cache does not hold it whole."""
+    """Path of a file that holds `text`, named by its hash; written only if the cache does not hold it whole. Raises CacheError."""
     content = text.encode()
-    directory = cache_directory() / "kernels"
-    target = directory / f"{hashlib.sha256(content).hexdigest()[:32]}{suffix}"
-    if target.exists() and target.read_bytes() == content:
-        return target
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handle, scratch = tempfile.mkstemp(dir=directory, prefix="write-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(scratch, target)
-    except BaseException:
-        Path(scratch).unlink(missing_ok=True)
-        raise
-    return target
+    name = f"{hashlib.sha256(content).hexdigest()[:32]}{suffix}"
+    found = kept(name)
+    return found[0] if found is not None and found[1] == content else keep(name, content)

@@ -30,6 +30,7 @@ from sparsify.kernels.cpu.build import BuildError
 from sparsify.kernels.cpu.dispatch import activations, best_isa, bucket, kernels_for, predict_dense
 from sparsify.kernels.cpu.formats import Bitmask, FormatError, pack, pack_int8, quantize_int8
 from sparsify.kernels.cpu.tune import TUNE_VERSION, Timing, cpu_name, measured
+from sparsify.kernels.fallback import note, switched_on
 from sparsify.lowering.cpu_options import DEFAULT_TOKENS
 from sparsify.lowering.fuse_cpu import Fusion, fuse, set_module
 from sparsify.lowering.prepacked_linear import PrepackedLinear, can_prepack, prepack, prepacked_product
@@ -179,6 +180,7 @@ def try_layer(
     try:
         found = try_packed(name, logical, bias, transposed, quantize, group, int8, tokens, small, dense)
     except BuildError as error:
+        note(f"cpu lowering: linears stay dense: {error}")
         found = Refusal(name, str(error))
     if not isinstance(found, Refusal):
         return Outcome(*found)
@@ -261,6 +263,16 @@ def try_prepacked(
     steady = all(t.steady for t in timings.values())
     entry = LoweredLinear(refusal.where, (rows, cols), sparsity, "dense", seconds, size, size, steady)
     return Outcome(PrepackedLinear(weight, bias, transposed=transposed), entry, refusal)
+
+
+def isa_text() -> str:
+    """The instruction set that kernels are generated for, or why there is none."""
+    if not switched_on():
+        return "no instruction set (SPARSIFY_KERNELS=off)"
+    try:
+        return best_isa()
+    except BuildError as error:
+        return f"no instruction set ({error})"
 
 
 def mean_ratio(ratios: Sequence[float]) -> float:
@@ -388,7 +400,7 @@ def lower_model(
         if whole.slower:
             refusals += [Refusal(entry.name, whole.reason) for entry in lowered]
             blocked, lowered, fusions = restore_dense(host, [*lowered, *blocked], whole.reason, asked), [], []
-    notes = (f"kernels for {best_isa()}, {torch.get_num_threads()} threads",)
+    notes = (f"kernels for {isa_text()}, {torch.get_num_threads()} threads",)
     after = packed_operator.module_bytes(host)
     report = CpuReport(
         cpu_name(), tuple(lowered), tuple(refusals), before, after, notes, tuple(blocked), tuple(fusions), whole

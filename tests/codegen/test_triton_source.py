@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import multiprocessing
+import py_compile
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import jinja2
 import pytest
 import torch
 
+from sparsify.kernels.cache import CacheError
 from sparsify.kernels.gpu import build, tiles
 from sparsify.kernels.gpu.codegen import generate, parameters
 from sparsify.kernels.gpu.spec import OPS, TARGETS, Epilogue, KernelSpec, Tile
@@ -139,6 +142,49 @@ def test_a_damaged_file_is_written_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert write_once("x = 1\n", ".py") == path
     assert path.read_text() == "x = 1\n"
     assert write_once("x = 2\n", ".py") != path
+
+
+def test_what_runs_is_the_generated_text_and_not_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a file that was changed behind us nor bytecode beside it: also when the text is asked for, as Triton does."""
+    monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path))
+    text = "def kernel():\n    return 'generated'\n"
+    path = write_once(text, ".py")
+    evil = "def kernel():\n    return 'hostile..'\n"
+    py_compile.compile(str(path), doraise=True)
+    path.write_text(evil)
+    (bytecode,) = (path.parent / "__pycache__").iterdir()
+    py_compile.compile(str(path), cfile=str(bytecode), doraise=True)
+    kernel = build.import_source(text).kernel
+    assert kernel() == "generated"
+    path.write_text(evil)
+    assert inspect.getsource(kernel) == text
+    monkeypatch.setattr(build, "write_once", lambda *_: (_ for _ in ()).throw(CacheError("no folder")))
+    with pytest.warns(RuntimeWarning, match="kept in memory only: no folder"):
+        kernel = build.import_source(text.replace("generated", "in memory")).kernel
+    assert kernel() == "in memory"
+    assert "in memory" in inspect.getsource(kernel)
+
+
+CODE = "x'\nimport os\n#"
+SPEC = {"op": "blocks", "target": "sm_90", "tile": Tile(), "width": 16, "group": 16}
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(KernelSpec) if f.name not in ("tile", "epilogue")])
+def test_no_text_from_outside_reaches_generated_source(name: str) -> None:
+    """Sources are made of specs alone, and a spec takes words from its lists, numbers and booleans: no module name, no file."""
+    if name in ("gather", "sparse", "low_rank"):
+        assert CODE not in generate(KernelSpec(**{**SPEC, name: bool(CODE)}))  # type: ignore[arg-type]
+        return
+    with pytest.raises(ValueError, match="unknown|is no number|bits"):
+        KernelSpec(**{**SPEC, name: CODE})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(Tile)])
+def test_tiles_are_numbers(name: str) -> None:
+    with pytest.raises(ValueError, match="a power of two is needed"):
+        Tile(**{name: CODE})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="unknown activation"):
+        Epilogue(activation=CODE)
 
 
 def test_without_triton_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:

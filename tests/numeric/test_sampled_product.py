@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import sparsify.lowrank_ops as ops
+from sparsify.kernels import fallback
 from sparsify.kernels.cpu import sampled
 from sparsify.lowrank_ops import oracle_sampled_product, sampled_by_tile, sampled_csr, sampled_per_entry
 
@@ -139,7 +140,8 @@ def test_a_machine_without_a_compiler_hears_of_it_once(monkeypatch):
     def fail(*_):
         raise sampled.BuildError("no C++ compiler found")
 
-    monkeypatch.setattr(sampled, "compile_library", fail)
+    monkeypatch.setattr(sampled, "load_library", fail)
+    monkeypatch.setattr(fallback, "said", {})
     sampled.load_sampled.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="PyTorch's own kernels serve instead: no C\\+\\+ compiler found"):

@@ -1,30 +1,32 @@
 """Build kernels with the system compiler at first use, and keep them under a key of their content.
 
-    source, flags, compiler version ──sha256──▶ <cache>/kernels/<key>.so
+    source, flags, compiler version ──sha256──▶ <cache>/kernels/<key>.so ──checked──▶ loaded
 
-The library is written under a temporary name and moved into place, so that processes may build the same kernel at once
-and none ever loads half a file. `SPARSIFY_CACHE` names the cache directory, `CXX` the compiler.
+A library is kept with a hash of itself (`cache.seal`), written under a temporary name and moved into place, so that processes
+may build the same kernel at once and none ever loads half a file. What is loaded is a copy in memory of the bytes that were
+checked: nobody can change it afterwards. `SPARSIFY_CACHE` names the cache directory, `CXX` the compiler.
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import itertools
 import json
 import os
 import platform
-import shlex
-import shutil
-import subprocess
 import tempfile
 import threading
-from functools import cache, lru_cache
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sparsify.errors import SparsifyError
+from sparsify.kernels.cache import keep, kept, seal, unseal
 from sparsify.kernels.cpu.codegen import Variant, generate
-from sparsify.kernels.source import cache_directory
+from sparsify.kernels.cpu.compiler import TIMEOUT, BuildError, find_compiler, run
+
+__all__ = ["BuildError", "Kernels", "compile_library", "find_compiler", "load_kernels", "load_library", "openmp_entry"]
 
 BASE_FLAGS = (
     "-O3",
@@ -37,56 +39,79 @@ BASE_FLAGS = (
     "-Wno-psabi",
     "-w",
 )
-TIMEOUT = 300.0
 build_lock = threading.Lock()
-
-
-class BuildError(SparsifyError, RuntimeError):
-    """Kernels cannot be built on this machine; the dense path serves instead."""
-
-    exit_code = 1
-
-
-@lru_cache(maxsize=8)
-def find_compiler(named: str | None) -> tuple[tuple[str, ...], str]:
-    """The C++ compiler as a command, and the first line of its version. Raises BuildError when there is none."""
-    candidates = [tuple(shlex.split(named))] if named else [("g++",), ("c++",), ("clang++",)]
-    for command in candidates:
-        if not command or shutil.which(command[0]) is None:
-            continue
-        try:
-            result = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=30, check=True)
-        except (OSError, subprocess.SubprocessError):
-            continue
-        return command, result.stdout.splitlines()[0] if result.stdout else command[0]
-    tried = ", ".join(" ".join(c) for c in candidates)
-    raise BuildError(f"no C++ compiler found (tried {tried}): install g++ or clang++, or set CXX; linears stay dense")
+loads = itertools.count()
 
 
 def compile_library(source: str, flags: tuple[str, ...]) -> Path:
-    """Path of the shared library built from `source`; compiles only if the cache does not hold it."""
+    """Path of the shared library built from `source`; compiles only if the cache does not hold it whole. Raises BuildError."""
+    return built(source, flags)[0]
+
+
+def built(source: str, flags: tuple[str, ...]) -> tuple[Path, bytes]:
+    """The library's place in the cache, and its bytes. Raises BuildError."""
     command, version = find_compiler(os.environ.get("CXX"))
     arguments = (*BASE_FLAGS, *flags)
     key = json.dumps([source, arguments, version, platform.machine(), platform.system()])
-    digest = hashlib.sha256(key.encode()).hexdigest()[:32]
-    directory = cache_directory() / "kernels"
-    target = directory / f"{digest}.so"
-    if target.exists():
-        return target
+    name = f"{hashlib.sha256(key.encode(errors='surrogateescape')).hexdigest()[:32]}.so"
     try:
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=directory, prefix="build-") as scratch:
-            code, library = Path(scratch) / "kernel.cpp", Path(scratch) / "kernel.so"
-            code.write_text(source)
-            full = [*command, *arguments, str(code), "-o", str(library)]
-            result = subprocess.run(full, capture_output=True, text=True, timeout=TIMEOUT)
-            if result.returncode != 0:
-                tail = "\n".join(result.stderr.splitlines()[-12:])
-                raise BuildError(f"{' '.join(command)} failed with status {result.returncode}:\n{tail}")
-            os.replace(library, target)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise BuildError(f"kernels could not be built in {directory}: {error}") from error
-    return target
+        found = kept(name)
+        content = None if found is None else unseal(name, found[1])
+        if found is not None and content is not None:
+            return found[0], content
+        content = compile_source(source, (*command, *arguments))
+        return keep(name, seal(name, content)), content
+    except OSError as error:  # CacheError among them
+        raise BuildError(f"kernels could not be built: {error}") from error
+
+
+def compile_source(source: str, command: Sequence[str]) -> bytes:
+    """Run the compiler on `source`; the shared library that it wrote. Raises BuildError, and OSError without a folder to work in."""
+    with tempfile.TemporaryDirectory(prefix="sparsify-build-") as scratch:
+        code, library = Path(scratch) / "kernel.cpp", Path(scratch) / "kernel.so"
+        code.write_text(source, encoding="utf-8")
+        status, output = run([*command, str(code), "-o", str(library)], TIMEOUT)
+        if status != 0:
+            tail = "\n".join(output.splitlines()[-12:])
+            raise BuildError(f"{command[0]} failed with status {status}:\n{tail}")
+        if not library.is_file() or not library.stat().st_size:
+            raise BuildError(f"{command[0]} ended well, but wrote no library")
+        return library.read_bytes()
+
+
+def load_library(source: str, flags: tuple[str, ...], entries: Sequence[str]) -> Any:
+    """The library built from `source`, with its `entries` and `sparsify_init` called. Raises BuildError for whatever goes wrong."""
+    place, content = built(source, flags)
+    try:
+        library = open_library(content, place)
+    except OSError as error:  # what the compiler wrote is no library for this machine
+        place.unlink(missing_ok=True)
+        raise BuildError(f"the built kernel {place} does not load: {error}") from error
+    missing = [entry for entry in ("sparsify_init", *entries) if not hasattr(library, entry)]
+    if missing:
+        place.unlink(missing_ok=True)
+        raise BuildError(f"the built kernel {place} has no {', '.join(missing)}")
+    library.sparsify_init.argtypes, library.sparsify_init.restype = [ctypes.c_void_p], None
+    library.sparsify_init(openmp_entry())
+    return library
+
+
+def open_library(content: bytes, place: Path) -> ctypes.CDLL:
+    """Load a library from memory, or from its place where the system has no files in memory."""
+    if hasattr(os, "memfd_create") and Path("/proc/self/fd").is_dir():
+        handle = -1
+        try:
+            handle = os.memfd_create(place.name, os.MFD_CLOEXEC)
+            with os.fdopen(handle, "wb", closefd=False) as file:
+                file.write(content)
+            # the loader takes equal names for equal libraries, and numbers of files come again: every load has its own name
+            return ctypes.CDLL(f"/proc/self/{'./' * next(loads)}fd/{handle}")
+        except OSError:  # a system that runs nothing from memory: the file it is
+            pass
+        finally:
+            if handle >= 0:
+                os.close(handle)
+    return ctypes.CDLL(str(place))
 
 
 @cache
@@ -110,19 +135,7 @@ class Kernels:
 
     def __init__(self, variant: Variant) -> None:
         self.variant = variant
-        path = compile_library(generate(variant), variant.flags)
-        try:
-            self.library = ctypes.CDLL(str(path))
-        except OSError:  # a damaged cache entry: build it once more
-            path.unlink(missing_ok=True)
-            path = compile_library(generate(variant), variant.flags)
-            try:
-                self.library = ctypes.CDLL(str(path))
-            except OSError as error:
-                raise BuildError(f"the built kernel {path} does not load: {error}") from error
-        self.library.sparsify_init.argtypes = [ctypes.c_void_p]
-        self.library.sparsify_init.restype = None
-        self.library.sparsify_init(openmp_entry())
+        self.library = load_library(generate(variant), variant.flags, [f"sparsify_{name}" for name in variant.kernels])
         pointer, word = ctypes.c_void_p, ctypes.c_int64
         self.entries: dict[str, Any] = {}
         for name in variant.kernels:

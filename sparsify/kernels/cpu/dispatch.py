@@ -25,10 +25,20 @@ from typing import Any
 import torch
 
 from sparsify.errors import SparsifyError
-from sparsify.kernels.cpu.build import Kernels, load_kernels
+from sparsify.kernels.cpu.build import BuildError, Kernels, load_kernels
 from sparsify.kernels.cpu.codegen import BF16_KERNELS, ISAS, LANES, VECTORS, Isa, Variant, generate
 from sparsify.kernels.cpu.formats import BLOCK, Bitmask
-from sparsify.kernels.cpu.tune import TUNE_VERSION, cpu_name, measured, recorded, remember, seconds_of, tuning
+from sparsify.kernels.cpu.tune import (
+    TUNE_VERSION,
+    cpu_name,
+    credible,
+    measured,
+    recorded,
+    remember,
+    seconds_of,
+    tuning,
+)
+from sparsify.kernels.fallback import note, switched_on
 
 ACTIVATIONS: dict[str, int] = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -77,7 +87,7 @@ class NonFiniteError(SparsifyError, ArithmeticError):
 def cpu_flags() -> frozenset[str]:
     """Instruction-set flags of this CPU, in the spelling of /proc/cpuinfo."""
     try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("flags"):
                 return frozenset(line.partition(":")[2].split())
     except OSError:
@@ -102,12 +112,24 @@ def best_isa() -> Isa:
             best = "avx512bf16" if "avx512_bf16" in flags else "avx512vbmi2"
     elif has_avx2:
         best = "avx2"
-    named = os.environ.get("SPARSIFY_ISA")
-    if named is None:
+    named = os.environ.get("SPARSIFY_ISA", "").strip()
+    if not named:
         return best
     if named not in ISAS or ISAS.index(named) < ISAS.index(best):  # type: ignore[arg-type]
-        raise SparsifyError(f"SPARSIFY_ISA={named!r}: this CPU runs {', '.join(ISAS[ISAS.index(best) :])}")
+        raise BuildError(f"SPARSIFY_ISA={named!r}: this CPU runs {', '.join(ISAS[ISAS.index(best) :])}")
     return named  # type: ignore[return-value]
+
+
+def usable_isa() -> Isa | None:
+    """`best_isa()`, or None where kernels are switched off, and, after a warning, where `SPARSIFY_ISA` names none: a training step
+    does not die of it."""
+    if not switched_on():
+        return None
+    try:
+        return best_isa()
+    except BuildError as error:
+        note(f"training kernels: PyTorch's own serve instead: {error}")
+        return None
 
 
 def layer_struct(
@@ -257,7 +279,7 @@ def predict(packed: Bitmask, isa: Isa, kernel: str, tokens: int, threads: int) -
 def predict_dense(rows: int, cols: int, tokens: int) -> float:
     """Seconds that a blocked fp32 dense product should take: bytes over bandwidth or flops over the peak of the FMAs."""
     machine, threads = calibrate(), torch.get_num_threads()
-    compute = rows * cols * tokens / LANES[best_isa()] / (machine.clock * 1e9) / max(1, threads)
+    compute = rows * cols * tokens / LANES[usable_isa() or "portable"] / (machine.clock * 1e9) / max(1, threads)
     return max(compute, 4 * rows * cols / (machine.bandwidth * 1e9)) + 6e-6
 
 
@@ -274,7 +296,7 @@ def calibrate() -> Machine:
     """Bandwidth and clock of this machine; measured once (about 0.1 s) and cached under the CPU's name."""
     key = f"machine/{TUNE_VERSION}/{cpu_name()}/{torch.get_num_threads()}"
     stored = tuning().get(key)
-    if isinstance(stored, dict):
+    if isinstance(stored, dict) and credible(stored.get("bandwidth"), 1e6) and credible(stored.get("clock"), 1e3):
         return Machine(float(stored["bandwidth"]), float(stored["clock"]))
     data = torch.ones(16 << 20)
     bandwidth = data.numel() * 4 / min(seconds_of(data.sum) for _ in range(13)) / 1e9
@@ -287,7 +309,7 @@ def clock_ghz() -> float:
     try:
         clocks = [
             float(line.partition(":")[2])
-            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
             if line.startswith("cpu MHz")
         ]
         return statistics.median(clocks) / 1e3 if clocks else 2.5
@@ -370,5 +392,7 @@ def serves(choice: Choice, dtype: torch.dtype, tokens: int) -> Choice:
 
 
 def kernels_for(packed: Bitmask) -> Kernels:
-    """Kernels that serve this packed weight on this CPU. Raises BuildError without a compiler."""
+    """Kernels that serve this packed weight on this CPU. Raises BuildError without a compiler, and where they are switched off."""
+    if not switched_on():
+        raise BuildError("kernels are switched off (SPARSIFY_KERNELS)")
     return load_kernels(Variant(isa=best_isa(), value=packed.value))

@@ -8,7 +8,6 @@ its time; here one factor is transposed in chunks by all threads and the other i
 from __future__ import annotations
 
 import ctypes
-import warnings
 from functools import cache
 from typing import Any
 
@@ -16,9 +15,11 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import OperatorError, PositionError
-from sparsify.kernels.cpu.build import BuildError, compile_library, openmp_entry
+from sparsify.kernels.cpu.build import BuildError, load_library
 from sparsify.kernels.cpu.codegen import FLAGS, LANES, TEMPLATES, Isa, exchanges, rotations
-from sparsify.kernels.cpu.dispatch import best_isa
+from sparsify.kernels.cpu.dispatch import best_isa, usable_isa
+from sparsify.kernels.cpu.formats import check
+from sparsify.kernels.fallback import note
 from sparsify.kernels.source import strict_environment
 
 CHUNK = 256  # tokens whose factors are transposed at a time
@@ -41,14 +42,13 @@ def generate_sampled(isa: Isa, value: str) -> str:
 @cache
 def load_sampled(isa: Isa, value: str) -> Any:
     """The built library, or None (remembered) where it cannot be built, which a warning says once."""
+    entries = ("sparsify_scratch", "sparsify_sampled", "sparsify_write")
     try:
-        library = ctypes.CDLL(str(compile_library(generate_sampled(isa, value), FLAGS[isa])))
-    except (BuildError, OSError) as error:
-        warnings.warn(f"sampled_product: PyTorch's own kernels serve instead: {error}", RuntimeWarning, stacklevel=2)
+        library = load_library(generate_sampled(isa, value), FLAGS[isa], entries)
+    except BuildError as error:
+        note(f"sampled_product: PyTorch's own kernels serve instead: {error}")
         return None
     pointer, word, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.sparsify_init.argtypes, library.sparsify_init.restype = [pointer], None
-    library.sparsify_init(openmp_entry())
     library.sparsify_scratch.argtypes, library.sparsify_scratch.restype = [word], word
     library.sparsify_sampled.argtypes = [
         pointer, word, pointer, word, word, word, word, pointer, small, word, pointer, pointer, small,
@@ -65,7 +65,8 @@ def kernel_serves(a: Tensor, b: Tensor, index: Tensor) -> bool:
         return False
     if a.shape[0] * index.numel() < SMALLEST:
         return False
-    return load_sampled(best_isa(), VALUES[a.dtype]) is not None
+    isa = usable_isa()
+    return isa is not None and load_sampled(isa, VALUES[a.dtype]) is not None
 
 
 def sampled_by_kernel(a: Tensor, b: Tensor, index: Tensor, isa: Isa | None = None) -> Tensor:
@@ -79,6 +80,9 @@ def sampled_by_kernel(a: Tensor, b: Tensor, index: Tensor, isa: Isa | None = Non
     library = load_sampled(isa or best_isa(), VALUES[a.dtype])
     if library is None:
         raise BuildError("no C++ compiler found: install g++ or clang++, or set CXX")
+    fits = a.dim() == b.dim() == 2 and a.shape[0] == b.shape[0] and a.dtype == b.dtype
+    check(fits, f"sampled_product: a is {a.dtype} {tuple(a.shape)}, b {b.dtype} {tuple(b.shape)}")
+    check(index.dim() == 1 and index.dtype in (torch.int32, torch.int64), f"sampled_product: index is {index.dtype}")
     a, b, index = (t if t.stride(-1) == 1 else t.contiguous() for t in (a, b, index))
     tokens, p, q = a.shape[0], a.shape[1], b.shape[1]
     out = torch.zeros(index.shape, dtype=torch.float32)
@@ -104,7 +108,8 @@ def kernel_writes(weight: Tensor, values: Tensor, index: Tensor) -> bool:
         return False
     if index.numel() < SMALLEST_WRITE or not all(t.is_contiguous() for t in (weight, values, index)):
         return False
-    return load_sampled(best_isa(), VALUES[weight.dtype]) is not None
+    isa = usable_isa()
+    return isa is not None and load_sampled(isa, VALUES[weight.dtype]) is not None
 
 
 def write_by_kernel(weight: Tensor, values: Tensor, index: Tensor) -> None:

@@ -7,7 +7,6 @@ one matrix (`g B` and `uᵀ g`) share one reading. `y += u Bᵀ` costs the readi
 from __future__ import annotations
 
 import ctypes
-import warnings
 from functools import cache
 from typing import Any
 
@@ -15,9 +14,11 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import OperatorError
-from sparsify.kernels.cpu.build import BuildError, compile_library, openmp_entry
+from sparsify.kernels.cpu.build import BuildError, load_library
 from sparsify.kernels.cpu.codegen import FLAGS, LANES, TEMPLATES, Isa, rotations
-from sparsify.kernels.cpu.dispatch import best_isa
+from sparsify.kernels.cpu.dispatch import best_isa, usable_isa
+from sparsify.kernels.cpu.formats import check
+from sparsify.kernels.fallback import note
 from sparsify.kernels.source import strict_environment
 
 RANKS = 4  # the kernel takes ranks in groups of so many
@@ -41,13 +42,11 @@ def generate_skinny(isa: Isa) -> str:
 def load_skinny(isa: Isa) -> Any:
     """The built library, or None (remembered) where it cannot be built, which a warning says once."""
     try:
-        library = ctypes.CDLL(str(compile_library(generate_skinny(isa), FLAGS[isa])))
-    except (BuildError, OSError) as error:
-        warnings.warn(f"low-rank products: PyTorch's GEMM serves instead: {error}", RuntimeWarning, stacklevel=2)
+        library = load_library(generate_skinny(isa), FLAGS[isa], ("sparsify_skinny", "sparsify_update"))
+    except BuildError as error:
+        note(f"low-rank products: PyTorch's GEMM serves instead: {error}")
         return None
     pointer, word, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.sparsify_init.argtypes, library.sparsify_init.restype = [pointer], None
-    library.sparsify_init(openmp_entry())
     library.sparsify_skinny.argtypes = [pointer, word, word, word, word, pointer, pointer, pointer, pointer, small]
     library.sparsify_skinny.restype = None
     library.sparsify_update.argtypes = [pointer, word, word, word, word, pointer, pointer, small]
@@ -61,7 +60,8 @@ def skinny_serves(x: Tensor, rank: int) -> bool:
         return False
     if torch.get_num_threads() * (rank + RANKS) * x.shape[1] * 4 > PARTIAL_BYTES:
         return False
-    return load_skinny(best_isa()) is not None
+    isa = usable_isa()
+    return isa is not None and load_skinny(isa) is not None
 
 
 def update_serves(y: Tensor, rank: int) -> bool:
@@ -76,6 +76,14 @@ def skinny_by_kernel(
     library = load_skinny(isa or best_isa())
     if library is None:
         raise BuildError("no C++ compiler found: install g++ or clang++, or set CXX")
+    check(x.dim() == 2 and x.dtype == torch.float32, f"skinny_products: x is {x.dtype} of shape {tuple(x.shape)}")
+    ranks = set()
+    for name, factor_of, axis, size in (("rows", rows, 1, x.shape[1]), ("factor", factor, 0, x.shape[0])):
+        if factor_of is not None:
+            fits = factor_of.dim() == 2 and factor_of.shape[axis] == size and factor_of.device == x.device
+            check(fits, f"skinny_products: {name} has shape {tuple(factor_of.shape)}, x {tuple(x.shape)}")
+            ranks.add(factor_of.shape[1 - axis])
+    check(len(ranks) == 1, f"skinny_products: rows and factor have ranks {sorted(ranks)}, expected one")
     x = x if x.stride(-1) == 1 else x.contiguous()
     tokens, width = x.shape
     rank = rows.shape[0] if rows is not None else factor.shape[1] if factor is not None else 0
@@ -107,7 +115,8 @@ def update_by_kernel(y: Tensor, low: Tensor, rows: Tensor, isa: Isa | None = Non
         raise BuildError("no C++ compiler found: install g++ or clang++, or set CXX")
     if y.stride(-1) != 1:
         raise ValueError(f"the rows of y {tuple(y.shape)} must be contiguous, strides are {y.stride()}")
-    if y.dtype != torch.float32 or low.shape != (y.shape[0], rows.shape[0]) or rows.shape[1] != y.shape[1]:
+    fits = y.dim() == low.dim() == rows.dim() == 2 and y.dtype == torch.float32
+    if not fits or (*y.shape, low.shape[1]) != (low.shape[0], rows.shape[1], rows.shape[0]):
         raise OperatorError(
             f"skinny update: {tuple(low.shape)} times {tuple(rows.shape)} does not fit y, {y.dtype} {tuple(y.shape)}"
         )

@@ -9,9 +9,8 @@ a contestant is faster today: then all are measured again.
 from __future__ import annotations
 
 import json
-import os
+import math
 import platform
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -20,9 +19,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from sparsify.kernels.source import cache_directory
+from sparsify.kernels.cache import folder, read, write
 
 TUNE_VERSION = 4
+LARGEST_TABLE = 16 << 20  # bytes
+LONGEST = 1e5  # seconds of anything that was measured
 AGREEMENT = 1.1  # two rounds within this ratio make a smallest time steady
 PRESENCE = 0.8  # share of the time that the measuring thread must have had a processor
 IMPROVEMENT = 0.8  # a contestant that takes less than this share of its recorded time was recorded under load
@@ -43,7 +44,7 @@ class Timing:
 def cpu_name() -> str:
     """Model name of this CPU, as a key for measurements."""
     try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     except OSError:
@@ -52,7 +53,16 @@ def cpu_name() -> str:
 
 
 def tune_path() -> Path:
-    return cache_directory() / "tune.json"
+    return folder() / "tune.json"
+
+
+def table_in(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of ours; empty where it is missing, damaged, or not ours alone."""
+    try:
+        found = json.loads(read(path, LARGEST_TABLE) or b"{}")
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def tuning() -> dict[str, Any]:
@@ -61,9 +71,8 @@ def tuning() -> dict[str, Any]:
     with tune_lock:
         if tuned is None:
             try:
-                stored = json.loads(tune_path().read_text())
-                tuned = stored if isinstance(stored, dict) else {}
-            except (OSError, ValueError):
+                tuned = table_in(tune_path())
+            except OSError:  # no folder at all
                 tuned = {}
         return tuned
 
@@ -73,18 +82,11 @@ def remember(key: str, value: Any) -> None:
     table = tuning()
     with tune_lock:
         table[key] = value
-        path = tune_path()
         try:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            try:
-                stored = json.loads(path.read_text())
-            except (OSError, ValueError):
-                stored = {}
-            merged = {**(stored if isinstance(stored, dict) else {}), **table}
-            with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, suffix=".tmp") as file:
-                json.dump(merged, file)
-            os.replace(file.name, path)
-        except OSError:
+            path = tune_path()
+            merged = {**table_in(path), **table}
+            write(path, json.dumps(merged).encode())
+        except (OSError, RecursionError):
             pass  # a read-only home: measure again in the next process
 
 
@@ -94,9 +96,14 @@ def recorded(key: str) -> Timing | None:
     if not isinstance(stored, dict) or not isinstance(stored.get("seconds"), dict):
         return None
     seconds = stored["seconds"]
-    if not seconds or not all(isinstance(s, float) and s > 0 for s in seconds.values()):
+    if not seconds or not all(credible(s, LONGEST) for s in seconds.values()):
         return None
-    return Timing(dict(seconds), bool(stored.get("steady")))
+    return Timing(dict(seconds), stored.get("steady") is True)
+
+
+def credible(value: Any, largest: float) -> bool:
+    """Whether a stored value is a positive number that a measurement can have given."""
+    return isinstance(value, float) and math.isfinite(value) and 0 < value <= largest
 
 
 def measured(key: str, calls: Mapping[str, Callable[[], Any]], budget: float = 0.25) -> Timing:

@@ -1,6 +1,7 @@
-"""From a spec to something to call: the source is written once under its hash, imported, and launched.
+"""From a spec to something to call: the source is run as it was generated, written once under its hash for reading, and launched.
 
-    KernelSpec ──generate──▶ source ──sha256──▶ <cache>/kernels/<key>.py ──import──▶ kernel ──launch──▶ current stream
+    KernelSpec ──generate──▶ source ──import──▶ kernel ──launch──▶ current stream
+                               └──sha256──▶ <cache>/kernels/<key>.py
 
 A launch reads nothing back and allocates nothing, so it may be captured in a CUDA graph (after one warm-up call, which
 compiles). With `TRITON_INTERPRET=1` kernels run in Triton's interpreter, on CPU tensors, slowly and exactly.
@@ -9,8 +10,12 @@ compiles). With `TRITON_INTERPRET=1` kernels run in Triton's interpreter, on CPU
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
+import linecache
+import os
 import threading
+import types
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +24,8 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import SparsifyError
+from sparsify.kernels.cache import CacheError
+from sparsify.kernels.fallback import note, switched_on
 from sparsify.kernels.gpu.codegen import generate, parameters
 from sparsify.kernels.gpu.spec import KernelSpec
 from sparsify.kernels.source import write_once
@@ -60,13 +67,13 @@ def triton_installed() -> bool:
 
 def interpreting() -> bool:
     """Whether `TRITON_INTERPRET=1` is set, so that kernels take CPU tensors."""
-    import os
-
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0") and triton_installed()
 
 
 def can_launch(device: torch.device) -> bool:
-    """Whether generated kernels can run on tensors of this device."""
+    """Whether generated kernels can run on tensors of this device, and are not switched off."""
+    if not switched_on():
+        return False
     if device.type == "cpu":
         return interpreting()
     if device.type != "cuda" or not triton_installed():
@@ -89,13 +96,18 @@ def target_of(device: torch.device) -> str:
     return {8: "sm_80", 9: "sm_90", 10: "sm_100"}.get(major, "sm_120" if major > 10 else f"sm_{major}{minor}")
 
 
-def import_module(path: Path) -> Any:
-    """Import a generated file; Triton reads its source from disk."""
-    spec = importlib.util.spec_from_file_location(f"sparsify_generated_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def import_source(text: str) -> Any:
+    """Run generated source as a module. Triton asks for the text of its kernels: it finds what ran, not what a file says, nor
+    bytecode that lies beside one."""
+    try:
+        path = write_once(text, ".py")
+    except CacheError as error:
+        note(f"sparsify: the generated Triton source is kept in memory only: {error}")
+        path = Path(f"<sparsify {hashlib.sha256(text.encode()).hexdigest()[:32]}>")
+    module = types.ModuleType(f"sparsify_generated_{path.stem}")
+    module.__file__ = str(path)
+    linecache.cache[str(path)] = (len(text), None, text.splitlines(keepends=True), str(path))  # None: not to be checked
+    exec(compile(text, str(path), "exec"), module.__dict__)
     return module
 
 
@@ -109,7 +121,7 @@ def load_kernel(spec: KernelSpec) -> Any:
         with load_lock:
             found = loaded.get(key)
             if found is None:
-                found = import_module(write_once(generate(spec), ".py")).kernel
+                found = import_source(generate(spec)).kernel
                 loaded[key] = found
     return found
 

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsify.kernels.gpu.build import import_module
+from sparsify.kernels.gpu.build import import_source
 from sparsify.kernels.gpu.codegen import generate, parameters
 from sparsify.kernels.gpu.spec import KernelSpec
-from sparsify.kernels.source import write_once
 
 INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][A-Z0-9_.]*)(.*);")
 MULTIPLES = {"rows", "cols", "outputs", "words", "a_stride", "b_stride", "row_stride", "length"}
@@ -58,7 +57,7 @@ def compile_kernel(spec: KernelSpec) -> Compiled:
     from triton.compiler import ASTSource
 
     types = parameters(spec)
-    kernel: Any = import_module(write_once(generate(spec), ".py")).kernel
+    kernel: Any = import_source(generate(spec)).kernel
     aligned: Any = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, type) in enumerate(types.items())

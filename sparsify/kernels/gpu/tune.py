@@ -9,12 +9,10 @@ found for the same values, form and number of tokens. The file is written whole 
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,17 +20,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify.kernels.cache import directory, folder, read, unusable, write
+from sparsify.kernels.fallback import note
 from sparsify.kernels.gpu.formats import Stream
 from sparsify.kernels.gpu.spec import Tile
-from sparsify.kernels.source import cache_directory
 
 VERSION = 1  # of the kernels: measurements of other versions are not read
 CANDIDATES = tuple(Tile(warps=warps, unroll=unroll) for warps in (4, 8, 16) for unroll in (1, 2, 4))
 ROUNDS = 7
+LARGEST_TABLE = 4 << 20  # bytes
+LARGEST = Tile(rows=1024, cols=1024, depth=1024, unroll=16, warps=32, stages=8)  # no file may ask for larger kernels
 
 
 def tiles_file() -> Path:
-    return cache_directory() / "gpu_tiles.json"
+    """Where measurements are read. Raises CacheError without a home directory."""
+    return directory() / "gpu_tiles.json"
 
 
 def gpu_name(device: torch.device) -> str:
@@ -44,41 +46,51 @@ def stream_key(packed: Stream, tokens: int) -> str:
 
 
 @lru_cache(maxsize=4)
-def read_tiles(path: Path, stamp: float) -> dict[str, Any]:
-    """GPU name → key → tile and its time; empty when the file is missing or damaged. `stamp` is its time of change."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
+def read_tiles(path: Path, stamp: float) -> dict[str, dict[str, Any]]:
+    """GPU name → key → tile and its time; empty when the file is missing, damaged, or not ours alone. `stamp` is its time of change."""
+    if unusable(path.parent):
         return {}
-    return found if isinstance(found, dict) else {}
+    try:
+        found = json.loads(read(path, LARGEST_TABLE) or b"{}")
+    except (ValueError, RecursionError):
+        return {}
+    return {name: table for name, table in found.items() if isinstance(table, dict)} if isinstance(found, dict) else {}
 
 
 def remembered_tile(packed: Stream, tokens: int, device: torch.device) -> Tile | None:
     """What was measured to be fastest here, or None."""
-    path = tiles_file()
     try:
-        stamp = path.stat().st_mtime
+        path = tiles_file()
+        stamp = path.lstat().st_mtime
     except OSError:
         return None
-    entry = read_tiles(path, stamp).get(gpu_name(device), {}).get(stream_key(packed, tokens))
+    return tile_of(read_tiles(path, stamp).get(gpu_name(device), {}).get(stream_key(packed, tokens)))
+
+
+def tile_of(entry: Any) -> Tile | None:
+    """The tile of one measurement; None for what no measurement can have written."""
+    found = entry.get("tile") if isinstance(entry, dict) else None
+    if not isinstance(found, dict) or set(found) != {spec.name for spec in fields(Tile)}:
+        return None
+    if any(type(value) is not int or not 1 <= value <= getattr(LARGEST, name) for name, value in found.items()):
+        return None
     try:
-        return Tile(**entry["tile"]) if entry else None
-    except (TypeError, ValueError, KeyError):
+        return Tile(**found)
+    except ValueError:
         return None
 
 
 def remember_tile(packed: Stream, tokens: int, device: torch.device, tile: Tile, seconds: float) -> None:
-    """Add one measurement to the file."""
-    path = tiles_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table = dict(read_tiles(path, path.stat().st_mtime) if path.exists() else {})
-    entry = {"tile": asdict(tile), "us": seconds * 1e6, "date": time.strftime("%Y-%m-%d")}
-    name = gpu_name(device)
-    table[name] = {**table.get(name, {}), stream_key(packed, tokens): entry}
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix="tiles-")
-    with os.fdopen(handle, "w") as file:
-        json.dump(table, file, indent=1)
-    os.replace(scratch, path)
+    """Add one measurement to the file; where that cannot be, a warning says so."""
+    try:
+        path = folder() / "gpu_tiles.json"
+        table = dict(read_tiles(path, path.lstat().st_mtime) if path.exists() else {})
+        entry = {"tile": asdict(tile), "us": seconds * 1e6, "date": time.strftime("%Y-%m-%d")}
+        name = gpu_name(device)
+        table[name] = {**table.get(name, {}), stream_key(packed, tokens): entry}
+        write(path, json.dumps(table, indent=1).encode())
+    except (OSError, RecursionError) as error:
+        note(f"sparsify: measured tiles could not be kept: {error}")
     read_tiles.cache_clear()
 
 
