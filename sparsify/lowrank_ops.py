@@ -848,20 +848,22 @@ def _setup_skinny(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _backward_skinny(ctx: Any, of_low: Tensor | None, of_product: Tensor | None) -> tuple[Tensor | None, ...]:
     """Of `(x rowsᵀ, factorᵀ x)`: x gets `of_low rows + factor of_product`; rows and factor get the same products of x again."""
-    x, rows, factor = ctx.saved_tensors
+    saved: Any = ctx.saved_tensors
+    x, rows, factor = saved
     need = ctx.needs_input_grad
-    dx = d_rows = d_factor = None
-    if need[0]:
-        through_low = None if rows is None or of_low is None else of_low.mm(rows.to(x.dtype))
-        through_product = None if factor is None or of_product is None else factor.mm(of_product)
-        both = through_low is not None and through_product is not None
-        dx = through_low + through_product if both else through_product if through_low is None else through_low
+    d_rows = d_factor = None
+    parts: list[Tensor] = []
+    if need[0] and rows is not None and of_low is not None:
+        parts.append(of_low.mm(rows.to(x.dtype)))
+    if need[0] and factor is not None and of_product is not None:
+        parts.append(factor.mm(of_product))
+    dx = None if not parts else parts[0] if len(parts) == 1 else parts[0] + parts[1]
     for_rows = of_low if need[1] and rows is not None else None
     for_factor = of_product if need[2] and factor is not None else None
     if for_rows is not None or for_factor is not None:
         low, product = torch.ops.sparsify.skinny_products(x, for_factor, for_rows)
-        d_factor = None if for_factor is None else low.to(factor.dtype)
-        d_rows = None if for_rows is None else product.to(rows.dtype)
+        d_factor = None if for_factor is None or factor is None else low.to(factor.dtype)
+        d_rows = None if for_rows is None or rows is None else product.to(rows.dtype)
     return dx, d_rows, d_factor
 
 

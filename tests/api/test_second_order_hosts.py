@@ -29,6 +29,7 @@ HOSTS: dict[str, tuple[str, list[Any]]] = {
     "nf4+lora": ("GPT-2", [Quantize(format="nf4"), LoRA(rank=2)]),
     "int4+s2ft": ("gated", [Quantize(format="int4"), S2FT(fraction=0.3)]),
     "nf4+rosa": ("gated", [Quantize(format="nf4"), RoSA(rank=2, density=0.1, mask="random")]),
+    "prune+paca": ("GPT-2", [Prune(sparsity=0.5, method="magnitude"), PaCA(rank=4, permute=False)]),
     "prune": ("GPT-2", [Prune(sparsity=0.5, method="magnitude")]),
 }
 QUICK = ("s2ft", "paca gathered", "rosa", "prune")
@@ -116,7 +117,7 @@ def test_penalty_and_hessian_vector_product(rules):
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernel's backward has no derivative
         found = sum((g * v).sum() for g, v in zip(torch.autograd.grad(penalty(), parameters), along, strict=True))
         expected = difference(trained, along, penalty)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7 * float(penalty()))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7 * float(penalty().detach()))
 
         first = torch.autograd.grad(loss(), parameters, create_graph=True)
         product = torch.stack([(g * v).sum() for g, v in zip(first, along, strict=True)]).sum()
