@@ -62,8 +62,15 @@ def adapter(
         return
     for delta in loaded.deltas:
         size = delta.values.numel() + (delta.a.numel() if delta.a is not None else 0)
-        what = {"column": "columns", "row": "rows", "sparse": "entries", "lora": "rank", "full": "in full"}
-        count = "" if delta.kind == "full" else f"{delta.rank} "
+        what = {
+            "column": "columns",
+            "row": "rows",
+            "sparse": "entries",
+            "lora": "rank",
+            "full": "in full",
+            "buffer": "whole buffer",
+        }
+        count = "" if delta.kind in ("full", "buffer") else f"{delta.rank} "
         typer.echo(one_line(f"{delta.param}: {count}{what.get(delta.kind, delta.kind)}, {size:,} numbers"))
     made = one_line(str(loaded.info.get("sparsify", "?")))
     typer.echo(f"{len(loaded.deltas)} weights, {loaded.nbytes() / 1024:.1f} KiB, made by sparsify {made}")

@@ -41,6 +41,18 @@ class AdapterError(SparsifyError, ValueError):
     """An adapter file is damaged, foreign, hostile, or does not fit the model."""
 
 
+class OperatorError(SparsifyError, RuntimeError):
+    """An operator was called with tensors that do not fit together; nothing was read or written."""
+
+
+class PositionError(OperatorError, IndexError):
+    """A position of a sparse part lies outside of what it points into."""
+
+
+class StateError(SparsifyError, RuntimeError):
+    """A state dict does not belong to the host that is to load or save it; nothing was loaded."""
+
+
 class InputError(SparsifyError, ValueError):
     """A file, folder or word that a command was given is damaged, foreign or out of range; says which one."""
 

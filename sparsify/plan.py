@@ -4,29 +4,47 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import itertools
 import json
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from sparsify.console import printable
 from sparsify.errors import PlanError
+from sparsify.habits import from_habit, hint_for
+from sparsify.json_text import parse_json, short
+from sparsify.name_patterns import PatternError, check_pattern, matches
 
 SelectionMethod = Literal["random", "weight", "activation", "product", "gradient"]
 DATA_DRIVEN: frozenset[str] = frozenset({"activation", "product", "gradient"})
 
+#: Bounds on numbers, checked when a plan is made: beyond them something else was meant (or an attack).
+MAX_RANK = 1 << 20
+MAX_INTEGER = 1 << 127
+MAX_ENTRIES = 10_000
+
+
+class ArgumentError(PlanError, TypeError):
+    """A rule or a plan was called with arguments that it does not have."""
+
 
 def check_types(rule: Any) -> None:
     """Refuse a wrong type or a word that a `Literal` field does not list, naming field and rule."""
-    hints = typing.get_type_hints(type(rule))
+    hints = hints_of(type(rule))
     for spec in dataclasses.fields(rule):
         value, hint = getattr(rule, spec.name), hints[spec.name]
         if not fits(value, hint):
-            raise PlanError(f"{type(rule).__name__}({spec.name}={value!r}): expected {describe(hint)}")
+            raise PlanError(f"{type(rule).__name__}({spec.name}={short(value)}): expected {describe(hint)}")
+
+
+@functools.cache
+def hints_of(rule: type[Any]) -> dict[str, Any]:
+    return typing.get_type_hints(rule)
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -52,9 +70,11 @@ def fits(value: Any, hint: Any) -> bool:
     if hint is None or hint is type(None):
         return value is None
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if isinstance(value, int):  # beyond a float, `math.isfinite` would raise
+            return not isinstance(value, bool) and abs(value) < MAX_INTEGER
+        return isinstance(value, float) and math.isfinite(value)
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < MAX_INTEGER
     return isinstance(value, hint)
 
 
@@ -77,8 +97,13 @@ class Table(dict[str, Any]):
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(tuple(self.items()))
 
-    def __setitem__(self, key: str, value: Any) -> None:
+    def frozen(self, *_arguments: Any, **_fields: Any) -> Any:
         raise PlanError("a plan is frozen: make a new rule instead of changing its table")
+
+    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = frozen  # type: ignore[assignment]
+
+    def __reduce__(self) -> Any:  # copies and pickles are made whole, not entry by entry
+        return Table, (dict(self),)
 
 
 def check_fraction(rule: Any, name: str, *, zero: bool = False) -> None:
@@ -90,16 +115,62 @@ def check_fraction(rule: Any, name: str, *, zero: bool = False) -> None:
         raise PlanError(f"{type(rule).__name__}({name}={value!r}): a fraction {low} {name} ≤ 1 is needed")
 
 
+Dataclass = TypeVar("Dataclass")
+
+
+def takes_habits(rule: type[Dataclass]) -> type[Dataclass]:
+    """Let a rule be called with PEFT's words (`LoRA(r=8, target_modules=["q_proj"])`), and answer for words that it does not have."""
+    made: Callable[..., None] = rule.__init__
+
+    @functools.wraps(made)
+    def init(self: Any, *values: Any, **fields: Any) -> None:
+        made(self, **arguments(rule, values, fields, rule.__name__))
+
+    rule.__init__ = init  # type: ignore[method-assign]
+    return rule
+
+
+def arguments(rule: Any, values: tuple[Any, ...], fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The fields of a call: positions named, PEFT's words translated. Raises ArgumentError naming the nearest field."""
+    specs = dataclasses.fields(rule)
+    positional = [spec.name for spec in specs if not spec.kw_only]
+    if len(values) > len(positional):
+        rest = f"takes {len(positional)} value by position ({', '.join(positional)})" if positional else "takes none"
+        raise ArgumentError(f"{where}: {len(values)} values are given by position, it {rest}; name the others")
+    found = dict(zip(positional, values, strict=False))
+    names = [spec.name for spec in specs]
+    for word, value in fields.items():
+        name, value = (word, value) if word in names else from_habit(word, value, names)
+        if name is None:
+            hint = hint_for(rule.__name__, word)
+            answer = f"; {hint}" if hint else nearest(word, names) if word else ""
+            raise ArgumentError(f"{where}: unknown field {short(word)}{answer} (its fields are {', '.join(names)})")
+        if name in found:
+            also = f"as {word}" if word != name else "by position"
+            raise ArgumentError(f"{where}: {name} is given twice (once {also})")
+        found[name] = value
+    for spec in specs:
+        if (
+            spec.name not in found
+            and spec.default is dataclasses.MISSING
+            and spec.default_factory is dataclasses.MISSING
+        ):
+            raise ArgumentError(f"{where}: {spec.name} is missing (its fields are {', '.join(names)})")
+    return found
+
+
 @printable
 @dataclass(frozen=True, kw_only=True)
 class Rule:
     """Base of all rules.
 
-    match: glob over qualified module names (`*.o_proj`, `model.layers.[0-3].mlp`); for S2FT over structure names too.
+    match: which modules: a glob over qualified names (`*.o_proj`, `model.layers.[0-3].mlp`), a name without wildcards (the module
+        itself, or every module whose name ends in it after a dot: `q_proj`), `re:` and a regular expression that matches the whole
+        name (without look-behind and back-references), or a list of these; for S2FT structure names are matched too.
         The first rule that matches a module wins; a rule that matches nothing is an error.
     """
 
-    match: str = "*"
+    match: str | tuple[str, ...] | list[str] = "*"
 
     #: "adapt" rules train something, "weight" rules change the base; a module takes one of each at most.
     phase: ClassVar[Literal["adapt", "weight"]] = "adapt"
@@ -111,14 +182,31 @@ class Rule:
                 object.__setattr__(self, spec.name, as_tuple(value))
             elif isinstance(value, Mapping):
                 object.__setattr__(self, spec.name, Table(value))
+        if not isinstance(self.match, str | tuple):
+            raise PlanError(f"{type(self).__name__}(match={short(self.match)}): expected str")
         check_types(self)
         if not self.match:
             raise PlanError(
-                f"{type(self).__name__}(match=''): an empty pattern matches nothing; use '*' for everything"
+                f"{type(self).__name__}(match={self.match!r}): an empty pattern matches nothing; use '*' for everything"
             )
+        check_patterns(type(self).__name__, "match", self.patterns)
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """`match` as a tuple."""
+        return (self.match,) if isinstance(self.match, str) else tuple(self.match)
 
     def matches(self, *names: str) -> bool:
-        return any(fnmatchcase(name, self.match) for name in names)
+        return any(matches(pattern, name) for pattern in self.patterns for name in names)
+
+    def is_named(self, *names: str) -> bool:
+        """Whether one of the names stands in `match` as it is: what the user names so must be served, or the plan is refused."""
+        return any(name in self.patterns for name in names)
+
+    def unmatched(self, names: Iterable[str]) -> list[str]:
+        """Patterns of a list that match none of the names."""
+        names = list(names)
+        return [p for p in self.patterns if not any(matches(p, name) for name in names)]
 
     def to_dict(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -133,9 +221,12 @@ class Rule:
         return f"{type(self).__name__}({', '.join(shown)})"
 
 
+@takes_habits
 @dataclass(frozen=True, kw_only=True)
 class S2FT(Rule):
     """Structured sparse fine-tuning (arXiv 2412.06289): whole heads and whole FFN channels train, the rest is frozen.
+
+    `S2FT(0.03)` is `S2FT(fraction=0.03)`.
 
     structure: which coupled structures: "ffn" (columns of Down), "attention" (columns of O), or "both".
     fraction: trained share of the consumers' parameters (O, Down), uniform over layers, at least one unit each. With
@@ -151,7 +242,7 @@ class S2FT(Rule):
     """
 
     structure: Literal["ffn", "attention", "both"] = "both"
-    fraction: float | None = None
+    fraction: float | None = field(default=None, kw_only=False)
     units: int | None = None
     producer_fraction: float = 0.0
     balance: Literal["parameters", "units"] = "parameters"
@@ -171,34 +262,73 @@ class S2FT(Rule):
             raise PlanError(f"S2FT(units={self.units}): at least one unit must train")
 
 
+HEADS = ("lm_head", "*.lm_head", "embed_out")
+
+
 @dataclass(frozen=True, kw_only=True)
 class LinearRule(Rule):
     """Base of the rules that go to single linears.
 
-    exclude: globs of modules that are left alone although `match` names them; the output head by default.
+    exclude: patterns (as in `match`) of modules that are left alone although `match` names them; the output head by default.
+        Whatever its name, the output projection of a Hugging Face model is left alone too, and by `Quantize` every head of a task
+        model (what lies beside its base model: classifiers, CTC heads), with the reason in the report. `exclude=()` takes
+        heads in, and a module whose exact name stands in `match` is taken in spite of the default.
     """
 
-    exclude: tuple[str, ...] = ("lm_head", "*.lm_head", "embed_out")
+    exclude: tuple[str, ...] = HEADS
+
+    def __post_init__(self) -> None:
+        if isinstance(self.exclude, str):
+            object.__setattr__(self, "exclude", (self.exclude,))
+        super().__post_init__()
+        check_patterns(type(self).__name__, "exclude", self.exclude)
 
     def matches(self, *names: str) -> bool:
-        return super().matches(*names) and not any(fnmatchcase(n, pattern) for n in names for pattern in self.exclude)
+        excluded = any(matches(pattern, n) for n in names for pattern in self.exclude)
+        return super().matches(*names) and (not excluded or (self.exclude == HEADS and self.is_named(*names)))
+
+
+def check_patterns(rule: str, name: str, patterns: Iterable[str]) -> None:
+    """Refuse patterns that cannot be read, and more of them than anybody writes."""
+    patterns = tuple(patterns)
+    if len(patterns) > MAX_ENTRIES:
+        raise PlanError(f"{rule}({name}=…): {len(patterns):,} patterns, at most {MAX_ENTRIES:,} are read")
+    for pattern in patterns:
+        try:
+            check_pattern(pattern)
+        except PatternError as error:
+            raise PlanError(f"{rule}({name}={short(pattern)}): {error}") from None
+
+
+def check_alpha(rule: Any) -> None:
+    if rule.alpha is not None and abs(rule.alpha) > 1e9:
+        raise PlanError(
+            f"{type(rule).__name__}(alpha={short(rule.alpha)}): at most 1e9 is read; twice the rank is usual"
+        )
 
 
 def check_pattern_table(rule: Any, name: str, check: Any) -> None:
     """A field that is a number, or a mapping from glob to number."""
     value = getattr(rule, name)
+    if isinstance(value, Mapping):
+        if not value:
+            raise PlanError(f"{type(rule).__name__}({name}={{}}): an empty table names no module")
+        check_patterns(type(rule).__name__, name, value)
     for pattern, number in value.items() if isinstance(value, Mapping) else (("*", value),):
         if not check(number):
-            raise PlanError(f"{type(rule).__name__}({name}={value!r}): {number!r} for {pattern!r} is out of range")
+            raise PlanError(
+                f"{type(rule).__name__}({name}={short(value)}): {number!r} for {short(pattern)} is out of range"
+            )
 
 
 def pattern_value(value: Any, module: str) -> Any:
     """The entry of a pattern table for a module (first pattern that matches); None when none does."""
     if not isinstance(value, Mapping):
         return value
-    return next((v for pattern, v in value.items() if fnmatchcase(module, pattern)), None)
+    return next((v for pattern, v in value.items() if matches(pattern, module)), None)
 
 
+@takes_habits
 @dataclass(frozen=True, kw_only=True)
 class PaCA(LinearRule):
     """Partial connection adaptation (arXiv 2503.01905): `rank` input columns of every matched linear train.
@@ -213,16 +343,17 @@ class PaCA(LinearRule):
         needed; False always gathers.
     """
 
-    rank: int | Mapping[str, int] = 16
+    rank: int | Mapping[str, int] = field(default=16, kw_only=False)
     select: SelectionMethod = "random"
     largest: bool = True
     permute: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_pattern_table(self, "rank", lambda r: r >= 1)
+        check_pattern_table(self, "rank", lambda r: 1 <= r <= MAX_RANK)
 
 
+@takes_habits
 @dataclass(frozen=True, kw_only=True)
 class RoSA(LinearRule):
     """Robust adaptation (arXiv 2401.04679): `W + S + s·BA`, a sparse and a low-rank part, in one operator.
@@ -236,7 +367,7 @@ class RoSA(LinearRule):
     dropout: on the input of the low-rank part only; at 0 no mask is made or kept.
     """
 
-    rank: int | Mapping[str, int] = 16
+    rank: int | Mapping[str, int] = field(default=16, kw_only=False)
     alpha: float | None = None
     density: float | Mapping[str, float] = 0.006
     mask: Literal["gradient", "gradient_abs", "magnitude", "random"] = "gradient"
@@ -245,8 +376,9 @@ class RoSA(LinearRule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_pattern_table(self, "rank", lambda r: r >= 0)
+        check_pattern_table(self, "rank", lambda r: 0 <= r <= MAX_RANK)
         check_pattern_table(self, "density", lambda d: 0 <= d <= 1)
+        check_alpha(self)
         if not 0 <= self.dropout < 1:
             raise PlanError(f"{type(self).__name__}(dropout={self.dropout}): 0 ≤ dropout < 1 is needed")
         if self.rank == 0 and self.density == 0:
@@ -259,6 +391,7 @@ class RoSA(LinearRule):
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
 
+@takes_habits
 @dataclass(frozen=True, kw_only=True)
 class LoRA(LinearRule):
     """Low-rank adaptation (arXiv 2106.09685): RoSA with density 0. `rslora` scales by `alpha / √rank` (arXiv 2312.03732).
@@ -266,14 +399,15 @@ class LoRA(LinearRule):
     alpha: None for twice the rank, the habit of the field. Writes and reads PEFT's adapter directory.
     """
 
-    rank: int | Mapping[str, int] = 8
+    rank: int | Mapping[str, int] = field(default=8, kw_only=False)
     alpha: float | None = None
     dropout: float = 0.0
     rslora: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_pattern_table(self, "rank", lambda r: r >= 1)
+        check_pattern_table(self, "rank", lambda r: 1 <= r <= MAX_RANK)
+        check_alpha(self)
         if not 0 <= self.dropout < 1:
             raise PlanError(f"LoRA(dropout={self.dropout}): 0 ≤ dropout < 1 is needed")
 
@@ -282,6 +416,7 @@ class LoRA(LinearRule):
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
 
+@takes_habits
 @dataclass(frozen=True, kw_only=True)
 class Quantize(LinearRule):
     """Store frozen weights in few bits; what other rules train stays in 16 or 32 bits beside them.
@@ -289,7 +424,7 @@ class Quantize(LinearRule):
     format: "nf4" (4-bit NormalFloat with double quantisation, QLoRA), "int8" (one scale per output row), "int4" (groups of 64).
     """
 
-    format: Literal["nf4", "int8", "int4"] = "nf4"
+    format: Literal["nf4", "int8", "int4"] = field(default="nf4", kw_only=False)
 
     phase: ClassVar[Literal["adapt", "weight"]] = "weight"
 
@@ -303,6 +438,7 @@ def register_rule(rule: type[Rule]) -> type[Rule]:
     return rule
 
 
+@takes_habits
 @printable
 @dataclass(frozen=True)
 class Plan:
@@ -327,11 +463,21 @@ class Plan:
             raise PlanError(f"Plan takes a list of rules: Plan([{type(self.rules).__name__}(…)])")
         if isinstance(self.train, str):
             raise PlanError(f"Plan(train={self.train!r}): expected a list of patterns")
-        object.__setattr__(self, "rules", tuple(self.rules))
-        object.__setattr__(self, "train", tuple(self.train))
-        for rule in self.rules:
+        rules = listed(self.rules)
+        if rules is None:
+            raise PlanError(f"Plan({short(self.rules)}): expected a list of rules")
+        train = listed(self.train)
+        if train is None:
+            raise PlanError(f"Plan(train={short(self.train)}): expected a list of patterns")
+        for rule in rules:
             if not isinstance(rule, Rule):
-                raise PlanError(f"Plan: {rule!r} is not a rule; rules are {', '.join(RULES)}")
+                raise PlanError(f"Plan: {short(rule)} is not a rule; rules are {', '.join(RULES)}")
+        for pattern in train:
+            if not isinstance(pattern, str):
+                raise PlanError(f"Plan(train=[{short(pattern)}]): expected patterns, which are strings")
+        object.__setattr__(self, "rules", rules)
+        object.__setattr__(self, "train", train)
+        check_patterns("Plan", "train", [pattern for pattern in train if pattern])
         if not self.rules and self.target not in ("cpu", "cuda"):
             raise PlanError("Plan: no rules, so nothing would train")
         if self.target == "cpu" and self.adapts:
@@ -341,6 +487,13 @@ class Plan:
                 "trained model with a plan of Prune and Quantize rules only"
             )
         check_types(self)
+
+    @classmethod
+    def empty(cls) -> Plan:
+        """No rules: the plan of a host that only serves adapters (`sparsify.load`). Not to be compiled, so not to be written."""
+        plan = cls([Rule()])
+        object.__setattr__(plan, "rules", ())
+        return plan
 
     @property
     def for_inference(self) -> bool:
@@ -360,36 +513,55 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> Plan:
         """Read a plan; unknown rules and fields are refused, naming the nearest known one."""
-        try:
-            document = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise PlanError(f"the plan is not JSON: {error}") from error
+        document = parse_json(text, "the plan", PlanError)
         if not isinstance(document, dict) or not isinstance(document.get("rules"), list):
             raise PlanError('the plan must be a JSON object with a list "rules"')
         rules = []
-        for number, entry in enumerate(document.pop("rules")):
+        entries = document.pop("rules")
+        if len(entries) > MAX_ENTRIES:
+            raise PlanError(f"the plan has {len(entries):,} rules, at most {MAX_ENTRIES:,} are read")
+        for number, entry in enumerate(entries):
             if not isinstance(entry, dict) or not isinstance(entry.get("rule"), str):
-                raise PlanError(f'rules[{number}]: expected an object with a "rule" name, got {entry!r}')
+                raise PlanError(f'rules[{number}]: expected an object with a "rule" name, got {short(entry)}')
             name = entry.pop("rule")
             if name not in RULES:
-                raise PlanError(f"rules[{number}]: unknown rule {name!r}{nearest(name, RULES)}")
-            rules.append(RULES[name](**known_fields(RULES[name], entry, f"rules[{number}] ({name})")))
-        fields = known_fields(cls, document, "plan")
-        return cls(rules, **{k: as_tuple(v) for k, v in fields.items()})
+                raise PlanError(f"rules[{number}]: unknown rule {short(name)}{nearest(name, RULES)}")
+            values = {field: as_tuple(value) for field, value in entry.items()}
+            rules.append(make_rule(RULES[name], values, f"rules[{number}] ({name})"))
+        names = {f.name for f in dataclasses.fields(cls)} - {"rules"}
+        for name in document:
+            if name not in names:
+                raise PlanError(f"plan: unknown field {short(name)}{nearest(name, names)}")
+        return cls(rules, **{name: as_tuple(value) for name, value in document.items()})
 
 
-def known_fields(cls: Any, entry: dict[str, Any], where: str) -> dict[str, Any]:
-    names = {f.name for f in dataclasses.fields(cls)} - {"rules"}
-    for name in entry:
-        if name not in names:
-            raise PlanError(f"{where}: unknown field {name!r}{nearest(name, names)}")
-    return {name: as_tuple(value) for name, value in entry.items()}
+def listed(value: Any) -> tuple[Any, ...] | None:
+    """A list, tuple, set of patterns or iterator as a tuple, MAX_ENTRIES at most; None for what holds no sequence of things."""
+    if isinstance(value, str | bytes | bytearray | Mapping) or not hasattr(value, "__iter__"):
+        return None
+    found = tuple(itertools.islice(value, MAX_ENTRIES + 1))
+    if len(found) > MAX_ENTRIES:
+        raise PlanError(f"Plan: a list of more than {MAX_ENTRIES:,} entries")
+    return found
+
+
+def make_rule(rule: type[Rule], values: dict[str, Any], where: str) -> Rule:
+    """A rule from a file: whatever goes wrong is a PlanError, also inside rules that others registered."""
+    fields = arguments(rule, (), values, where)
+    try:
+        return rule(**fields)
+    except PlanError:
+        raise
+    except (TypeError, ValueError, OverflowError, AttributeError, KeyError, RecursionError) as error:
+        raise PlanError(f"{where}: {short(str(error), 200)}") from error
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """`; did you mean …` with the closest names, or the first few when nothing is close."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=count, cutoff=0.4)
+    known = sorted(known) if isinstance(known, set) else list(known)
+    if not known:
+        return ""
+    close = difflib.get_close_matches(name[:200], known, n=count, cutoff=0.4)
     if close:
         return "; did you mean " + ", ".join(repr(c) for c in close) + "?"
     return "; known are " + ", ".join(repr(c) for c in known[:count]) + (", …" if len(known) > count else "")

@@ -25,6 +25,7 @@ import torch
 from torch import fx
 
 from sparsify.console import one_line
+from sparsify.names import printable as without_controls
 from sparsify.program import Packed, Program, SparseLowRank, TrainedSlice
 from sparsify.sharded import class_name
 from sparsify.structure import Site, Structure
@@ -69,7 +70,7 @@ def print_program(program: Program, *, noise: bool = False, ids: int = 8) -> str
     lines += _section(f"sparse and low-rank: {len(program.lowranks)}", (lowrank_text(p) for p in program.lowranks))
     lines += _section(f"quantised: {len(program.packings)}", (packed_text(p) for p in program.packings))
     lines += _graph(program, noise)
-    return "\n".join(lines)
+    return "\n".join(without_controls(line) for line in lines)
 
 
 def tensor_text(value: Any) -> str:
@@ -171,7 +172,8 @@ def _choices(program: Program, ids: int) -> list[str]:
         parts = [
             f"{count or len(side)}: {ids_text(side, ids)}" for count, side in zip(counts, sides, strict=True) if side
         ]
-        return f"{choice.structure} by rule {choice.rule} ({choice.method}), {'; '.join(parts) or 'nothing'}"
+        place = f"; in place: {choice.in_place}" if choice.in_place else ""
+        return f"{choice.structure} by rule {choice.rule} ({choice.method}), {'; '.join(parts) or 'nothing'}{place}"
 
     lines = [line(c) for c in program.choices]
     for choice in program.channel_choices:

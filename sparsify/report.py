@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from sparsify.console import in_full, one_line, printable
 from sparsify.errors import Refusal
+from sparsify.names import printable as without_controls
 from sparsify.parameter_count import count_parameters
 from sparsify.plan import Plan
 from sparsify.program import Program
@@ -55,7 +56,7 @@ class Report:
             )
         lines += [("passes     " if i == 0 else "           ") + one_line(note) for i, note in enumerate(self.history)]
         lines += [self.cpu] if self.cpu else []
-        return "\n".join(lines)
+        return without_controls("\n".join(lines), keep="\n")
 
 
 def human(count: float) -> str:
@@ -80,14 +81,11 @@ def make_report(program: Program, plan: Plan, host: nn.Module, cpu: Any = None) 
     chosen = []
     for choice in program.choices:
         sides = structures[choice.structure].chosen_text(len(choice.consumers), len(choice.producers))
-        weights = [
-            f"{s.param}[{s.side}s {s.start}:{s.start + s.length}]"
-            for s in program.slices
-            if s.structure == choice.structure
-        ]
+        weights = [f"{s.param}[{s.side}s {s.spans}]" for s in program.slices if s.structure == choice.structure]
         chosen.append(
             f"{choice.structure}: {', '.join(filter(None, sides)) or 'nothing'} "
             f"({choice.method}, rule {choice.rule}) → {', '.join(weights)}"
+            + (f"; in place: {choice.in_place}" if choice.in_place else "")
         )
     for group in program.channel_choices:
         chosen.append(
@@ -104,7 +102,11 @@ def make_report(program: Program, plan: Plan, host: nn.Module, cpu: Any = None) 
         chosen.append(f"{len(program.pruned)} weights pruned: {zeros:.1%} zeros")
         dense, stored = pruned_bytes(program)
         chosen[-1] += f"; in a sparse checkpoint {human(stored)} instead of {human(dense)}"
-        chosen += [f"  {p.name}: {p.sparsity:.1%} {p.pattern}, {p.method}, error {p.error:.2e}" for p in program.pruned]
+        chosen += [
+            f"  {p.name}: {p.sparsity:.1%} {p.pattern}, {p.method}, error {p.error:.2e}"
+            + (f" ({p.note})" if p.note else "")
+            for p in program.pruned
+        ]
     packed = [f"{p.param}: {p.format}, error {p.error:.2%}" for p in program.packings]
     if packed:
         before, after = sum(p.dense_bytes for p in program.packings), sum(p.packed_bytes for p in program.packings)

@@ -245,7 +245,8 @@ def collect(
     masks = {} if masks is None else masks
     if isinstance(source, nn.Module):
         masks = ModuleMasks(source, masks)
-        source = source.state_dict()
+        compiled = source.__dict__.get("sparsify")  # its live state dict has other names and another order
+        source = compiled.original_state_dict() if compiled is not None else source.state_dict()
     for name in source:
         if name.endswith((VALUES, BITMASK)):
             raise SparseCheckpointError(f"tensor name '{name}' ends like a compressed part")

@@ -6,6 +6,8 @@ rule 0  S2FT(match="*.mlp*")  ──▶  model.layers.0.mlp, model.layers.1.mlp,
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -102,9 +104,13 @@ def assign_rule(program: Program, index: int, rule: S2FT, taken: dict[str, int])
         linears.setdefault(linear.weight, []).append(linear)
     kinds = ("ffn", "attention") if rule.structure == "both" else (rule.structure,)
     served, reasons = [], []
+    named, everything = False, set()
     for structure in program.structures:
-        if structure.kind not in kinds or not rule.matches(structure.name, *map(owner_name, structure.params())):
+        names = {structure.name, *map(owner_name, structure.params())}
+        everything |= names
+        if structure.kind not in kinds or not rule.matches(*names):
             continue
+        named |= rule.is_named(*names)
         reason = why_not_served(program, structure, rule, linears, taken)
         if reason is None:
             served.append(structure)
@@ -113,13 +119,28 @@ def assign_rule(program: Program, index: int, rule: S2FT, taken: dict[str, int])
             reasons.append(Refusal(structure.name, reason))
     for declined in program.declined:
         names = {declined.name, *(owner_name(site.param) for site in declined.sites)}
+        everything |= names
         if declined.kind in kinds and rule.matches(*names):
+            named |= rule.is_named(*names)
             reasons.append(Refusal(declined.name, declined.reason))
-    if reasons and not any(c in rule.match for c in "*?["):
+    if reasons and named:
         raise RefusedError(f"rule {index}, {rule}: {reasons[0]}")
     if not served:
         raise unused(index, rule, program, reasons)
-    return Assignment(index, rule, tuple(served)), reasons
+    return Assignment(index, rule, tuple(served)), reasons + unmatched_patterns(index, rule, everything)
+
+
+def unmatched_patterns(index: int, rule: Rule, names: Iterable[str]) -> list[Refusal]:
+    """Refusals, warned of too, for the patterns of a list that match nothing while others do (a list may serve several families)."""
+    names = sorted(names)
+    found = []
+    for pattern in rule.unmatched(names):
+        word = pattern.strip("*.")
+        close = names if "." in word else sorted({name.rpartition(".")[2] for name in names})
+        reason = f"this pattern of rule {index}, {type(rule).__name__}, matches nothing{nearest(word, close)}"
+        found.append(Refusal(pattern, reason))
+        warnings.warn(f"{pattern}: {reason}", stacklevel=2)
+    return found
 
 
 def trained_sites(structure: Structure, rule: S2FT) -> list[Site]:
@@ -160,5 +181,5 @@ def unused(index: int, rule: Rule, program: Program, reasons: list[Refusal]) -> 
         )
         return PlanError(f"rule {index}, {rule}, serves nothing; what it matched was declined:\n  {listed}")
     return PlanError(
-        f"rule {index}, {rule}, matches nothing that is still free{nearest(rule.match.strip('*.'), names)}"
+        f"rule {index}, {rule}, matches nothing that is still free{nearest(rule.patterns[0].strip('*.'), names)}"
     )

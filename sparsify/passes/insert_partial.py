@@ -19,6 +19,7 @@ from torch import fx
 from sparsify.adapter import tensor_hash
 from sparsify.errors import VerifyError
 from sparsify.masked import pack_bits
+from sparsify.names import placeholder
 from sparsify.passes.assign_rules import is_conv1d, owner_name
 from sparsify.passes.base import Context
 from sparsify.permutation import invert_index
@@ -44,7 +45,14 @@ def insert_partial(program: Program, context: Context) -> Program:
     lowranks = [part_of(program, support) for support in program.supports]
     tensors, packed, packings = dict(program.tensors), dict(program.packed), []
     hashes = {}
+    for param, base in program.bases.items():  # packed before it came here: taken as it is
+        hashes[param], packed[param] = base.hash(), list(base.packed)
+        dense_bytes = base.shape.numel() * base.dtype.itemsize
+        packings.append(Packed(param, base.format, base.shape, dense_bytes, packed_bytes(packed[param]), 0.0))
+        tensors[param] = program.tensor(param)  # shape and dtype; `filled` unpacks one at a time
     for param, format in program.quantize.items():
+        if param in program.bases:
+            continue
         hashes[param] = base_hash(program, param)
         dense = tensors.get(param, program.tensor(param)).detach()
         packed[param] = pack(dense, format)
@@ -56,8 +64,13 @@ def insert_partial(program: Program, context: Context) -> Program:
     for param in dict.fromkeys([s.param for s in slices] + [p.param for p in lowranks]):
         if param not in tensors:  # entries under trained parts are scratch, so they may not be the user's own memory
             tensors[param] = program.tensor(param).detach().clone(memory_format=torch.contiguous_format)
+
+    def filled(param: str) -> torch.Tensor:
+        base = program.bases.get(param)
+        return tensors[param] if base is None else base.dense()
+
     for piece in slices:
-        tensors[piece.block_name] = block_of(tensors[piece.param], piece)
+        tensors[piece.block_name] = block_of(filled(piece.param), piece)
         if piece.places:
             tensors[f"{owner_name(piece.param)}.slice_channels"] = torch.tensor(piece.places)
         if piece.param in program.masks:
@@ -69,7 +82,8 @@ def insert_partial(program: Program, context: Context) -> Program:
         bits = pack_bits(program.masks[param].to(tensors[param].device))
         tensors[f"{owner_name(param)}.weight_mask_bits"] = bits
     for part in lowranks:
-        tensors |= initial_parts(tensors[part.param], part, context.plan.seed)
+        weight = filled(part.param) if part.count else tensors[part.param]
+        tensors |= initial_parts(weight, part, context.plan.seed)
     program = replace(program, tensors=tensors, packed=packed, slices=tuple(slices), lowranks=tuple(lowranks))
     graph_module, inputs = rewrite(program, survivors)
     for param in program.quantize:  # the dense values are gone from here on
@@ -104,13 +118,17 @@ def slices_of(program: Program, structure: Structure, choice: UnitChoice) -> lis
     found = []
     for site in structure.consumers:
         channels = channels_of(structure, site, choice.consumers)
-        found.append(slice_at(program, site.param, site.axis, channels, "column", structure.name, choice.rule))
+        together = not choice.in_place
+        found.append(
+            slice_at(program, site.param, site.axis, channels, "column", structure.name, choice.rule, together)
+        )
     if choice.producers:
         outer = Structure(structure.name, structure.kind, structure.units, structure.sites)
         for site in structure.with_role("v", "up"):
             channels = channels_of(outer, site, choice.producers)
+            together = neighbours(site) and not choice.in_place
             found.append(
-                slice_at(program, site.param, site.axis, channels, "row", structure.name, choice.rule, neighbours(site))
+                slice_at(program, site.param, site.axis, channels, "row", structure.name, choice.rule, together)
             )
     return found
 
@@ -260,7 +278,7 @@ def rewrite(program: Program, survivors: list[str]) -> tuple[fx.GraphModule, tup
         nonlocal last
         if name not in added:
             with graph.inserting_after(last):
-                last = graph.placeholder("p_" + name.replace(".", "_"))
+                last = placeholder(graph, f"p_{name}")
             last.meta["val"] = fake_like(program, value)
             inputs.append(Input(last.name, "parameter" if value.is_floating_point() else "buffer", name))
             added[name] = last

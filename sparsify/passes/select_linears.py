@@ -13,14 +13,18 @@ import torch
 from torch import Tensor, fx
 from tqdm import tqdm
 
-from sparsify.calibration import gradient_statistics, input_squares, need_batches, sum_over_ranks
+from sparsify.calibration import batch_count, given, gradient_statistics, input_squares, need_batches
+from sparsify.calibration_checks import check_weights, column_squares, squares_of
 from sparsify.errors import PlanError, Refusal, RefusedError
-from sparsify.passes.assign_rules import WHOLE, is_conv1d, owner_name, why_not_trainable
+from sparsify.passes.assign_rules import WHOLE, is_conv1d, owner_name, unmatched_patterns, why_not_trainable
 from sparsify.passes.base import Context
 from sparsify.plan import LinearRule, LoRA, PaCA, Quantize, RoSA, nearest, pattern_value
 from sparsify.program import ChannelChoice, LinearNode, Program, Support, UnitChoice
+from sparsify.ranks import sum_over_ranks
 from sparsify.selection import choose, generator, index_dtype, random_scores, unit_channels
+from sparsify.task_heads import head_parameters, output_parameters
 
+HALF = torch.finfo(torch.float16)
 VIEWS = frozenset(
     getattr(torch.ops.aten, name)
     for name in (
@@ -55,24 +59,33 @@ def serve(
     for linear in program.linears():
         by_weight.setdefault(linear.weight, []).append(linear)
     served, refusals = [], []
-    clashes = []
+    clashes, everything, named = [], [], False
+    heads = head_parameters(program.host) if isinstance(rule, Quantize) else output_parameters(program.host)
     for param in linears:
         names = [owner_name(n) for n, canonical in program.aliases.items() if canonical == param]
+        everything += names
         if not rule.matches(*names):
             continue
+        named |= rule.is_named(*names)
+        where = owner_name(param) or param
+        if param in heads and rule.exclude and not rule.is_named(*names):
+            refusals.append(
+                Refusal(where, "it belongs to the output head; name it in match=…, or pass exclude=(), to take it")
+            )
+            continue
         if taken.get(param) == WHOLE:
-            refusals.append(Refusal(owner_name(param), "it trains in full (Plan(train=…))"))
+            refusals.append(Refusal(where, "it trains in full (Plan(train=…))"))
             continue
         if param in taken:
             clashes.append(f"rule {taken[param]} already has {owner_name(param)}")
             continue
         reason = why_not_trainable(program, param, by_weight)
+        reason = reason or why_not_fitting(program, linears[param], rule)
         if reason is None:
             served.append(param)
         else:
-            refusals.append(Refusal(owner_name(param), reason))
-    literal = not any(c in rule.match for c in "*?[")
-    if literal and refusals:
+            refusals.append(Refusal(where, reason))
+    if named and refusals:
         raise RefusedError(f"rule {index}, {rule}: {refusals[0]}")
     if not served:
         if refusals:
@@ -82,8 +95,50 @@ def serve(
                 f"rule {index}, {rule}, serves nothing: {clashes[0]}, and a module takes one rule that trains it"
             )
         names = [owner_name(p) for p in linears]
-        raise PlanError(f"rule {index}, {rule}, matches no linear{nearest(rule.match.strip('*.'), names)}")
-    return served, refusals
+        if not names:
+            raise PlanError(
+                f"rule {index}, {rule}, matches nothing: the captured graph of {type(program.host).__name__} multiplies with no weight "
+                "of its own (no nn.Linear and no Conv1D is in it)"
+            )
+        raise PlanError(f"rule {index}, {rule}, matches no linear{nearest(rule.patterns[0].strip('*.'), names)}")
+    return served, refusals + unmatched_patterns(index, rule, everything)
+
+
+def why_not_fitting(program: Program, linear: LinearNode, rule: LinearRule) -> str | None:
+    """Why a weight that can train cannot have what this rule asks for, said before anything is allocated."""
+    module, weight = owner_name(linear.weight), program.tensor(linear.weight)
+    if isinstance(rule, PaCA):
+        rank, width = pattern_value(rule.rank, module), weight.shape[linear.in_axis]
+        if rank is not None and rank >= width:
+            return f"rank {rank} for {module}, which has {width} input columns: give it a smaller rank, or another rule"
+    if isinstance(rule, RoSA | LoRA):
+        rank, larger = pattern_value(rule.rank, module), max(weight.shape)
+        if rank is not None and rank > larger:
+            return f"rank {rank} is more than the larger side of its weight, {larger}; {min(weight.shape)} is all that it can hold"
+        kept = program.masks.get(linear.weight)
+        if isinstance(rule, RoSA) and not rank and kept is not None and not bool(kept.any()):
+            return "every entry of the weight is pruned, so no entry can train"
+    return why_not_packed(program, linear.weight, weight, rule.format) if isinstance(rule, Quantize) else None
+
+
+def why_not_packed(program: Program, param: str, weight: Tensor, format: str) -> str | None:
+    """Why a weight cannot be stored in `format`."""
+    if param in program.bases:
+        return f"it is packed already, by {program.bases[param].library} ({program.quantize[param]})"
+    if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return f"the weight is stored as {weight.dtype}, and {format} is made from 16, 32 or 64 bits"
+    if weight.device.type == "meta" or not weight.numel():
+        return None if weight.numel() else "the weight has no entries"
+    largest = weight.detach().abs().amax(dim=1).float()
+    if not bool(torch.isfinite(largest).all()):
+        return "the weight has NaN or Inf"
+    if format == "int8" and float(largest.max()) > HALF.max:
+        return f"its largest entry, {float(largest.max()):.3g}, lies beyond the scales of int8, which are float16 ({HALF.max:,.0f})"
+    if format == "int8" and bool(((largest > 0) & (largest < HALF.tiny)).any()):
+        return (
+            f"a row has no entry above {HALF.tiny:.1g}, where the scales of int8, which are float16, end; nf4 holds it"
+        )
+    return None
 
 
 def select_linears(
@@ -101,7 +156,7 @@ def select_linears(
         units, channels = choose_columns(program, context, index, rule, served, linears)
         changes["choices"], changes["channel_choices"] = units, channels
     elif isinstance(rule, RoSA | LoRA):
-        changes["supports"] = choose_supports(program, context, index, rule, served)
+        changes["supports"] = choose_supports(program, context, index, rule, served, refusals)
     return changes
 
 
@@ -127,11 +182,6 @@ def choose_columns(
         rank = pattern_value(rule.rank, owner_name(param))
         if rank is None:
             raise PlanError(f"rule {index}, {rule}: no pattern of rank names {owner_name(param)}; add '*' for the rest")
-        width = program.tensor(param).shape[linears[param].in_axis]
-        if rank >= width:
-            raise PlanError(
-                f"rule {index}, {rule}: rank {rank} for {owner_name(param)}, which has {width} input columns"
-            )
         groups.setdefault((input_root(linears[param].x), rank), []).append(param)
     scores = column_scores(program, context, index, rule, list(groups.values()), linears)
     movable = movable_consumers(program) if rule.permute else {}
@@ -147,12 +197,14 @@ def choose_columns(
 
 
 def movable_consumers(program: Program) -> dict[str, Any]:
-    """Consumer weight → the structure that may reorder its input columns one by one, in the columns' own order."""
+    """Consumer weight → the proven structure that may reorder its input columns one by one, in the columns' own order."""
     found = {}
     moved = {c.structure for c in program.choices}
     for structure in program.structures:
-        if structure.name in moved:
+        if structure.name in moved or structure.kind != "ffn" or structure.name in program.unproven:
             continue
+        if any(site.param in program.bases for site in structure.sites):
+            continue  # a packed base lies in blocks, which no reordering respects
         for site in structure.consumers:
             channels = unit_channels(site, structure)
             whole = channels.shape == (program.tensor(site.param).shape[site.axis], 1)
@@ -170,11 +222,13 @@ def column_scores(
             g[0]: random_scores(context.plan.seed, g[0], program.tensor(g[0]).shape[linears[g[0]].in_axis])
             for g in groups
         }
-    members = {p for g in groups for p in g}
+    members = [p for g in groups for p in g]  # one order on every rank
     modules = {p: program.host.get_submodule(owner_name(p)) for p in members}
-    weights = {
-        p: program.tensor(p).detach().float().square().sum(1 - linears[p].in_axis).double().cpu() for p in members
-    }
+    weights: dict[str, Tensor] = {}
+    for param in members if rule.select in ("weight", "product") else ():
+        weight = program.tensor(param).detach()
+        check_weights([(param, weight)])
+        weights[param] = column_squares(weight if linears[param].in_axis == 1 else weight.t())
     if rule.select == "weight":
         return {g[0]: torch.stack([weights[p] for p in g]).sum(0).sqrt() for g in groups}
     batches = need_batches(context.calibration, f"rule {index}, select={rule.select!r},")
@@ -182,11 +236,12 @@ def column_scores(
         sums: dict[str, Tensor] = {}
 
         def reduce(name: str, gradient: Tensor) -> None:
-            total = gradient.square().sum(0).double().cpu()
+            total = column_squares(gradient)
             sums[name] = sums[name] + total if name in sums else total
 
         gradient_statistics(program.host, modules, batches, reduce, context.loss, context.progress)
-        return {g[0]: sum_over_ranks(torch.stack([sums[p] for p in g]).sum(0) / len(batches)).sqrt() for g in groups}
+        total = batch_count(batches)
+        return {g[0]: (sum_over_ranks(torch.stack([sums[p] for p in g]).sum(0)) / total).sqrt() for g in groups}
     squares = input_squares(program.host, {g[0]: modules[g[0]] for g in groups}, batches, context.progress)
     result = {name: s.sqrt() for name, s in squares.items()}
     if rule.select == "product":
@@ -198,8 +253,9 @@ def column_scores(
 
 
 def choose_supports(
-    program: Program, context: Context, index: int, rule: RoSA | LoRA, served: list[str]
+    program: Program, context: Context, index: int, rule: RoSA | LoRA, served: list[str], refusals: list[Refusal]
 ) -> list[Support]:
+    """Ranks and entries of every served weight; what a table leaves without either goes to `refusals`."""
     settings: dict[str, tuple[int, int]] = {}
     for param in served:
         module, size = owner_name(param), program.tensor(param).numel()
@@ -214,7 +270,7 @@ def choose_supports(
     sparse = [p for p in served if settings[p][1]]
     gradient = mask.startswith("gradient")
     found: dict[str, Tensor] = {}
-    if gradient and sparse and context.calibration is not None:
+    if gradient and sparse and given(context.calibration):
         batches = need_batches(context.calibration, f"rule {index}, mask={mask!r},")
         modules = {p: program.host.get_submodule(owner_name(p)) for p in sparse}
         counts = {p: settings[p][1] for p in sparse}
@@ -222,11 +278,14 @@ def choose_supports(
     elif not gradient:
         for param in tqdm(sparse, desc=f"mask: {mask}", disable=not context.progress or len(sparse) < 8, leave=False):
             weight, survivors = program.tensor(param), program.masks.get(param)
+            if mask == "magnitude":
+                check_weights([(param, weight)])
             found[param] = plain_support(weight, settings[param][1], mask, context.plan.seed, param, survivors)
     supports = []
     for param in served:
         rank, count = settings[param]
         if not rank and not count:  # a pattern that says so; nothing to train, nothing to store
+            refusals.append(Refusal(owner_name(param), "rank 0 and density 0 leave nothing to train in it"))
             continue
         entries = found[param].to(index_dtype(program.tensor(param).shape)) if param in found else None
         scale = rule.scale(rank) if rank else 1.0
@@ -271,16 +330,15 @@ def gradient_supports(
     sums: dict[str, Tensor] = {}
 
     def reduce(name: str, gradient: Tensor) -> None:
-        part = (gradient if mask == "gradient_abs" else gradient.square()).cpu()
-        if name in sums:
-            sums[name] += part
-        else:
-            sums[name] = part.clone()
+        part = (gradient if mask == "gradient_abs" else squares_of(gradient)).cpu()
+        sums[name] = sums[name] + part if name in sums else part.clone()  # (fp64 where fp32 squares would not fit)
 
     gradient_statistics(model, modules, batches, reduce, context.loss, context.progress)
     found = {}
     for name in modules:  # one order on every rank
-        score = sum_over_ranks(sums.pop(name)).abs()
+        own = sums.pop(name)
+        wide = bool(float(sum_over_ranks(torch.tensor([float(own.dtype == torch.float64)]))))
+        score = sum_over_ranks(own.double() if wide else own).abs()
         stored = score.t() if is_conv1d(modules[name]) else score
         found[name] = best_entries(stored.reshape(-1), counts[name], (survivors or {}).get(name))
     return found

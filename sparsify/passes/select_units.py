@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparsify.calibration import gradient_statistics, input_squares, need_batches, sum_over_ranks
+from sparsify.calibration import batch_count, gradient_statistics, input_squares, need_batches, sum_over_ranks
+from sparsify.calibration_checks import check_weights, column_squares
 from sparsify.install import trained_in_full
 from sparsify.passes.assign_rules import WHOLE, Assignment, assign_rule, owner_name
 from sparsify.passes.base import Context
@@ -75,7 +76,8 @@ def dequantised(program: Program, wanted: bool) -> Iterator[None]:
     try:
         for param, format in program.quantize.items() if wanted else ():
             weight = program.tensor(param).detach()
-            back = unpack(pack(weight, format), format, tuple(weight.shape), weight.dtype)
+            base = program.bases.get(param)
+            back = base.dense() if base else unpack(pack(weight, format), format, tuple(weight.shape), weight.dtype)
             stand_in = nn.Parameter(back, requires_grad=False)
             for name in [n for n, canonical in program.aliases.items() if canonical == param]:
                 owner, _, leaf = name.rpartition(".")
@@ -127,8 +129,18 @@ def choose_units(program: Program, assignment: Assignment, context: Context) -> 
             per_group = score.view(-1, heads).mean(1)
             producers = choose(per_group, max(1, round(rule.producer_fraction * structure.units)), largest=rule.largest)
         kept = tuple(float(score[i]) for i in consumers)
-        choices.append(UnitChoice(structure.name, assignment.index, consumers, producers, rule.select, kept))
+        reason = why_in_place(program, structure, rule)
+        choices.append(UnitChoice(structure.name, assignment.index, consumers, producers, rule.select, kept, reason))
     return choices
+
+
+def why_in_place(program: Program, structure: Structure, rule: S2FT) -> str:
+    """Why the units of a structure train where they lie; empty for a feed-forward structure that is proven and may be permuted."""
+    if structure.kind == "attention":
+        return "heads are blocks as they lie, so attention maps and caches stay the base's"
+    if not rule.permute:
+        return "permute=False"
+    return program.unproven.get(structure.name, "")
 
 
 def score_units(program: Program, assignment: Assignment, context: Context) -> dict[str, Tensor]:
@@ -151,7 +163,8 @@ def score_units(program: Program, assignment: Assignment, context: Context) -> d
 def weight_squares(program: Program, site: Site) -> Tensor:
     """Sum of squares of each channel of the site's weight, fp64 `(channels,)`."""
     weight = program.tensor(site.param).detach()
-    return weight.float().square().sum(dim=1 - site.axis).double().cpu()
+    check_weights([(site.param, weight)])
+    return column_squares(weight if site.axis == 1 else weight.t())
 
 
 def consumer_squares(program: Program, assignment: Assignment, context: Context) -> dict[tuple[str, int], Tensor]:
@@ -166,11 +179,12 @@ def consumer_squares(program: Program, assignment: Assignment, context: Context)
         sums: dict[str, Tensor] = {}
 
         def reduce(name: str, gradient: Tensor) -> None:
-            total = gradient.square().sum(0).double().cpu()
+            total = column_squares(gradient)
             sums[name] = sums[name] + total if name in sums else total
 
         gradient_statistics(program.host, modules, batches, reduce, context.loss, context.progress)
-        found = {name: sum_over_ranks(sums[name] / len(batches)) for name in modules}
+        total = batch_count(batches)
+        found = {name: sum_over_ranks(sums[name]) / total for name in modules}
     else:
         found = input_squares(program.host, modules, batches, context.progress)
     return {(s.param, s.axis): found[s.param] for s in sites}

@@ -19,9 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsify.errors import SparsifyError
-
-IGNORED = -100
+from sparsify.calibration_checks import IGNORED
 
 
 @dataclass(frozen=True)
@@ -159,17 +157,6 @@ def choose_mask(masks: Mapping[str, Tensor], rows: int, side: str) -> Tensor | N
     """The mask of `side` when it has `rows` tokens; None when every row counts (pooled rows, frames without a mask)."""
     mask = masks.get(side)
     return mask if mask is not None and mask.numel() == rows else None
-
-
-def check_batch(number: int, batch: Any) -> None:
-    """Raises SparsifyError naming the batch and the input when a calibration batch has NaN or Inf."""
-    leaves, _ = pytree.tree_flatten_with_path(batch)
-    for path, leaf in leaves:
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
-            raise SparsifyError(
-                f"calibration batch {number}{pytree.keystr(path)} has NaN or Inf: drop or repair it "
-                "(one such batch would poison every Hessian)"
-            )
 
 
 class PaddingDropper:

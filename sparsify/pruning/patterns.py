@@ -96,9 +96,9 @@ def parse_pattern(text: str | Pattern) -> Pattern:
         return text
     if text == "unstructured":
         return Unstructured()
-    if found := re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text):
+    if found := re.fullmatch(r"([0-9]{1,6}):([0-9]{1,6})", text):
         return NM(int(found[1]), int(found[2]))
-    if found := re.fullmatch(r"([0-9]{1,9})[x×]([0-9]{1,9})", text):
+    if found := re.fullmatch(r"([0-9]{1,6})[x×]([0-9]{1,6})", text):
         return Block(int(found[1]), int(found[2]))
     raise PlanError(
         f"unknown sparsity pattern {text!r}: use 'unstructured', 'N:M' such as '2:4', or 'HxW' such as '4x1'"

@@ -12,30 +12,39 @@ import hashlib
 import torch
 from torch import Tensor
 
+from sparsify.calibration_checks import all_finite, column_squares
 from sparsify.errors import SparsifyError
 from sparsify.pruning.patterns import Pattern, mask_from_scores
 from sparsify.pruning.sparsegpt import Pruned
+from sparsify.ranks import sum_over_ranks
 
 
 class InputNorms:
-    """Accumulates `Σ x²` per input channel, fp32 `(m,)`, and the number of tokens."""
+    """Accumulates `Σ x²` per input channel, fp64 on the CPU `(m,)`, and the number of tokens."""
 
-    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
-        self.squares = torch.zeros(width, dtype=torch.float32, device=device)
+    def __init__(self, width: int) -> None:
+        self.squares = torch.zeros(width, dtype=torch.float64)
         self.tokens = 0
 
     def add(self, x: Tensor) -> None:
         """Add tokens `x (…, m)` without padding. Raises SparsifyError for NaN or Inf."""
-        x = x.reshape(-1, x.shape[-1]).to(self.squares)
-        added = x.square().sum(0)
-        if not bool(torch.isfinite(added).all()):
+        x = x.reshape(-1, x.shape[-1])
+        added = column_squares(x)
+        if not all_finite(added):
             raise SparsifyError("the calibration data gives NaN or Inf at this layer's input")
         self.squares += added
         self.tokens += x.shape[0]
 
+    def over_ranks(self) -> None:
+        """Take in what the other ranks have seen of this layer."""
+        total = sum_over_ranks(torch.cat([self.squares, torch.tensor([float(self.tokens)], dtype=torch.float64)]))
+        self.squares, self.tokens = total[:-1].clone(), round(float(total[-1]))
+
     def mean_squares(self) -> Tensor:
-        """`E[x²]` per input channel."""
-        return self.squares / max(self.tokens, 1)
+        """`E[x²]` per input channel, fp32 (fp64 where that is not wide enough)."""
+        mean = self.squares / max(self.tokens, 1)
+        narrow = mean.float()
+        return narrow if all_finite(narrow) else mean
 
 
 def layer_seed(seed: int, name: str) -> int:
@@ -46,7 +55,7 @@ def layer_seed(seed: int, name: str) -> int:
 def keep_values(weight: Tensor, mask: Tensor, mean_squares: Tensor | None) -> Pruned:
     """Apply a mask. The error is `2 Σ_pruned w² E[x_j²]` (the diagonal of the Hessian), or with inputs taken as white."""
     gone = weight.float().masked_fill(mask, 0).square_()
-    error = gone.sum(0).mul(1 if mean_squares is None else mean_squares).sum().item() * 2
+    error = gone.sum(0).mul(1 if mean_squares is None else mean_squares.to(gone.device)).sum().item() * 2
     return Pruned(weight.masked_fill(~mask, 0), mask, error)
 
 

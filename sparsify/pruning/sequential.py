@@ -20,7 +20,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from sparsify.blocks import repeated_blocks
+from sparsify.calibration_checks import all_finite, blame, check_batches, check_weights
 from sparsify.capture import evaluating
 from sparsify.console import printable
 from sparsify.errors import PlanError, Refusal, SparsifyError
@@ -44,7 +46,6 @@ from sparsify.pruning.collect import (
     Product,
     View,
     Watcher,
-    check_batch,
     choose_mask,
     token_masks,
 )
@@ -53,7 +54,10 @@ from sparsify.pruning.scores import InputNorms, magnitude_prune, random_prune, w
 from sparsify.pruning.sparsegpt import Hessian, Pruned, inverse_factor, sparsegpt_prune
 from sparsify.pruning.streaming import NoStreaming, Residence
 from sparsify.pruning.trace import Group, Unit, inside, plan_units, record_events
+from sparsify.ranks import from_rank, object_from_rank, of_every_rank, rank, rank_count, sum_over_ranks, together
 from sparsify.rules_prune import Prune
+
+Written = dict[View, tuple[Tensor, Tensor, dict[str, Any]]]  # values, survivors, statistics
 
 STATE_VERSION = 1
 HESSIAN_BYTES = 2 << 30
@@ -133,8 +137,11 @@ def prune_model(
     resume_dir: folder for finished groups; must belong to the same rules, weights and calibration (of weights a sample is compared).
     residence: where weights live while their block is not being pruned (`sparsify.pruning.streaming`).
 
+    Under `torch.distributed` every rank must call it, with the same rules and weights and with batches of its own (a rank may have
+    none): inputs are summed over all ranks, the first rank prunes, and all ranks get its bits. Errors are raised on all ranks.
+
     Raises PlanError (unknown name, sparsity or pattern that does not fit, missing calibration, foreign `resume_dir`) before anything is
-    changed, and SparsifyError for NaN in a batch or at a layer's input.
+    changed, and SparsifyError for a batch without tokens, and for NaN or Inf in a weight or at a layer's input.
     """
     driver = Driver(
         host, program, rules, calibration, seed, progress, resume_dir, max_hessian_bytes, residence or NoStreaming()
@@ -162,21 +169,29 @@ class Driver:
         self.names = canonical_names(host)
         self.rules = self.check_rules(rules)
         needs_data = [name for name, rule in self.rules.items() if rule.needs_calibration]
-        self.batches = list(calibration) if calibration is not None else []
-        if needs_data and not self.batches:
+        with together():
+            self.batches = list(calibration) if calibration is not None else []
+            check_batches(self.batches)
+        self.source = first_with_batches(self.batches)  # the rank whose first batch is traced
+        if rank_count() > 1 and not isinstance(self.residence, NoStreaming):
+            raise PlanError(
+                "pruning on disk writes one folder, so it runs in one process: call it before torch.distributed is initialised"
+            )
+        if needs_data and self.source is None:
             rule = self.rules[needs_data[0]]
             raise PlanError(
                 f"Prune(method='{rule.method}') looks at inputs: give calibration batches "
                 f"(sparsify.compile(…, calibration=[batch, …])), or use method='magnitude'; first layer: {needs_data[0]}"
             )
-        for number, batch in enumerate(self.batches):
-            check_batch(number, batch)
         self.sides = {} if program is None else token_sides(program)
         self.result = PruneResult(masks=self.residence.masks())
-        self.run_hash = self.fingerprint()
-        self.store = None if resume_dir is None else ResumeStore(Path(resume_dir), self.run_hash)
+        self.run_hash = fingerprint_of_all(self.fingerprint())
+        with together():  # one rank reads and writes the folder
+            mine = resume_dir is not None and rank() == 0
+            self.store = ResumeStore(Path(resume_dir), self.run_hash) if mine and resume_dir is not None else None
         self.finished: dict[str, dict[str, Any]] = {}
         self.sparsity: dict[str, float] = {}
+        self.short: dict[str, tuple[int, int]] = {}  # fewer calibration tokens than inputs: (tokens, inputs)
         self.bar = tqdm(total=len(self.rules), desc="pruning", unit="layer", disable=not progress)
 
     # --- before anything is changed ---
@@ -227,8 +242,8 @@ class Driver:
             scope.enter_context(eager_products(self.host))
             scope.callback(self.bar.close)
             scope.enter_context(self.residence.opened(self.host, self.run_hash))
-            if self.batches:
-                units, refusals = self.trace()
+            if self.source is not None:
+                units, refusals = self.trace(self.source)
                 self.result.refusals += refusals
             else:
                 units = units_without_data(self.host, list(self.rules))
@@ -247,17 +262,24 @@ class Driver:
                             self.prune_without_data(group)
         order = {name: place for place, name in enumerate(self.rules)}
         self.result.layers.sort(key=lambda s: order[s.name])
+        if self.short:
+            warnings.warn(too_few_tokens(self.short, len(self.result.layers)), stacklevel=2)
         return self.result
 
-    def trace(self) -> tuple[list[Unit], list[Refusal]]:
-        names = {name: self.parameter(name) for name in self.rules}
-        events, others = record_events(
-            self.host,
-            lambda: run_batch(self.host, self.batches[0]),
-            lambda: {name: self.parameter(name) for name in self.rules},
-            self.residence.loading_forward,
-        )
-        units, refusals = plan_units(self.host, events, names, others)
+    def trace(self, source: int) -> tuple[list[Unit], list[Refusal]]:
+        """What the first batch of rank `source` shows; the same on every rank, whatever its own batches would show."""
+        planned: tuple[list[Unit], list[Refusal]] = ([], [])
+        with together():
+            if rank() == source:
+                events, others = record_events(
+                    self.host,
+                    lambda: run_batch(self.host, self.batches[0]),
+                    lambda: {name: self.parameter(name) for name in self.rules},
+                    self.residence.loading_forward,
+                )
+                names = {name: self.parameter(name) for name in self.rules}
+                planned = plan_units(self.host, events, names, others)
+        units, refusals = object_from_rank(source, planned)
         named = {r.where for r in refusals}
         for name in named:
             self.rules.pop(name)
@@ -302,15 +324,20 @@ class Driver:
                 moving.setdefault(id(rule), []).append(name)
         if not moving:
             return
-        wanted = {name for names in moving.values() for name in names}
+        wanted = list(dict.fromkeys(name for names in moving.values() for name in names))  # one order on every rank
         norms: dict[View, InputNorms] = {}
-        if self.batches:
+        with together():
             self.collect_norms(norms, wanted)
         views: dict[str, list[View]] = {}
         for unit in units:
             for group in unit.groups:
                 for view in group.views or [v for n in group.params for v in self.plain_views(n)]:
                     views.setdefault(view.param, []).append(view)
+        if self.source is not None:
+            for view in dict.fromkeys(view for name in wanted for view in views.get(name, ())):
+                norm = norms.setdefault(view, InputNorms(view.shape[1]))
+                norm.over_ranks()
+        norms = {view: norm for view, norm in norms.items() if norm.tokens}
         curves: dict[str, SaliencyCurve] = {}
         for unit in units:
             with self.residence.loaded(unit.name):
@@ -323,20 +350,33 @@ class Driver:
                 level = [name for name in names if self.sparsity[name] == target]
                 self.sparsity |= by_sensitivity({n: curves[n] for n in level}, target, rule.max_shift)
 
-    def collect_norms(self, norms: dict[View, InputNorms], wanted: set[str]) -> None:
-        for batch in self.batches:
+    def collect_norms(self, norms: dict[View, InputNorms], wanted: Sequence[str]) -> None:
+        for number, batch in enumerate(self.batches):
             masks = token_masks(batch)
 
-            def seen(product: Product, masks: Mapping[str, Tensor] = masks) -> None:
-                norm = norms.setdefault(product.view, InputNorms(product.view.shape[1], product.x.device))
-                norm.add(self.tokens_only(product, masks)[0])
+            def seen(
+                product: Product, masks: Mapping[str, Tensor] = masks, number: int = number, batch: Any = batch
+            ) -> None:
+                norm = norms.setdefault(product.view, InputNorms(product.view.shape[1]))
+                with self.naming(number, batch, product.view):
+                    norm.add(self.tokens_only(product, masks)[0])
 
             watcher = Watcher(lambda: {name: self.parameter(name) for name in wanted}, seen)
             with self.residence.loading_forward(watcher), torch.no_grad(), watcher:
                 run_batch(self.host, batch)
 
+    @contextmanager
+    def naming(self, number: int, batch: Any, view: View) -> Iterator[None]:
+        """An error inside gets the batch and the layer it came from."""
+        try:
+            yield
+        except SparsifyError as error:
+            why = blame(number, batch, self.host)
+            raise SparsifyError(f"calibration batch {number}, {self.label(view)}: {error}{why}") from error
+
     def curve(self, name: str, views: list[View], norms: Mapping[View, InputNorms]) -> SaliencyCurve:
         tensor = self.parameter(name).detach()
+        check_weights([(name, tensor)])
         parts = [
             saliency_curve(view.of(tensor), norms[view].mean_squares() if view in norms else None) for view in views
         ]
@@ -360,55 +400,88 @@ class Driver:
         forwards: list[LockstepForward] = []
         with intercepted(modules) as originals:
             try:
-                for batch in self.batches:
-                    forwards.append(LockstepForward(lambda batch=batch: run_batch(self.host, batch)))
-                for forward in forwards:
-                    forward.advance()
+                with together():
+                    for batch in self.batches:
+                        forwards.append(LockstepForward(lambda batch=batch: run_batch(self.host, batch)))
+                    for forward in forwards:
+                        forward.advance()
                 done: set[str] = set()
                 for place, unit in enumerate(units):
                     last = place == len(units) - 1
                     fresh = unit.name not in restored
                     with self.residence.loaded(unit.name, keep=fresh), torch.no_grad():
-                        here = self.bring_to(unit.name, forwards, done, originals)
+                        with together():
+                            here = self.bring_to(unit.name, forwards, done, originals)
                         for group in unit.groups if fresh else ():
                             self.prune_group(unit, group, here, originals[unit.name])
                         done.add(unit.name)
                         if not last:
-                            for forward, _ in here:
-                                forward.advance(originals[unit.name](*forward.args, **forward.kwargs))
+                            with together():
+                                for forward, _, _ in here:
+                                    forward.advance(originals[unit.name](*forward.args, **forward.kwargs))
             finally:
                 for forward in forwards:
                     forward.abandon()
 
     def bring_to(
         self, unit: str, forwards: list[LockstepForward], done: set[str], originals: Mapping[str, Any]
-    ) -> list[tuple[LockstepForward, Any]]:
-        """Forwards that wait at `unit`, with their batches; those at a finished unit run through it first."""
+    ) -> list[tuple[LockstepForward, int, Any]]:
+        """Forwards that wait at `unit`, with their batches and numbers; those at a finished unit run through it first."""
         here = []
-        for forward, batch in zip(forwards, self.batches, strict=True):
+        for number, (forward, batch) in enumerate(zip(forwards, self.batches, strict=True)):
             while forward.unit in done and forward.unit is not None:
                 with self.residence.loaded(forward.unit):
                     output = originals[forward.unit](*forward.args, **forward.kwargs)
                 forward.advance(output)
             if forward.unit == unit:
-                here.append((forward, batch))
+                here.append((forward, number, batch))
         return here
 
-    def prune_group(self, unit: Unit, group: Group, here: list[tuple[LockstepForward, Any]], forward: Any) -> None:
-        if self.store is not None and (saved := self.store.load(group.views)) is not None:
-            for view, (values, mask, stats) in saved.items():
-                self.write(view, values, mask, stats)
-            return
-        written: dict[View, tuple[Tensor, Tensor, dict[str, Any]]] = {}
-        for views in self.passes(group):
-            statistics = self.collect(unit, group, views, here, forward)
-            for view in views:
-                written[view] = self.prune_view(view, statistics)
-            statistics.release()
-        if self.store is not None:
-            self.store.save(written)
-        for view, (values, mask, stats) in written.items():
+    def prune_group(self, unit: Unit, group: Group, here: list[tuple[LockstepForward, int, Any]], forward: Any) -> None:
+        """Collect on every rank, prune on the first, and give all ranks its bits (the same sums may still be factorised to
+        other last digits on another machine)."""
+        written: Written | None = None
+        with together():
+            if self.store is not None:
+                written = self.store.load(group.views)
+        if not object_from_rank(0, written is not None):
+            written = {}
+            if self.is_scored(group):
+                check_weights((name, self.parameter(name)) for name in group.params)
+            for views in self.passes(group):
+                with together():
+                    statistics = self.collect(unit, group, views, here, forward)
+                statistics.over_ranks(views, self.is_full(group), self.parameter(group.params[0]).device)
+                with together():
+                    for view in views if rank() == 0 else ():
+                        written[view] = self.prune_view(view, statistics)
+                statistics.release()
+            with together():
+                if self.store is not None:
+                    self.store.save(written)
+        for view, (values, mask, stats) in self.from_first_rank(group.views, written or {}).items():
             self.write(view, values, mask, stats)
+
+    def from_first_rank(self, views: list[View], written: Written) -> Written:
+        if rank_count() == 1:
+            return written
+        found: Written = {}
+        for view in views:
+            here = view.of(self.parameter(view.param).detach())
+            values, mask = torch.empty(view.shape, dtype=here.dtype), torch.empty(view.shape, dtype=torch.bool)
+            stats: dict[str, Any] = {}
+            if view in written:
+                values, mask, stats = written[view]
+            values, mask = values.to(here.device), mask.to(here.device)
+            found[view] = (from_rank(0, values), from_rank(0, mask), object_from_rank(0, stats))
+        return found
+
+    def is_scored(self, group: Group) -> bool:
+        return any(self.rules[name].method != "random" for name in group.params)
+
+    def is_full(self, group: Group) -> bool:
+        """Whether some matrix of the group wants the whole Hessian."""
+        return any(self.rules[name].method == "sparsegpt" for name in group.params)
 
     def passes(self, group: Group) -> list[list[View]]:
         """Experts whose Hessians fit in memory together; other groups share one input and need one pass."""
@@ -419,22 +492,29 @@ class Driver:
         return [group.views[i : i + count] for i in range(0, len(group.views), count)]
 
     def prune_without_data(self, group: Group) -> None:
+        if self.is_scored(group):
+            check_weights((name, self.parameter(name)) for name in group.params)
         for name in group.params:
             for view in [v for v in group.views if v.param == name] or self.plain_views(name):
                 self.write(view, *self.prune_view(view, Statistics(False)))
 
     def collect(
-        self, unit: Unit, group: Group, views: list[View], here: list[tuple[LockstepForward, Any]], forward: Any
+        self,
+        unit: Unit,
+        group: Group,
+        views: list[View],
+        here: list[tuple[LockstepForward, int, Any]],
+        forward: Any,
     ) -> Statistics:
         """Run the unit on every batch, up to the group's last product, and accumulate."""
         rules = {name: self.rules[name] for name in group.params}
         statistics = Statistics(group.experts)
         if not any(rule.needs_calibration for rule in rules.values()):
             return statistics
-        full = any(rule.method == "sparsegpt" for rule in rules.values())
+        full = self.is_full(group)
         wanted = set(views)
         owners = [self.host.get_submodule(self.module_of(name)) for name in group.params] if group.experts else []
-        for waiting, batch in here:
+        for waiting, number, batch in here:
             masks = token_masks(batch)
             remaining = group.calls
             inputs: set[tuple[Any, ...]] = set()
@@ -445,12 +525,15 @@ class Driver:
                 masks: Mapping[str, Tensor] = masks,
                 inputs: set[tuple[Any, ...]] = inputs,
                 identities: InputIdentities = identities,
+                number: int = number,
+                batch: Any = batch,
             ) -> None:
                 nonlocal remaining
                 if product.view in wanted:
                     x, y = self.tokens_only(product, masks)
                     identity = identities.of(product.x)
-                    statistics.add(product.view, x, y, product.bias, full, fresh=identity not in inputs)
+                    with self.naming(number, batch, product.view):
+                        statistics.add(product.view, x, y, product.bias, full, fresh=identity not in inputs)
                     inputs.add(identity)
                 if remaining is not None:
                     remaining -= product.view in wanted
@@ -465,8 +548,6 @@ class Driver:
                         forward(*args, **kwargs)
                 except GroupDone:
                     pass
-                except SparsifyError as error:
-                    raise SparsifyError(f"{group.params[0]}: {error}") from error
         return statistics
 
     def tokens_only(self, product: Product, masks: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -532,6 +613,10 @@ class Driver:
         view.of(parameter.data).copy_(values)
         view.of(state["mask"]).copy_(mask)
         state["numel"] += view.numel
+        if stats["method"] == "sparsegpt" and stats["tokens"] < view.shape[1]:
+            self.short[name] = min(
+                self.short.get(name, (stats["tokens"], view.shape[1])), (stats["tokens"], view.shape[1])
+            )
         state["stats"].append(stats)
         if state["numel"] < parameter.numel():
             return
@@ -540,6 +625,8 @@ class Driver:
         energy = sum(s["energy"] for s in every)
         error = sum(s["error"] * s["energy"] for s in every if s["energy"]) / energy if energy else math.nan
         notes = [s["note"] for s in every if s["note"]]
+        if name in self.short:
+            notes.insert(0, f"only {self.short[name][0]:,} calibration tokens for {self.short[name][1]:,} inputs")
         rule = self.rules[name]
         self.result.layers.append(
             LayerStats(
@@ -581,6 +668,29 @@ def stored_transposed(module: nn.Module) -> bool:
     return type(module).__name__.endswith("Conv1D") or bool(getattr(module, "is_transposed", False))
 
 
+def too_few_tokens(short: Mapping[str, tuple[int, int]], layers: int) -> str:
+    """The warning for Hessians with fewer tokens than inputs. short: `(tokens, inputs)` by parameter."""
+    worst = min(short, key=lambda name: short[name][0] / short[name][1])
+    tokens, width = short[worst]
+    return (
+        f"Prune(method='sparsegpt'): {len(short)} of {layers} weights were pruned with fewer calibration tokens than inputs; the worst "
+        f"is {worst}: {tokens:,} tokens for a Hessian {width:,} wide, which is singular without damping, so that the survivors are "
+        f"fitted to these tokens. Give at least {width:,} tokens, better {8 * width:,}, or use method='wanda', which needs no Hessian"
+    )
+
+
+def first_with_batches(batches: Sequence[Any]) -> int | None:
+    """The first rank that has calibration batches; None when none has."""
+    counts = of_every_rank(len(batches))
+    return next((number for number, count in enumerate(counts) if count), None)
+
+
+def fingerprint_of_all(own: str) -> str:
+    """One hash on every rank, of what every rank works with."""
+    every = of_every_rank(own)
+    return own if len(every) == 1 else hashlib.sha256(":".join(every).encode()).hexdigest()
+
+
 class GroupDone(BaseException):
     """The group has its inputs: the rest of the unit need not run."""
 
@@ -597,6 +707,10 @@ def copied_inputs(inputs: Any) -> Any:
         return copies[id(leaf)]
 
     return pytree.tree_map(copy, inputs)
+
+
+def on_any_rank(flags: Sequence[bool]) -> list[bool]:
+    return (sum_over_ranks(torch.tensor([float(flag) for flag in flags], dtype=torch.float64)) > 0).tolist()
 
 
 def relative(pruned: Pruned, energy: float) -> float:
@@ -620,14 +734,30 @@ class Statistics:
         """fresh: this input was not added for another matrix of the group."""
         key = self.key(view)
         if key not in self.inputs:
-            self.inputs[key] = Hessian(x.shape[-1], x.device) if full else InputNorms(x.shape[-1], x.device)
+            self.inputs[key] = Hessian(x.shape[-1], x.device) if full else InputNorms(x.shape[-1])
         if fresh or self.per_view:
             self.inputs[key].add(x)
             self.counts[key] = self.inputs[key].tokens
         output = y.float() if bias is None else y.float() - bias.float()
-        self.energies[view] = self.energies.get(view, 0.0) + float(
-            output.square_().sum() if bias is not None else output.square().sum()
-        )
+        energy = float(output.square_().sum() if bias is not None else output.square().sum())
+        if not math.isfinite(energy) and not all_finite(y):
+            raise SparsifyError(f"the calibration data gives NaN or Inf at this layer's output ({y.dtype})")
+        self.energies[view] = self.energies.get(view, 0.0) + energy
+
+    def over_ranks(self, views: Sequence[View], full: bool, device: torch.device) -> None:
+        """Take in what the other ranks have seen; every rank must call it with the same views, in the same order."""
+        if rank_count() == 1:
+            return
+        known = on_any_rank([self.key(view) in self.inputs for view in views])
+        for key in dict.fromkeys(self.key(view) for view, seen in zip(views, known, strict=True) if seen):
+            width = (views[0] if key is None else key).shape[1]
+            if key not in self.inputs:
+                self.inputs[key] = Hessian(width, device) if full else InputNorms(width)
+            held = self.inputs[key]
+            held.over_ranks()
+            self.counts[key] = held.tokens
+        energies = torch.tensor([self.energies.get(view, 0.0) for view in views], dtype=torch.float64)
+        self.energies = dict(zip(views, sum_over_ranks(energies).tolist(), strict=True))
 
     def tokens(self, view: View) -> int:
         return self.counts.get(self.key(view), 0)

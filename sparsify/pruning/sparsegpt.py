@@ -27,6 +27,7 @@ from sparsify.pruning.patterns import (
     keep_largest_per_row,
     spread_blocks,
 )
+from sparsify.ranks import sum_over_ranks
 
 COLUMN_BLOCK = 128
 INNER_BLOCK = 32
@@ -50,7 +51,16 @@ class Hessian:
         if not bool(torch.isfinite(x).all()):
             raise SparsifyError("the calibration data gives NaN or Inf at this layer's input")
         self.matrix.addmm_(x.t(), x)
+        if not bool(torch.isfinite(self.matrix.diagonal()).all()):
+            raise SparsifyError(
+                f"the calibration data overflows fp32 in this layer's Hessian (inputs up to {float(x.abs().max()):.1e})"
+            )
         self.tokens += x.shape[0]
+
+    def over_ranks(self) -> None:
+        """Take in what the other ranks have seen of this layer."""
+        self.matrix = sum_over_ranks(self.matrix)
+        self.tokens = round(float(sum_over_ranks(torch.tensor([float(self.tokens)], dtype=torch.float64))))
 
     def value(self) -> Tensor:
         """`H (m, m)`; consumes the accumulator's memory (scaled in place)."""

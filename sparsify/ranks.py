@@ -1,0 +1,105 @@
+"""Several processes that must come to the same result: sum what each has seen, and fail together.
+
+    rank 0: batches a, b ─┐                      ┌─ the same scores, bit for bit
+    rank 1: batch  c     ─┼─ together, summed ───┼─ the same scores
+    rank 2: a NaN        ─┘                      └─ … or the same error on every rank, naming rank 2
+
+A rank that raises between two collective calls leaves the others waiting for it until a timeout. So what can fail on one
+rank alone (its batches, its forward) runs inside of `together`, which tells the others. In one process all of this is nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from sparsify.errors import SparsifyError
+
+Value = TypeVar("Value")
+
+
+def rank_count() -> int:
+    """Number of processes of the default group; 1 outside of `torch.distributed`."""
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    return torch.distributed.get_rank() if rank_count() > 1 else 0
+
+
+def collective_device() -> torch.device:
+    """Where the group's backend wants its tensors."""
+    nccl = "nccl" in str(torch.distributed.get_backend())
+    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """A tensor's sum over all ranks, the same bits on each; every rank must call it with the same shape and dtype."""
+    if rank_count() == 1:
+        return value
+    moved = value.to(collective_device(), copy=True).contiguous()
+    torch.distributed.all_reduce(moved)
+    torch.distributed.broadcast(moved, 0)  # a backend may add in another order on every rank
+    return moved.to(value.device)
+
+
+def from_rank(source: int, tensor: Tensor) -> Tensor:
+    """The tensor of rank `source`, everywhere; `tensor` has its shape and dtype on every rank (any dtype, bool too)."""
+    if rank_count() == 1:
+        return tensor
+    bits = tensor.detach().contiguous().flatten().view(torch.uint8).to(collective_device(), copy=True)
+    torch.distributed.broadcast(bits, source)
+    return bits.to(tensor.device).view(tensor.dtype).view(tensor.shape)
+
+
+def object_from_rank(source: int, value: Value) -> Value:
+    """The Python value of rank `source`, everywhere."""
+    if rank_count() == 1:
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box, source, device=collective_device())
+    return box[0]
+
+
+def of_every_rank(value: Value) -> list[Value]:
+    """The values of all ranks, by rank."""
+    if rank_count() == 1:
+        return [value]
+    found: list[Any] = [None] * rank_count()
+    torch.distributed.all_gather_object(found, value)
+    return found
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Leave on every rank, or raise on every rank: its own error where the body failed, and elsewhere which rank failed and why.
+
+    Every rank must come here. Where other ranks failed, the error has their class if it is one of sparsify's, else it is a
+    SparsifyError.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    if rank_count() > 1:
+        failed = torch.tensor([float(error is not None)], device=collective_device())
+        torch.distributed.all_reduce(failed)
+        if float(failed) > 0:
+            told = None if error is None else (error_class(error), str(error) or type(error).__name__)
+            every: list[tuple[type[SparsifyError], str] | None] = of_every_rank(told)
+            first = next(number for number, other in enumerate(every) if other is not None)
+            if error is None:
+                kind, text = every[first]  # type: ignore[misc]
+                raise kind(f"rank {first}: {text}")
+    if error is not None:
+        raise error
+
+
+def error_class(error: Exception) -> type[SparsifyError]:
+    return type(error) if isinstance(error, SparsifyError) else SparsifyError
