@@ -46,7 +46,7 @@ def expected(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("name", ["dense", "pruned"])
+@pytest.mark.parametrize("name", [pytest.param("dense", marks=pytest.mark.slow), "pruned"])
 @pytest.mark.parametrize("form", ["folder", "file", "shards", "pickled"])
 def test_any_dense_checkpoint_is_counted(kinds: Path, tmp_path: Path, name: str, form: str) -> None:
     tensors = expected(kinds / name)

@@ -310,7 +310,7 @@ def loss_of(model: Any, batches: list[dict[str, Tensor]]) -> float:
     return total / count
 
 
-@pytest.mark.parametrize("held_out", [True, False])
+@pytest.mark.parametrize("held_out", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("name", "file"), [("llama", "text.txt"), ("t5", "pairs.jsonl")])
 def test_the_loss_before_and_after_is_that_of_the_two_folders(
     folder: Path, tmp_path: Path, name: str, file: str, held_out: bool
@@ -340,7 +340,7 @@ def test_the_loss_before_and_after_is_that_of_the_two_folders(
     ("options", "why"),
     [
         (["--no-loss"], "--no-loss"),
-        (["--stream"], "it would need the whole model in memory (--stream)"),
+        pytest.param(["--stream"], "it would need the whole model in memory (--stream)", marks=pytest.mark.slow),
         ([], "there is no --calibration text"),
     ],
 )
@@ -389,6 +389,7 @@ def test_a_summary_by_kind_of_weight_and_every_line_with_all(folder: Path, tmp_p
     assert down not in long.stdout
 
 
+@pytest.mark.slow
 def test_many_refusals_are_counted(folder: Path, tmp_path: Path) -> None:
     tensors = dict(FolderTensors(folder / "llama"))
     (tmp_path / "more").mkdir()

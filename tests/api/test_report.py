@@ -20,7 +20,10 @@ def dense_count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("family", ["Llama", "GPT-2", "T5 (gated)", "BERT"])
+@pytest.mark.parametrize(
+    "family",
+    ["Llama", "GPT-2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("T5 (gated)", "BERT"))],
+)
 @pytest.mark.parametrize("quantize", [[], [Quantize(format="int8")]], ids=["values", "int8"])
 def test_a_packed_model_has_the_parameters_of_the_dense_one(family: str, quantize: list[Any]) -> None:
     model = tiny.build(family)
@@ -35,7 +38,12 @@ def test_a_packed_model_has_the_parameters_of_the_dense_one(family: str, quantiz
 
 
 @pytest.mark.parametrize(
-    "rule", [S2FT(structure="ffn", units=2), PaCA(match="*.down_proj", rank=2), LoRA(match="*.q_proj", rank=2)]
+    "rule",
+    [
+        S2FT(structure="ffn", units=2),
+        pytest.param(PaCA(match="*.down_proj", rank=2), marks=pytest.mark.slow),
+        pytest.param(LoRA(match="*.q_proj", rank=2), marks=pytest.mark.slow),
+    ],
 )
 def test_a_quantised_base_counts_in_full(rule: Any) -> None:
     model = tiny.llama()
@@ -48,7 +56,7 @@ def test_a_quantised_base_counts_in_full(rule: Any) -> None:
     assert host.sparsify.report.trainable == plain.sparsify.report.trainable == host.sparsify.count_parameters()[0]
 
 
-@pytest.mark.parametrize("sparsity", [0.5, 0.75])
+@pytest.mark.parametrize("sparsity", [pytest.param(0.5, marks=pytest.mark.slow), 0.75])
 def test_a_student_trains_its_survivors(sparsity: float) -> None:
     model = tiny.llama()
     for parameter in model.parameters():
