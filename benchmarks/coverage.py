@@ -10,10 +10,16 @@ because they must not be moved.
 
     python benchmarks/coverage.py --save
     python benchmarks/coverage.py --only Llama T5 --no-peer
+
+With `--rules` it asks another question of many more architectures: whether every rule leaves outputs, modes, attention maps and
+`generate()` as they were (`benchmarks/families_by_rules.py`). `--document` writes `docs/coverage.md` from the newest record of that.
+
+    python benchmarks/coverage.py --rules --workers 2 --save --label rules
 """
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import queue
@@ -166,8 +172,48 @@ def peer(model: nn.Module, example: zoo.Example, structures: list[Structure], li
     return row
 
 
+def rules_table(arguments: Any) -> None:
+    from benchmarks import families_by_rules as rules
+
+    words = arguments.only or (["Residual", "Sequential", "gpt2", "llama (", "bert ("] if arguments.fast else None)
+
+    def tell(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    rows = rules.run(12 * arguments.limit, arguments.workers, words, tell, arguments.minutes, arguments.seed)
+    summary = rules.totals(rows)
+    bars = [Bar("cells that are wrong", summary["wrong"], 0), Bar("cells with an error", summary["errors"], 0)]
+    if not words:
+        bars.append(Bar("architectures", summary["architectures"], 120, at_least=True))
+    notes = [", ".join(f"{n} {name}" for name, n in summary.items())]
+    report(
+        "coverage", arguments, rows, columns=["architecture", "kind", "found", *rules.rules()], bars=bars, notes=notes
+    )
+
+
+def write_document() -> None:
+    """`docs/coverage.md` from the newest record of `--rules`."""
+    from benchmarks import families_by_rules as rules
+
+    records = sorted((ROOT / "benchmarks" / "results").glob("coverage-rules-*.json"), key=lambda p: p.stem[-10:])
+    if not records:
+        raise SystemExit("no record of `coverage.py --rules --save --label rules` in benchmarks/results")
+    target = ROOT / "docs" / "coverage.md"
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(rules.document(json.loads(records[-1].read_text(encoding="utf-8"))), encoding="utf-8")
+    print(f"wrote docs/coverage.md from {records[-1].name}")
+
+
 def main() -> None:
     made = parser(__doc__ or "")
+    made.add_argument("--rules", action="store_true", help="every architecture under every rule, instead of detection")
+    made.add_argument("--workers", type=int, default=1, help="with --rules: architectures at once")
+    made.add_argument(
+        "--minutes", type=float, default=float("inf"), help="with --rules: begin no architecture after this time"
+    )
+    made.add_argument(
+        "--document", action="store_true", help="write docs/coverage.md from the newest record of --rules"
+    )
     made.add_argument("--only", nargs="*", default=None, help="names of families")
     made.add_argument("--no-peer", action="store_true", help="leave Torch-Pruning out")
     made.add_argument("--limit", type=float, default=15.0, help="seconds that the peer gets per model")
@@ -175,6 +221,10 @@ def main() -> None:
     arguments.threads = arguments.threads or 1
     begin(arguments)
     warnings.filterwarnings("ignore")
+    if arguments.document:
+        return write_document()
+    if arguments.rules:
+        return rules_table(arguments)
     wanted = arguments.only or (FAST if arguments.fast else None)
     rows, notes = [], []
     for family in zoo.FAMILIES:

@@ -21,11 +21,12 @@ from sparsify.passes.base import Context, Pass, run_passes
 from sparsify.passes.find_structures import find_structures
 from sparsify.passes.insert_partial import insert_partial
 from sparsify.passes.permute_weights import permute_weights
+from sparsify.passes.prove_units import prove_units
 from sparsify.passes.prune import prune
 from sparsify.passes.select_units import select_units
 from sparsify.plan import Plan, Rule
 from sparsify.program import Program, Stage
-from sparsify.quantized_bases import check_host, check_plan, dense_twin
+from sparsify.quantized_bases import PackedBase, check_host, check_plan, dense_twin
 from sparsify.verify import verify
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -40,6 +41,7 @@ def find_pass(program: Program, context: Context) -> Program:
 
 PIPELINE = (
     Pass("find-structures", Stage.CAPTURED, Stage.STRUCTURED, find_pass),
+    Pass("prove-units", Stage.STRUCTURED, Stage.STRUCTURED, prove_units),
     Pass("prune", Stage.STRUCTURED, Stage.STRUCTURED, prune),
     Pass("select", Stage.STRUCTURED, Stage.SELECTED, select_units),
     Pass("permute-weights", Stage.SELECTED, Stage.PERMUTED, permute_weights),
@@ -90,7 +92,7 @@ def compile(
             )
         source = source.__dict__["sparsify"].plain()
     check_host(source)
-    user, (source, bases) = source, dense_twin(source)
+    source, bases = dense_twin(source)
     check_plan(plan, bases)
     context = Context(plan, calibration, loss, donate, progress, resume_dir)
     if plan.target == "cpu":
@@ -101,17 +103,29 @@ def compile(
         )
     if plan.for_inference:
         return compile_for_cuda(source, context, example)  # type: ignore[return-value]
-    program = capture(source, example)
-    canonical = {program.aliases.get(name, name): base for name, base in bases.items()}
-    program = replace(program, bases=canonical, quantize={name: base.format for name, base in canonical.items()})
-    program = run_passes(program, PIPELINE, context)
+    captured = with_bases(capture(source, example), bases)
+    return compile_for_training(captured, source, context)  # type: ignore[return-value]
+
+
+def with_bases(program: Program, bases: dict[str, PackedBase]) -> Program:
+    """A captured program that knows which weights came packed, under their canonical names."""
+    known = {program.aliases.get(name, name): base for name, base in bases.items()}
+    return replace(program, bases=known, quantize={name: base.format for name, base in known.items()})
+
+
+def compile_for_training(
+    captured: Program, source: nn.Module, context: Context, pipeline: Sequence[Pass] | None = None
+) -> nn.Module:
+    """Run a pipeline (PIPELINE unless given) over a captured program and install the result into a copy of the host."""
+    plan = context.plan
+    program = run_passes(captured, PIPELINE if pipeline is None else pipeline, context)
     flags = {name: p.requires_grad for name, p in source.named_parameters()}
     train = tuple(sorted(trained_in_full(program, tuple(plan.train))))
     host, layouts = install(program, tuple(plan.train), whole=not plan.adapts)
     program.host, program.tensors, program.packed = host, {}, {}
-    host.train(user.training)
+    host.train(source.training)
     host.__dict__["sparsify"] = Handle(host, program, plan, layouts, train, flags, dict(program.hashes))
-    return host  # type: ignore[return-value]
+    return host
 
 
 def compile_for_cpu(source: nn.Module, context: Context, example: Any, options: CpuOptions) -> nn.Module:
@@ -133,7 +147,7 @@ def compile_for_cuda(source: nn.Module, context: Context, example: Any) -> nn.Mo
 def compile_for_inference(source: nn.Module, context: Context, example: Any, lower: Callable[..., Any]) -> nn.Module:
     """Prune and quantise, put the result into a copy of the host, and lower its linears."""
     plan = context.plan
-    program = run_passes(capture(source, example), PIPELINE[:3], context)
+    program = run_passes(capture(source, example), PIPELINE[:4], context)
     wrong = {f for f in program.quantize.values() if f != "int8"}
     if wrong:
         raise PlanError(

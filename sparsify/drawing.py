@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from sparsify.names import printable
 from sparsify.printer import ids_text, lowrank_text, slice_text
 from sparsify.program import Program, TrainedSlice
 from sparsify.structure import Declined, Site, Structure
@@ -103,7 +104,7 @@ class View:
 
 def draw_program(program: Program, path: str | os.PathLike[str] | None = None) -> str:
     """Draw `program` as SVG text; with `path` it is also written there (whole or not at all)."""
-    text = "\n".join(_document(program))
+    text = printable("\n".join(_document(program)), keep="\n")
     if path is not None:
         write_atomically(path, text)
     return text

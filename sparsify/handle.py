@@ -20,8 +20,9 @@ from sparsify import peft_format
 from sparsify.adapter import Adapter, Delta
 from sparsify.capture import evaluating
 from sparsify.errors import AdapterError, SparsifyError
-from sparsify.install import Layout, LoadHook, SaveHook, Unshare
+from sparsify.install import Layout, LoadHook, SaveHook, Unshare, save_again
 from sparsify.masked import MaskedModule, bits_name, masked_parameters
+from sparsify.module_tree import copy_module_tree
 from sparsify.modules import AdaptedMixin, QuantizedMixin, low_rank_delta, make_plain, write_parts
 from sparsify.parts import LowRankPart, Part, SlicePart, Snapshot
 from sparsify.passes.assign_rules import is_conv1d, owner_name
@@ -732,10 +733,7 @@ class Handle:
             handle.remove()
         for name, parameter in self.host.named_parameters():
             parameter.requires_grad_(self.flags.get(name, parameter.requires_grad))
-        ignored = {s.block_name for s in self.program.slices}
-        keys = getattr(self.host, "_keys_to_ignore_on_save", None)
-        if keys:
-            self.host._keys_to_ignore_on_save = [k for k in keys if k not in ignored] or None  # type: ignore[assignment]
+        save_again(self.host, {s.block_name for s in self.program.slices})
         self.host.__dict__.pop("sparsify", None)
         return self.host
 
@@ -748,11 +746,7 @@ class Handle:
         state = self.host.state_dict()
         added = ("weight_slice", "sparse_values", "sparse_index", "lora_A", "lora_B")
         state = {k: v.detach().clone() for k, v in state.items() if k.rpartition(".")[2] not in added}
-        hidden = {k: self.host.__dict__.pop(k) for k in ("sparsify", "_sparsify_hooks") if k in self.host.__dict__}
-        try:
-            bare: Any = copy.deepcopy(self.host)
-        finally:
-            self.host.__dict__.update(hidden)
+        bare: Any = copy_module_tree(self.host)
         if self.cpu is not None:
             from sparsify.lowering import restore_cpu, restore_cuda
 
@@ -769,9 +763,7 @@ class Handle:
         bare.load_state_dict(state, assign=True)
         for name, parameter in bare.named_parameters():
             parameter.requires_grad_(self.flags.get(name, True))
-        if hasattr(bare, "_keys_to_ignore_on_save"):
-            ignored = {s.block_name for s in self.program.slices}
-            bare._keys_to_ignore_on_save = [k for k in bare._keys_to_ignore_on_save or [] if k not in ignored] or None
+        save_again(bare, {s.block_name for s in self.program.slices})
         return bare
 
     def export_lora(

@@ -9,7 +9,7 @@ where a tensor was reordered or carries a slice.
 
 from __future__ import annotations
 
-import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from sparsify.errors import PlanError
 from sparsify.lowrank_ops import write_values
 from sparsify.masked import mask_modules
+from sparsify.module_tree import copy_module_tree
 from sparsify.modules import (
     AdaptedMixin,
     PartialMixin,
@@ -36,6 +37,7 @@ from sparsify.passes.assign_rules import owner_name
 from sparsify.permutation import invert_index
 from sparsify.plan import nearest
 from sparsify.program import Program, TrainedSlice
+from sparsify.quantized_bases import StandIn
 from sparsify.sharded import cut_like, is_sharded, whole, whole_parameters
 
 
@@ -282,12 +284,7 @@ def copy_host(program: Program, train: set[str], whole: bool = False) -> nn.Modu
     for name, buffer in host.named_buffers():
         name = program.aliases.get(name, name)
         memo[id(buffer)] = program.tensors[name] if name in program.tensors else buffer.detach().clone()
-    hidden = host.__dict__.pop("sparsify", None)
-    try:
-        return copy.deepcopy(host, memo)
-    finally:
-        if hidden is not None:
-            host.__dict__["sparsify"] = hidden
+    return copy_module_tree(host, memo, leave_out=("sparsify",))
 
 
 def layouts(program: Program) -> dict[str, Layout]:
@@ -328,9 +325,12 @@ def swap_modules(program: Program, host: nn.Module) -> list[str]:
         piece, part = pieces.get(param), parts.get(param)
         packed = program.packed.get(param)
         if packed is not None:
+            casts = isinstance(module, StandIn)
+            if casts:
+                module.__class__ = nn.Linear
             become(module, "Quantized")
             module.format, module.shape = program.quantize[param], shapes[param]
-            if param in program.bases and module.__dict__.pop("forward", None) is not None:
+            if casts:
                 module.compute_dtype = program.bases[param].dtype
             module.packed_names = tuple(f"packed_{i}" for i in range(len(packed)))
             for name, tensor in zip(module.packed_names, packed, strict=True):
@@ -376,10 +376,33 @@ def install(
     shared = {n for n in program.aliases if program.aliases[n] == n} - set(program.tensors)
     handles.append(host.register_load_state_dict_pre_hook(Unshare(shared)))
     implied = [s.block_name for s in program.slices if follows_from_weight(program, s)]
-    if implied and hasattr(host, "_keys_to_ignore_on_save"):
-        host._keys_to_ignore_on_save = [*(host._keys_to_ignore_on_save or []), *implied]
+    if implied:
+        ignore_on_save(host, implied)
     host.__dict__["_sparsify_hooks"] = handles
     return host, found
+
+
+def ignore_on_save(host: nn.Module, names: list[str]) -> None:
+    """Tell every Hugging Face module of the host which of its tensors `save_pretrained` need not write.
+
+    A wrapper may show the attribute of the module inside it as a property that cannot be set: that module is told itself.
+    """
+    for prefix, module in host.named_modules():
+        if not isinstance(getattr(module, "_keys_to_ignore_on_save", ()), list | set | None):
+            continue
+        start = f"{prefix}." if prefix else ""
+        own = [name.removeprefix(start) for name in names if name.startswith(start)]
+        if own and not isinstance(inspect.getattr_static(module, "_keys_to_ignore_on_save"), property):
+            module._keys_to_ignore_on_save = [*(module._keys_to_ignore_on_save or []), *own]
+
+
+def save_again(host: nn.Module, names: set[str]) -> None:
+    """Undo `ignore_on_save` for these tensors."""
+    for prefix, module in host.named_modules():
+        start = f"{prefix}." if prefix else ""
+        ignored = module.__dict__.get("_keys_to_ignore_on_save")
+        if ignored:
+            module._keys_to_ignore_on_save = [k for k in ignored if start + k not in names] or None
 
 
 def follows_from_weight(program: Program, piece: TrainedSlice) -> bool:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from sparsify.names import printable
 from sparsify.program import Packed, Program, SparseLowRank, TrainedSlice
 from sparsify.sharded import class_name
 from sparsify.structure import Site, Structure
@@ -68,7 +69,7 @@ def print_program(program: Program, *, noise: bool = False, ids: int = 8) -> str
     lines += _section(f"sparse and low-rank: {len(program.lowranks)}", (lowrank_text(p) for p in program.lowranks))
     lines += _section(f"quantised: {len(program.packings)}", (packed_text(p) for p in program.packings))
     lines += _graph(program, noise)
-    return "\n".join(lines)
+    return "\n".join(printable(line) for line in lines)
 
 
 def tensor_text(value: Any) -> str:
@@ -174,7 +175,8 @@ def _choices(program: Program, ids: int) -> list[str]:
             if structure and structure.inner is not None and side == "consumers":
                 total *= structure.inner.units
             parts.append(f"{len(chosen)} of {total} {side}: {ids_text(chosen, ids)}")
-        return f"{choice.structure} by rule {choice.rule} ({choice.method}), {'; '.join(parts) or 'nothing'}"
+        place = f"; in place: {choice.in_place}" if choice.in_place else ""
+        return f"{choice.structure} by rule {choice.rule} ({choice.method}), {'; '.join(parts) or 'nothing'}{place}"
 
     lines = [line(c) for c in program.choices]
     for choice in program.channel_choices:

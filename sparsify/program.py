@@ -19,6 +19,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from sparsify.errors import Refusal, SparsifyError
+from sparsify.names import LONGEST, identifier, is_safe
 from sparsify.permutation import Permutation
 from sparsify.structure import Declined, Structure
 
@@ -112,6 +113,20 @@ class TrainedSlice:
             stored.narrow(self.axis, self.start, self.length).copy_(block)
 
     @property
+    def spans(self) -> str:
+        """Positions of the channels as ranges: `0:12`, or `8:16, 40:48` where they lie scattered."""
+        if not self.places:
+            return f"{self.start}:{self.start + self.length}"
+        found: list[list[int]] = []
+        for place in self.places:
+            if found and found[-1][1] == place:
+                found[-1][1] += 1
+            else:
+                found.append([place, place + 1])
+        shown = [f"{a}:{b}" if b > a + 1 else str(a) for a, b in found[:6]]
+        return ", ".join(shown) + (f", … {len(found) - 6} more" if len(found) > 6 else "")
+
+    @property
     def block_name(self) -> str:
         """Qualified name of the trained parameter in the host."""
         owner, _, leaf = self.param.rpartition(".")
@@ -180,6 +195,7 @@ class UnitChoice:
     """What a rule trains in one structure: ids of consumer units and producer units, in original coordinates.
 
     Under grouped-query attention consumer ids are query heads and producer ids KV heads.
+    in_place: why the units train where they lie, by blocks or gathered channels; empty when co-permutation brings them together.
     """
 
     structure: str
@@ -188,6 +204,7 @@ class UnitChoice:
     producers: tuple[int, ...]
     method: str
     scores: tuple[float, ...] = ()
+    in_place: str = ""
 
 
 @dataclass(frozen=True)
@@ -217,6 +234,7 @@ class Program:
     structures: tuple[Structure, ...] = ()
     declined: tuple[Declined, ...] = ()
     refusals: tuple[Refusal, ...] = ()
+    unproven: dict[str, str] = field(default_factory=dict)
     choices: tuple[UnitChoice, ...] = ()
     permutations: dict[str, tuple[Permutation, Permutation | None]] = field(default_factory=dict)
     moves: tuple[Move, ...] = ()
@@ -252,15 +270,21 @@ class Program:
         for node in exported.graph.nodes:
             if node.op != "placeholder":
                 continue
-            if node.name in named:
-                kind, target = named[node.name]
+            found = named.get(node.name)
+            if not is_safe(node.name) or len(node.name) > LONGEST:
+                node._rename(identifier(node.name))
+            node.target = node.name
+            if found is not None:
+                kind, target = found
                 inputs.append(Input(node.name, kind, canonical.get(target, target)))
             else:
                 inputs.append(Input(node.name, "user"))
         in_spec, out_spec = exported.call_spec.in_spec, exported.call_spec.out_spec
         if in_spec is None or out_spec is None:  # pragma: no cover - export always sets both
             raise SparsifyError("torch.export returned no calling convention")
-        mutations = len(signature.buffers_to_mutate) + len(getattr(signature, "user_inputs_to_mutate", {}))
+        tables = ("buffers_to_mutate", "user_inputs_to_mutate", "parameters_to_mutate")
+        mutations = sum(len(getattr(signature, table, {})) for table in tables)
+        exported.graph_module.recompile()
         return cls(
             graph_module=exported.graph_module,
             inputs=tuple(inputs),

@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from sparsify.errors import Refusal
 from sparsify.modules import QuantizedMixin
+from sparsify.names import printable
 from sparsify.plan import Plan
 from sparsify.program import Program
 from sparsify.sharded import class_name
@@ -50,7 +51,7 @@ class Report:
             )
         lines += [("passes     " if i == 0 else "           ") + note for i, note in enumerate(self.history)]
         lines += [self.cpu] if self.cpu else []
-        return "\n".join(lines)
+        return printable("\n".join(lines), keep="\n")
 
 
 def human(count: float) -> str:
@@ -75,14 +76,11 @@ def make_report(program: Program, plan: Plan, host: nn.Module, cpu: Any = None) 
     chosen = []
     for choice in program.choices:
         rows = f", {len(choice.producers)} producer units" if choice.producers else ""
-        weights = [
-            f"{s.param}[{s.side}s {s.start}:{s.start + s.length}]"
-            for s in program.slices
-            if s.structure == choice.structure
-        ]
+        weights = [f"{s.param}[{s.side}s {s.spans}]" for s in program.slices if s.structure == choice.structure]
         chosen.append(
             f"{choice.structure}: {len(choice.consumers)} of {units[choice.structure]} units{rows} "
             f"({choice.method}, rule {choice.rule}) → {', '.join(weights)}"
+            + (f"; in place: {choice.in_place}" if choice.in_place else "")
         )
     for group in program.channel_choices:
         chosen.append(

@@ -7,7 +7,6 @@ ones cannot hide a mistake.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from sparsify.module_tree import copy_module_tree
 from sparsify.permutation import Permutation
 from sparsify.structure import Site, Structure
 
@@ -76,7 +76,7 @@ def permute_state(
 def perturbed(model: nn.Module, example: Example, seed: int = 0, scale: float = 0.3) -> nn.Module:
     """A float64 copy of `model` in eval mode with noise on every parameter; float32 when it does not run in float64."""
     for dtype in (torch.float64, torch.float32):
-        twin = copy.deepcopy(model).to(dtype).eval()
+        twin = copy_module_tree(model).to(dtype).eval()
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in twin.parameters():

@@ -32,6 +32,9 @@ from sparsify.kernels.cpu.formats import Bitmask
 from sparsify.kernels.gpu.operator import rebuild
 from sparsify.lowering.decompositions import decompositions
 from sparsify.lowering.prepacked_linear import alive
+from sparsify.module_tree import copy_module_tree
+from sparsify.names import placeholder, with_safe_targets
+from sparsify.untouched import untouched
 
 aten = torch.ops.aten
 LIFTED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -49,6 +52,7 @@ def lower_exported(exported: ExportedProgram, *, fold: bool = True, kernels: boo
     """
     if not isinstance(exported, ExportedProgram):
         raise SparsifyError(f"lower_exported: expected a torch.export.ExportedProgram, got {type(exported).__name__}")
+    exported, _ = with_safe_targets(exported)  # what runs it writes these names into source
     with torch.no_grad():
         editor = Editor(exported)
         for node in list(editor.graph.nodes):
@@ -90,7 +94,7 @@ class Editor:
         name = next(n for n in numbered(f"{hint}_lowered") if n not in self.constants and n not in self.state)
         first = next(iter(self.specs))
         with self.graph.inserting_before(first):
-            node = self.graph.placeholder("c_" + name.replace(".", "_"))
+            node = placeholder(self.graph, f"c_{name}")
         node.meta["val"] = fake_mode_of(like).from_tensor(tensor, static_shapes=True)
         spec = InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(node.name), name, None)
         self.specs = {node: spec, **self.specs}
@@ -309,12 +313,14 @@ def export_for_inference(model: nn.Module, example: Any = None, dynamic_shapes: 
     model = unwrap(model)
     args, kwargs = example_inputs(model, example)
     given = {name: value for name, value in kwargs.items() if holds_tensors(value)}
-    bare = as_callable(model, args, given, {name: value for name, value in kwargs.items() if name not in given})
-    with evaluating(model), torch.no_grad():
-        try:
-            return torch.export.export(bare, args, given, dynamic_shapes=dynamic_shapes, strict=False)
-        except Exception as error:
-            raise CaptureError(explain(model, error)) from error
+    fixed = {name: value for name, value in kwargs.items() if name not in given}
+    with untouched(model):
+        bare = as_callable(copy_module_tree(model, tensors="shared"), args, given, fixed)
+        with evaluating(bare), torch.no_grad():
+            try:
+                return torch.export.export(bare, args, given, dynamic_shapes=dynamic_shapes, strict=False)
+            except Exception as error:
+                raise CaptureError(explain(model, error)) from None
 
 
 def holds_tensors(value: Any) -> bool:

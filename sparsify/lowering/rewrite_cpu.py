@@ -17,6 +17,7 @@ from sparsify.lowering.fuse_cpu import Fusion
 from sparsify.lowering.fuse_linears import FusedActivation, GatedProduct, module_of
 from sparsify.lowering.prepacked_linear import PrepackedLinear
 from sparsify.lowering.sparse_linear import SparseLinear
+from sparsify.names import placeholder
 from sparsify.passes.insert_partial import copied_inputs, fake_like
 from sparsify.program import Input, Program
 
@@ -74,7 +75,7 @@ def tensor_inputs(program: Program, host: nn.Module, graph: fx.Graph, inputs: li
         nonlocal last
         if name not in added:
             with graph.inserting_after(last):
-                last = graph.placeholder("b_" + name.replace(".", "_"))
+                last = placeholder(graph, f"b_{name}")
             last.meta["val"] = fake_like(program, getattr(host.get_submodule(module_of(name)), name.rpartition(".")[2]))
             inputs.append(Input(last.name, "buffer", name))
             added[name] = last

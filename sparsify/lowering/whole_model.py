@@ -8,7 +8,6 @@ The dense copy shares every tensor that lowering left alone; the unpacked weight
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from torch import nn
 
 from sparsify.kernels.cpu.tune import time_in_turn
 from sparsify.lowering.restore_cpu import restore_modules
+from sparsify.module_tree import copy_module_tree
 from sparsify.program import Program
 
 SLACK = 1.03  # smallest times of equally fast models differ by this much from run to run
@@ -83,7 +83,7 @@ def time_whole_model(host: nn.Module, program: Program) -> WholeModel:
     args, kwargs = program.example
     memo = {id(tensor): tensor for tensor in (*host.parameters(), *host.buffers())}
     try:
-        dense = copy.deepcopy(host, memo)
+        dense = copy_module_tree(host, memo)
         restore_modules(dense)
         with torch.inference_mode():
             calls = {"lowered": lambda: host(*args, **kwargs), "dense": lambda: dense(*args, **kwargs)}

@@ -8,6 +8,7 @@ all inputs alike, permutes its output alike. When a case is not modelled, raise 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import prod
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ ELEMENTWISE = words(
     "special_log1p special_expm1 clamp clip softsign square float_power"
 )
 # In-place forms are allowed for element-wise operations and for these.
-IN_PLACE = {"index_put", "copy", "fill", "zero", "masked_fill", "index_add", "relu", "clamp"}
+IN_PLACE = {"index_put", "copy", "fill", "zero", "masked_fill", "index_add", "relu", "clamp", "dropout"}
 VIEWS = words(
     "view reshape flatten unflatten view_as reshape_as permute transpose t mT swapaxes movedim unsqueeze squeeze "
     "expand slice narrow select split split_with_sizes chunk tensor_split unbind alias detach contiguous to"
@@ -538,14 +539,16 @@ def group_norm(call: Call) -> Axes:
 
 
 @rule("batch_norm", "instance_norm", "_native_batch_norm_legit_no_training")
-def batch_norm(call: Call) -> Axes:
+def batch_norm(call: Call) -> Axes | list[Axes]:
+    """With the running statistics. Statistics of the batch come out empty."""
     x = call["input"].axes
-    if call.get("training") or call.get("use_input_stats") or len(call.shapes) != 1:
+    shapes = call.shapes
+    if call.get("training") or call.get("use_input_stats") or any(prod(shape) for shape in shapes[1:]):
         raise Refuse
     for name in ("weight", "bias", "running_mean", "running_var"):
         if isinstance(call.get(name), Value):
             call.unify(x[1], call[name].axes[0])
-    return x
+    return x if len(shapes) == 1 else [x, *(tuple(fresh(s) for s in shape) for shape in shapes[1:])]
 
 
 # ------------------------------------------------------------------------------------------------------ matrix products

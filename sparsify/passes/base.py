@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from sparsify.errors import SparsifyError, VerifyError
+from sparsify.passes.check_controls import check_controls
 from sparsify.plan import Plan
 from sparsify.program import Program, Stage
 from sparsify.verify import check_outputs, verify
@@ -60,9 +61,9 @@ def run_passes(program: Program, passes: Sequence[Pass], context: Context) -> Pr
             verify(after)
             if numeric and step.name == "prune":
                 expected = after.run_example()  # pruning is meant to change the outputs
-            elif (
-                numeric and after.quantize.keys() <= after.bases.keys()
-            ):  # quantising changes them too, and the report says by how much
+            elif numeric and step.writes is Stage.SELECTED:
+                check_controls(after, context.progress)
+            elif numeric and after.quantize.keys() <= after.bases.keys():  # (Quantize moves them)
                 check_outputs(expected, after.run_example())
         except VerifyError as error:
             raise VerifyError(f"{place}: {error}\n{after}") from error

@@ -19,6 +19,7 @@ from torch import fx
 from sparsify.adapter import tensor_hash
 from sparsify.errors import VerifyError
 from sparsify.masked import pack_bits
+from sparsify.names import placeholder
 from sparsify.passes.assign_rules import is_conv1d, owner_name
 from sparsify.passes.base import Context
 from sparsify.permutation import invert_index
@@ -117,13 +118,17 @@ def slices_of(program: Program, structure: Structure, choice: UnitChoice) -> lis
     found = []
     for site in structure.consumers:
         channels = channels_of(structure, site, choice.consumers)
-        found.append(slice_at(program, site.param, site.axis, channels, "column", structure.name, choice.rule))
+        together = not choice.in_place
+        found.append(
+            slice_at(program, site.param, site.axis, channels, "column", structure.name, choice.rule, together)
+        )
     if choice.producers:
         outer = Structure(structure.name, structure.kind, structure.units, structure.sites)
         for site in structure.with_role("v", "up"):
             channels = channels_of(outer, site, choice.producers)
+            together = neighbours(site) and not choice.in_place
             found.append(
-                slice_at(program, site.param, site.axis, channels, "row", structure.name, choice.rule, neighbours(site))
+                slice_at(program, site.param, site.axis, channels, "row", structure.name, choice.rule, together)
             )
     return found
 
@@ -273,7 +278,7 @@ def rewrite(program: Program, survivors: list[str]) -> tuple[fx.GraphModule, tup
         nonlocal last
         if name not in added:
             with graph.inserting_after(last):
-                last = graph.placeholder("p_" + name.replace(".", "_"))
+                last = placeholder(graph, f"p_{name}")
             last.meta["val"] = fake_like(program, value)
             inputs.append(Input(last.name, "parameter" if value.is_floating_point() else "buffer", name))
             added[name] = last

@@ -1,7 +1,9 @@
-"""Permute weights: bring each structure's chosen units to the front of every tensor that they run through.
+"""Permute weights: bring the chosen units of each proven feed-forward structure to the front of every tensor that they run through.
 
-o_proj columns  [h0 h1 h2 h3]   choose {1, 3}   [h1 h3 | h0 h2]    trained slice = columns [0, 2·d)
-q, k, v rows    [h0 h1 h2 h3]        ──▶        [h1 h3 | h0 h2]
+down columns      [c0 c1 c2 c3]   choose {1, 3}   [c1 c3 | c0 c2]    trained slice = columns [0, 2)
+gate, up rows     [c0 c1 c2 c3]        ──▶        [c1 c3 | c0 c2]
+
+Units that train in place (attention heads, structures that are not proven, `permute=False`) stay where they are.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ def permute_weights(program: Program, context: Context) -> Program:
     permutations: dict[str, tuple[Permutation, Permutation | None]] = {}
     indices: dict[tuple[str, int], torch.Tensor] = {}
     for choice in program.choices:
+        if choice.in_place:
+            continue
         structure = by_name[choice.structure]
         order, heads = arrange(structure, choice.consumers, choice.producers)
         outer = Permutation.of(order)

@@ -7,12 +7,12 @@ Works on a copy of the host (the user's tensors are not written), layer by layer
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import nn
 
 from sparsify.errors import PlanError, Refusal, RefusedError
+from sparsify.module_tree import copy_module_tree
 from sparsify.passes.assign_rules import unmatched_patterns
 from sparsify.passes.base import Context
 from sparsify.plan import Plan
@@ -104,4 +104,4 @@ def shared_copy(host: nn.Module) -> nn.Module:
         id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for _, p in host.named_parameters()
     }
     memo.update({id(b): b for _, b in host.named_buffers()})
-    return copy.deepcopy(host, memo)
+    return copy_module_tree(host, memo)

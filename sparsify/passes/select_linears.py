@@ -197,12 +197,14 @@ def choose_columns(
 
 
 def movable_consumers(program: Program) -> dict[str, Any]:
-    """Consumer weight → the structure that may reorder its input columns one by one, in the columns' own order."""
+    """Consumer weight → the proven structure that may reorder its input columns one by one, in the columns' own order."""
     found = {}
     moved = {c.structure for c in program.choices}
     for structure in program.structures:
-        if structure.name in moved or any(site.param in program.bases for site in structure.sites):
-            continue  # (a packed base lies in blocks, which no reordering respects)
+        if structure.name in moved or structure.kind != "ffn" or structure.name in program.unproven:
+            continue
+        if any(site.param in program.bases for site in structure.sites):
+            continue  # what came packed lies in blocks, which no reordering respects
         for site in structure.consumers:
             channels = unit_channels(site, structure)
             whole = channels.shape == (program.tensor(site.param).shape[site.axis], 1)

@@ -129,8 +129,21 @@ def choose_units(program: Program, assignment: Assignment, context: Context) -> 
             per_group = score.view(-1, heads).mean(1)
             producers = choose(per_group, max(1, round(rule.producer_fraction * structure.units)), largest=rule.largest)
         kept = tuple(float(score[i]) for i in consumers)
-        choices.append(UnitChoice(structure.name, assignment.index, consumers, producers, rule.select, kept))
+        reason = why_in_place(program, structure, rule)
+        choices.append(UnitChoice(structure.name, assignment.index, consumers, producers, rule.select, kept, reason))
     return choices
+
+
+def why_in_place(program: Program, structure: Structure, rule: S2FT) -> str:
+    """Why the units of a structure train where they lie; empty for a feed-forward structure that is proven and may be permuted."""
+    if structure.kind == "attention":
+        return "heads are blocks as they lie, so attention maps and caches stay the base's"
+    if not rule.permute:
+        return "permute=False"
+    packed = next((site.param for site in structure.sites if site.param in program.bases), None)
+    if packed is not None:
+        return f"{packed} came packed by {program.bases[packed].library}, in blocks that no reordering respects"
+    return program.unproven.get(structure.name, "")
 
 
 def score_units(program: Program, assignment: Assignment, context: Context) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import os
 from collections.abc import Mapping
@@ -13,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from sparsify.module_tree import copy_module_tree
 
 
 @dataclass
@@ -104,7 +105,7 @@ class Int8Linear(nn.Module):
 def int8_copy(model: nn.Module) -> nn.Module:
     """A copy of the module tree with int8 weights in every `nn.Linear` (tied output layers excepted); other tensors are shared."""
     memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    made = copy.deepcopy(model, memo)
+    made = copy_module_tree(model, memo)
     counts: dict[int, int] = {}
     for _, parameter in made.named_parameters(remove_duplicate=False):
         counts[id(parameter)] = counts.get(id(parameter), 0) + 1

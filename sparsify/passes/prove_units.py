@@ -1,0 +1,417 @@
+"""Prove units: which feed-forward structures may be reordered on *every* path of the model, not only on the traced one.
+
+model.layers.0.mlp   every branch around its units was taken both ways, every parameter was read   ──▶ may be permuted
+model.aux_block      'if self.training: … self.aux(h)' was never taken                             ──▶ trains in place, and why
+
+A structure that is not proven is trained by the same units with the same gradients, gathered where they lie. What counts as a proof:
+
+* the forward could be observed (`observe`), in eval mode and in train mode, with the same operations on the units but dropout; where
+  those differ, a trace in train mode finds the same structure at the same sites;
+* every branch in code that ran between making and reading the units went both ways, or what was not run can only cast, warn or raise;
+* nothing that was not run in that code, and no other method of those classes, names the structure's modules;
+* no number that a caller may pass (a gain, a mask) meets the units;
+* the units are not returned or kept after they were read, and no hook of the user sees them;
+* every parameter, and every buffer with more than one entry, of the module that holds the structure was read.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import itertools
+import types
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from sparsify.capture import capture_training, shadow_of
+from sparsify.passes.axes import words
+from sparsify.passes.base import Context
+from sparsify.passes.find_structures import find_structures
+from sparsify.passes.observe import FrameLog, Observation, Sighting, is_model_code, observe
+from sparsify.plan import S2FT, PaCA
+from sparsify.program import Program
+from sparsify.structure import CONSUMERS, Structure
+
+DROPOUT = frozenset(
+    "aten." + name
+    for name in ("native_dropout", "bernoulli_", "bernoulli", "empty_like", "div_", "dropout", "rand_like")
+)
+LARGEST_COPY = 2**30  # bytes of a model that may be copied to be run for real
+# What code that was not run may name without being able to treat one channel differently from another.
+HARMLESS_NAMES = words(
+    "to dtype device weight type_as is_floating_point torch isinstance Tensor int8 float16 bfloat16 float32 float64 "
+    "logger warning warning_once warn warnings"
+)
+HARMLESS_OPERATIONS = words(
+    "LOAD_FAST LOAD_GLOBAL LOAD_CONST LOAD_ATTR LOAD_METHOD LOAD_DEREF STORE_FAST PRECALL CALL KW_NAMES PUSH_NULL SWAP COPY "
+    "POP_TOP NOP RESUME CACHE COMPARE_OP IS_OP JUMP_FORWARD EXTENDED_ARG CALL_KW TO_BOOL LOAD_FAST_CHECK LOAD_FAST_LOAD_FAST "
+    "LOAD_FAST_BORROW LOAD_FAST_BORROW_LOAD_FAST_BORROW LOAD_SMALL_INT NOT_TAKEN"
+)
+# Methods that look at a module without running it.
+SILENT_METHODS = (
+    "__",
+    "_init",
+    "init",
+    "reset",
+    "_reset",
+    "extra_repr",
+    "_load",
+    "load",
+    "_save",
+    "save",
+    "from_",
+    "post_init",
+)
+
+
+def prove_units(program: Program, context: Context) -> Program:
+    """STRUCTURED → STRUCTURED, with the reason for every feed-forward structure that must not be permuted."""
+    rules = [r for r in context.plan.rules if isinstance(r, S2FT | PaCA) and r.permute]
+    if not any(isinstance(r, PaCA) or r.structure != "attention" for r in rules):
+        return program
+    structures = tuple(s for s in program.structures if s.kind == "ffn")
+    if not structures:
+        return program
+    unproven = why_not_everywhere(program, structures)
+    note = (
+        f"prove-units: {len(structures) - len(unproven)} of {len(structures)} feed-forward structures may be permuted"
+    )
+    return program.evolve(note, unproven=unproven)
+
+
+def why_not_everywhere(program: Program, structures: tuple[Structure, ...]) -> dict[str, str]:
+    """Name of a structure → why its units must stay where they are; proven structures are not in it."""
+    try:
+        evaluated = watch(program, structures, training=False)
+    except Exception as error:
+        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = f"its forward could not be observed ({type(error).__name__}: {text[:160]})"
+        return dict.fromkeys((s.name for s in structures), reason)
+    try:
+        trained = watch(program, structures, training=True)
+    except Exception as error:
+        trained, trouble = None, f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:120]}"
+    else:
+        trouble = ""
+    found: dict[str, str] = {}
+    twins: dict[str, Structure] | None = None
+    for number, structure in enumerate(structures):
+        views = [View(evaluated, number)]
+        if trained is None:
+            if mentions_training(views[0]):
+                found[structure.name] = f"its code asks for the mode, and train mode could not be observed ({trouble})"
+                continue
+        elif trained.sightings[number].operations:
+            views.append(View(trained, number))
+            if differs(evaluated.sightings[number], trained.sightings[number]):
+                if twins is None:
+                    twins = structures_in_training(program)
+                twin = twins.get(structure.name)
+                if twin is None or set(twin.sites) != set(structure.sites):
+                    found[structure.name] = "in train mode other operations read its units than in eval mode"
+                    continue
+        reason = why_not_proven(program, structure, views)
+        if reason is not None:
+            found[structure.name] = reason
+    return found
+
+
+def watch(program: Program, structures: tuple[Structure, ...], training: bool) -> Observation:
+    """Observe a shadow of the model in one mode, on the captured example: on fake tensors, else (if it is small) on copies."""
+    args, kwargs = program.example
+
+    def run(fake: bool) -> Observation:
+        model = shadow_of(program.host, copy_tensors=not fake)
+        for module in model.modules():
+            module.training = training
+        tensors: dict[str, Tensor] = dict(model.named_parameters())
+        tensors |= dict(model.named_buffers())
+        return observe(model, args, kwargs, structures, tensors, fake)
+
+    try:
+        return run(fake=True)
+    except Exception:
+        tensors = [*program.host.parameters(), *program.host.buffers()]
+        size = sum(t.numel() * t.element_size() for t in tensors)
+        if size > LARGEST_COPY or any(t.is_meta for t in tensors):
+            raise
+        return run(fake=False)
+
+
+def structures_in_training(program: Program) -> dict[str, Structure]:
+    """What detection finds in a trace in train mode; nothing when that fails."""
+    try:
+        trained = capture_training(program)
+    except Exception:
+        return {}
+    detection = find_structures(trained.graph, trained.tensor_names, parameters=[i.name for i in trained.inputs])
+    return {s.name: s for s in detection.structures}
+
+
+def differs(one: Sighting, other: Sighting) -> bool:
+    """Whether train mode did anything else with the units than eval mode, dropout (and the product with its mask) apart."""
+    evaluated, trained = Counter(one.operations), Counter(other.operations)
+    masks = trained["aten.bernoulli_"] - evaluated["aten.bernoulli_"]
+    more, less = trained - evaluated, evaluated - trained
+    for name in DROPOUT:
+        more.pop(name, None)
+    if more["aten.mul"] <= masks:
+        more.pop("aten.mul", None)
+    return bool(+more or less)
+
+
+# --- one structure in one run ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class View:
+    """One structure in one observation: frames that ran while its units were alive, and which of their instructions did."""
+
+    run: Observation
+    number: int
+
+    @property
+    def sighting(self) -> Sighting:
+        return self.run.sightings[self.number]
+
+    @functools.cached_property
+    def frames(self) -> list[tuple[FrameLog, set[int]]]:
+        windows = self.sighting.windows
+        found = []
+        for log in self.run.frames:
+            if not log.path or not any(log.path[-1][1] >= w.start and log.path[0][1] < w.stop for w in windows):
+                continue
+            inside = {offset for offset, clock in log.path if any(w.start <= clock < w.stop for w in windows)}
+            if inside:
+                found.append((log, inside))
+        return found
+
+
+def mentions_training(view: View) -> bool:
+    return any("training" in log.code.co_names for log, _ in view.frames)
+
+
+def why_not_proven(program: Program, structure: Structure, views: list[View]) -> str | None:
+    owners = list(dict.fromkeys(p.rpartition(".")[0] for p in structure.params()))
+    common = common_path(owners)
+    names = names_below(structure, common)
+    readers = names_below(structure, common, consumers=True)
+    for view in views:
+        if not view.sighting.operations:
+            return "no operation on its units was observed outside the trace"
+        if view.sighting.returned:
+            return f"'{view.sighting.returned[0]}' returns the units after they were read"
+        if view.number in view.run.kept:
+            path, attribute = view.run.kept[view.number]
+            return f"'{path or type(program.host).__name__}' keeps the units in '{attribute}'"
+    reason = untaken_branch(views, names, readers) or passed_number(views)
+    reason = reason or untraced_method(program.host, common, owners, names, views)
+    return reason or watched_by_hooks(program.host, common) or unread_tensor(program, common, views)
+
+
+def common_path(owners: list[str]) -> str:
+    """The innermost module that holds all of them."""
+    shared: list[str] = []
+    for parts in zip(*(o.split(".") for o in owners), strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return ".".join(shared)
+
+
+def names_below(structure: Structure, common: str, consumers: bool = False) -> frozenset[str]:
+    """Attribute names by which code in the module `common` reaches the structure's tensors; list indices say nothing."""
+    found: set[str] = set()
+    for site in structure.sites:
+        if consumers and site.role not in CONSUMERS:
+            continue
+        parts = site.param.removeprefix(common + "." if common else "").split(".")
+        path = parts[:-1] or parts  # the leaf name counts only for a tensor of the module itself
+        found |= {p for p in path if not p.isdigit()}
+    return frozenset(found)
+
+
+@functools.cache
+def instructions(code: types.CodeType) -> tuple[dis.Instruction, ...]:
+    return tuple(dis.get_instructions(code))
+
+
+def is_conditional(instruction: dis.Instruction) -> bool:
+    return "JUMP" in instruction.opname and "IF" in instruction.opname
+
+
+def untaken_branch(views: list[View], names: frozenset[str], readers: frozenset[str]) -> str | None:
+    """The first branch near the units that went one way only, where the other way could treat them differently."""
+    merged: dict[types.CodeType, tuple[set[int], set[tuple[int, int]], set[int]]] = {}
+    for view in views:
+        for log, inside in view.frames:
+            ran, edges, near = merged.setdefault(log.code, (set(), set(), set()))
+            offsets = [o for o, _ in log.path]
+            ran.update(offsets)
+            edges.update(itertools.pairwise(offsets))
+            near |= inside
+    for code, (ran, edges, near) in merged.items():
+        listed = [i for i in instructions(code) if i.opname != "CACHE"]
+        for place, instruction in enumerate(listed):
+            if instruction.offset not in ran or not is_conditional(instruction):
+                continue
+            target = instruction.argval
+            following = listed[place + 1].offset if place + 1 < len(listed) else None
+            after = {b for a, b in edges if a == instruction.offset}
+            if target in after and following in after:
+                continue
+            jumped = target in after
+            missed = following if jumped else target
+            if missed is None:
+                continue
+            other = not_run(listed, missed, ran)
+            skipped = [] if jumped else [i for i in listed if instruction.offset < i.offset < target]
+            if instruction.offset in near and other:
+                harmless = is_harmless(other, readers)
+            elif instruction.offset in near:  # what ran would be skipped
+                harmless = not jumped and (is_harmless(skipped, readers) or not mentioned(skipped) & names)
+            else:
+                harmless = not (mentioned(other) & names)
+            if not harmless:
+                line = instruction.positions.lineno if instruction.positions else code.co_firstlineno
+                return f"a branch of '{code.co_qualname}' was not taken (line {line}), and what it does with the units is unknown"
+    return None
+
+
+def not_run(listed: list[dis.Instruction], start: int, ran: set[int]) -> list[dis.Instruction]:
+    """Instructions from `start` up to the next one that ran."""
+    found = []
+    for instruction in listed:
+        if instruction.offset < start:
+            continue
+        if instruction.offset in ran:
+            break
+        found.append(instruction)
+    return found
+
+
+def mentioned(code: Iterable[dis.Instruction]) -> set[str]:
+    named = {"LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "STORE_ATTR"}
+    return {str(i.argval) for i in code if i.opname in named}
+
+
+def is_harmless(code: list[dis.Instruction], readers: frozenset[str]) -> bool:
+    """Whether instructions can only raise, warn or cast: whatever they do, they do it to all channels alike.
+
+    They leave nothing on the stack (an expression whose value meets the units would), and name a module that reads the units only to look
+    at its weight's dtype.
+    """
+    if any(i.opname == "RAISE_VARARGS" for i in code) and not any(
+        i.opname.startswith(("STORE_", "RETURN", "YIELD")) for i in code
+    ):
+        return True
+    if not all(i.opname in HARMLESS_OPERATIONS or is_conditional(i) for i in code):
+        return False
+    if sum(dis.stack_effect(i.opcode, i.arg, jump=False) for i in code) > 0:
+        return False
+    for place, instruction in enumerate(code):
+        if not mentioned([instruction]):
+            continue
+        name = str(instruction.argval)
+        if name in readers:
+            following = mentioned(code[place + 1 : place + 2])
+            if following != {"weight"}:
+                return False
+        elif name not in HARMLESS_NAMES:
+            return False
+    return True
+
+
+def passed_number(views: list[View]) -> str | None:
+    """A number (or nothing) among the arguments of code that handles the units: a caller may pass one value per unit instead."""
+    for view in views:
+        for log, inside in view.frames:
+            if not log.numbers:
+                continue
+            for instruction in instructions(log.code):
+                loads = instruction.opname.startswith("LOAD_FAST") and instruction.offset in inside
+                values = instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
+                hit = next((v for v in values if v in log.numbers), None) if loads else None
+                if hit is not None:
+                    return f"'{log.code.co_qualname}' uses its argument '{hit}' beside the units, which may be one value per unit"
+    return None
+
+
+def untraced_method(
+    host: nn.Module, common: str, owners: list[str], names: frozenset[str], views: list[View]
+) -> str | None:
+    """A method of the structure's own classes that the run did not enter and that reaches for its modules."""
+    ran = {log.code for view in views for log in view.run.frames}
+    paths = {common}
+    for owner in owners:
+        parts = owner.split(".")
+        paths |= {".".join(parts[:i]) for i in range(1, len(parts) + 1) if ".".join(parts[:i]).startswith(common)}
+    for path in sorted(paths):
+        module = host.get_submodule(path)
+        wanted = names if path not in owners else names | {"weight"}
+        for function in methods_of(type(module)):
+            code = function.__code__
+            if code in ran or not is_model_code(function.__module__) or function.__name__.startswith(SILENT_METHODS):
+                continue
+            if wanted & names_in(code):
+                return f"'{code.co_qualname}' reaches for its modules, and the trace did not run it"
+    return None
+
+
+def methods_of(cls: type) -> Iterator[types.FunctionType]:
+    seen: set[str] = set()
+    for base in cls.__mro__:
+        for name, value in vars(base).items():
+            if name in seen:
+                continue
+            seen.add(name)
+            if isinstance(value, property):
+                value = value.fget
+            if isinstance(value, staticmethod | classmethod):
+                value = value.__func__
+            if isinstance(value, types.FunctionType):
+                yield value
+
+
+def names_in(code: types.CodeType) -> set[str]:
+    """Every name that a function mentions, functions inside it included."""
+    found = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            found |= names_in(constant)
+        elif isinstance(constant, str) and constant.isidentifier():
+            found.add(constant)  # getattr(self, "up")
+    return found
+
+
+def watched_by_hooks(host: nn.Module, common: str) -> str | None:
+    """A forward hook that the user put on a module inside the structure."""
+    top = host.get_submodule(common)
+    for path, module in top.named_modules():
+        if module is not top and (module._forward_hooks or module._forward_pre_hooks):
+            return f"a forward hook on '{common}.{path}' sees the units"
+    return None
+
+
+def unread_tensor(program: Program, common: str, views: list[View]) -> str | None:
+    """A parameter, or a buffer with entries of its own, in the structure's module that no run read."""
+    read = {program.aliases.get(n, n) for view in views for n in view.run.read}
+    read |= {
+        target for i in program.inputs if (target := i.target) is not None and (node := program.placeholder(target)) is not None
+        and node.users and i.kind != "user"
+    }  # fmt: skip
+    prefix = common + "." if common else ""
+    for name in dict.fromkeys(program.aliases):
+        canonical = program.aliases[name]
+        if not name.startswith(prefix) or canonical in read:
+            continue
+        tensor = program.tensor(canonical)
+        if isinstance(tensor, nn.Parameter) or tensor.numel() > 1:
+            return f"'{name}' was not read by the trace, so there is a path that was not taken"
+    return None
+
+
+__all__ = ["prove_units", "why_not_everywhere"]
