@@ -83,7 +83,7 @@ def ask_peer(model: nn.Module, example: zoo.Example, structures: list[Structure]
     """In a child process: puts (index, verdict) for every structure, (-1, error) when the graph cannot be built."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
         import torch_pruning as tp
 

@@ -55,6 +55,7 @@ import sparsify
 from benchmarks.peer import Peer, named_environments, resident
 from benchmarks.random_decoder import EPSILON, ROPE_BASE, SHAPES, Decoder, random_tensor
 from sparsify import CpuOptions, Plan, Quantize
+from sparsify.console import adapt_streams
 from sparsify.kernels.cpu.dispatch import best_isa
 from sparsify.kernels.cpu.operator import module_bytes
 from sparsify.kernels.cpu.tune import cpu_name
@@ -325,7 +326,7 @@ def peer_contestants(
 
 def free_bytes() -> int:
     """Memory that the system could give to programs now."""
-    information = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    information = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
     return int(information["MemAvailable"].split()[0]) * 1024
 
 
@@ -431,6 +432,7 @@ def why_not(arguments: argparse.Namespace, places: dict[str, str]) -> str | None
 
 
 def main() -> None:
+    adapt_streams()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=[*SHAPES, "minilm"], default="llama-1b")
     parser.add_argument("--layers", type=int, help="fewer layers than the real model, where time or memory is short")
@@ -488,7 +490,7 @@ def main() -> None:
     }  # fmt: skip
     text = json.dumps(summary)
     if args.save:
-        args.save.write_text(text + "\n")
+        args.save.write_text(text + "\n", encoding="utf-8")
     print(text)
 
 

@@ -32,6 +32,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.peer import Peer, named_environments
+from sparsify.console import adapt_streams
 from sparsify.kernels.cpu.dispatch import Choice, best_isa
 from sparsify.kernels.cpu.formats import pack
 from sparsify.kernels.cpu.tune import cpu_name
@@ -175,6 +176,7 @@ def line_of(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    adapt_streams()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["4096x4096"], help="rows x columns")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4, 16, 64, 256])
@@ -229,7 +231,7 @@ def main() -> None:
     text = json.dumps(summary)
     if args.save:
         args.save.parent.mkdir(parents=True, exist_ok=True)
-        args.save.write_text(text + "\n")
+        args.save.write_text(text + "\n", encoding="utf-8")
     print(text)
 
 

@@ -35,6 +35,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify.console import adapt_streams
+
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "transformers", "peft", "triton", "numpy")
 
@@ -83,7 +85,7 @@ def synchronize() -> None:
 def busy_seconds() -> float:
     """Processor seconds that the machine has spent working since it started; 0 where that can't be read."""
     with contextlib.suppress(OSError):
-        fields = [int(f) for f in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
+        fields = [int(f) for f in Path("/proc/stat").read_text(encoding="utf-8").splitlines()[0].split()[1:]]
         return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
     return 0.0
 
@@ -245,7 +247,7 @@ def machine() -> dict[str, Any]:
 def cpu_model() -> str:
     """`model name` of /proc/cpuinfo, else what Python knows."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
@@ -326,7 +328,8 @@ class Bar:
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """Options that every benchmark takes."""
+    """Options that every benchmark takes. What it prints is shown in some form on every console from here on."""
+    adapt_streams()
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     made.add_argument("--fast", action="store_true", help="a small run of a few seconds, to see that it works")
     made.add_argument(
@@ -386,7 +389,9 @@ def keep(
     """Save what is measured so far as NAME-….partial.json, for a run that may be stopped; `report` removes it."""
     if arguments.save is not None:
         record = record_of(name, arguments, rows, bars, notes)
-        path_of(record, arguments).with_suffix(".partial.json").write_text(json.dumps(record, indent=1) + "\n")
+        path_of(record, arguments).with_suffix(".partial.json").write_text(
+            json.dumps(record, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 def report(
@@ -405,7 +410,7 @@ def report(
         print(line)
     if arguments.save is not None:
         path = path_of(record, arguments)
-        path.write_text(json.dumps(record, indent=1) + "\n")
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         path.with_suffix(".partial.json").unlink(missing_ok=True)
         print(f"saved {path.name}")
     print(json.dumps(record))

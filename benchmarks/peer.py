@@ -31,7 +31,7 @@ class Peer:
         self.kind = kind
         executable = Path(python) / "bin" / "python" if Path(python).is_dir() else Path(python)
         environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the process)
+        self.log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 (as long as the process)
         self.process = subprocess.Popen(
             [str(executable), str(HERE / "peers" / script), *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment,
@@ -85,7 +85,7 @@ def resident(process: int | str = "self") -> dict[str, float]:
     """Memory of a process in MiB, as the system counts it: now, of which pages of files, and the largest so far."""
     fields = {"VmRSS": "resident_MiB", "RssFile": "of_files_MiB", "VmHWM": "peak_MiB"}
     found: dict[str, float] = {}
-    for line in Path(f"/proc/{process}/status").read_text().splitlines():
+    for line in Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines():
         key, _, value = line.partition(":")
         if key in fields:
             found[fields[key]] = int(value.split()[0]) / 1024

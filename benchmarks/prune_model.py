@@ -70,7 +70,9 @@ def write_model(folder: Path, arguments: argparse.Namespace) -> None:
         save_file(tensors, temporary := path.with_suffix(".tmp"), {"format": "pt"})
         os.replace(temporary, path)
     index = {name: f"{label}.safetensors" for label, names in files.items() for name in names}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index}), encoding="utf-8"
+    )
     config.save_pretrained(folder)
 
 
@@ -98,7 +100,7 @@ def prune(arguments: argparse.Namespace, method: str) -> None:
 def memory_of(process: int) -> dict[str, float]:
     """MiB of a process now: largest resident size so far, and what is its own (not pages of files)."""
     fields = {}
-    for line in Path(f"/proc/{process}/status").read_text().splitlines():
+    for line in Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines():
         name, _, value = line.partition(":")
         if name in ("VmHWM", "RssAnon"):
             fields[name] = int(value.split()[0]) / 1024
@@ -115,7 +117,7 @@ def run_child(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
     folder = Path(arguments.folder)
     path, target = folder / f"{method}.json", folder / method
     state = (
-        json.loads(path.read_text()) if path.exists() else {"peak": {}, "seconds": {}, "starts": 0, "complete": False}
+        json.loads(path.read_bytes()) if path.exists() else {"peak": {}, "seconds": {}, "starts": 0, "complete": False}
     )
     if state["complete"]:
         return state
@@ -140,7 +142,7 @@ def run_child(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
         state["seconds"][record.stem] = record.stat().st_mtime - before.stat().st_mtime
     state["starts"] += 1
     state["complete"] = code == 0
-    path.write_text(json.dumps(state))
+    path.write_text(json.dumps(state), encoding="utf-8")
     return state
 
 
@@ -148,7 +150,7 @@ def check_files(dense: Path, target: Path, same_survivors: bool) -> dict[str, An
     """Zeros in the files of the finished blocks; raises SystemExit when they are not what the run reported."""
     from safetensors import safe_open
 
-    index = json.loads((dense / "model.safetensors.index.json").read_text())["weight_map"]
+    index = json.loads((dense / "model.safetensors.index.json").read_bytes())["weight_map"]
     zeros = total = 0
     seconds: dict[str, list[float]] = {leaf: [] for leaf in LEAVES}
     errors = []
@@ -210,7 +212,7 @@ def main() -> None:
         state = run_child(arguments, method)
         if "checked" not in state or state["checked"]["blocks"] < arguments.layers:
             state["checked"] = check_files(folder / "dense", folder / method, method in ("magnitude", "wanda"))
-            (folder / f"{method}.json").write_text(json.dumps(state))
+            (folder / f"{method}.json").write_text(json.dumps(state), encoding="utf-8")
         if arguments.discard and state["complete"]:
             shutil.rmtree(folder / method, ignore_errors=True)
         blocks = list(state["seconds"].values())

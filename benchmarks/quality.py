@@ -344,7 +344,7 @@ def run(bench: Bench, method: str, lr: float, seed: int, label: str) -> dict[str
     setting = bench.setting
     path = bench.directory / "runs" / f"{method}-{seed}-{key_of(asdict(setting), method, lr, seed)}.json"
     if path.exists():
-        return json.loads(path.read_text())
+        return json.loads(path.read_bytes())
     torch.manual_seed(seed)
     model = prepare(method, bench.base, setting, seed)
     batches = task_batches(setting, seed + 1, setting.steps, bench.device)
@@ -377,7 +377,7 @@ def run(bench: Bench, method: str, lr: float, seed: int, label: str) -> dict[str
         found["forget"] = text_loss(model, bench.text, bench.device) - bench.before
         found["train_loss"] = statistics.mean(seen[-10:])
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, lambda p: p.write_text(json.dumps(found)))
+    write_atomic(path, lambda p: p.write_text(json.dumps(found), encoding="utf-8"))
     return found
 
 

@@ -344,7 +344,7 @@ class Results:
         self.path = path
         self.cells: dict[str, dict[str, Any]] = {}
         if path.exists():
-            held = json.loads(path.read_text())
+            held = json.loads(path.read_bytes())
             if held["settings"] != settings:
                 raise SystemExit(f"{path} was made with {held['settings']}, not {settings}: choose another --out")
             self.cells = held["cells"]
@@ -354,7 +354,9 @@ class Results:
         self.cells[name] = cell
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(f".tmp{os.getpid()}")
-        temporary.write_text(json.dumps({"settings": self.settings, "cells": self.cells}, indent=1) + "\n")
+        temporary.write_text(
+            json.dumps({"settings": self.settings, "cells": self.cells}, indent=1) + "\n", encoding="utf-8"
+        )
         os.replace(temporary, self.path)
 
 

@@ -82,7 +82,7 @@ def main() -> None:
         if "sparsify." in line:
             print(line)
     if options.text:
-        options.text.write_text(text)
+        options.text.write_text(text, encoding="utf-8")
     program.svg(str(options.svg))
     print(f"drawn in {options.svg}")
 

@@ -1,6 +1,6 @@
 """sparsify: a compiler for sparse fine-tuning and sparse inference of PyTorch models."""
 
-from sparsify.api import analyse, compile
+from sparsify.api import analyse, compile, load
 from sparsify.errors import (
     AdapterError,
     CaptureError,
@@ -40,6 +40,7 @@ __all__ = [
     "analyse",
     "backend",
     "compile",
+    "load",
     "lower_exported",
     "package",
 ]

@@ -6,6 +6,8 @@ A file pair per adapter, so that adapters of different runs, seeds and machines 
                           <param>::sparse::channels int64 (k,) flat    <param>::sparse::delta fp32 (k,)
                           <param>::lora::A fp32 (r, m)                 <param>::lora::delta fp32 (n, r)
                           the JSON document also stands in its metadata, which is what a reader trusts
+                          <param>::full::delta, <param>::buffer::delta any shape
+                          <param>::…::exact_places int64, ::exact: trained values that base + delta rounds away from
     adapter.json          the same document for people and tools: format version, base hashes, entries, plan, versions
 
 Both are written to temporary files and renamed; the tensor file is the commit point.
@@ -31,9 +33,9 @@ from sparsify.errors import AdapterError
 FORMAT_VERSION = 1
 TENSORS, DOCUMENT = "adapter.safetensors", "adapter.json"
 HASH_SAMPLES = 65536
-Kind = Literal["column", "row", "sparse", "lora", "full"]
+Kind = Literal["column", "row", "sparse", "lora", "full", "buffer"]
 VALUE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-KINDS = ("column", "row", "sparse", "lora", "full")
+KINDS = ("column", "row", "sparse", "lora", "full", "buffer")
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,11 @@ class Delta:
 
     kind: "column" or "row": whole logical channels `channels (s,)`, `values (n, s)` or `(s, m)`, added to the base; "sparse":
         entries `channels (k,)`, flat in the stored weight, `values (k,)` added; "lora": `scale · values (n, r) · a (r, m)` added;
-        "full": a parameter that trained as a whole, `values` replace it. `channels` is empty for "lora" and "full".
+        "full": a parameter that trained as a whole, `values` replace it; "buffer": a buffer that moved while training (running
+        statistics, counters; any dtype), likewise. `channels` is empty for "lora", "full" and "buffer".
     transposed: the stored weight is `(in, out)` (Conv1D).
+    exact: for "column", "row" and "sparse", of the shape of `values`: the trained value itself where base + values rounds to another
+        one, NaN elsewhere (`sparsify.exact`); None where nothing does. It belongs to the base that `Adapter.bases` names.
     """
 
     param: str
@@ -53,6 +58,7 @@ class Delta:
     transposed: bool = False
     a: Tensor | None = None
     scale: float = 1.0
+    exact: Tensor | None = None
 
     @property
     def axis(self) -> int:
@@ -102,6 +108,7 @@ def to_document(adapter: Adapter) -> dict[str, Any]:
             "channels": int(d.channels.numel()),
             "shape": list(d.values.shape),
             "scale": d.scale,
+            **({} if d.exact is None else {"exact": int((~d.exact.isnan()).sum())}),
         }
         for d in adapter.deltas
     ]
@@ -142,6 +149,11 @@ def save(adapter: Adapter, directory: str | os.PathLike[str]) -> Path:
         tensors[f"{delta.param}::{delta.kind}::delta"] = delta.values.detach().cpu().contiguous()
         if delta.a is not None:
             tensors[f"{delta.param}::{delta.kind}::A"] = delta.a.detach().cpu().contiguous()
+        if delta.exact is not None:
+            flat = delta.exact.detach().cpu().flatten()
+            places = (~flat.isnan()).nonzero().flatten()
+            tensors[f"{delta.param}::{delta.kind}::exact_places"] = places
+            tensors[f"{delta.param}::{delta.kind}::exact"] = flat[places]
     text = json.dumps(document, sort_keys=True)
     write_atomic(path / DOCUMENT, json.dumps(document, indent=1, sort_keys=True).encode())
     write_atomic(path / TENSORS, to_bytes(tensors, metadata={"sparsify": text}))
@@ -199,6 +211,8 @@ def read_deltas(document: dict[str, Any], keys: set[str], opened: Any, file: Pat
             raise AdapterError(f"{file}: malformed entry {entry!r}")
         names = [f"{param}::{kind}::channels", f"{param}::{kind}::delta"]
         names += [f"{param}::{kind}::A"] if kind == "lora" else []
+        corrected = "exact" in entry
+        names += [f"{param}::{kind}::exact_places", f"{param}::{kind}::exact"] if corrected else []
         scale = entry.get("scale", 1.0)
         if not isinstance(scale, int | float) or isinstance(scale, bool) or not math.isfinite(scale):
             raise AdapterError(f"{file}: {param}: the scale {scale!r} is not a finite number")
@@ -215,7 +229,7 @@ def read_deltas(document: dict[str, Any], keys: set[str], opened: Any, file: Pat
         channels, values = opened.get_tensor(names[0]).clone(), opened.get_tensor(names[1]).clone()
         if channels.dtype != torch.int64:
             raise AdapterError(f"{file}: {param}: channels are {channels.dtype}, expected int64")
-        if values.dtype not in VALUE_DTYPES:
+        if values.dtype not in VALUE_DTYPES and kind != "buffer":
             raise AdapterError(f"{file}: {param}: values are {values.dtype}, expected a floating type")
         if not bool(torch.isfinite(values).all()):
             raise AdapterError(f"{file}: {param}: values are not finite")
@@ -235,10 +249,27 @@ def read_deltas(document: dict[str, Any], keys: set[str], opened: Any, file: Pat
             channels.numel() == 0 or int(channels.min()) < 0 or channels.unique().numel() != channels.numel()
         ):
             raise AdapterError(f"{file}: {param}: channels must be distinct and not negative")
-        yield Delta(param, kind, channels, values, transposed, factor, float(scale))
+        exact = read_exact(opened, names[-2], names[-1], entry, values, file) if corrected else None
+        yield Delta(param, kind, channels, values, transposed, factor, float(scale), exact)
     extra = keys - seen
     if extra:
         raise AdapterError(f"{file}: unexpected tensor {sorted(extra)[0]!r}")
+
+
+def read_exact(opened: Any, places_name: str, name: str, entry: dict[str, Any], values: Tensor, file: Path) -> Tensor:
+    """Corrections by place → a tensor of the shape of `values`, NaN where there is none."""
+    shapes = [opened.get_slice(n).get_shape() for n in (places_name, name)]
+    if entry["kind"] not in ("column", "row", "sparse") or shapes != [[entry["exact"]]] * 2:
+        raise AdapterError(f"{file}: {name}: the corrections do not fit their entry")
+    places, exact = opened.get_tensor(places_name), opened.get_tensor(name)
+    fits = places.dtype == torch.int64 and exact.dtype in VALUE_DTYPES and places.unique().numel() == places.numel()
+    if not fits or not bool(torch.isfinite(exact).all()):
+        raise AdapterError(f"{file}: {name}: the corrections are not finite values at distinct places")
+    if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < values.numel():
+        raise AdapterError(f"{file}: {name}: a correction lies outside of its tensor")
+    found = torch.full((values.numel(),), float("nan"), dtype=exact.dtype)
+    found[places] = exact
+    return found.view(values.shape)
 
 
 def check_fits(
@@ -249,7 +280,7 @@ def check_fits(
         shape = shapes.get(delta.param)
         if shape is None:
             raise AdapterError(f"{where}: the model has no parameter {delta.param!r}")
-        if delta.kind == "full":
+        if delta.kind in ("full", "buffer"):
             if tuple(delta.values.shape) != tuple(shape):
                 raise AdapterError(
                     f"{where}: {delta.param} is {tuple(shape)} here, {tuple(delta.values.shape)} in the file"

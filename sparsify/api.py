@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from sparsify.capture import capture, unwrap
-from sparsify.errors import PlanError
-from sparsify.handle import Handle
+from sparsify.errors import AdapterError, PlanError
+from sparsify.handle import Handle, Mix
 from sparsify.install import install, trained_in_full
 from sparsify.lowering.cpu_options import CpuOptions
 from sparsify.lowering.reference import lower_reference
@@ -26,7 +26,8 @@ from sparsify.passes.prune import prune
 from sparsify.passes.select_units import select_units
 from sparsify.plan import Plan, Rule
 from sparsify.program import Program, Stage
-from sparsify.quantized_bases import PackedBase, check_host, check_plan, dense_twin
+from sparsify.quantized_bases import PackedBase, check_host, check_plan, dense_twin, refuse_packed
+from sparsify.serving import AdapterPaths, name_folders, serving_program
 from sparsify.verify import verify
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -48,6 +49,11 @@ PIPELINE = (
     Pass("insert", Stage.PERMUTED, Stage.EXPANDED, insert_partial),
     Pass("lower", Stage.EXPANDED, Stage.LOWERED, lower_reference),
 )
+
+
+def up_to_selection() -> tuple[Pass, ...]:
+    """The passes that look and choose, without those that move and insert."""
+    return tuple(step for step in PIPELINE if step.writes <= Stage.SELECTED)
 
 
 def analyse(model: nn.Module, example: Any = None) -> Program:
@@ -128,6 +134,58 @@ def compile_for_training(
     return host
 
 
+def load(
+    model: Model,
+    adapters: AdapterPaths,
+    *,
+    name: str | None = None,
+    active: bool | str | Mapping[str, float] | None = True,
+    strict: bool = True,
+    example: Any = None,
+) -> Model:
+    """A host that serves saved adapters and trains nothing: no plan is needed, and neither calibration nor a trace.
+
+    adapters: a folder that `save_adapter` wrote or a PEFT LoRA folder; a list of folders (called by their last name); or a mapping
+        from name to folder.
+    name: what a single adapter is called; "default" if not given.
+    active: True for the first adapter, False or None for the base, a name, or weights of a mix (`{"a": .5, "b": .5}`).
+    strict: refuse an adapter that was trained on another base (PEFT's files do not say on which).
+    example: one batch for a trace, which is needed only where adapters were trained over a quantised base and the model is not a
+        Hugging Face model.
+
+    The changes are added to dense weights of the host; the model that is passed in is not written to. What trained in full is the
+    trained value, bit for bit; trained channels and entries are `base + change` in the weight's dtype, as `load_adapter` makes them on
+    the host that trained; low-rank parts are folded in, as by `merge`. So outputs agree with the trained host's to rounding of the
+    weight's dtype. An adapter over a quantised base (Quantize in its plan) gets the weights that the packed ones stand for, dense.
+
+    Returns the host in eval mode; `host.sparsify` has `load_adapter`, `set_adapter`, `merge`, `export_lora` and the rest, and the
+    plan that the adapters carry.
+    Raises AdapterError: no such folder, damaged or hostile files, another base, adapters of differently changed bases.
+    """
+    source = unwrap(model)
+    if "sparsify" in source.__dict__:
+        raise AdapterError(
+            "load: this model is compiled already; add adapters with model.sparsify.load_adapter, or load onto the original model"
+        )
+    refuse_packed(source)
+    folders = name_folders(adapters, name)
+    program, hashes, plan = serving_program(
+        source, folders, lambda plan: run_passes(capture(source, example), up_to_selection(), Context(plan))
+    )
+    flags = {key: p.requires_grad for key, p in source.named_parameters()}
+    host, layouts = install(program, ())
+    program.host, program.tensors = host, {}
+    host.eval()
+    handle = Handle(host, program, plan, layouts, (), flags, hashes, active=Mix({}), serving=True)
+    host.__dict__["sparsify"] = handle
+    for key, folder in folders.items():
+        handle.load_adapter(folder, key, strict=strict)
+    spec = next(iter(folders)) if active is True else active or None
+    if spec is not None:
+        handle.set_adapter(spec)
+    return host  # type: ignore[return-value]
+
+
 def compile_for_cpu(source: nn.Module, context: Context, example: Any, options: CpuOptions) -> nn.Module:
     """Prune if the plan says so, then replace linears by generated sparse kernels where they are measured to be faster."""
     from sparsify.lowering.cpu import lower_model
@@ -147,7 +205,7 @@ def compile_for_cuda(source: nn.Module, context: Context, example: Any) -> nn.Mo
 def compile_for_inference(source: nn.Module, context: Context, example: Any, lower: Callable[..., Any]) -> nn.Module:
     """Prune and quantise, put the result into a copy of the host, and lower its linears."""
     plan = context.plan
-    program = run_passes(capture(source, example), PIPELINE[:4], context)
+    program = run_passes(capture(source, example), up_to_selection(), context)
     wrong = {f for f in program.quantize.values() if f != "int8"}
     if wrong:
         raise PlanError(

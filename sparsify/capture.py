@@ -17,11 +17,11 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 import sparsify.ops  # noqa: F401  (registers the operators that a host may already contain)
@@ -88,23 +88,23 @@ TEXT_ONLY = (
 )
 
 
-def trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.export.ExportedProgram:
-    """Export a copy of `model` in eval mode that shares its tensors; in-place operations come out functional.
+def trace(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool = False
+) -> torch.export.ExportedProgram:
+    """Export a copy of `model`, in eval mode unless `training`, that shares its tensors; in-place operations come out functional.
 
     What the forward sets, registers, appends or caches stays in the copy. Raises CaptureError.
     """
     with untouched(model):
-        shadow = copy_module_tree(model, tensors="shared")
-        switch_off_caches(shadow)
-        give_plain_outputs(shadow)
-        with evaluating(shadow), torch.no_grad(), quiet():
+        shadow = shadow_of(model)
+        with evaluating(shadow, training), torch.no_grad(), quiet():
             try:
                 exported = torch.export.export(shadow, args, kwargs, strict=False)
                 return functional(exported)
             except CaptureError:
                 raise
             except Exception as error:
-                failure = CaptureError(explain(model, error, kwargs))
+                failure = CaptureError(explain(model, error.error if isinstance(error, Stopped) else error, kwargs))
     raise failure
 
 
@@ -142,7 +142,8 @@ def read_through_scatters(graph: torch.fx.Graph) -> None:
 
 def slice_range(node: torch.fx.Node, arguments: tuple[Any, ...]) -> tuple[int, int, int] | None:
     """(dim, start, stop) of a slice of `node`'s source by `(dim, start, end, step)`; None unless it is contiguous and static."""
-    dim, start, end, step = (*arguments, *(0, None, None, 1)[len(arguments) :])
+    given: list[Any] = [*arguments, *(0, None, None, 1)[len(arguments) :]]
+    dim, start, end, step = given
     shape = node.args[0].meta["val"].shape  # type: ignore[union-attr]
     dim %= len(shape)
     size = shape[dim]
@@ -169,7 +170,7 @@ def writes_in_place(node: torch.fx.Node) -> bool:
 def check_ready(model: nn.Module) -> None:
     """Raises CaptureError for a model without parameters, with parameters that have no shape yet, or broken by a trace."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if isinstance(tensor, UninitializedTensorMixin):
+        if is_lazy(tensor):
             raise CaptureError(
                 f"{name} has no shape yet (a lazy module): call the model once with a real batch, then sparsify.compile"
             )
@@ -208,13 +209,28 @@ def configs(config: Any) -> list[Any]:
     return found
 
 
+class Stopped(Exception):
+    """The model's own error on its way out of a trace. Torch would hang the graph so far on it, and print that."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "partial_fx_graph":
+            super().__setattr__(name, value)
+
+
 def give_plain_outputs(model: nn.Module) -> None:
     """Let a copy return tensors, containers and mappings of them, where its class returns objects that export does not know."""
     forward = model.forward
 
     @functools.wraps(forward)
     def plain_forward(*args: Any, **kwargs: Any) -> Any:
-        return plain_output(forward(*args, **kwargs))
+        try:
+            return plain_output(forward(*args, **kwargs))
+        except Exception as error:
+            raise Stopped(error) from None
 
     model.__dict__["forward"] = plain_forward
 
@@ -315,45 +331,17 @@ def stopped(error: CaptureError) -> str:
 
 
 def capture_training(program: Program) -> Program:
-    """The same model and example traced in train mode: for what differs there, never for transforming.
-
-    Raises whatever the trace raises.
-    """
-    model = shadow_of(program.host)
-    model.train()
+    """The same model and example traced in train mode: for what differs there, never for transforming. Raises CaptureError."""
     args, kwargs = program.example
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        exported = torch.export.export(model, args, kwargs, strict=False)
-    return Program.from_export(exported, model, args, kwargs)
+    return Program.from_export(trace(program.host, args, kwargs, training=True), program.host, args, kwargs)
 
 
-def shadow_of(model: nn.Module, copy_tensors: bool = False) -> nn.Module:
-    """The module tree again, over the same tensors or copies: what a forward sets, registers or swaps stays in the shadow."""
-    made: dict[int, nn.Module] = {}
-    tensors: dict[int, Any] = {}
-
-    def shared(tensor: Any) -> Any:
-        if tensor is None or not copy_tensors:
-            return tensor
-        if id(tensor) not in tensors:
-            fresh = tensor.detach().clone()
-            tensors[id(tensor)] = (
-                nn.Parameter(fresh, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fresh
-            )
-        return tensors[id(tensor)]
-
-    def again(module: nn.Module) -> nn.Module:
-        if id(module) in made:
-            return made[id(module)]
-        twin = made[id(module)] = module.__class__.__new__(module.__class__)
-        twin.__dict__.update(module.__dict__)
-        for table in ("_parameters", "_buffers"):
-            twin.__dict__[table] = {n: shared(t) for n, t in module.__dict__[table].items()}
-        twin.__dict__["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
-        twin.__dict__["_modules"] = {n: None if m is None else again(m) for n, m in module._modules.items()}
-        return twin
-
-    return again(model)
+def shadow_of(model: nn.Module, tensors: Literal["copied", "shared"] = "shared") -> nn.Module:
+    """The copy of `model` that is run in its stead: over the same tensors or copies of them, caches off, plain outputs."""
+    shadow = copy_module_tree(model, tensors=tensors)
+    switch_off_caches(shadow)
+    give_plain_outputs(shadow)
+    return shadow
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -530,12 +518,12 @@ def embedded(model: nn.Module) -> int:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the trace (no dropout in the graph); every module's own flag is put back."""
+def evaluating(model: nn.Module, training: bool = False) -> Iterator[None]:
+    """Eval mode for the trace (no dropout in the graph), or train mode; every module's own flag is put back."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in modes:
-            module.training = False
+            module.training = training
         yield
     finally:
         for module, training in modes:

@@ -1,22 +1,49 @@
-"""The command line: look at a model, an adapter or a sparse checkpoint, prune a model, time sparse inference."""
+"""The command line: look at a model, an adapter or a checkpoint, prune a model, time sparse inference.
+
+How a command ends, and with which exit code, is one rule for all of them: `sparsify.cli_rule`.
+"""
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
 from sparsify.cli_bench import bench
+from sparsify.cli_files import adapter, checkpoint
 from sparsify.cli_prune import prune
-
-if TYPE_CHECKING:
-    from sparsify.sparse_checkpoint import SparseCheckpoint
+from sparsify.cli_rule import RuledGroup, reading
+from sparsify.console import one_line
+from sparsify.errors import InputError
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, help="Sparse fine-tuning and sparse inference of PyTorch models."
+    cls=RuledGroup,
+    add_completion=False,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Sparse fine-tuning and sparse inference of PyTorch models.",
 )
+
+
+def print_version(asked: bool) -> None:
+    if asked:
+        from sparsify import __version__
+
+        typer.echo(f"sparsify {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command()
@@ -28,27 +55,11 @@ def inspect(
     graph: Annotated[bool, typer.Option(help="Print the whole graph, not only the structures.")] = False,
 ) -> None:
     """Find a model's coupled structures: what could train, and what is declined and why."""
-    from transformers import AutoConfig, AutoModel
-
     import sparsify
 
-    if Path(model).is_dir():
-        loaded = AutoModel.from_pretrained(model)
-    else:
-        try:
-            config = AutoConfig.for_model(model)
-        except ValueError as error:
-            raise typer.BadParameter(
-                f"{model!r} is neither a folder nor a model type that transformers knows"
-            ) from error
-        for name in ("num_hidden_layers", "n_layer", "num_layers"):
-            if hasattr(config, name):
-                setattr(config, name, 2)
-        import torch
-
-        with torch.device("meta"):
-            loaded = AutoModel.from_config(config)
-    program = sparsify.analyse(loaded)
+    if svg is not None:
+        check_target(svg)
+    program = sparsify.analyse(model_to_inspect(model))
     if graph:
         typer.echo(str(program))
     for structure in program.structures:
@@ -61,92 +72,42 @@ def inspect(
         typer.echo(f"drawn to {svg}")
 
 
-@app.command()
-def adapter(
-    folder: Annotated[Path, typer.Argument(help="A folder that save_adapter wrote.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the document as JSON.")] = False,
-) -> None:
-    """Check an adapter and say what it changes."""
-    from sparsify import adapter as files
-    from sparsify.errors import AdapterError
+def model_to_inspect(name: str) -> Any:
+    """The model in a folder, or two layers of a model type without memory. Raises InputError."""
+    import torch
+    from transformers import AutoModel
 
-    try:
-        loaded = files.load(folder)
-    except AdapterError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
-    if as_json:
-        typer.echo(json.dumps(files.to_document(loaded), indent=1, sort_keys=True))
-        return
-    for delta in loaded.deltas:
-        size = delta.values.numel() + (delta.a.numel() if delta.a is not None else 0)
-        what = {"column": "columns", "row": "rows", "sparse": "entries", "lora": "rank", "full": "in full"}[delta.kind]
-        count = "" if delta.kind == "full" else f"{delta.rank} "
-        typer.echo(f"{delta.param}: {count}{what}, {size:,} numbers")
-    typer.echo(
-        f"{len(loaded.deltas)} weights, {loaded.nbytes() / 1024:.1f} KiB, made by sparsify {loaded.info.get('sparsify', '?')}"
-    )
+    from sparsify.model_folder import DEPTHS, config_of_type, is_folder, load_model
+
+    if is_folder(name):
+        model, missing, _ = load_model(Path(name))
+        if missing:
+            note = f"note: the files lack '{missing[0]}' ({len(missing)} tensors in all), which start at random"
+            typer.echo(one_line(note), err=True)
+        return model
+    config = config_of_type(name)
+    for key in DEPTHS:
+        if hasattr(config, key):
+            setattr(config, key, 2)
+    with reading(f"model type {name!r}"), torch.device("meta"):
+        return AutoModel.from_config(config, trust_remote_code=False)
 
 
-@app.command()
-def checkpoint(
-    path: Annotated[Path, typer.Argument(help="A file that save_sparse wrote.")],
-    layers: Annotated[bool, typer.Option(help="One line per compressed weight: shape, zeros, stored size.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, sizes in bytes.")] = False,
-    to_dense: Annotated[
-        Path | None, typer.Option("--dense", help="Write an ordinary checkpoint, zeros included, to this folder.")
-    ] = None,
-) -> None:
-    """Check a sparse checkpoint and say how large it is, how sparse, and which dense model it was pruned from."""
-    from sparsify.sparse_checkpoint import SparseCheckpointError, open_sparse
-
-    try:
-        found = open_sparse(path)
-    except SparseCheckpointError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
-    if to_dense is not None:
-        expand(found, to_dense)
-    sizes = {name: (dense, stored) for name, dense, stored in found.sizes()}
-    if as_json:
-        weights = {
-            name: {"shape": entry.shape, "sparsity": entry.sparsity, "dense": sizes[name][0], "stored": sizes[name][1]}
-            for name, entry in found.entries.items()
-        }
-        document = {"base": found.base, "file": path.stat().st_size, "compressed": weights, "plain": found.plain}
-        typer.echo(json.dumps(document, indent=1))
-        return
-    if layers:
-        for name, entry in found.entries.items():
-            shape = " × ".join(map(str, entry.shape))
-            typer.echo(f"{name}: {shape}, {entry.sparsity:.1%} zeros, {sizes[name][1] / 1024:.1f} KiB")
-    zeros = sum(entry.numel - entry.survivors for entry in found.entries.values())
-    total = sum(entry.numel for entry in found.entries.values())
-    dense, stored = (sum(pair[i] for pair in sizes.values()) for i in (0, 1))
-    file = path.stat().st_size
-    typer.echo(
-        f"{len(found.entries)} compressed tensors, {zeros / max(total, 1):.1%} zeros, {stored / 2**20:.2f} MiB instead of "
-        f"{dense / 2**20:.2f} MiB; {len(found.plain)} tensors as they are"
-    )
-    typer.echo(f"the file: {file / 2**20:.2f} MiB, dense {(file - stored + dense) / 2**20:.2f} MiB")
-    typer.echo(f"pruned from the dense model {found.base}" if found.base else "its dense model is not recorded")
+def check_target(path: Path) -> None:
+    """Raises InputError for a file that cannot be written, before any work is done."""
+    if path.is_dir():
+        raise InputError(f"{path}: a folder; give the name of a file")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is there already and is not a file")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise InputError(f"{path}: {folder} is not a folder")
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{path}: nothing can be written to {folder}")
 
 
-def expand(found: SparseCheckpoint, folder: Path) -> None:
-    """Dense weights, and config and tokenizer if they lie beside the sparse file."""
-    from sparsify.pruning.streaming import copy_companions
-    from sparsify.sparse_checkpoint import SparseCheckpointError
-
-    try:
-        found.save_dense(folder)
-    except SparseCheckpointError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
-    if (found.path.parent / "config.json").is_file():
-        copy_companions(found.path.parent, folder)
-    typer.echo(f"written to {folder}", err=True)
-
-
+app.command()(adapter)
+app.command()(checkpoint)
 app.command()(prune)
 app.command()(bench)
 

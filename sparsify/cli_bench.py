@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+import os
 import statistics
 import time
 from pathlib import Path
@@ -11,20 +13,37 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsify.cli_rule import reading
+from sparsify.console import one_line
+from sparsify.errors import InputError, SparsifyError
+
+LARGEST = 1 << 20  # sequences, tokens
+LONGEST_RUN = 3600.0
+MOST_THREADS = 1024
+
+
+class TooLargeError(SparsifyError):
+    """A model of default size does not fit this machine."""
+
+    exit_code = 1
+
 
 def bench(
     model: Annotated[str, typer.Option("--model", "-m", help="a Hugging Face folder, or a model type such as 'bert'")],
-    batch: Annotated[int, typer.Option("--batch", "-b", min=1, help="sequences per call")] = 1,
-    seq: Annotated[int, typer.Option("--seq", "-s", min=1, help="tokens per sequence")] = 128,
+    batch: Annotated[int, typer.Option("--batch", "-b", min=1, max=LARGEST, help="sequences per call")] = 1,
+    seq: Annotated[int, typer.Option("--seq", "-s", min=1, max=LARGEST, help="tokens per sequence")] = 128,
     sparsity: Annotated[float, typer.Option(min=0.0, max=0.99, help="prune by magnitude first; 0: as it is")] = 0.0,
     dtype: Annotated[str, typer.Option(help="fp32 or int8: values of the packed weights")] = "fp32",
-    threads: Annotated[int, typer.Option("--threads", "-t", min=0, help="0: as torch chooses")] = 0,
-    seconds: Annotated[float, typer.Option(min=0.0, help="how long to measure each variant")] = 5.0,
+    threads: Annotated[int, typer.Option("--threads", "-t", min=0, max=MOST_THREADS, help="0: as torch chooses")] = 0,
+    seconds: Annotated[float, typer.Option(min=0.0, max=LONGEST_RUN, help="how long to measure each variant")] = 5.0,
     report: Annotated[bool, typer.Option(help="print what became of every layer")] = False,
 ) -> None:
     """Time a forward pass of a model on this CPU, dense against packed; prints a table and a last line of JSON."""
     if dtype not in ("fp32", "int8"):
-        raise typer.BadParameter(f"dtype {dtype!r}: expected fp32 or int8")
+        raise InputError(f"--dtype {dtype!r}: expected fp32 or int8")
+    for name, value in (("sparsity", sparsity), ("seconds", seconds)):
+        if math.isnan(value):  # which no comparison with a bound finds
+            raise InputError(f"--{name} {value}: expected a number")
     import torch
 
     from sparsify.capture import capture
@@ -41,7 +60,7 @@ def bench(
     packed = copy.deepcopy(dense, {id(p): p for p in dense.parameters()})
     program = capture(packed, inputs)  # shows which linears one kernel may serve
     outcome = lower_model(packed, program, quantize="int8" if dtype == "int8" else None, tokens=(batch * seq,))
-    typer.echo(str(outcome) if report else str(outcome).splitlines()[0])
+    typer.echo(str(outcome) if report else str(outcome).partition("\n")[0])
     contestants = {"dense": dense, f"packed {dtype}": packed}
     median = {name: statistics.median(s) for name, s in time_in_turn(contestants, inputs, seconds).items()}
     memory = {name: module_bytes(contestant) / 2**20 for name, contestant in contestants.items()}
@@ -60,30 +79,49 @@ def bench(
 def load_model(name: str) -> Any:
     """The model in a folder; or, for a model type, one of the default size with random weights. Eval mode, fp32."""
     import torch
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
-    if Path(name).is_dir():
-        return AutoModel.from_pretrained(name, dtype=torch.float32).eval()
+    from sparsify.model_folder import config_of_type, is_folder
+    from sparsify.model_folder import load_model as load_folder
+
+    if is_folder(name):
+        model, missing, _ = load_folder(Path(name), dtype=torch.float32)
+        if missing:
+            note = f"note: the files lack '{missing[0]}' ({len(missing)} tensors in all), which start at random"
+            typer.echo(one_line(note), err=True)
+        return model
+    config = config_of_type(name)
+    with reading(f"model type {name!r}"):
+        with torch.device("meta"):
+            size = sum(p.numel() for p in AutoModel.from_config(config, trust_remote_code=False).parameters()) * 4
+        check_memory(name, size)
+        torch.manual_seed(0)
+        return AutoModel.from_config(config, trust_remote_code=False).float().eval()
+
+
+def check_memory(name: str, size: int) -> None:
+    """Raises TooLargeError when `size` bytes and a packed copy are more than the memory that is free, where that is known."""
     try:
-        config = AutoConfig.for_model(name)
-    except ValueError as error:
-        raise typer.BadParameter(f"{name!r} is neither a folder nor a model type that transformers knows") from error
-    torch.manual_seed(0)
-    return AutoModel.from_config(config).float().eval()
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return
+    if 1.25 * size > free:
+        raise TooLargeError(
+            f"a {name} of the default size takes {size / 2**30:.1f} GiB in fp32 and its packed copy more; {free / 2**30:.1f} GiB are "
+            "free here: give the folder of a smaller model"
+        )
 
 
 def make_inputs(model: Any, name: str, batch: int, seq: int) -> dict[str, Any]:
-    """Random tokens, for the decoder too where there is one. Raises BadParameter for models that do not take tokens."""
+    """Random tokens, for the decoder too where there is one. Raises InputError for models that do not take tokens."""
     import torch
 
-    vocabulary, limit = (
-        getattr(model.config, "vocab_size", None),
-        getattr(model.config, "max_position_embeddings", None),
-    )
-    if vocabulary is None or model.main_input_name != "input_ids":
-        raise typer.BadParameter(f"{name!r} takes {model.main_input_name}; bench times models that take tokens")
+    config = model.config.get_text_config()
+    vocabulary, limit = getattr(config, "vocab_size", None), getattr(config, "max_position_embeddings", None)
+    if not isinstance(vocabulary, int) or vocabulary < 1 or model.main_input_name != "input_ids":
+        raise InputError(f"{name!r} takes {model.main_input_name}; bench times models that take tokens")
     if isinstance(limit, int) and seq > limit > 0:
-        raise typer.BadParameter(f"--seq {seq}: {name!r} has {limit} positions")
+        raise InputError(f"--seq {seq}: {name!r} has {limit} positions")
     ids = torch.randint(0, vocabulary, (batch, seq))
     return {"input_ids": ids, "decoder_input_ids": ids} if model.config.is_encoder_decoder else {"input_ids": ids}
 

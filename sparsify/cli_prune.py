@@ -8,7 +8,9 @@ what was done to every layer.
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -19,17 +21,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sparsify.cli_rule import line_of, reading
+from sparsify.console import one_line, printable
+from sparsify.errors import InputError
+from sparsify.model_folder import SPARSE_FILE, check_folder, load_config, load_model, load_tokenizer
+
 if TYPE_CHECKING:
     from sparsify.errors import Refusal
     from sparsify.pruning.sequential import LayerStats
     from sparsify.rules_prune import Prune
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-SPARSE_FILE, RECORD = "model.sparse", "pruning.json"
+RECORD = "pruning.json"
+LARGEST_SEED = (1 << 63) - 1
+HELD_OUT = 16  # samples on which the loss before and after is measured
+WANDA_TOKENS = 128  # a mean of squares over as many is off by 12 %
+SHOWN = 4  # weights that were not pruned, of which each has its line without --all
 
 
 def prune(
-    model: Annotated[Path, typer.Argument(help="A Hugging Face model folder.", exists=True, file_okay=False)],
+    model: Annotated[Path, typer.Argument(help="A Hugging Face model folder.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The new folder; it appears when it is complete.")],
     sparsity: Annotated[
         float | None, typer.Option(help="Fraction of zeros. Default: 0.75, or what an N:M pattern means.")
@@ -51,16 +62,16 @@ def prune(
         Path | None,
         typer.Option(
             help="A .txt file (one text, cut into windows) or a .jsonl file (lines with text, messages or input_ids; and target "
-            "or labels for encoder–decoders).",
-            exists=True,
-            dir_okay=False,
+            "or labels for encoder–decoders)."
         ),
     ] = None,
     samples: Annotated[
         int, typer.Option(min=1, help="Calibration samples; the seed chooses when there are more.")
     ] = 128,
     sequence: Annotated[int, typer.Option(min=0, help="Tokens per sample. 0: 512, or what the model takes.")] = 0,
-    seed: Annotated[int, typer.Option(help="Chooses calibration samples, and what random prunes.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Chooses calibration samples, and what random prunes.")
+    ] = 0,
     dtype: Annotated[str, typer.Option(help="Of the weights: auto (as stored), fp32, bf16 or fp16.")] = "auto",
     stream: Annotated[
         bool, typer.Option("--stream", help="Block by block from disk to disk, for a model larger than memory.")
@@ -71,37 +82,46 @@ def prune(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run of the same options.")
     ] = False,
+    loss: Annotated[
+        bool,
+        typer.Option("--loss/--no-loss", help="Measure the loss before and after, where the calibration allows it."),
+    ] = True,
+    every: Annotated[bool, typer.Option("--all", help="Print a line for every weight, not only a summary.")] = False,
 ) -> None:
     """Prune a local Hugging Face checkpoint and write an ordinary checkpoint with zeros, or a sparse one."""
-    from sparsify.errors import SparsifyError
-
     partial = out.parent / f"{out.name}.partial"
+    check_folders(model, out, partial, resume)
+    rule = rule_of(sparsity, method, pattern, match, exclude or [], allocation, seed)
+    weights = torch_dtype(dtype)
+    if rule.needs_calibration and calibration is None:
+        raise typer.BadParameter(
+            f"--method {method} looks at inputs: give --calibration FILE (.txt or .jsonl), or use --method magnitude"
+        )
+    batches, held_out = (
+        (None, None) if calibration is None else read_batches(model, calibration, samples, sequence, seed)
+    )
+    losses = Losses(held_out or batches, bool(held_out), not loss, stream)
     try:
-        check_folders(model, out, partial, resume)
-        rule = rule_of(sparsity, method, pattern, match, exclude or [], allocation, seed)
-        if rule.needs_calibration and calibration is None:
-            raise typer.BadParameter(
-                f"--method {method} looks at inputs: give --calibration FILE (.txt or .jsonl), or use --method magnitude"
-            )
-        batches = None if calibration is None else read_batches(model, calibration, samples, sequence, seed)
         with kept_for_resuming(partial):
             run = prune_streamed if stream else prune_in_memory
-            ready, layers, refusals = run(model, partial, rule, batches, seed, torch_dtype(dtype), sparse)
+            ready, layers, refusals = run(model, partial, rule, batches, seed, weights, sparse, losses)
             record = {**asdict(rule), "dtype": dtype, "stream": stream, **(counted(batches) if batches else {})}
-            write_record(ready, record, layers, refusals)
+            write_record(ready, record, layers, refusals, losses)
             finish(ready, out, partial)
-    except SparsifyError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
     except KeyboardInterrupt as error:
-        left = f"; the same command with --resume goes on from {partial}" if partial.exists() else ""
-        typer.echo(f"interrupted{left}", err=True)
-        raise typer.Exit(130) from error
-    for line in table(layers):
+        if partial.exists():
+            error.add_note(f"the same command with --resume goes on from {partial}")
+        raise
+    for line in table(layers) if every else groups(layers):
         typer.echo(line)
-    for refusal in refusals:
+    for refusal in refusals if every else refusals[:SHOWN]:
         typer.echo(f"not pruned: {refusal}")
+    if not every and len(refusals) > SHOWN:
+        typer.echo(f"not pruned: {len(refusals) - SHOWN} more (--all lists them)")
     typer.echo(summary(layers))
+    typer.echo(str(losses))
+    if warning := few_tokens(layers):
+        typer.echo(warning, err=True)
     size = sum(
         path.stat().st_size for path in out.iterdir() if path.suffix == ".safetensors" or path.name == SPARSE_FILE
     )
@@ -112,15 +132,21 @@ def prune(
 
 
 def check_folders(model: Path, out: Path, partial: Path, resume: bool) -> None:
-    """Raises BadParameter for folders that cannot be read or written to."""
-    if not (model / "config.json").is_file():
-        raise typer.BadParameter(f"{model} has no config.json: it is not a Hugging Face checkpoint")
-    if "quantization_config" in json.loads((model / "config.json").read_text()):
-        raise typer.BadParameter(f"{model} is quantised: prune the model that it was made from")
+    """Raises InputError for folders that cannot be read or written to."""
+    if not model.exists():
+        raise InputError(f"'{model}' does not exist")
+    if "quantization_config" in check_folder(model):
+        raise InputError(f"{model} is quantised: prune the model that it was made from")
+    if out.name in ("", ".."):
+        raise InputError(f"--out {out}: give the folder a name of its own")
+    if out.is_symlink():
+        raise InputError(f"--out {out}: is a link; give the folder itself")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise typer.BadParameter(f"{out} is there already: choose another --out, or delete it")
+        raise InputError(f"{out} is there already: choose another --out, or delete it")
+    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
+        raise InputError(f"{partial} is in the way: it is not a folder; delete it")
     if partial.exists() and not resume:
-        raise typer.BadParameter(f"{partial} holds an unfinished run: go on with --resume, or delete it")
+        raise InputError(f"{partial} holds an unfinished run: go on with --resume, or delete it")
 
 
 def rule_of(
@@ -133,47 +159,37 @@ def rule_of(
 
 
 def torch_dtype(name: str) -> Any:
-    """None for auto. Raises BadParameter."""
+    """None for auto. Raises InputError."""
     import torch
 
     if name == "auto":
         return None
     if name not in (*DTYPES, *DTYPES.values()):
-        raise typer.BadParameter(f"--dtype {name}: expected auto, {', '.join(DTYPES)}")
+        raise InputError(f"--dtype {name}: expected auto, {', '.join(DTYPES)}")
     return getattr(torch, DTYPES.get(name, name))
 
 
-def read_batches(model: Path, calibration: Path, samples: int, sequence: int, seed: int) -> list[dict[str, Any]]:
-    """Calibration batches of a text model; says how many tokens they have."""
-    from transformers import AutoConfig
-
+def read_batches(
+    model: Path, calibration: Path, samples: int, sequence: int, seed: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Calibration batches of a text model, and batches of samples that were not chosen; says how many tokens they have."""
     from sparsify.errors import PlanError
-    from sparsify.pruning.on_disk import hugging_face_class
-    from sparsify.pruning.texts import calibration_batches
+    from sparsify.pruning.texts import split_batches
 
-    taken = getattr(hugging_face_class(model), "main_input_name", "input_ids")
+    config = load_config(model)
+    taken = model_class(model).main_input_name
     if taken != "input_ids":
         raise PlanError(
             f"the model takes {taken}, not text: calibrate it in Python with sparsify.compile(…, calibration=batches), or use "
             "--method magnitude without --calibration"
         )
-    config = AutoConfig.from_pretrained(model)
-    batches = calibration_batches(
-        calibration, config, load_tokenizer(model), samples=samples, sequence=sequence, seed=seed
+    batches, held_out = split_batches(
+        calibration, config, load_tokenizer(model), samples=samples, held_out=HELD_OUT, sequence=sequence, seed=seed
     )
     found = counted(batches)
     fewer = f" (of {samples} asked for)" if found["samples"] < samples else ""
     typer.echo(f"calibration: {found['samples']} samples{fewer}, {found['tokens']:,} tokens", err=True)
-    return batches
-
-
-def load_tokenizer(model: Path) -> Any:
-    """None when the folder has none."""
-    from transformers import AutoTokenizer
-
-    if not any((model / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        return None
-    return AutoTokenizer.from_pretrained(model, local_files_only=True)
+    return batches, held_out
 
 
 def counted(batches: list[dict[str, Any]]) -> dict[str, int]:
@@ -183,23 +199,133 @@ def counted(batches: list[dict[str, Any]]) -> dict[str, int]:
     }
 
 
+# --- loss before and after ---
+
+
+@printable
+class Losses:
+    """Mean loss per token on a few samples, dense and pruned; or why there is none.
+
+    held_out: whether the samples were kept out of calibration. dense, pruned: NaN until measured.
+    """
+
+    def __init__(self, batches: list[dict[str, Any]] | None, held_out: bool, unwanted: bool, stream: bool) -> None:
+        self.batches = list(itertools.islice(batches or [], math.ceil(HELD_OUT / 8)))
+        self.held_out, self.dense, self.pruned, self.samples = held_out, math.nan, math.nan, 0
+        self.why = (
+            "--no-loss" if unwanted
+            else "it would need the whole model in memory (--stream)" if stream
+            else "" if self.batches
+            else "there is no --calibration text"
+        )  # fmt: skip
+
+    def measure(self, model: Any) -> float:
+        """NaN, with the reason in `why`, where the model has no loss of its own for text."""
+        import torch
+
+        if self.why:
+            return math.nan
+        total, weight, self.samples = 0.0, 0, 0
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                if "labels" not in self.batches[0]:
+                    self.why = predicts_text(model, self.batches[0])
+                for batch in () if self.why else self.batches:
+                    labels = batch.get("labels")
+                    if labels is None:
+                        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+                        count = int((labels[:, 1:] != -100).sum())
+                    else:
+                        count = int((labels != -100).sum())
+                    value = float(model(**{**batch, "labels": labels}).loss)
+                    total, weight, self.samples = total + value * count, weight + count, self.samples + len(labels)
+        except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+            self.why = f"{type(model).__name__} has none for text ({line_of(f'{type(error).__name__}: {error}')[:120]})"
+            return math.nan
+        finally:
+            model.train(was_training)
+        if weight == 0 and not self.why:
+            self.why = "the samples have no token to predict"
+        return math.nan if self.why else total / weight
+
+    def record(self) -> dict[str, Any] | None:
+        """For pruning.json."""
+        if self.why:
+            return None
+        return {"dense": self.dense, "pruned": self.pruned, "samples": self.samples, "held_out": self.held_out}
+
+    def __str__(self) -> str:
+        if self.why:
+            return f"loss: not measured, {self.why}"
+        samples = f"{self.samples} {'held-out' if self.held_out else 'calibration'} samples"
+        change = (math.exp(min(self.pruned - self.dense, 700)) - 1) * 100
+        return f"loss: {self.dense:.4f} dense, {self.pruned:.4f} pruned on {samples} (perplexity {change:+.1f} %)"
+
+
+def predicts_text(model: Any, batch: dict[str, Any]) -> str:
+    """Empty when `model` predicts every token from those before it, found by trying; or why not, as a clause."""
+    import torch
+
+    ids, seen = batch["input_ids"][:1], batch["attention_mask"][:1]
+    end = int(seen.sum()) - 1
+    first = model(input_ids=ids, attention_mask=seen).logits
+    if first.shape[:2] != ids.shape or first.shape[2] <= int(ids.max()):
+        return "its outputs are no tokens"
+    other = ids.clone()
+    other[0, end] = (other[0, end] + 1) % first.shape[2]
+    second = model(input_ids=other, attention_mask=seen).logits
+    same = torch.allclose(first[0, :end].float(), second[0, :end].float(), rtol=1e-2, atol=1e-3)
+    return "" if same else "its outputs see the tokens that they would have to predict"
+
+
+def few_tokens(layers: list[LayerStats]) -> str:
+    """A warning with numbers when Wanda saw too few tokens for its means of squares; empty when it did not.
+
+    SparseGPT's own need, as many tokens as inputs, is known and warned about where its Hessian is made.
+    """
+    short = [layer for layer in layers if layer.method == "wanda" and 0 < layer.tokens < WANDA_TOKENS]
+    if not short:
+        return ""
+    worst = min(short, key=lambda layer: layer.tokens)
+    return one_line(
+        f"warning: too little calibration: {worst.name} saw {worst.tokens:,} tokens ({len(short)} of {len(layers)} weights fewer than "
+        f"{WANDA_TOKENS}), so its means of squares are off by {(2 / worst.tokens) ** 0.5:.0%}; give more --samples, a longer "
+        "--sequence or a larger file"
+    )
+
+
+def model_class(model: Path) -> Any:
+    """The class that config.json names. Raises InputError or PlanError."""
+    from sparsify.pruning.on_disk import hugging_face_class
+
+    with reading(f"{model / 'config.json'}"):
+        kind = hugging_face_class(model)
+    if not hasattr(kind, "from_pretrained") or not hasattr(kind, "main_input_name"):
+        raise InputError(f"{model / 'config.json'}: names {getattr(kind, '__name__', kind)!r}, which is no model class")
+    return kind
+
+
 # --- the run: a folder that is complete but for its record, statistics of layers, what was left dense ---
 
 Outcome = tuple[Path, "list[LayerStats]", "list[Refusal]"]
 
 
 def prune_in_memory(
-    model: Path, partial: Path, rule: Prune, batches: Any, seed: int, dtype: Any, sparse: bool
+    model: Path, partial: Path, rule: Prune, batches: Any, seed: int, dtype: Any, sparse: bool, losses: Losses
 ) -> Outcome:
     """Finished groups of layers are in `partial/groups`, the result in `partial/ready`."""
     import sparsify
     from sparsify import Plan
     from sparsify.pruning.streaming import copy_companions
 
-    dense, unused = load_model(model, dtype)
+    dense, unused = complete_model(model, dtype)
+    losses.dense = losses.measure(dense)
     host = sparsify.compile(
         dense, Plan([rule], seed=seed), calibration=batches, resume_dir=partial / "groups", donate=True
     )
+    losses.pruned = losses.measure(host)
     ready = fresh_folder(partial / "ready")
     if sparse:
         host.config.save_pretrained(ready)
@@ -211,23 +337,23 @@ def prune_in_memory(
     return ready, list(program.pruned), [*program.refusals, *unused]
 
 
-def load_model(model: Path, dtype: Any) -> tuple[Any, list[Refusal]]:
+def complete_model(model: Path, dtype: Any) -> tuple[Any, list[Refusal]]:
     """The model with all its weights, and tensors in the files that it has no place for. Raises PlanError when the files lack one."""
     from sparsify.errors import PlanError
-    from sparsify.pruning.on_disk import hugging_face_class, unused_tensor
+    from sparsify.pruning.on_disk import unused_tensor
 
-    kind = hugging_face_class(model)
-    loaded, info = kind.from_pretrained(model, dtype=dtype or "auto", local_files_only=True, output_loading_info=True)
-    if missing := sorted(info["missing_keys"]):
+    kind = model_class(model)
+    loaded, missing, unexpected = load_model(model, kind, dtype or "auto")
+    if missing:
         raise PlanError(
             f"{model} has no tensor '{missing[0]}' ({len(missing)} in all), which {kind.__name__} would start at random: save the "
             "model with all its weights first"
         )
-    return loaded.eval(), [unused_tensor(name) for name in sorted(info["unexpected_keys"])]
+    return loaded, [unused_tensor(name) for name in unexpected]
 
 
 def prune_streamed(
-    model: Path, partial: Path, rule: Prune, batches: Any, seed: int, dtype: Any, sparse: bool
+    model: Path, partial: Path, rule: Prune, batches: Any, seed: int, dtype: Any, sparse: bool, losses: Losses
 ) -> Outcome:
     """Finished blocks are in `partial/blocks`, with their masks; that is the result, or what it is compressed from."""
     from sparsify import Plan
@@ -237,6 +363,7 @@ def prune_streamed(
     from sparsify.tensor_file import FolderTensors
 
     blocks = partial / "blocks"
+    model_class(model)
     result = prune_on_disk(model, blocks, Plan([rule], seed=seed), calibration=batches, dtype=dtype)
     if not sparse:
         return blocks, result.layers, result.refusals
@@ -264,12 +391,15 @@ def kept_for_resuming(partial: Path) -> Iterator[None]:
             shutil.rmtree(partial)
 
 
-def write_record(ready: Path, settings: dict[str, Any], layers: list[LayerStats], refusals: list[Refusal]) -> None:
+def write_record(
+    ready: Path, settings: dict[str, Any], layers: list[LayerStats], refusals: list[Refusal], losses: Losses
+) -> None:
     from sparsify import __version__
 
     document = {"sparsify": __version__, "settings": settings, "layers": [asdict(layer) for layer in layers]}
+    document["loss"] = losses.record()
     document["not_pruned"] = [asdict(refusal) for refusal in refusals]
-    (ready / RECORD).write_text(json.dumps(document, indent=1) + "\n")
+    (ready / RECORD).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def finish(ready: Path, out: Path, partial: Path) -> None:
@@ -295,10 +425,32 @@ def table(layers: list[LayerStats]) -> Iterator[str]:
     for layer in layers:
         dense, stored = (size / 1024 for size in sizes(layer))
         note = f"  {layer.note}" if layer.note else ""
-        yield (
+        yield one_line(
             f"{layer.name:{width}} {layer.sparsity:7.2%} {layer.error:9.2e} {layer.seconds:8.2f} {dense:11,.1f} "
             f"{stored:11,.1f}{note}"
         )
+
+
+def groups(layers: list[LayerStats]) -> Iterator[str]:
+    """One line per kind of weight, the same in every layer: how many, zeros, mean and largest error and where, seconds."""
+    found: dict[str, list[LayerStats]] = {}
+    for layer in layers:
+        kind = ".".join("*" if part.isdigit() else part for part in layer.name.split("."))
+        found.setdefault(kind, []).append(layer)
+    width = max([len(kind) for kind in found] + [7])
+    yield f"{'weights':{width}} {'count':>5} {'zeros':>7} {'error':>9} {'largest':>9} {'seconds':>8}"
+    for kind, members in found.items():
+        numel = sum(layer.numel for layer in members)
+        zeros = sum(layer.sparsity * layer.numel for layer in members) / max(numel, 1)
+        mean, seconds = (sum(getattr(layer, f) for layer in members) for f in ("error", "seconds"))
+        worst = max(members, key=lambda layer: layer.error)
+        where = f"  in {worst.name}" if len(members) > 1 else ""
+        yield one_line(
+            f"{kind:{width}} {len(members):5} {zeros:7.2%} {mean / len(members):9.2e} {worst.error:9.2e} {seconds:8.2f}{where}"
+        )
+    notes = [layer.note for layer in layers if layer.note]
+    if notes:
+        yield one_line(f"note: {notes[0]}" + (f"; {len(notes) - 1} more notes (--all shows them)" if notes[1:] else ""))
 
 
 def sizes(layer: LayerStats) -> tuple[int, int]:

@@ -17,13 +17,13 @@ import tempfile
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
-from html import escape
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 
-from sparsify.names import printable
+from sparsify.console import markup as escape
+from sparsify.names import printable as without_controls
 from sparsify.printer import ids_text, lowrank_text, slice_text
 from sparsify.program import Program, TrainedSlice
 from sparsify.structure import Declined, Site, Structure
@@ -104,7 +104,7 @@ class View:
 
 def draw_program(program: Program, path: str | os.PathLike[str] | None = None) -> str:
     """Draw `program` as SVG text; with `path` it is also written there (whole or not at all)."""
-    text = printable("\n".join(_document(program)), keep="\n")
+    text = without_controls("\n".join(_document(program)), keep="\n")
     if path is not None:
         write_atomically(path, text)
     return text
@@ -150,7 +150,7 @@ def count_parameters(program: Program) -> tuple[int, int]:
     handle = program.host.__dict__.get("sparsify")
     if handle is None:
         return trained, sum(size for name, size in sizes.items() if name not in names)
-    return trained + sum(program.tensor(name).numel() for name in handle.train), handle.count_parameters()[1]
+    return handle.count_parameters()
 
 
 def shared_parts(names: list[str]) -> int:
@@ -277,8 +277,7 @@ def _structure(
     width: int,
 ) -> list[str]:
     view = View(program, structure, slices)
-    inner = f" of {structure.inner.units}" if structure.inner is not None else ""
-    title = f"{structure.kind} {structure.name}: {structure.units} units{inner}"
+    title = f"{structure.kind} {structure.name}: {structure.size_text()}"
     lines = [f'<g class="{structure.kind}"><title>{escape(title)}</title>']
     wide = structure.kind == "ffn" or len(view.cells) > 80
     lines += _bar(view, x, y, width) if wide else _heads(view, x, y, width)
@@ -443,18 +442,15 @@ def _chip_name(site: Site) -> str:
 
 
 def _trained_words(program: Program, structure: Structure, trained: list[TrainedSlice]) -> str:
-    unit = "channels" if structure.kind == "ffn" else "heads" if structure.kind == "attention" else "units"
     choices = [c for c in program.choices if c.structure == structure.name]
     if not trained and not choices:
         return ""
     consumers, producers = sum(len(c.consumers) for c in choices), sum(len(c.producers) for c in choices)
     if not choices:
         return f"{sum(s.length for s in trained)} channels train"
-    total = structure.units * (structure.inner.units if structure.inner is not None else 1)
-    read, made = ("of Down", "of Up") if structure.kind == "ffn" else ("of O", "of V")
-    words = [f"{consumers} of {total} {unit} {read}"] if consumers else []
-    words += [f"{producers} of {structure.units} {unit} {made}"] if producers else []
-    return ", ".join(words)
+    owners = ("of Down", "of Up") if structure.kind == "ffn" else ("of O", "of V")
+    sides = structure.chosen_text(consumers, producers)
+    return ", ".join(f"{side} {owner}" for side, owner in zip(sides, owners, strict=True) if side)
 
 
 def _declined(item: Declined, x: float, y: float, width: int) -> list[str]:

@@ -56,6 +56,23 @@ HINTS = {
     "ignore": "write exclude=[…]",
 }
 
+#: answers that depend on the rule
+HINTS_OF = {
+    ("S2FT", "r"): "write fraction=… (share of the parameters) or units=… (heads or channels): S2FT has no rank",
+    ("S2FT", "rank"): "write fraction=… (share of the parameters) or units=… (heads or channels): S2FT has no rank",
+    ("PaCA", "alpha"): "leave it out: PaCA trains columns of the weight itself, nothing is scaled",
+    ("PaCA", "lora_alpha"): "leave it out: PaCA trains columns of the weight itself, nothing is scaled",
+    ("LoRA", "density"): "RoSA has a sparse part beside the low-rank one: RoSA(rank=…, density=…)",
+    ("Quantize", "r"): "Quantize trains nothing; put LoRA(rank=…) beside it into the plan",
+}
+
+
+def hint_for(rule: str, word: str) -> str | None:
+    """What to write instead of a word that a rule does not have; None when nobody knows."""
+    name = ALIASES.get(word)
+    elsewhere = f"{rule} has no {name}, which is what it means in LoRA" if name else None
+    return HINTS_OF.get((rule, word)) or HINTS.get(word) or elsewhere
+
 
 def from_habit(word: str, value: Any, fields: Sequence[str]) -> tuple[str | None, Any]:
     """Our field and value for another tool's word; `(None, value)` when the rule has no such field."""

@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sparsify import adapter as files
-from sparsify import peft_format
+from sparsify import peft_export, peft_format
 from sparsify.adapter import Adapter, Delta
+from sparsify.anchors import Anchor, anchors_of
 from sparsify.capture import evaluating
+from sparsify.console import printable
 from sparsify.errors import AdapterError, SparsifyError
-from sparsify.install import Layout, LoadHook, SaveHook, Unshare, save_again
+from sparsify.exact import changed, sum_dtype
+from sparsify.install import save_again
+from sparsify.layout import ADDED, MARKER, Layout, layout_of
+from sparsify.live_state import LoadHook, OnHost, RootHook, SaveHook, Unshare
+from sparsify.live_state import original as in_original_names
 from sparsify.masked import MaskedModule, bits_name, masked_parameters
 from sparsify.module_tree import copy_module_tree
-from sparsify.modules import AdaptedMixin, QuantizedMixin, low_rank_delta, make_plain, write_parts
+from sparsify.modules import AdaptedMixin, QuantizedMixin, add_low_rank, make_plain, write_parts
+from sparsify.moved_buffers import Buffers, mix_buffer
+from sparsify.parameter_count import count_parameters
 from sparsify.parts import LowRankPart, Part, SlicePart, Snapshot
 from sparsify.passes.assign_rules import is_conv1d, owner_name
 from sparsify.passes.insert_partial import activate_support, current_index
@@ -32,10 +42,42 @@ from sparsify.program import Program
 from sparsify.quantized import pack, packs_again, unpack
 from sparsify.report import Report, make_report
 from sparsify.sharded import back_to_pieces, class_name, refuse_sharded, whole, whole_parameters, write_whole
+from sparsify.switch_lock import EnterForward, LeaveForward, SwitchLock, guard
+
+T = TypeVar("T")
 
 DEFAULT = "default"
+#: kinds of deltas that replace a tensor, and so depend on no base
+WHOLE = ("full", "buffer")
+#: where a parked adapter keeps its buffers
+BUFFERS = "::buffers"
 
 
+def reads(method: Callable[..., T]) -> Callable[..., T]:
+    """A verb that looks at the host: it is the one that was compiled, and nobody switches meanwhile."""
+
+    @functools.wraps(method)
+    def guarded(self: Handle, *args: Any, **kwargs: Any) -> T:
+        with self.lock.reading():
+            self.check(method.__name__)
+            return method(self, *args, **kwargs)
+
+    return guarded
+
+
+def writes(method: Callable[..., T]) -> Callable[..., T]:
+    """A verb that changes what the host computes with: no forward runs meanwhile."""
+
+    @functools.wraps(method)
+    def guarded(self: Handle, *args: Any, **kwargs: Any) -> T:
+        with self.lock.writing(method.__name__, self.host):
+            self.check(method.__name__)
+            return method(self, *args, **kwargs)
+
+    return guarded
+
+
+@printable
 @dataclass(frozen=True)
 class Conflict:
     """Two mixed adapters change the same channels of one weight; their changes add up there."""
@@ -51,6 +93,7 @@ class Conflict:
         return f"{self.param}: {' and '.join(self.adapters)} share {self.shared} of {self.total} {what}"
 
 
+@printable
 @dataclass(frozen=True)
 class Mix:
     """What `set_adapter` made active, and where mixed adapters overlap."""
@@ -64,6 +107,7 @@ class Mix:
         return text + "".join(f"\n  conflict {c}" for c in self.conflicts)
 
 
+@printable
 @dataclass(frozen=True)
 class MergeNote:
     """What folding an adapter into packed weights did: it quantises again, so the result is not exact.
@@ -76,6 +120,7 @@ class MergeNote:
     outputs: float
 
 
+@printable
 @dataclass
 class Handle:
     """State of one compiled host. Made by `sparsify.compile`; reach it as `model.sparsify`."""
@@ -98,6 +143,10 @@ class Handle:
     backups: list[tuple[str, int | None, Tensor, Tensor]] = field(default_factory=list)
     merge_backups: dict[str, list[Tensor]] = field(default_factory=dict)
     owned: set[str] = field(default_factory=set)
+    serving: bool = False  # made by `sparsify.load`: nothing trains, and adapters bring what trained in full with them
+    buffers: Buffers = field(init=False)
+    anchors: dict[str, Anchor] = field(init=False)
+    lock: SwitchLock = field(init=False)
 
     def __post_init__(self) -> None:
         for piece in self.program.slices:
@@ -113,14 +162,36 @@ class Handle:
             self.parts[part.param] = found
             if part.count:
                 self.layout(part.param).adopt = Adopt(self, part.param)
+        for param, part in self.parts.items():
+            if isinstance(part, SlicePart) or part.part.count or self.is_packed(param):
+                self.layout(param).base_loaded = OtherBase(part)
         for name in self.train:
             self.base_full[name] = self.stored(name).detach().clone()
+        self.buffers = Buffers.of(self.host)
+        touched = [*self.parts, *self.train, *(m.param for m in self.program.moves), *self.program.quantize]
+        self.anchors = anchors_of(self.host, touched)
+        self.lock, hooks = guard(self.host)
+        self.host.__dict__.setdefault("_sparsify_hooks", []).extend(hooks)
+
+    def reading(self) -> AbstractContextManager[None]:
+        """Hold off switches by other threads while the block runs: `with model.sparsify.reading(): …`.
+
+        Forwards, `generate` and `model.compile()`d calls do so by themselves; several calls that must see one adapter, calls of a
+        submodule, of `forward` itself or of what `torch.compile(model)` returned need it. A switch inside the block raises.
+        """
+        return self.lock.reading()
+
+    def check(self, verb: str) -> None:
+        """Raise SparsifyError where the host is not the one that was compiled any more: a module or a tensor was replaced."""
+        for path, anchor in self.anchors.items():
+            anchor.check(self.host, path, verb, self.merged)
 
     # --- looking ---------------------------------------------------------------------------------------------------------
 
     @property
     def report(self) -> Report:
         """What was found, chosen and declined and why; trainable parameters; bytes saved for backward."""
+        self.check("report")
         return make_report(self.program, self.plan, self.host, self.cpu)
 
     def draw_pruning(self, path: str | os.PathLike[str]) -> None:
@@ -132,19 +203,11 @@ class Handle:
         write_svg(self.program.pruned, path)
 
     def count_parameters(self) -> tuple[int, int]:
-        """`(trainable, all)`; parts that stand for entries of their weight do not add to `all`, packed weights count as dense."""
-        trainable = sum(p.numel() for p in self.host.parameters() if p.requires_grad)
-        added = {id(p) for part in self.parts.values() for p in part.parameters()}
-        total = sum(p.numel() for p in self.host.parameters() if id(p) not in added)
-        low = [
-            p
-            for part in self.parts.values()
-            if isinstance(part, LowRankPart)
-            for n, p in part.tensors().items()
-            if n != "sparse_values"
-        ]
-        packed = sum(m.shape.numel() for m in self.host.modules() if isinstance(m, QuantizedMixin))
-        return trainable, total + packed + sum(p.numel() for p in low)
+        """`(trainable, all)`; parts that stand for entries of their weight do not add to `all`, packed weights count as dense, and
+        entries that a mask keeps at zero do not train."""
+        self.check("count_parameters")
+        found = count_parameters(self.host)
+        return found.trainable, found.total
 
     def print_trainable_parameters(self) -> None:
         """The line that PEFT's users know."""
@@ -157,6 +220,7 @@ class Handle:
 
         The paper uses 2e-4 and 7e-4. `lr` for the rest (slices, parameters that train in full) defaults to `sparse_lr`.
         """
+        self.check("param_groups")
         named: dict[str, list[nn.Parameter]] = {"sparse": [], "lora": [], "rest": []}
         for name, parameter in self.host.named_parameters():
             if parameter.requires_grad:
@@ -182,6 +246,9 @@ class Handle:
             "backups",
             "merge_backups",
             "owned",
+            "buffers",
+            "anchors",
+            "lock",
         ):
             setattr(clone, name, copy.deepcopy(getattr(self, name), memo))
         clone.program = copy.copy(self.program)
@@ -207,6 +274,11 @@ class Handle:
     def layout(self, param: str) -> Layout:
         return self.layouts.get(owner_name(param)) or Layout()
 
+    @property
+    def dequantised(self) -> bool:
+        """Whether `sparsify.load` replaced the base by what a packed one stands for (their hashes are kept)."""
+        return self.serving and bool(self.hashes)
+
     def is_packed(self, param: str) -> bool:
         return isinstance(self.module(param), QuantizedMixin)
 
@@ -228,12 +300,21 @@ class Handle:
             tensor.copy_(self.base_full[param])
         return self.layout(param).to_original(param.rpartition(".")[2], tensor)
 
+    def dense_base(self, param: str) -> Tensor:
+        """`base_original`, which a packed weight does not have."""
+        if self.is_packed(param):
+            raise AdapterError(
+                f"{param} is packed ({self.program.quantize[param]}), and what it was before is not kept"
+            )
+        return self.base_original(param)
+
     def base_hash(self, param: str) -> str:
         """Hash of the base value; of a packed weight the one recorded before packing."""
         return self.hashes[param] if param in self.hashes else files.tensor_hash(self.base_original(param))
 
     # --- adapters --------------------------------------------------------------------------------------------------------
 
+    @reads
     def current(self) -> Adapter:
         """The trained parts as an adapter, in original coordinates."""
         return self.adapter_from(None)
@@ -242,12 +323,17 @@ class Handle:
         deltas: list[Delta] = []
         back_to_pieces(self.host)
         for param, part in self.parts.items():
+            self.need_base(part, "save_adapter")
             with whole_parameters(part.module):
                 deltas += part.deltas(None if parked is None else parked[param])
         for name in self.train:
             value = whole(self.stored(name).detach()) if parked is None else parked[name]["full"]
             deltas.append(Delta(name, "full", torch.empty(0, dtype=torch.int64), value.cpu().clone()))
-        bases = {p: self.base_hash(p) for p in dict.fromkeys(d.param for d in deltas if d.kind != "full")}
+        moved = self.buffers.moved(self.host) if parked is None else parked[BUFFERS]
+        for name, value in moved.items():
+            value = self.layout(name).to_original(name.rpartition(".")[2], value)
+            deltas.append(Delta(name, "buffer", torch.empty(0, dtype=torch.int64), value.cpu().clone()))
+        bases = {p: self.base_hash(p) for p in dict.fromkeys(d.param for d in deltas if d.kind not in WHOLE)}
         return Adapter(tuple(deltas), bases, self.info())
 
     def info(self) -> dict[str, Any]:
@@ -260,6 +346,7 @@ class Handle:
             "plan": self.plan.to_json(),
         }
 
+    @reads
     def get(self, name: str) -> Adapter:
         """An adapter by name, trained here or loaded."""
         if self.active.trainable and name in self.active.weights:
@@ -271,6 +358,7 @@ class Handle:
         known = sorted({*self.adapters, *self.parked, *(self.active.weights if self.active.trainable else ())})
         raise AdapterError(f"no adapter is called {name!r}{nearest(name, known)}")
 
+    @reads
     def save_adapter(self, directory: str | os.PathLike[str], name: str | None = None) -> Path:
         """Write an adapter (the active one unless named) as safetensors + JSON, in original coordinates, atomically.
 
@@ -294,6 +382,7 @@ class Handle:
             torch.distributed.barrier()
         return Path(directory)
 
+    @writes
     def load_adapter(self, directory: str | os.PathLike[str], name: str = DEFAULT, *, strict: bool = True) -> None:
         """Read an adapter (ours, or a PEFT LoRA directory) and keep it under `name`; `set_adapter(name)` makes it active.
 
@@ -302,29 +391,54 @@ class Handle:
         self.need_unmerged("load_adapter")
         where = str(directory)
         foreign = peft_format.is_peft(directory)
-        loaded = peft_format.read(directory, self.host) if foreign else files.load(directory)
+        if foreign:
+            loaded = peft_format.read(directory, self.host, self.shapes(), self.dense_base)
+        else:
+            loaded = files.load(directory)
         for delta in loaded.deltas:
             try:
                 module = self.module(delta.param)
                 getattr(module, delta.param.rpartition(".")[2])
             except AttributeError:
                 raise AdapterError(f"{where}: the model has no parameter {delta.param!r}") from None
+            if delta.kind == "buffer":
+                if delta.param not in self.buffers.base:
+                    raise AdapterError(
+                        f"{where}: {delta.param} is a buffer there, which this model does not have or derives anew"
+                    )
+                continue
             if delta.kind != "full" and delta.transposed != is_conv1d(module):
                 raise AdapterError(f"{where}: {delta.param} is stored in another orientation in this model")
-            if delta.kind == "full" and delta.param not in self.train:
+            if delta.kind == "full" and delta.param not in self.train and not self.serving:
                 hint = f"compile with Plan(train=[{owner_name(delta.param)!r}])"
                 raise AdapterError(f"{where}: {delta.param} trained in full there; {hint}")
         strict = strict and not foreign
-        touched = {d.param for d in loaded.deltas if d.kind != "full"}
-        shapes = self.shapes()
+        touched = {d.param for d in loaded.deltas if d.kind not in WHOLE}
+        shapes = self.shapes() | {n: b.shape for n, b in self.buffers.base.items()}
         back_to_pieces(self.host)
-        hashes = {p: self.base_hash(p) for p in sorted(touched) if p in shapes} if strict else {}
+        exact = {d.param for d in loaded.deltas if d.exact is not None}
+        asked = touched if strict else exact
+        hashes = {p: self.base_hash(p) for p in sorted(asked) if p in shapes}
         files.check_fits(loaded, shapes, hashes, where, strict)
+        other = {
+            p for p in exact if hashes.get(p) != loaded.bases.get(p)
+        }  # the values that were trained belong to their base
+        loaded = replace(loaded, deltas=tuple(replace(d, exact=None) if d.param in other else d for d in loaded.deltas))
         if name in self.active.weights:
             self.set_adapter(None)
+        if self.serving:
+            self.take_in_full([d.param for d in loaded.deltas if d.kind == "full"])
         self.parked.pop(name, None)
         self.adapters[name] = loaded
 
+    def take_in_full(self, params: Iterable[str]) -> None:
+        """Let adapters replace these parameters, which are the base's until then."""
+        for param in params:
+            if param not in self.base_full:
+                self.base_full[param] = self.own(param).detach().clone()
+                self.train = (*self.train, param)
+
+    @writes
     def set_adapter(self, spec: str | Mapping[str, float] | None) -> Mix:
         """Make an adapter active (a name), none (None: the base, bit for bit), or a weighted mix (`{"a": .5, "b": .5}`).
 
@@ -334,12 +448,18 @@ class Handle:
         """
         self.need_unmerged("set_adapter")
         back_to_pieces(self.host)
+        if isinstance(spec, Mapping) and [w for w in spec.values() if w == 1 and not isinstance(w, bool)] == list(
+            spec.values()
+        ):
+            spec = next(iter(spec)) if len(spec) == 1 else spec  # a mix of one, whole, is that adapter
         weights = {} if spec is None else {spec: 1.0} if isinstance(spec, str) else dict(spec)
         for name, weight in weights.items():
             if not isinstance(weight, int | float) or isinstance(weight, bool) or not math.isfinite(weight):
                 raise AdapterError(f"set_adapter: the weight of {name!r} must be a finite number, got {weight!r}")
+        for part in self.parts.values():
+            self.need_base(part, "set_adapter")
         chosen = {name: self.get(name) for name in weights}
-        single = isinstance(spec, str) and (
+        single = (isinstance(spec, str) and not self.serving) and (
             spec in self.parked or self.is_active(spec) or self.fits_parts(chosen[spec])
         )
         if weights and not single:
@@ -366,6 +486,7 @@ class Handle:
         if self.active.trainable:
             name = next(iter(self.active.weights))
             self.parked[name] = {n: {"full": whole(self.stored(n).detach()).clone()} for n in self.train}
+            self.parked[name][BUFFERS] = self.buffers.moved(self.host)
             for param, part in self.parts.items():
                 with whole_parameters(part.module):
                     self.parked[name][param] = part.snapshot()
@@ -380,8 +501,17 @@ class Handle:
                 part.reset()
         for name, base in self.base_full.items():
             write_whole(self.stored(name), base)
+        self.buffers.reset(self.host)
+
+    def need_base(self, part: Part, verb: str) -> None:
+        if not part.base_known:
+            raise AdapterError(
+                f"{verb}: a state dict that was loaded brought another base for {part.param}, and what that base holds where this "
+                "model trains is not known; compile that base with the same plan, then load the state dict there"
+            )
 
     def allow_training(self, on: bool) -> Mix:
+        on = on and not self.serving
         for part in self.parts.values():
             for parameter in part.parameters():
                 parameter.requires_grad_(on)
@@ -391,7 +521,7 @@ class Handle:
 
     def fits_parts(self, loaded: Adapter) -> bool:
         """Whether the adapter changes exactly what this model trains."""
-        by_param = group_by_param(loaded)
+        by_param = group_by_param(loaded, buffers=False)
         full = {p for p, deltas in by_param.items() if any(d.kind == "full" for d in deltas)}
         if set(by_param) - full != set(self.parts) or full != set(self.train):
             return False
@@ -408,11 +538,22 @@ class Handle:
                     part.fill(by_param[param])
         for n in self.train:
             write_whole(self.stored(n), parked[n]["full"] if parked is not None else by_param[n][0].values)
+        if parked is not None:
+            self.buffers.write(self.host, parked[BUFFERS])
+        else:
+            self.write_buffers([(1.0, loaded)])
+
+    def write_buffers(self, members: Sequence[tuple[float, Adapter]]) -> None:
+        """Set the buffers that the adapters moved; those of a mix are mixed (`sparsify.moved_buffers`)."""
+        found = [(w, {d.param: d.values for d in a.deltas if d.kind == "buffer"}) for w, a in members]
+        moved = {n: self.layout(n).to_original(n.rpartition(".")[2], self.buffers.base[n]) for _, t in found for n in t}
+        mixed = {n: mix_buffer(base, [(w, t.get(n, base)) for w, t in found]) for n, base in moved.items()}
+        self.buffers.write(self.host, {n: self.layout(n).to_current(n.rpartition(".")[2], v) for n, v in mixed.items()})
 
     def check_mix(self, chosen: Mapping[str, Adapter]) -> None:
         """A packed base has no dense weight to add to: there only changes over its own trained parts can be mixed."""
         for name, loaded in chosen.items():
-            for param, deltas in group_by_param(loaded).items():
+            for param, deltas in group_by_param(loaded, buffers=False).items():
                 if deltas[0].kind == "full" or not self.is_packed(param):
                     continue
                 part = self.parts.get(param)
@@ -428,15 +569,15 @@ class Handle:
         by_param: dict[str, list[tuple[str, Delta]]] = {}
         for name, loaded in chosen.items():
             for delta in loaded.deltas:
-                by_param.setdefault(delta.param, []).append((name, delta))
+                if delta.kind != "buffer":
+                    by_param.setdefault(delta.param, []).append((name, delta))
+        self.write_buffers([(weights[name], loaded) for name, loaded in chosen.items()])
         for param, members in by_param.items():
             part = self.parts.get(param)
             if param in self.base_full:
-                base = self.base_full[param].float()
-                change = torch.zeros_like(base)
-                for name, delta in members:
-                    change += weights[name] * (delta.values.to(base.device).float() - base)
-                self.stored(param).detach().copy_(base + change)
+                self.stored(param).detach().copy_(
+                    mix_full(self.base_full[param], [(weights[n], d.values) for n, d in members])
+                )
                 continue
             for kind in dict.fromkeys(d.kind for _, d in members):
                 same = [(n, d) for n, d in members if d.kind == kind]
@@ -470,48 +611,61 @@ class Handle:
         weight = self.own(param)
         layout, leaf = self.layout(param), param.rpartition(".")[2]
         first = parts[0][1]
+        inner = sum_dtype(weight, *(d.values for _, d in parts))
+        alone = first.exact if len(parts) == 1 and parts[0][0] == 1 else None
         channels = torch.cat([d.channels for _, d in parts]).unique()
         if first.kind == "sparse":
-            total = torch.zeros(channels.numel())
+            total = torch.zeros(channels.numel(), dtype=inner)
             for scale, delta in parts:
                 total.index_add_(
-                    0, torch.searchsorted(channels, delta.channels), delta.values.float(), alpha=float(scale)
+                    0, torch.searchsorted(channels, delta.channels), delta.values.to(inner), alpha=float(scale)
                 )
-            places, original = current_index(self.program, param, channels, weight.shape)
-            total = total[torch.searchsorted(channels, original)]
+            places, current = current_index(self.program, param, channels, weight.shape)
+            order = torch.searchsorted(channels, current)
+            total = total[order]
+            exact = None if alone is None else alone[first.channels.argsort()][order]
             places, axis = places.long().to(weight.device), None
             old = weight.data.view(-1)[places]
-            weight.detach().view(-1).index_copy_(0, places, (old.float() + total.to(old.device)).to(weight.dtype))
+            weight.detach().view(-1).index_copy_(0, places, changed(old, total, exact, weight.dtype))
         else:
             axis = first.axis
-            total = torch.zeros(channels.numel(), weight.shape[1 - axis])
+            total = torch.zeros(channels.numel(), weight.shape[1 - axis], dtype=inner)
             for scale, delta in parts:
-                stored = delta.stored().float()
+                stored = delta.stored().to(inner)
                 rows = torch.searchsorted(channels, delta.channels)
                 total.index_add_(0, rows, stored if axis == 0 else stored.t(), alpha=float(scale))
+            exact = None
+            if alone is not None:
+                exact = alone.t() if first.transposed else alone
+                exact = (exact if axis == 0 else exact.t())[first.channels.argsort()]
             places = channels
             for move_axis, inverse in layout.inverses.get(leaf, []):
                 places = inverse[places] if move_axis == axis else places
             for move_axis, index in layout.moves.get(leaf, []):
-                total = total.index_select(1, index) if move_axis != axis else total
-            places, total = places.to(weight.device), total.to(weight.device)
+                if move_axis != axis:
+                    total = total.index_select(1, index)
+                    exact = None if exact is None else exact.index_select(1, index)
+            places = places.to(weight.device)
             old = weight.data.index_select(axis, places)
-            change = total if axis == 0 else total.t()
-            weight.detach().index_copy_(axis, places, (old.float() + change).to(weight.dtype))
+            turn = axis != 0
+            total, exact = total.t() if turn else total, exact.t() if turn and exact is not None else exact
+            weight.detach().index_copy_(axis, places, changed(old, total, exact, weight.dtype))
         self.backups.append((param, axis, places, old))
 
     def add_dense(self, param: str, parts: list[tuple[float, Delta]]) -> None:
         """Add low-rank products to a stored dense weight that has no factors beside it."""
         weight, layout = self.own(param), self.layout(param)
-        total = torch.zeros(tuple(weight.shape))
+        inner = sum_dtype(weight, *(d.values for _, d in parts))
+        total = torch.zeros(tuple(weight.shape), dtype=inner)
         for scale, delta in parts:
             assert delta.a is not None
-            product = float(scale) * delta.scale * (delta.values.float() @ delta.a.float())
+            product = float(scale) * delta.scale * (delta.values.to(inner) @ delta.a.to(inner))
             total += product.t() if delta.transposed else product
         total = layout.to_current(param.rpartition(".")[2], total).to(weight.device)
         self.backups.append((param, -1, torch.empty(0), weight.data.clone()))
-        weight.detach().copy_((weight.data.float() + total).to(weight.dtype))
+        weight.detach().copy_(changed(weight.data, total, None, weight.dtype))
 
+    @writes
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter; if it is active, the base becomes active."""
         self.get(name)
@@ -526,6 +680,7 @@ class Handle:
         """Weights whose RoSA mask is still to be collected."""
         return [p.param for p in self.program.lowranks if p.count and p.index is None]
 
+    @writes
     def set_masks(self, supports: Mapping[str, Tensor]) -> None:
         """Fix the support of sparse parts: flat entries of each stored weight in *original* coordinates, `count` of them.
 
@@ -563,6 +718,7 @@ class Handle:
         lowranks = tuple(part.part if p.param == part.param else p for p in self.program.lowranks)
         self.program = activate_support(replace(self.program, lowranks=lowranks), part.param)
 
+    @writes
     def reset_lowrank(self) -> None:
         """Back to the initial factors (`B` = 0): RoSA's restart after its masks are collected."""
         self.require_default("reset_lowrank")
@@ -582,6 +738,7 @@ class Handle:
         if self.merged:
             raise SparsifyError(f"{verb}: the adapter is merged into the weights; call unmerge() first")
 
+    @writes
     def merge(self) -> nn.Module:
         """Fold what is active into plain weights, served at the base's speed. `unmerge` takes it back bit for bit.
 
@@ -607,7 +764,7 @@ class Handle:
                 dense = module.dense()
                 _, _, a, _ = module.parts()
                 if a is not None:
-                    dense = (dense.float() + low_rank_delta(module)).to(dense.dtype)
+                    dense = add_low_rank(module, dense)
                 exact = dense.float()
                 if param in self.program.masks:
                     self.keep_mask(param, dense := dense.clone())
@@ -627,6 +784,7 @@ class Handle:
                 moved[param] = self.keep_mask(param, module.weight)
             part.detach()
             make_plain(module)
+            part.layout.mark(module)
         self.merged = True
         if packed or masked:
             self.merge_note = MergeNote(moved, largest_move(before, self.example_outputs()))
@@ -648,6 +806,7 @@ class Handle:
         weight.data.masked_fill_(gone, 0)
         return lost
 
+    @reads
     def save_sparse(self, path: str | os.PathLike[str], **options: Any) -> Any:
         """Write the model as a compressed sparse checkpoint (bitmask + values); returns its `SizeReport`.
 
@@ -657,9 +816,7 @@ class Handle:
         from sparsify.sparse_checkpoint import save_sparse
 
         refuse_sharded(self.host, "save_sparse")
-        state = self.host.state_dict()
-        added = ("weight_slice", "sparse_values", "sparse_index", "lora_A", "lora_B")
-        state = {k: v for k, v in state.items() if k.rpartition(".")[2] not in added}
+        state = self.original_state_dict()
         masks = {}
         current = {
             name: module.mask(leaf) for name, module, leaf in masked_parameters(self.host)
@@ -680,6 +837,7 @@ class Handle:
         with evaluating(self.host), torch.no_grad():
             return self.host(*args, **kwargs)
 
+    @writes
     def unmerge(self) -> nn.Module:
         """Undo `merge`: the same Parameter objects come back, so an optimizer goes on."""
         if not self.merged:
@@ -694,9 +852,11 @@ class Handle:
             elif kept is not None:
                 part.module.weight.data.copy_(kept[0])
             part.attach()
+            part.layout.mark(part.module)
         self.merged = False
         return self.host
 
+    @writes
     def restore(self) -> nn.Module:
         """Back to the base, bit for bit, in original order and as plain modules; the host leaves sparsify's hands."""
         if self.program.bases:
@@ -704,7 +864,7 @@ class Handle:
                 "restore: the base came packed and its layers are sparsify's now; the model that was passed to compile is still as it was, "
                 "and set_adapter(None) gives the packed base here"
             )
-        if self.program.quantize:
+        if self.program.quantize or self.dequantised:
             raise SparsifyError(
                 "restore: the base was packed by Quantize and its dense bits are not kept; the model that was passed to compile "
                 "still has them (unless donated), and set_adapter(None) gives the packed base"
@@ -715,6 +875,8 @@ class Handle:
                 "still has them (unless donated)"
             )
         refuse_sharded(self.host, "restore")
+        for part in self.parts.values():
+            self.need_base(part, "restore")
         if self.merged:
             self.unmerge()
         self.reset_to_base()
@@ -729,56 +891,118 @@ class Handle:
                 if id(tensor) not in done:
                     done.add(id(tensor))
                     tensor.data = layout.to_original(leaf, tensor.detach())
-        for handle in self.host.__dict__.pop("_sparsify_hooks", []):
-            handle.remove()
+        self.let_go()
         for name, parameter in self.host.named_parameters():
             parameter.requires_grad_(self.flags.get(name, parameter.requires_grad))
         save_again(self.host, {s.block_name for s in self.program.slices})
-        self.host.__dict__.pop("sparsify", None)
         return self.host
 
+    def let_go(self) -> None:
+        """Hooks, markers and wrapped methods leave the host, which is the user's own class again."""
+        for handle in self.host.__dict__.pop("_sparsify_hooks", []):
+            handle.remove()
+        forget(self.host)
+
+    @reads
+    def original_state_dict(self, state: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The state dict of the model that was compiled: its names, shapes and order, what is active folded in, nothing else.
+
+        `host.state_dict()` gives the live tensors as they lie, under the names of `named_parameters()`; this is what files hold.
+        A plain model loads it with `load_state_dict`, and so does a host of any selection over the same base: whole trained channels
+        are read from it (sparse and low-rank parts are not: they do not follow from a folded weight).
+
+        state: a live state dict of this host (gathered, averaged, from a checkpoint) to translate instead of its current one.
+        Under `fully_shard` every rank must call it, and gets whole tensors. Raises StateError for a live dict of another layout.
+        """
+        if state is None:
+            back_to_pieces(self.host)
+            state = self.host.state_dict()
+        return {name: whole(value) for name, value in in_original_names(self.host, state).items()}
+
+    @reads
     def plain(self) -> nn.Module:
         """A copy of the model as plain modules, with everything that is active folded in, in original order: no sparsify left.
 
         Pruned entries are exact zeros in it. The copy shares nothing with the host.
         """
         refuse_sharded(self.host, "plain")
-        state = self.host.state_dict()
-        added = ("weight_slice", "sparse_values", "sparse_index", "lora_A", "lora_B")
-        state = {k: v.detach().clone() for k, v in state.items() if k.rpartition(".")[2] not in added}
-        bare: Any = copy_module_tree(self.host)
+        state = {name: value.detach().clone() for name, value in self.original_state_dict().items()}
+        bare = self.bare_copy()
+        tied: dict[int, list[str]] = {}
+        for name, parameter in bare.named_parameters(remove_duplicate=False):
+            tied.setdefault(id(parameter), []).append(name)
+        bare.load_state_dict(state, assign=True)
+        for first, *others in tied.values():
+            for name in others:
+                owner, _, leaf = name.rpartition(".")
+                setattr(bare.get_submodule(owner), leaf, bare.get_parameter(first))
+        for name, parameter in bare.named_parameters():
+            parameter.requires_grad_(self.flags.get(name, True))
+        save_again(bare, {s.block_name for s in self.program.slices})
+        return bare
+
+    def bare_copy(self) -> Any:
+        """A deep copy of the host as plain modules; its adapted weights are empty."""
+        hooks = self.host.__dict__.get("_sparsify_hooks")
+        bare: Any = copy_module_tree(self.host, {id(self): None, id(hooks): None})
         if self.cpu is not None:
             from sparsify.lowering import restore_cpu, restore_cuda
 
             restore_cpu.restore_modules(bare)
             restore_cuda.restore_modules(bare)
         for module in bare.modules():
-            for table in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
+            for table in (
+                module._state_dict_hooks,
+                module._load_state_dict_pre_hooks,
+                module._forward_pre_hooks,
+                module._forward_hooks,
+            ):
                 for key in [k for k, hook in table.items() if is_own_hook(hook)]:
                     del table[key]
+                    module._forward_hooks_always_called.pop(key, None)
+            layout = layout_of(module)
+            for leaf in layout.moves if layout is not None else ():
+                if leaf in module._non_persistent_buffers_set:  # in no state dict
+                    module._buffers[leaf] = layout.to_original(leaf, module._buffers[leaf])
             if isinstance(module, AdaptedMixin):
                 strip(module)
             elif isinstance(module, MaskedModule):
                 unmask(module)
-        bare.load_state_dict(state, assign=True)
-        for name, parameter in bare.named_parameters():
-            parameter.requires_grad_(self.flags.get(name, True))
-        save_again(bare, {s.block_name for s in self.program.slices})
+        forget(bare)
         return bare
 
+    @reads
     def export_lora(
-        self, directory: str | os.PathLike[str], name: str | None = None, *, sparse: str = "refuse"
+        self,
+        directory: str | os.PathLike[str],
+        name: str | None = None,
+        *,
+        sparse: str = "refuse",
+        changed_base: str = "refuse",
     ) -> Path:
         """Write an adapter as a PEFT LoRA directory that computes the same logits.
 
         Trained channels and low-rank parts export exactly. A sparse part is not low-rank: it is refused with that reason, or with
         `sparse="merge"` folded into a copy of the base that is written to `directory/base` (Hugging Face models) beside it.
+        After Quantize or Prune the adapter belongs to the changed base, which PEFT must be given: a warning says so after
+        Quantize, and after Prune it is refused, unless `changed_base="keep"` says that PEFT will load it over the same changed base.
+        What trained in full is written where PEFT loads it to the same function, see `sparsify.peft_export`.
         """
         if sparse not in ("refuse", "merge"):
             raise AdapterError(f"export_lora: sparse must be 'refuse' or 'merge', got {sparse!r}")
+        if changed_base not in ("refuse", "keep"):
+            raise AdapterError(f"export_lora: changed_base must be 'refuse' or 'keep', got {changed_base!r}")
+        if name is None and not self.active.trainable and len(self.active.weights) == 1:
+            name = next(iter(self.active.weights))
         source = self.current() if name is None and self.active.trainable else self.get(name or DEFAULT)
         path = getattr(getattr(self.host, "config", None), "_name_or_path", None) or None
-        rest = tuple(d for d in source.deltas if d.kind != "sparse")
+        rest = tuple(d for d in source.deltas if d.kind not in ("sparse", "buffer"))
+        moved = [d.param for d in source.deltas if d.kind == "buffer"]
+        if moved and sparse == "refuse":
+            raise AdapterError(
+                f"export_lora: the buffer {moved[0]} moved in training, and a PEFT adapter has no place for it; keep it still while you "
+                "train (its module in eval mode), merge() and save the whole model, or pass sparse='merge' to put it into the base"
+            )
         if len(rest) < len(source.deltas):
             if sparse == "refuse":
                 one = next(d for d in source.deltas if d.kind == "sparse")
@@ -787,8 +1011,25 @@ class Handle:
                     "matrix of useful rank equals; merge() and save the whole model, or pass sparse='merge' to fold it into the base"
                 )
             path = str(self.write_sparse_base(source, Path(directory) / "base"))
-        exported, shapes = Adapter(rest, source.bases, source.info), self.shapes()
-        return self.write_once(lambda: peft_format.export(exported, shapes, directory, path), directory)
+        elif changed_base == "refuse":
+            self.say_base_changed()
+        kept = Adapter(rest, source.bases, source.info)
+        exported = peft_export.export(kept, self.host, self.shapes(), self.dense_base, path)
+        return self.write_once(lambda: exported.write(directory), directory)
+
+    def say_base_changed(self) -> None:
+        """Before an export: the adapter computes the same only over the base that Prune or Quantize made of the user's."""
+        if self.program.masks:
+            raise AdapterError(
+                "export_lora: Prune changed the base, and over the dense one PEFT computes something else; merge() and save the whole "
+                "model, or pass changed_base='keep' if PEFT will load the adapter over the same pruned base"
+            )
+        if self.program.quantize or self.dequantised:
+            warnings.warn(
+                "export_lora: Quantize changed the base, and the adapter belongs to it: PEFT computes the same over a base that is "
+                "quantised in the same way, and not quite over the dense one (changed_base='keep' says that you know)",
+                stacklevel=3,
+            )
 
     def write_sparse_base(self, source: Adapter, directory: Path) -> Path:
         """Save the base with only the sparse parts of an adapter folded in."""
@@ -801,33 +1042,45 @@ class Handle:
             raise AdapterError(
                 "export_lora(sparse='merge') would write the packed base as if it were dense; merge() first"
             )
-        state = {}
-        for key, value in self.host.state_dict().items():
-            state[key] = value
-        for param in dict.fromkeys(d.param for d in source.deltas if d.kind != "full"):
+        state = self.original_state_dict()
+        state |= {
+            n: self.layout(n).to_original(n.rpartition(".")[2], b) for n, b in self.buffers.base.items() if n in state
+        }
+        for param in dict.fromkeys(d.param for d in source.deltas if d.kind not in WHOLE):
             state[param] = self.base_original(param)
         for delta in source.deltas:
+            if delta.kind == "buffer" and delta.param in state:
+                state[delta.param] = delta.values.to(state[delta.param].device)
             if delta.kind == "sparse":
                 weight = state[delta.param].view(-1)
                 places = delta.channels.to(weight.device)
-                weight[places] = (weight[places].float() + delta.values.to(weight.device)).to(weight.dtype)
-        added = {"weight_slice", "sparse_values", "sparse_index", "lora_A", "lora_B"}
-        kept = {k: v for k, v in state.items() if k.rpartition(".")[2] not in added}
-        self.host.save_pretrained(directory, state_dict=kept)  # type: ignore[operator]
+                weight[places] = changed(weight[places], delta.values, delta.exact, weight.dtype)
+        self.host.save_pretrained(directory, state_dict=state)  # type: ignore[operator]
         return directory
 
 
 def is_own_hook(hook: Any) -> bool:
-    return isinstance(getattr(hook, "hook", hook), SaveHook | LoadHook | Unshare)
+    kinds = SaveHook | LoadHook | RootHook | Unshare | EnterForward | LeaveForward
+    return isinstance(getattr(hook, "hook", hook), kinds)
+
+
+def forget(host: nn.Module) -> None:
+    """Take from a module tree what `install` put into it besides trained parts and hooks."""
+    for name in ("sparsify", "_sparsify_hooks"):
+        host.__dict__.pop(name, None)
+    for name in [n for n, value in host.__dict__.items() if isinstance(value, OnHost)]:
+        del host.__dict__[name]
+    for module in host.modules():
+        module.__dict__.pop("_sparsify_layout", None)
+        module._buffers.pop(MARKER, None)
 
 
 def strip(module: Any) -> None:
     """Take every trained or packed tensor from an adapted module and give it an (empty) dense weight again."""
     shape, dtype = module.stored_shape(), module.weight.dtype
     packed = getattr(module, "packed_names", ())
-    for leaf in ("weight_slice", "sparse_values", "lora_A", "lora_B"):
+    for leaf in (*ADDED, *packed):
         module._parameters.pop(leaf, None)
-    for leaf in ("slice_channels", "slice_mask_bits", "sparse_index", *packed):
         module._buffers.pop(leaf, None)
         module._non_persistent_buffers_set.discard(leaf)
     for leaf in (
@@ -863,6 +1116,10 @@ class Adopt:
     handle: Handle
     param: str
 
+    def known(self) -> Tensor | None:
+        part = self.handle.parts[self.param]
+        return part.part.index if isinstance(part, LowRankPart) else None
+
     def __call__(self, index: Tensor) -> None:
         part = self.handle.parts[self.param]
         assert isinstance(part, LowRankPart)
@@ -872,6 +1129,18 @@ class Adopt:
         for axis, move in self.handle.layout(self.param).moves.get("weight", []):
             places[axis] = move[places[axis]]
         self.handle.place_support(part, index, places[0] * shape[1] + places[1])
+
+
+@dataclass
+class OtherBase:
+    """Called while a state dict with another base is loaded, with that base's weight as it lies here (None: not known)."""
+
+    part: Part
+
+    def __call__(self, weight: Tensor | None) -> None:
+        self.part.base_known = weight is not None
+        if weight is not None and isinstance(self.part, SlicePart):
+            self.part.base = self.part.piece.read(weight).to(self.part.base.dtype).clone()
 
 
 def put_back(tensor: Tensor, axis: int | None, places: Tensor, values: Tensor) -> None:
@@ -884,11 +1153,24 @@ def put_back(tensor: Tensor, axis: int | None, places: Tensor, values: Tensor) -
         tensor.index_copy_(axis, places, values)
 
 
-def group_by_param(loaded: Adapter) -> dict[str, list[Delta]]:
+def group_by_param(loaded: Adapter, buffers: bool = True) -> dict[str, list[Delta]]:
     found: dict[str, list[Delta]] = {}
     for delta in loaded.deltas:
-        found.setdefault(delta.param, []).append(delta)
+        if buffers or delta.kind != "buffer":
+            found.setdefault(delta.param, []).append(delta)
     return found
+
+
+def mix_full(base: Tensor, members: Sequence[tuple[float, Tensor]]) -> Tensor:
+    """A parameter that trained as a whole, in a mix: base + Σ w (value − base); one member of weight 1 is its value."""
+    if len(members) == 1 and members[0][0] == 1:
+        return members[0][1].to(base.device, base.dtype)
+    inner = sum_dtype(base, *(v for _, v in members))
+    wide = base.to(inner)
+    change = torch.zeros_like(wide)
+    for weight, value in members:
+        change += weight * (value.to(base.device, inner) - wide)
+    return (wide + change).to(base.dtype)
 
 
 def largest_move(before: Any, after: Any) -> float:

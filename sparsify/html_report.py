@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from html import escape
 
+from sparsify.console import markup as escape
+from sparsify.console import visible
 from sparsify.drawing import draw_program, write_atomically
 from sparsify.program import Program
 
@@ -69,9 +70,13 @@ def render_html(title: str, summary: str, sections: Sequence[Section]) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
+    def text_only(value: object) -> object:
+        return visible(value) if type(value) is str else value
+
     environment = Environment(
-        loader=PackageLoader("sparsify", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
+        loader=PackageLoader("sparsify", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        finalize=text_only,
+    )  # fmt: skip
     environment.globals["draw"] = lambda program: Markup(draw(program))
     environment.globals["chart"] = lambda chart: Markup(chart_svg(chart))
     return environment.get_template("report.html.jinja").render(title=title, summary=summary, sections=sections)

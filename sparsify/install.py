@@ -1,7 +1,7 @@
 """Install: carry the lowered program back into a host of the user's own class.
 
-    the user's module tree ──copy (tensors shared)──▶ host: reordered tensors rebound, sliced linears swapped, state-dict
-    hooks that speak the original layout, everything frozen but the trained slices
+    the user's module tree ──copy (tensors shared)──▶ host: reordered tensors rebound, sliced linears swapped, hooks that take
+    any state dict of the model, everything frozen but the trained slices
 
 The module that the user passed in is not written to: the copy has its own Parameter objects over the same memory, except
 where a tensor was reordered or carries a slice.
@@ -10,233 +10,21 @@ where a tensor was reordered or carries a slice.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparsify.errors import PlanError
-from sparsify.lowrank_ops import write_values
+from sparsify.layout import Layout
+from sparsify.live_state import LoadHook, RootHook, SaveHook, SavePretrained, Unshare
 from sparsify.masked import mask_modules
 from sparsify.module_tree import copy_module_tree
-from sparsify.modules import (
-    AdaptedMixin,
-    PartialMixin,
-    QuantizedMixin,
-    SparseLowRankMixin,
-    attach_parts,
-    attach_slice,
-    become,
-    low_rank_delta,
-)
-from sparsify.ops import write_block, write_block_at
+from sparsify.modules import attach_parts, attach_slice, become
+from sparsify.name_patterns import matches
 from sparsify.passes.assign_rules import owner_name
-from sparsify.permutation import invert_index
 from sparsify.plan import nearest
 from sparsify.program import Program, TrainedSlice
 from sparsify.quantized_bases import StandIn
-from sparsify.sharded import cut_like, is_sharded, whole, whole_parameters
-
-
-@dataclass
-class Layout:
-    """State-dict hooks of one module: what leaves is in original names, shapes and order; what enters is reordered.
-
-    moves: per tensor of the module, `(axis, index)` pairs with `current = original.index_select(axis, index)`.
-    A weight leaves as what the model computes with (trained parts folded in), and the trained parts leave beside it in full
-    precision, so that a checkpoint resumes exactly. On the way in the parts are used; a checkpoint without them can still be
-    loaded where the parts follow from the weight (whole trained channels), and is refused where they do not.
-    adopt: called with a support that differs from the module's own (a mask collected before the checkpoint).
-    """
-
-    moves: dict[str, list[tuple[int, Tensor]]] = field(default_factory=dict)
-    adopt: Callable[[Tensor], None] | None = None
-    inverses: dict[str, list[tuple[int, Tensor]]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.refresh()
-
-    def refresh(self) -> None:
-        self.inverses = {leaf: [(a, invert_index(i)) for a, i in moves] for leaf, moves in self.moves.items()}
-
-    def to_original(self, leaf: str, tensor: Tensor) -> Tensor:
-        for axis, inverse in reversed(self.inverses.get(leaf, [])):
-            tensor = tensor.index_select(axis, inverse.to(tensor.device))
-        return tensor
-
-    def to_current(self, leaf: str, tensor: Tensor) -> Tensor:
-        for axis, index in self.moves.get(leaf, []):
-            tensor = tensor.index_select(axis, index.to(tensor.device))
-        return tensor
-
-    def on_save(self, module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-        folded = isinstance(module, AdaptedMixin) and prefix + "weight" in state
-        if folded:
-            with whole_parameters(module):
-                weight = self.to_original("weight", effective_weight(module))
-            state[prefix + "weight"] = cut_like(weight, module.weight)
-        for leaf in self.moves:
-            tensor = state.get(prefix + leaf)
-            if isinstance(tensor, Tensor) and not (folded and leaf == "weight"):
-                state[prefix + leaf] = cut_like(self.to_original(leaf, whole(tensor.detach())), tensor)
-
-    def on_load(self, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Reorder what enters. Of a sharded module everything is gathered first and cut again afterwards."""
-        names = [prefix + leaf for leaf in module._parameters]
-        pieces: dict[str, Any] = {n: state[n] for n in names if is_sharded(state.get(n))}
-        state.update({name: whole(piece) for name, piece in pieces.items()})
-        with whole_parameters(module):
-            self.reorder_loaded(module, state, prefix, *rest)
-        for leaf, parameter in module._parameters.items():
-            name = prefix + leaf
-            if is_sharded(parameter) and isinstance(state.get(name), Tensor):
-                state[name] = cut_like(state[name], pieces.get(name, parameter))
-
-    def reorder_loaded(self, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-        errors: list[str] = rest[-1] if rest and isinstance(rest[-1], list) else []
-        for leaf in self.moves:
-            tensor, own = state.get(prefix + leaf), getattr(module, leaf)
-            shape = module.stored_shape() if leaf == "weight" and isinstance(module, AdaptedMixin) else own.shape
-            if isinstance(tensor, Tensor) and tensor.shape == shape:
-                state[prefix + leaf] = self.to_current(leaf, tensor)
-        weight = state.get(prefix + "weight")
-        if (
-            not isinstance(module, AdaptedMixin)
-            or not isinstance(weight, Tensor)
-            or weight.shape != module.stored_shape()
-        ):
-            return
-        if isinstance(module, SparseLowRankMixin):
-            self.load_parts(module, state, prefix, errors)
-        else:
-            if rest and rest[0].get("assign_to_params_buffers") and "weight" not in self.moves:
-                weight = state[prefix + "weight"] = (
-                    weight.clone()
-                )  # the region under the block is scratch: not the caller's
-            self.load_slice(module, state, prefix, weight)
-
-    def load_slice(self, module: Any, state: dict[str, Any], prefix: str, weight: Tensor) -> None:
-        if module.slice_start < 0 and module.slice_channels.device.type == "meta":
-            return  # which channels they are is not known yet; the block is taken as it comes
-        region = read_slice(module, weight)
-        block = state.get(prefix + "weight_slice")
-        if (
-            not isinstance(block, Tensor)
-            or block.shape != region.shape
-            or not torch.equal(block.to(region.dtype), region)
-        ):
-            state[prefix + "weight_slice"] = region.to(module.weight_slice.dtype, copy=True).contiguous()
-
-    def load_parts(self, module: Any, state: dict[str, Any], prefix: str, errors: list[str]) -> None:
-        weight = state[prefix + "weight"]
-        own = [n for n in ("weight_slice", "sparse_values", "lora_A", "lora_B") if n in module._parameters]
-        missing = [n for n in own if prefix + n not in state]
-        if missing:
-            errors.append(
-                f"{prefix}weight: the checkpoint holds the folded weight but not {missing[0]}, and the parts cannot be told apart "
-                "again; load it into an uncompiled model, or load the adapter with model.sparsify.load_adapter"
-            )
-        index = state.get(prefix + "sparse_index")
-        if isinstance(index, Tensor) and self.adopt is not None and index.shape == module.sparse_index.shape:
-            if module.sparse_index.is_meta:
-                errors.append(
-                    f"{prefix}sparse_index: the model is on the meta device, and its support there cannot be compared with the "
-                    "checkpoint's; load it into a model that has its buffers (accelerate: fsdp_cpu_ram_efficient_loading: false)"
-                )
-            elif bool((index < 0).any()):
-                if not module.mask_open:
-                    errors.append(f"{prefix}sparse_index: the checkpoint's mask was still open, this model's is chosen")
-            elif module.mask_open or not torch.equal(index.to(module.sparse_index), module.sparse_index):
-                self.adopt(index)
-        if not missing and not same_base(module, state, prefix):
-            errors.append(
-                f"{prefix}weight: the checkpoint was made over another base, and only its trained parts would be taken; "
-                "compile the base that it was trained on (for Quantize, with the same format), then load it"
-            )
-        if module.weight.device.type != "meta":
-            state[prefix + "weight"] = module.weight.detach()  # the frozen base stays; the parts carry the training
-        elif isinstance(module, QuantizedMixin):
-            state[prefix + "weight"] = weight.new_empty(0)
-        elif "lora_B" in own and not missing and not weight.is_meta and bool(state[prefix + "lora_B"].any()):
-            errors.append(
-                f"{prefix}weight: the model is on the meta device and has no base, and the checkpoint's weight has a trained "
-                "low-rank part folded in, from which the base does not follow exactly; load it into a model that has its base "
-                "(accelerate: fsdp_cpu_ram_efficient_loading: false)"
-            )
-
-
-@dataclass
-class SaveHook:
-    """`Layout.on_save` as an object that torch may set attributes on and that deep-copies with its layout."""
-
-    layout: Layout
-
-    def __call__(self, *arguments: Any) -> None:
-        self.layout.on_save(*arguments)
-
-
-@dataclass
-class LoadHook:
-    """`Layout.on_load`, likewise."""
-
-    layout: Layout
-
-    def __call__(self, *arguments: Any) -> None:
-        self.layout.on_load(*arguments)
-
-
-def same_base(module: Any, state: dict[str, Any], prefix: str) -> bool:
-    """Whether a checkpoint's folded weight is this module's base plus the checkpoint's parts, up to rounding."""
-    weight = state[prefix + "weight"]
-    parts = {
-        n: state[prefix + n] for n in ("weight_slice", "sparse_values", "lora_A", "lora_B") if n in module._parameters
-    }
-    own = {n: module._parameters[n] for n in parts}
-    if any(t.device.type == "meta" for t in (weight, *parts.values(), *own.values())):
-        return True
-    if any(parts[n].shape != own[n].shape for n in parts):
-        return True  # torch says so itself
-    try:
-        for name, value in parts.items():
-            module._parameters[name] = nn.Parameter(value.to(own[name].device, own[name].dtype), requires_grad=False)
-        expected = effective_weight(module).float()
-    finally:
-        module._parameters.update(own)
-    error = (expected - weight.to(expected.device).float()).norm() / expected.norm().clamp_min(1e-30)
-    rounding = max(torch.finfo(weight.dtype).eps, torch.finfo(module.weight.dtype).eps)
-    return bool(error <= max(1e-5, 4 * rounding))
-
-
-def read_slice(module: Any, stored: Tensor) -> Tensor:
-    """The trained channels in a tensor laid out like the module's stored weight; logical `(out, in)` layout."""
-    logical = stored.t() if module.conv1d else stored
-    if module.slice_start < 0:
-        return logical.index_select(module.slice_axis, module.slice_channels.to(stored.device))
-    return logical.narrow(module.slice_axis, module.slice_start, module.weight_slice.shape[module.slice_axis])
-
-
-def effective_weight(module: Any) -> Tensor:
-    """A fresh tensor: the weight that an adapted module computes with, stored layout, all trained parts folded in."""
-    if isinstance(module, QuantizedMixin):
-        weight = module.dense()
-    else:
-        weight = module.weight.detach().clone()
-        if isinstance(module, PartialMixin):
-            logical = weight.t() if module.conv1d else weight
-            block = module.trained_block().detach()
-            if module.slice_start < 0:
-                write_block_at(logical, block, module.slice_channels, module.slice_axis)
-            else:
-                write_block(logical, block, module.slice_start, module.slice_axis)
-    if isinstance(module, SparseLowRankMixin):
-        values, index, a, b = module.parts()
-        write_values(weight, None if values is None else values.detach(), index)
-        if a is not None and b is not None:
-            weight = (weight.float() + low_rank_delta(module)).to(weight.dtype)
-    return weight.detach()
 
 
 def module_prefixes(name: str) -> list[str]:
@@ -246,16 +34,23 @@ def module_prefixes(name: str) -> list[str]:
 
 
 def trained_in_full(program: Program, patterns: tuple[str, ...]) -> set[str]:
-    """Parameters that `Plan(train=…)` names, by parameter or module pattern."""
-    names = {n for n, k in program.aliases.items() if n == k and program.tensor(n).is_floating_point()}
-    names &= {n for n, _ in program.host.named_parameters()}
+    """Parameters that `Plan(train=…)` names, by parameter or module pattern, under their first names.
+
+    A tied parameter is found under each of its names (`lm_head` of a model that shares it with its embedding) and trains as one.
+    A name without wildcards is that parameter or module; where there is none, everything whose name ends in it after a dot.
+    """
+    trainable = {n for n, _ in program.host.named_parameters() if program.tensor(n).is_floating_point()}
+    names = {n: k for n, k in program.aliases.items() if k in trainable}
     found: set[str] = set()
     for pattern in patterns:
-        hits = {n for n in names if fnmatchcase(n, pattern) or any(fnmatchcase(p, pattern) for p in module_prefixes(n))}
+        if not pattern:
+            raise PlanError("Plan(train=['']): an empty pattern matches nothing; use '*' for everything")
+        hits = {k for n, k in names.items() if pattern in (n, *module_prefixes(n))}
+        hits |= {k for n, k in names.items() if not hits and any(matches(pattern, p) for p in (n, *module_prefixes(n)))}
         if not hits:
             modules = {p for n in names for p in module_prefixes(n)}
             raise PlanError(
-                f"Plan(train=[{pattern!r}]) matches no parameter or module{nearest(pattern, sorted(modules | names))}"
+                f"Plan(train=[{pattern!r}]) matches no parameter or module{nearest(pattern, sorted(modules | set(names)))}"
             )
         found |= hits
     changed = {x.param for things in (program.slices, program.moves, program.lowranks) for x in things}
@@ -334,7 +129,7 @@ def swap_modules(program: Program, host: nn.Module) -> list[str]:
                 module.compute_dtype = program.bases[param].dtype
             module.packed_names = tuple(f"packed_{i}" for i in range(len(packed)))
             for name, tensor in zip(module.packed_names, packed, strict=True):
-                module.register_buffer(name, tensor, persistent=False)
+                module.register_buffer(name, tensor)
                 fixed.append(f"{owner}.{name}")
         else:
             become(module, "SparseLowRank" if part is not None else "Partial")
@@ -364,20 +159,27 @@ def install(
     if fixed:  # equal on all ranks by construction, and large
         host._ddp_params_and_buffers_to_ignore = [*getattr(host, "_ddp_params_and_buffers_to_ignore", []), *fixed]
     found = layouts(program)
-    handles = []
-    done: set[int] = set()
+    holders = dict.fromkeys(p for owner in found for p in ["", *module_prefixes(f"{owner}.x")[:-1]])
+    handles = [host.get_submodule(path).register_load_state_dict_pre_hook(RootHook()) for path in holders]
     for owner, layout in found.items():
         module = host.get_submodule(owner)
-        if id(module) in done:
+        if "_sparsify_layout" in module.__dict__:
             continue
-        done.add(id(module))
+        module.__dict__["_sparsify_layout"] = layout
+        layout.mark(module)
         handles.append(module.register_state_dict_post_hook(SaveHook(layout)))
         handles.append(module.register_load_state_dict_pre_hook(LoadHook(layout)))
-    shared = {n for n in program.aliases if program.aliases[n] == n} - set(program.tensors)
-    handles.append(host.register_load_state_dict_pre_hook(Unshare(shared)))
+    shared: dict[str, set[str]] = {}
+    for name, first in program.aliases.items():
+        if name == first and name not in program.tensors:
+            shared.setdefault(owner_name(name), set()).add(name.rpartition(".")[2])
+    for owner, leaves in shared.items():
+        handles.append(host.get_submodule(owner).register_load_state_dict_pre_hook(Unshare(leaves)))
     implied = [s.block_name for s in program.slices if follows_from_weight(program, s)]
     if implied:
         ignore_on_save(host, implied)
+    if found and callable(getattr(type(host), "save_pretrained", None)):
+        host.__dict__["save_pretrained"] = SavePretrained(host)
     host.__dict__["_sparsify_hooks"] = handles
     return host, found
 
@@ -387,6 +189,7 @@ def ignore_on_save(host: nn.Module, names: list[str]) -> None:
 
     A wrapper may show the attribute of the module inside it as a property that cannot be set: that module is told itself.
     """
+    module: Any
     for prefix, module in host.named_modules():
         if not isinstance(getattr(module, "_keys_to_ignore_on_save", ()), list | set | None):
             continue
@@ -398,6 +201,7 @@ def ignore_on_save(host: nn.Module, names: list[str]) -> None:
 
 def save_again(host: nn.Module, names: set[str]) -> None:
     """Undo `ignore_on_save` for these tensors."""
+    module: Any
     for prefix, module in host.named_modules():
         start = f"{prefix}." if prefix else ""
         ignored = module.__dict__.get("_keys_to_ignore_on_save")
@@ -410,23 +214,3 @@ def follows_from_weight(program: Program, piece: TrainedSlice) -> bool:
     if piece.param in program.quantize:
         return False
     return program.tensors[piece.block_name].dtype == program.tensors[piece.param].dtype
-
-
-@dataclass
-class Unshare:
-    """Before a checkpoint is loaded: parameters that still share memory with the user's model get their own, where values differ."""
-
-    names: set[str]
-
-    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *_rest: Any) -> None:
-        if any(is_sharded(p) for p in module.parameters()):
-            return  # fully_shard gave every parameter memory of its own
-        for name in sorted(self.names):
-            incoming = state.get(prefix + name)
-            owner, _, leaf = name.rpartition(".")
-            own = getattr(module.get_submodule(owner), leaf, None)
-            if not isinstance(own, nn.Parameter) or not isinstance(incoming, Tensor) or own.device.type == "meta":
-                continue
-            if incoming.shape == own.shape and not torch.equal(incoming.to(own.device, own.dtype), own.detach()):
-                own.data = own.data.clone()
-                self.names.discard(name)

@@ -10,7 +10,8 @@ that forward and dX stay one dense GEMM each and no dense `W + S` is ever alloca
 weight are scratch that only the operator reads. `index` is flat in the stored weight (int32 where that is wide enough).
 
 Saved for backward: `x` once (or its factors, see `sparsify.saved_input`), which serves `dS`, `dA` and `dB`; `x Aᵀ (T, r)` is
-computed again, and `low = g B (T, r)` once for `dX` and `dA`.
+computed again, and `low = g B (T, r)` once for `dX` and `dA`. Each product of the backward is an operator with a formula of its own,
+made of the same operators, so derivatives of any order are right.
 A quantised base is unpacked inside the operator, forward and backward, and dropped: at most one dense layer is alive. On a
 GPU, up to 64 tokens are multiplied with the packed weight instead, sparse and low-rank part included, in one launch.
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import warnings
 from typing import Any
 
@@ -29,9 +31,19 @@ from sparsify.kernels.cpu.sampled import kernel_serves, kernel_writes, sampled_b
 from sparsify.kernels.cpu.skinny import skinny_by_kernel, skinny_serves, update_by_kernel, update_serves
 from sparsify.kernels.gpu import launch
 from sparsify.kernels.gpu.operator import kernels_take
-from sparsify.ops import LIBRARY, _autocast, effective_weight
-from sparsify.quantized import FORMATS, unpack
-from sparsify.saved_input import restored_input, saved_input
+from sparsify.operator_checks import (
+    ascending,
+    require,
+    require_floats,
+    require_index,
+    require_shape,
+    require_together,
+    require_within,
+)
+from sparsify.operator_library import LIBRARY, recorded
+from sparsify.ops import _autocast, effective_weight, flat
+from sparsify.quantized import FORMATS, check_packed, unpack
+from sparsify.saved_input import input_link, restored_input, saved_input
 
 LIBRARY.define(
     "sparse_lowrank_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? values, Tensor? index, Tensor? a, Tensor? b, "
@@ -81,6 +93,95 @@ def oracle_sampled_product(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
     return (a.t() @ b).reshape(-1)[index.long()]
 
 
+# --- what is checked -------------------------------------------------------------------------------------------------------
+
+Sizes = Any  # a number, symbolic under a compiler
+
+
+def _check_linear(
+    name: str, x: Tensor, rows: Sizes, columns: Sizes, bias: Tensor | None, values: Tensor | None, index: Tensor | None,
+    a: Tensor | None, b: Tensor | None,
+) -> None:  # fmt: skip
+    """That the parts of a linear `(rows, columns)` fit; without reading any tensor."""
+    require(x.dim() >= 1, lambda: f"{name}: the input has no dimension")
+    require(
+        x.shape[-1] == columns, lambda: f"{name}: the input {tuple(x.shape)} has not the weight's {columns} channels"
+    )
+    if bias is not None:
+        require_shape(name, "bias", bias, rows)
+    _check_support(name, values, index)
+    require((a is None) == (b is None), lambda: f"{name}: of two low-rank factors, one is missing")
+    if a is not None and b is not None:
+        require(
+            a.dim() == 2 and b.dim() == 2,
+            lambda: f"{name}: low-rank factors are matrices, not {a.dim()}-D, {b.dim()}-D",
+        )
+        require_shape(name, "a", a, a.shape[0], columns)
+        require_shape(name, "b", b, rows, a.shape[0])
+
+
+def _check_dx(
+    name: str, g: Tensor, rows: Sizes, columns: Sizes, values: Tensor | None, index: Tensor | None, low: Tensor | None,
+    a: Tensor | None,
+) -> None:  # fmt: skip
+    require(g.dim() >= 1, lambda: f"{name}: the gradient has no dimension")
+    require(g.shape[-1] == rows, lambda: f"{name}: the gradient {tuple(g.shape)} has not the weight's {rows} rows")
+    _check_support(name, values, index)
+    if a is not None and low is not None:
+        require(
+            a.dim() == 2 and low.dim() == 2, lambda: f"{name}: low and a are matrices, not {low.dim()}-D, {a.dim()}-D"
+        )
+        require_shape(name, "a", a, a.shape[0], columns)
+        require_shape(name, "low", low, math.prod(g.shape[:-1]), a.shape[0])
+
+
+def _check_support(name: str, values: Tensor | None, index: Tensor | None) -> None:
+    require((values is None) == (index is None), lambda: f"{name}: of values and their positions, one is missing")
+    if values is not None and index is not None:
+        require_index(name, "index", index)
+        require_shape(name, "values", values, index.shape[0])
+
+
+def _check_weight(name: str, weight: Tensor, index: Tensor | None) -> None:
+    require(weight.dim() == 2, lambda: f"{name}: the weight {tuple(weight.shape)} is no matrix")
+    require(
+        index is None or weight.is_contiguous(),
+        lambda: (
+            f"{name}: the weight {tuple(weight.shape)} has strides {weight.stride()}: positions are of a contiguous one"
+        ),
+    )
+
+
+def _check_block(
+    name: str, rows: Sizes, columns: Sizes, block: Tensor | None, channels: Tensor | None, axis: int
+) -> None:
+    require((block is None) == (channels is None), lambda: f"{name}: of a block and its channels, one is missing")
+    if block is not None and channels is not None:
+        require(axis in (0, 1), lambda: f"{name}: axis must be 0 or 1, got {axis}")
+        require_index(name, "channels", channels)
+        count = channels.shape[0]
+        require_shape(name, "block", block, *((count, columns) if axis == 0 else (rows, count)))
+
+
+def _check_skinny(x: Tensor, rows: Tensor | None, factor: Tensor | None) -> None:
+    name = "skinny_products"
+    require(x.dim() == 2, lambda: f"{name}: x {tuple(x.shape)} is no matrix")
+    if rows is not None:
+        require(rows.dim() == 2, lambda: f"{name}: rows {tuple(rows.shape)} is no matrix")
+        require_shape(name, "rows", rows, rows.shape[0], x.shape[1])
+    if factor is not None:
+        require(factor.dim() == 2, lambda: f"{name}: factor {tuple(factor.shape)} is no matrix")
+        require_shape(name, "factor", factor, x.shape[0], factor.shape[1] if rows is None else rows.shape[0])
+
+
+def _check_sampled(a: Tensor, b: Tensor, index: Tensor) -> None:
+    name = "sampled_product"
+    require(a.dim() == 2 and b.dim() == 2, lambda: f"{name}: a and b are matrices, not {a.dim()}-D and {b.dim()}-D")
+    require_shape(name, "b", b, a.shape[0], b.shape[1])
+    require_index(name, "index", index)
+    require(a.dtype == b.dtype, lambda: f"{name}: a is {a.dtype}, b {b.dtype}; cast one")
+
+
 # --- implementations -----------------------------------------------------------------------------------------------------
 
 
@@ -88,6 +189,10 @@ def write_values(weight: Tensor, values: Tensor | None, index: Tensor | None) ->
     """Write the sparse values into a contiguous stored weight; bypasses the version counter (see `sparsify.ops`)."""
     if values is None or index is None:
         return
+    _check_support("sparse part", values, index)
+    _check_weight("sparse part", weight, index)
+    require_together("sparse part", weight, values, index)
+    require_within("sparse part", "index", index, weight.numel(), "weight")
     if weight.is_contiguous() and kernels_take(weight, values):
         launch.write_values(weight.data, values, index)
     elif kernel_writes(weight, values, index):
@@ -99,6 +204,7 @@ def write_values(weight: Tensor, values: Tensor | None, index: Tensor | None) ->
 def skinny_products(x: Tensor, rows: Tensor | None, factor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """`(x rowsᵀ (T, r), factorᵀ x (r, m))` for `x (T, m)`, `rows (r, m)`, `factor (T, r)`; either may be absent. One pass over x
     where the generated CPU kernel serves, else GEMMs whose factor with few rows is kept row by row, which they want."""
+    _check_skinny(x, rows, factor)
     rank = rows.shape[0] if rows is not None else factor.shape[1] if factor is not None else 0
     if skinny_serves(x, rank):
         return skinny_by_kernel(x, rows, factor)
@@ -107,6 +213,8 @@ def skinny_products(x: Tensor, rows: Tensor | None, factor: Tensor | None) -> tu
 
 
 def _skinny_products(x: Tensor, rows: Tensor | None, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+    require_together("skinny_products", x, rows, factor)
+    require_floats("skinny_products", x=x, rows=rows, factor=factor)
     low, product = skinny_products(x, rows, factor)
     return x.new_empty(0) if low is None else low, x.new_empty(0) if product is None else product
 
@@ -146,6 +254,11 @@ def _sparse_lowrank(
     x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor | None, index: Tensor | None,
     a: Tensor | None, b: Tensor | None, scale: float, transposed: bool,
 ) -> Tensor:  # fmt: skip
+    name = "sparse_lowrank_linear"
+    _check_weight(name, weight, index)
+    _check_linear(name, x, *_logical(weight.shape, transposed), bias, values, index, a, b)
+    require_together(name, x, weight, bias, values, index, a, b)
+    require_floats(name, x=x, weight=weight, bias=bias, values=values, a=a, b=b)
     write_values(weight, values, index)
     return _forward(x, weight, transposed, bias, a, b, scale)
 
@@ -154,6 +267,11 @@ def _sparse_lowrank_dx(
     g: Tensor, weight: Tensor, values: Tensor | None, index: Tensor | None, low: Tensor | None, a: Tensor | None,
     scale: float, transposed: bool,
 ) -> Tensor:  # fmt: skip
+    name = "sparse_lowrank_linear_dx"
+    _check_weight(name, weight, index)
+    _check_dx(name, g, *_logical(weight.shape, transposed), values, index, low, a)
+    require_together(name, g, weight, values, index, low, a)
+    require_floats(name, g=g, weight=weight, values=values, low=low, a=a)
     write_values(weight, values, index)
     return _dx(g, weight, transposed, low, a, scale)
 
@@ -163,9 +281,13 @@ def dense_weight(
     channels: Tensor | None, axis: int, values: Tensor | None, index: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Unpack one layer and put the trained parts into it; `(stored)` layout, a fresh tensor."""
+    check_packed(packed, format, (shape[0], shape[1]))
+    _check_block("quantized base", *_logical(shape, transposed), block, channels, axis)
+    _check_support("quantized base", values, index)
     stored = unpack(packed, format, tuple(shape), dtype)
     if block is not None and channels is not None:
         logical = stored.t() if transposed else stored
+        require_within("quantized base", "channels", channels, logical.shape[axis], "weight's channels")
         logical.index_copy_(axis, channels.long(), block.to(dtype))
     write_values(stored, values, index)
     return stored
@@ -183,6 +305,8 @@ def fits_one_pass(x: Tensor, rows: int, columns: int, transposed: bool, index: T
         or not kernels_take(x)
     ):
         return False
+    if index is not None and not ascending(index):
+        return False  # the kernel looks positions up row by row
     density = 0.0 if index is None else index.numel() / (rows * columns)
     return density <= next(most for count, most in ONE_PASS_DENSITY.items() if tokens <= count)
 
@@ -214,7 +338,18 @@ def _quantized(
     channels: Tensor | None, axis: int, values: Tensor | None, index: Tensor | None, a: Tensor | None, b: Tensor | None,
     scale: float, packed: list[Tensor],
 ) -> Tensor:  # fmt: skip
-    if format in FORMATS and fits_one_pass(x, rows, columns, transposed, index):
+    name = "quantized_linear"
+    _check_linear(name, x, *_logical((rows, columns), transposed), bias, values, index, a, b)
+    _check_block(name, *_logical((rows, columns), transposed), block, channels, axis)
+    require_together(name, x, bias, block, channels, values, index, a, b, *packed)
+    require_floats(name, x=x, bias=bias, block=block, values=values, a=a, b=b)
+    one_sided = values is None or block is None
+    if format in FORMATS and one_sided and fits_one_pass(x, rows, columns, transposed, index):
+        check_packed(packed, format, (rows, columns))
+        if channels is not None:
+            require_within(name, "channels", channels, columns if axis == 1 else rows, "weight's channels")
+        if index is not None:
+            require_within(name, "index", index, rows * columns, "weight")
         return one_pass(x, format, rows, bias, block, channels, axis, values, index, a, b, scale, packed)
     stored = dense_weight(packed, format, [rows, columns], transposed, x.dtype, block, channels, axis, values, index)
     return _forward(x, stored, transposed, bias, a, b, scale)
@@ -225,6 +360,10 @@ def _quantized_dx(
     axis: int, values: Tensor | None, index: Tensor | None, low: Tensor | None, a: Tensor | None, scale: float,
     packed: list[Tensor],
 ) -> Tensor:  # fmt: skip
+    name = "quantized_linear_dx"
+    _check_dx(name, g, *_logical((rows, columns), transposed), values, index, low, a)
+    require_together(name, g, block, channels, values, index, low, a, *packed)
+    require_floats(name, g=g, block=block, values=values, low=low, a=a)
     stored = dense_weight(packed, format, [rows, columns], transposed, g.dtype, block, channels, axis, values, index)
     return _dx(g, stored, transposed, low, a, scale)
 
@@ -287,8 +426,15 @@ def csr_works() -> bool:
 
 
 def _sampled_product(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
+    _check_sampled(a, b, index)
+    require_together("sampled_product", a, b, index)
+    require_floats("sampled_product", a=a, b=b)
+    require_within("sampled_product", "index", index, a.shape[1] * b.shape[1], "product")
     if a.shape[0] == 0 or index.numel() == 0:
         return a.new_zeros(index.shape)
+    if not ascending(index):  # every variant walks through sorted, distinct positions
+        distinct, places = torch.unique(index, return_inverse=True)
+        return _sampled_product(a, b, distinct)[places]
     density = index.numel() / max(1, a.shape[1] * b.shape[1])
     if kernels_take(a, b) and a.dtype == b.dtype:
         if density < PER_ENTRY_DENSITY["cuda"]:
@@ -323,24 +469,46 @@ def _logical(shape: Any, transposed: bool) -> tuple[int, int]:
 def _sparse_lowrank_fake(
     x: Tensor, weight: Tensor, bias: Any, values: Any, index: Any, a: Any, b: Any, scale: float, transposed: bool
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], _logical(weight.shape, transposed)[0]))
+    rows, columns = _logical(weight.shape, transposed)
+    _check_linear("sparse_lowrank_linear", x, rows, columns, bias, values, index, a, b)
+    return x.new_empty((*x.shape[:-1], rows))
 
 
 def _sparse_lowrank_dx_fake(
     g: Tensor, weight: Tensor, values: Any, index: Any, low: Any, a: Any, scale: float, transposed: bool
 ) -> Tensor:
-    return g.new_empty((*g.shape[:-1], _logical(weight.shape, transposed)[1]))
+    rows, columns = _logical(weight.shape, transposed)
+    _check_dx("sparse_lowrank_linear_dx", g, rows, columns, values, index, low, a)
+    return g.new_empty((*g.shape[:-1], columns))
 
 
-def _quantized_fake(x: Tensor, format: str, rows: int, columns: int, transposed: bool, *rest: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], _logical((rows, columns), transposed)[0]))
+def _quantized_fake(
+    x: Tensor, format: str, rows: int, columns: int, transposed: bool, bias: Any, block: Any, channels: Any, axis: int,
+    values: Any, index: Any, a: Any, b: Any, scale: float, packed: list[Tensor],
+) -> Tensor:  # fmt: skip
+    shape = _logical((rows, columns), transposed)
+    _check_linear("quantized_linear", x, *shape, bias, values, index, a, b)
+    _check_block("quantized_linear", *shape, block, channels, axis)
+    return x.new_empty((*x.shape[:-1], shape[0]))
 
 
-def _quantized_dx_fake(g: Tensor, format: str, rows: int, columns: int, transposed: bool, *rest: Any) -> Tensor:
-    return g.new_empty((*g.shape[:-1], _logical((rows, columns), transposed)[1]))
+def _quantized_dx_fake(
+    g: Tensor, format: str, rows: int, columns: int, transposed: bool, block: Any, channels: Any, axis: int, values: Any,
+    index: Any, low: Any, a: Any, scale: float, packed: list[Tensor],
+) -> Tensor:  # fmt: skip
+    shape = _logical((rows, columns), transposed)
+    _check_dx("quantized_linear_dx", g, *shape, values, index, low, a)
+    _check_block("quantized_linear_dx", *shape, block, channels, axis)
+    return g.new_empty((*g.shape[:-1], shape[1]))
+
+
+def _sampled_fake(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
+    _check_sampled(a, b, index)
+    return a.new_empty(index.shape)
 
 
 def _skinny_products_fake(x: Tensor, rows: Tensor | None, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+    _check_skinny(x, rows, factor)
     low = x.new_empty(0 if rows is None else (x.shape[0], rows.shape[0]))
     return low, x.new_empty(0 if factor is None else (factor.shape[1], x.shape[1]))
 
@@ -350,116 +518,357 @@ for _name, _function in (
     ("sparse_lowrank_linear_dx", _sparse_lowrank_dx_fake),
     ("quantized_linear", _quantized_fake),
     ("quantized_linear_dx", _quantized_dx_fake),
-    ("sampled_product", lambda a, b, index: a.new_empty(index.shape)),
+    ("sampled_product", _sampled_fake),
     ("skinny_products", _skinny_products_fake),
 ):
     torch.library.register_fake(f"sparsify::{_name}", _function, lib=LIBRARY)
+
+
+# --- in ATen, for transforms ---------------------------------------------------------------------------------------------
+
+
+def _with_values(stored: Tensor, values: Tensor | None, index: Tensor | None) -> Tensor:
+    if values is None or index is None:
+        return stored
+    return stored.reshape(-1).index_copy(0, index.long(), values.to(stored.dtype)).view(stored.shape)
+
+
+def _linear_in_aten(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, scale: float
+) -> Tensor:
+    """`x Wᵀ + s (x Aᵀ) Bᵀ + b` of a logical weight `(n, m)`, in the dtype of `x`."""
+    y = torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    if a is None or b is None:
+        return y
+    return y + scale * (x.matmul(a.to(x.dtype).t())).matmul(b.to(x.dtype).t())
+
+
+def _dx_in_aten(g: Tensor, weight: Tensor, low: Tensor | None, a: Tensor | None, scale: float) -> Tensor:
+    dx = g.matmul(weight.to(g.dtype))
+    return dx if low is None or a is None else dx + scale * low.matmul(a.to(low.dtype)).view(dx.shape)
+
+
+def _sparse_lowrank_in_aten(
+    x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor | None, index: Tensor | None,
+    a: Tensor | None, b: Tensor | None, scale: float, transposed: bool,
+) -> Tensor:  # fmt: skip
+    stored = _with_values(weight, values, index)
+    return _linear_in_aten(x, stored.t() if transposed else stored, bias, a, b, scale)
+
+
+def _sparse_lowrank_dx_in_aten(
+    g: Tensor, weight: Tensor, values: Tensor | None, index: Tensor | None, low: Tensor | None, a: Tensor | None,
+    scale: float, transposed: bool,
+) -> Tensor:  # fmt: skip
+    stored = _with_values(weight, values, index)
+    return _dx_in_aten(g, stored.t() if transposed else stored, low, a, scale)
+
+
+def _base_in_aten(
+    packed: list[Tensor], format: str, shape: tuple[int, int], transposed: bool, dtype: torch.dtype, block: Tensor | None,
+    channels: Tensor | None, axis: int, values: Tensor | None, index: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The logical weight `(n, m)` that `dense_weight` stands for, differentiable in block and values."""
+    check_packed(packed, format, shape)
+    stored = unpack(packed, format, shape, dtype)
+    if block is not None and channels is not None:
+        trained, side = (block.t(), 1 - axis) if transposed else (block, axis)
+        stored = stored.index_copy(side, channels.long(), trained.to(dtype))
+    stored = _with_values(stored, values, index)
+    return stored.t() if transposed else stored
+
+
+def _quantized_in_aten(
+    x: Tensor, format: str, rows: int, columns: int, transposed: bool, bias: Tensor | None, block: Tensor | None,
+    channels: Tensor | None, axis: int, values: Tensor | None, index: Tensor | None, a: Tensor | None, b: Tensor | None,
+    scale: float, packed: list[Tensor],
+) -> Tensor:  # fmt: skip
+    weight = _base_in_aten(packed, format, (rows, columns), transposed, x.dtype, block, channels, axis, values, index)
+    return _linear_in_aten(x, weight, bias, a, b, scale)
+
+
+def _quantized_dx_in_aten(
+    g: Tensor, format: str, rows: int, columns: int, transposed: bool, block: Tensor | None, channels: Tensor | None,
+    axis: int, values: Tensor | None, index: Tensor | None, low: Tensor | None, a: Tensor | None, scale: float,
+    packed: list[Tensor],
+) -> Tensor:  # fmt: skip
+    weight = _base_in_aten(packed, format, (rows, columns), transposed, g.dtype, block, channels, axis, values, index)
+    return _dx_in_aten(g, weight, low, a, scale)
+
+
+def _skinny_in_aten(x: Tensor, rows: Tensor | None, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+    low = x.new_empty(0) if rows is None else x.mm(rows.to(x.dtype).t())
+    return low, x.new_empty(0) if factor is None else factor.t().mm(x)
+
+
+for _name, _function in (
+    ("sparse_lowrank_linear", _sparse_lowrank_in_aten),
+    ("sparse_lowrank_linear_dx", _sparse_lowrank_dx_in_aten),
+    ("quantized_linear", _quantized_in_aten),
+    ("quantized_linear_dx", _quantized_dx_in_aten),
+    ("sampled_product", lambda a, b, index: a.t().mm(b).reshape(-1).index_select(0, index)),
+    ("skinny_products", _skinny_in_aten),
+):
+    LIBRARY.in_aten(_name, _function)
 
 
 # --- autograd ------------------------------------------------------------------------------------------------------------
 
 
 def _low_rank_gradients(
-    g: Tensor,
-    x: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
-    scale: float,
-    want_x: bool,
-    want_a: bool,
-    want_b: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    g: Tensor, x: Tensor | None, a: Tensor | None, b: Tensor | None, scale: float, want_x: bool, of_a: torch.dtype | None,
+    of_b: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """`(low, dA, dB)`: `low = g B (T, r)`, which dX and dA share, `dA = s lowᵀ x`, `dB = s gᵀ (x Aᵀ)`; one pass over g for
-    `low` and dB."""
-    if a is None or b is None or not (want_x or want_a or want_b):
-        return None, None, None
+    `low` and dB. of_a, of_b: dtypes of the gradients, None where none is wanted; a and b may then be missing."""
     skinny = torch.ops.sparsify.skinny_products
-    tokens_x = None if x is None else x.reshape(-1, x.shape[-1])
-    u = skinny(tokens_x, a, None)[0] if want_b else None
-    low, product = skinny(g.reshape(-1, g.shape[-1]), b.t() if want_x or want_a else None, u)
-    d_a = (scale * skinny(tokens_x, None, low)[1]).to(a.dtype) if want_a else None
-    return low, d_a, (scale * product.t()).to(b.dtype) if want_b else None
+    tokens_x = None if x is None else flat(x)
+    u = skinny(tokens_x, a, None)[0] if of_b is not None else None
+    rows = b.t() if b is not None and (want_x or of_a is not None) else None
+    if rows is None and u is None:
+        return None, None, None
+    low, product = skinny(flat(g), rows, u)
+    d_a = (scale * skinny(tokens_x, None, low)[1]).to(of_a) if of_a is not None else None
+    return None if rows is None else low, d_a, (scale * product.t()).to(of_b) if of_b is not None else None
+
+
+def _stored_factors(g: Tensor, x: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
+    """`(p, q)` such that `pᵀ q` is the gradient of the stored weight."""
+    return (flat(x), flat(g)) if transposed else (flat(g), flat(x))
 
 
 def _sparse_gradient(
-    g: Tensor, x: Tensor | None, values: Tensor | None, index: Tensor | None, transposed: bool, wanted: bool
+    g: Tensor, x: Tensor | None, index: Tensor | None, transposed: bool, dtype: torch.dtype | None
 ) -> Tensor | None:
-    """`dS = (gᵀ x)[support]`."""
-    if not wanted or x is None or values is None or index is None:
+    """`dS = (gᵀ x)[support]` in `dtype`; None where no gradient is wanted."""
+    if dtype is None or x is None or index is None:
         return None
-    tokens_g, tokens_x = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
-    first, second = (tokens_x, tokens_g) if transposed else (tokens_g, tokens_x)
-    return torch.ops.sparsify.sampled_product(first, second, index).to(values.dtype)
+    return torch.ops.sparsify.sampled_product(*_stored_factors(g, x, transposed), index).to(dtype)
+
+
+def _frozen_gradient(g: Tensor, x: Tensor, index: Tensor | None, transposed: bool, dtype: torch.dtype) -> Tensor:
+    """`gᵀ x` with zeros at the support: for a weight that was made to require a gradient in spite of the plan."""
+    first, second = _stored_factors(g, x, transposed)
+    dense = first.t().mm(second).to(dtype)
+    return dense if index is None else dense.view(-1).index_fill(0, index.long(), 0).view(dense.shape)
+
+
+def _dtype_if(wanted: bool, t: Tensor | None) -> torch.dtype | None:
+    return t.dtype if wanted and t is not None else None
 
 
 def _setup_sparse_lowrank(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, values, index, a, b, scale, transposed = inputs
-    trained = any(ctx.needs_input_grad[i] for i in (3, 5, 6))
-    kept = saved_input(x) if trained else (None, None)
-    ctx.save_for_backward(*kept, weight, values, index, a, b)
-    ctx.scale, ctx.transposed, ctx.bias_dtype = scale, transposed, None if bias is None else bias.dtype
+    need = ctx.needs_input_grad
+    trained = any(need[i] for i in (1, 3, 5, 6))
+    first, second = saved_input(x) if trained else (None, None)
+    link = input_link(x, second)
+    ctx.save_for_backward(
+        first, second, link, weight if need[0] else None, values if need[0] else None, index,
+        a if need[0] or need[6] else None, b if need[0] or need[5] else None,
+    )  # fmt: skip
+    ctx.scale, ctx.transposed = scale, transposed
+    ctx.dtypes = tuple(_dtype_if(need[i], t) for i, t in ((1, weight), (2, bias), (3, values), (5, a), (6, b)))
 
 
 def _backward_sparse_lowrank(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     *kept, weight, values, index, a, b = ctx.saved_tensors
-    need = ctx.needs_input_grad
-    dx = d_bias = None
-    x = restored_input(*kept) if need[3] or need[5] or need[6] else None
-    low, d_a, d_b = _low_rank_gradients(g, x, a, b, ctx.scale, need[0], need[5], need[6])
+    need, (of_weight, of_bias, of_values, of_a, of_b) = ctx.needs_input_grad, ctx.dtypes
+    x = restored_input(*kept)
+    low, d_a, d_b = _low_rank_gradients(g, x, a, b, ctx.scale, need[0], of_a, of_b)
+    dx = d_weight = None
     if need[0]:
-        dx = torch.ops.sparsify.sparse_lowrank_linear_dx(g, weight, values, index, low, a, ctx.scale, ctx.transposed)
-    if need[2]:
-        d_bias = g.reshape(-1, g.shape[-1]).sum(0).to(ctx.bias_dtype)
-    d_values = _sparse_gradient(g, x, values, index, ctx.transposed, need[3])
-    return dx, None, d_bias, d_values, None, d_a, d_b, None, None
+        support = (None, None) if values is None else (values, index)
+        dx = torch.ops.sparsify.sparse_lowrank_linear_dx(g, weight, *support, low, a, ctx.scale, ctx.transposed)
+    if x is not None and of_weight is not None:
+        d_weight = _frozen_gradient(g, x, index, ctx.transposed, of_weight)
+    d_bias = None if of_bias is None else flat(g).sum(0).to(of_bias)
+    d_values = _sparse_gradient(g, x, index, ctx.transposed, of_values)
+    return dx, d_weight, d_bias, d_values, None, d_a, d_b, None, None
 
 
-torch.library.register_autograd(
-    "sparsify::sparse_lowrank_linear", _backward_sparse_lowrank, setup_context=_setup_sparse_lowrank, lib=LIBRARY
-)
+def _setup_sparse_lowrank_dx(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    g, weight, values, index, low, a, scale, transposed = inputs
+    need = ctx.needs_input_grad
+    own = (weight, values) if need[0] else (None, None)
+    ctx.save_for_backward(g if need[1] or need[2] else None, *own, index, low, a)
+    ctx.scale, ctx.transposed = scale, transposed
+    ctx.dtypes = tuple(_dtype_if(need[i], t) for i, t in ((1, weight), (2, values), (4, low), (5, a)))
+
+
+def _backward_sparse_lowrank_dx(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+    """Of `dX = g W' + s low A`: the operator itself, without its low-rank part, for g, and sampled and skinny products."""
+    g, weight, values, index, low, a = ctx.saved_tensors
+    of_weight, of_values, of_low, of_a = ctx.dtypes
+    dg = d_weight = None
+    if ctx.needs_input_grad[0]:
+        support = (None, None) if values is None else (values, index)
+        dg = torch.ops.sparsify.sparse_lowrank_linear(outer, weight, None, *support, None, None, 1.0, ctx.transposed)
+    if of_weight is not None:
+        d_weight = _frozen_gradient(g, outer, index, ctx.transposed, of_weight)
+    d_values = _sparse_gradient(g, outer, index, ctx.transposed, of_values)
+    d_low, d_a = _added_gradients(outer, low, a, ctx.scale, of_low, of_a)
+    return dg, d_weight, d_values, None, d_low, d_a, None, None
+
+
+def _added_gradients(
+    outer: Tensor,
+    low: Tensor | None,
+    a: Tensor | None,
+    scale: float,
+    of_low: torch.dtype | None,
+    of_a: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of `s low A` in dX: `(s outer Aᵀ, s lowᵀ outer)`, in the dtypes given; None where there is none."""
+    if low is None or a is None or (of_low is None and of_a is None):
+        return None, None
+    d_low, d_a = torch.ops.sparsify.skinny_products(
+        flat(outer), None if of_low is None else a, None if of_a is None else low
+    )
+    return None if of_low is None else (scale * d_low).to(of_low), None if of_a is None else (scale * d_a).to(of_a)
+
+
+for _name, _function, _setup in (
+    ("sparse_lowrank_linear", _backward_sparse_lowrank, _setup_sparse_lowrank),
+    ("sparse_lowrank_linear_dx", _backward_sparse_lowrank_dx, _setup_sparse_lowrank_dx),
+):
+    torch.library.register_autograd(f"sparsify::{_name}", _function, setup_context=_setup, lib=LIBRARY)
 
 
 def _setup_quantized(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, format, rows, columns, transposed, bias, block, channels, axis, values, index, a, b, scale, packed = inputs
     need = ctx.needs_input_grad  # flattened: positions hold up to `packed`, which is why it stands last
     whole = any(need[i] for i in (9, 11, 12)) or (need[6] and axis == 0)
-    some = need[6] and not whole
-    kept = saved_input(x) if whole else (x.index_select(-1, channels) if some else None, None)
-    ctx.save_for_backward(*kept, bias, block, channels, values, index, a, b, *packed)
-    ctx.meta = (format, rows, columns, transposed, axis, scale, whole)
-    ctx.wants = tuple(bool(need[i]) for i in (0, 5, 6, 9, 11, 12))
+    first = second = None
+    if whole:
+        first, second = saved_input(x)
+    elif need[6]:
+        first = recorded(x.index_select, -1, channels) if need[0] else x.index_select(-1, channels)
+    own = (block, values) if need[0] else (None, None)
+    ctx.save_for_backward(
+        first, second, input_link(x, second), *own, channels, index, a if need[0] or need[12] else None,
+        b if need[0] or need[11] else None, *packed,
+    )  # fmt: skip
+    ctx.meta, ctx.whole = (format, rows, columns, transposed), whole
+    ctx.axis, ctx.scale = axis, scale
+    ctx.dtypes = tuple(_dtype_if(need[i], t) for i, t in ((5, bias), (6, block), (9, values), (11, a), (12, b)))
+
+
+def _quantized_block_gradient(
+    g: Tensor, x: Tensor, channels: Tensor, axis: int, index: Tensor | None, shape: tuple[int, int], transposed: bool
+) -> Tensor:
+    """`(gᵀ x)` on trained channels, zero where the sparse part is written over them; of axis 1, `x` holds these columns only."""
+    tokens_g, tokens_x = flat(g), flat(x)
+    tokens_g = tokens_g if axis == 1 else tokens_g.index_select(1, channels)
+    gradient = tokens_g.t().mm(tokens_x)
+    if index is None:
+        return gradient
+    free = torch.ones(shape, dtype=torch.bool, device=g.device)
+    free.view(-1)[index.long()] = False
+    return gradient * (free.t() if transposed else free).index_select(axis, channels)
 
 
 def _backward_quantized(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-    first, second, bias, block, channels, values, index, a, b, *packed = ctx.saved_tensors
-    format, rows, columns, transposed, axis, scale, whole = ctx.meta
-    want_x, want_bias, want_block, want_values, want_a, want_b = ctx.wants
-    dx = d_bias = d_block = None
-    kept = restored_input(first, second)
-    low, d_a, d_b = _low_rank_gradients(g, kept if whole else None, a, b, scale, want_x, want_a, want_b)
-    if want_x:
-        dx = torch.ops.sparsify.quantized_linear_dx(
-            g, format, rows, columns, transposed, block, channels, axis, values, index, low, a, scale, packed
+    *kept, block, values, channels, index, a, b = ctx.saved_tensors[:9]
+    packed = list(ctx.saved_tensors[9:])
+    need, (of_bias, of_block, of_values, of_a, of_b) = ctx.needs_input_grad, ctx.dtypes
+    _, rows, columns, transposed = ctx.meta
+    dx = d_block = None
+    x = restored_input(*kept)
+    low, d_a, d_b = _low_rank_gradients(g, x if ctx.whole else None, a, b, ctx.scale, need[0], of_a, of_b)
+    if need[0]:
+        parts = (None if block is None else block, None if block is None else channels, ctx.axis)
+        parts += (values, None if values is None else index, low, a, ctx.scale, packed)
+        dx = torch.ops.sparsify.quantized_linear_dx(g, *ctx.meta, *parts)
+    d_bias = None if of_bias is None else flat(g).sum(0).to(of_bias)
+    if of_block is not None and x is not None:
+        read = x.index_select(-1, channels) if ctx.whole and ctx.axis == 1 else x
+        d_block = _quantized_block_gradient(g, read, channels, ctx.axis, index, (rows, columns), transposed).to(
+            of_block
         )
-    tokens_g = g.reshape(-1, g.shape[-1])
-    if want_bias and bias is not None:
-        d_bias = tokens_g.sum(0).to(bias.dtype)
-    if want_block and block is not None and channels is not None and kept is not None:
-        tokens_x = kept.reshape(-1, kept.shape[-1])
-        if axis == 0:
-            tokens_s = tokens_g.index_select(1, channels.long())
-            d_block = tokens_s.t().mm(tokens_x).to(block.dtype)
-        else:
-            tokens_x = tokens_x.index_select(1, channels.long()) if whole else tokens_x
-            d_block = tokens_g.t().mm(tokens_x).to(block.dtype)
-    d_values = _sparse_gradient(g, kept if whole else None, values, index, transposed, want_values)
+    d_values = _sparse_gradient(g, x if ctx.whole else None, index, transposed, of_values)
     gradients = (dx, None, None, None, None, d_bias, d_block, None, None, d_values, None, d_a, d_b, None)
     return (*gradients, [None] * len(packed))
 
 
+def _setup_quantized_dx(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    g, format, rows, columns, transposed, block, channels, axis, values, index, low, a, scale, packed = inputs
+    need = ctx.needs_input_grad
+    own = (block, values) if need[0] else (None, None)
+    ctx.save_for_backward(g if need[5] or need[8] else None, *own, channels, index, low, a, *packed)
+    ctx.meta, ctx.axis, ctx.scale = (format, rows, columns, transposed), axis, scale
+    ctx.dtypes = tuple(_dtype_if(need[i], t) for i, t in ((5, block), (8, values), (10, low), (11, a)))
+
+
+def _backward_quantized_dx(ctx: Any, outer: Tensor) -> tuple[Any, ...]:
+    """As of `sparse_lowrank_linear_dx`, with the block's gradient beside."""
+    g, block, values, channels, index, low, a = ctx.saved_tensors[:7]
+    packed = list(ctx.saved_tensors[7:])
+    of_block, of_values, of_low, of_a = ctx.dtypes
+    _, rows, columns, transposed = ctx.meta
+    dg = d_block = None
+    if ctx.needs_input_grad[0]:
+        parts = (None, block, None if block is None else channels, ctx.axis, values, None if values is None else index)
+        dg = torch.ops.sparsify.quantized_linear(outer, *ctx.meta, *parts, None, None, 1.0, packed)
+    if of_block is not None:
+        read = outer.index_select(-1, channels) if ctx.axis == 1 else outer
+        d_block = _quantized_block_gradient(g, read, channels, ctx.axis, index, (rows, columns), transposed).to(
+            of_block
+        )
+    d_values = _sparse_gradient(g, outer, index, transposed, of_values)
+    d_low, d_a = _added_gradients(outer, low, a, ctx.scale, of_low, of_a)
+    gradients = (dg, None, None, None, None, d_block, None, None, d_values, None, d_low, d_a, None)
+    return (*gradients, [None] * len(packed))
+
+
+for _name, _function, _setup in (
+    ("quantized_linear", _backward_quantized, _setup_quantized),
+    ("quantized_linear_dx", _backward_quantized_dx, _setup_quantized_dx),
+):
+    torch.library.register_autograd(f"sparsify::{_name}", _function, setup_context=_setup, lib=LIBRARY)
+
+
+def _setup_sampled(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_sampled(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+    """Of `(aᵀ b)[index]`: `b Dᵀ` and `a D`, where D `(p, q)` holds the outer gradient at the positions. D is dense, for once."""
+    a, b, index = ctx.saved_tensors
+    p, q = a.shape[1], b.shape[1]
+    dense = outer.new_zeros(p * q).index_add(0, index, outer).view(p, q)
+    need = ctx.needs_input_grad
+    return b.mm(dense.t()) if need[0] else None, a.mm(dense) if need[1] else None, None
+
+
+def _setup_skinny(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_skinny(ctx: Any, of_low: Tensor | None, of_product: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Of `(x rowsᵀ, factorᵀ x)`: x gets `of_low rows + factor of_product`; rows and factor get the same products of x again."""
+    x, rows, factor = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    dx = d_rows = d_factor = None
+    if need[0]:
+        through_low = None if rows is None or of_low is None else of_low.mm(rows.to(x.dtype))
+        through_product = None if factor is None or of_product is None else factor.mm(of_product)
+        both = through_low is not None and through_product is not None
+        dx = through_low + through_product if both else through_product if through_low is None else through_low
+    for_rows = of_low if need[1] and rows is not None else None
+    for_factor = of_product if need[2] and factor is not None else None
+    if for_rows is not None or for_factor is not None:
+        low, product = torch.ops.sparsify.skinny_products(x, for_factor, for_rows)
+        d_factor = None if for_factor is None else low.to(factor.dtype)
+        d_rows = None if for_rows is None else product.to(rows.dtype)
+    return dx, d_rows, d_factor
+
+
 torch.library.register_autograd(
-    "sparsify::quantized_linear", _backward_quantized, setup_context=_setup_quantized, lib=LIBRARY
+    "sparsify::sampled_product", _backward_sampled, setup_context=_setup_sampled, lib=LIBRARY
 )
+torch.library.register_autograd("sparsify::skinny_products", _backward_skinny, setup_context=_setup_skinny, lib=LIBRARY)
 
 for _name in ("sparse_lowrank_linear", "quantized_linear"):
     for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):

@@ -42,9 +42,17 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sparsify.errors import SparsifyError
+from sparsify.operator_checks import (
+    require,
+    require_floats,
+    require_index,
+    require_shape,
+    require_together,
+    require_within,
+)
+from sparsify.operator_library import LIBRARY
 from sparsify.sharded import local, piece_of, refuse_sharded, whole
 
-LIBRARY = torch.library.Library("sparsify", "FRAGMENT")
 LIBRARY.define("masked_linear(Tensor x, Tensor weight, Tensor bits, Tensor? bias, bool transposed=False) -> Tensor")
 LIBRARY.define("apply_mask(Tensor t, Tensor bits) -> Tensor")
 LIBRARY.define("masked_grad(Tensor g, Tensor x, Tensor bits) -> Tensor")
@@ -77,10 +85,15 @@ def unpack_bits(bits: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
     """Inverse of `pack_bits`: bool of `shape`."""
     count = int(torch.Size(shape).numel())
     if bits.device.type == "meta" or torch.compiler.is_compiling():
-        flat = ((bits[:, None] >> torch.arange(8, device=bits.device, dtype=torch.uint8)) & 1).flatten().to(torch.bool)
+        flat = _unpack_by_shifts(bits)
     else:
         flat = byte_table(bits.device).index_select(0, bits.int()).view(torch.bool)
     return flat[:count].view(shape)
+
+
+def _unpack_by_shifts(bits: Tensor) -> Tensor:
+    """All bits as bools, in arithmetic that compilers and torch.func can see through."""
+    return ((bits[:, None] >> torch.arange(8, device=bits.device, dtype=torch.uint8)) & 1).flatten().to(torch.bool)
 
 
 # --- the oracle --------------------------------------------------------------------------------------------------------------
@@ -99,14 +112,39 @@ def oracle_masked_linear_backward(g: Tensor, x: Tensor, weight: Tensor, mask: Te
     return g @ torch.where(mask, weight, zero), torch.where(mask, flat_g.transpose(0, 1) @ flat_x, zero), flat_g.sum(0)
 
 
+# --- what is checked -----------------------------------------------------------------------------------------------------------
+
+
+def _check_bits(name: str, bits: Tensor, count: Any) -> None:
+    """That `bits` hold one bit for each of `count` entries; shapes only."""
+    require(
+        bits.dim() == 1 and bits.dtype == torch.uint8,
+        lambda: f"{name}: bits are {bits.dtype} {tuple(bits.shape)}, expected uint8 in one dimension",
+    )
+    require(
+        bits.shape[0] == (count + 7) // 8,
+        lambda: f"{name}: bits {tuple(bits.shape)} do not describe {count} entries, which are {(count + 7) // 8} bytes",
+    )
+
+
+def _check_linear(name: str, x: Tensor, rows: Any, columns: Any, bias: Tensor | None) -> None:
+    require(x.dim() >= 1, lambda: f"{name}: the input has no dimension")
+    require(x.shape[-1] == columns, lambda: f"{name}: x has {x.shape[-1]} channels, the weight {columns}")
+    if bias is not None:
+        require_shape(name, "bias", bias, rows)
+
+
 # --- apply_mask ----------------------------------------------------------------------------------------------------------------
 
 
 def _apply_mask(t: Tensor, bits: Tensor) -> Tensor:
-    return t.masked_fill(~unpack_bits(bits, t.shape), 0)
+    _check_bits("apply_mask", bits, t.numel())
+    require_together("apply_mask", t, bits)
+    return t.masked_fill(~unpack_bits(bits, t.shape), 0).contiguous()
 
 
 def _apply_mask_fake(t: Tensor, bits: Tensor) -> Tensor:
+    _check_bits("apply_mask", bits, t.numel())
     return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
@@ -119,7 +157,13 @@ def _apply_mask_backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
     return torch.ops.sparsify.apply_mask(g, bits), None
 
 
+def _apply_mask_in_aten(t: Tensor, bits: Tensor) -> Tensor:
+    _check_bits("apply_mask", bits, t.numel())
+    return t.masked_fill(~_unpack_by_shifts(bits)[: t.numel()].view(t.shape), 0)
+
+
 LIBRARY.impl("apply_mask", _apply_mask, "CompositeExplicitAutograd")
+LIBRARY.in_aten("apply_mask", _apply_mask_in_aten)
 torch.library.register_fake("sparsify::apply_mask", _apply_mask_fake, lib=LIBRARY)
 torch.library.register_autograd("sparsify::apply_mask", _apply_mask_backward, setup_context=_keep_bits, lib=LIBRARY)
 
@@ -128,7 +172,17 @@ torch.library.register_autograd("sparsify::apply_mask", _apply_mask_backward, se
 PIECE = 1 << 18
 
 
+def _check_masked_grad(g: Tensor, x: Tensor, bits: Tensor) -> None:
+    require(
+        g.dim() == 2 and x.dim() == 2, lambda: f"masked_grad: g and x are matrices, not {g.dim()}-D and {x.dim()}-D"
+    )
+    require(g.shape[0] == x.shape[0], lambda: f"masked_grad: g has {g.shape[0]} tokens, x {x.shape[0]}")
+    _check_bits("masked_grad", bits, g.shape[1] * x.shape[1])
+
+
 def _masked_grad(g: Tensor, x: Tensor, bits: Tensor) -> Tensor:
+    _check_masked_grad(g, x, bits)
+    require_together("masked_grad", g, x, bits)
     dense = g.t().mm(x)
     flat = dense.view(-1)
     for start in range(0, flat.numel(), PIECE):  # a multiple of 8 entries, so of whole bytes
@@ -139,6 +193,7 @@ def _masked_grad(g: Tensor, x: Tensor, bits: Tensor) -> Tensor:
 
 
 def _masked_grad_fake(g: Tensor, x: Tensor, bits: Tensor) -> Tensor:
+    _check_masked_grad(g, x, bits)
     return g.new_empty((g.shape[1], x.shape[1]))
 
 
@@ -146,13 +201,15 @@ def _save_factors(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _masked_grad_backward(ctx: Any, outer: Tensor) -> tuple[Tensor, Tensor, None]:
+def _masked_grad_backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
     g, x, bits = ctx.saved_tensors
     kept = torch.ops.sparsify.apply_mask(outer, bits)
-    return x.mm(kept.t()), g.mm(kept), None
+    need = ctx.needs_input_grad
+    return x.mm(kept.t()) if need[0] else None, g.mm(kept) if need[1] else None, None
 
 
 LIBRARY.impl("masked_grad", _masked_grad, "CompositeExplicitAutograd")
+LIBRARY.in_aten("masked_grad", lambda g, x, bits: _apply_mask_in_aten(g.t().mm(x), bits))
 torch.library.register_fake("sparsify::masked_grad", _masked_grad_fake, lib=LIBRARY)
 torch.library.register_autograd(
     "sparsify::masked_grad", _masked_grad_backward, setup_context=_save_factors, lib=LIBRARY
@@ -161,20 +218,32 @@ torch.library.register_autograd(
 # --- masked_linear ---------------------------------------------------------------------------------------------------------------
 
 
+def _check_masked_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, transposed: bool) -> None:
+    name = "masked_linear"
+    require(weight.dim() == 2, lambda: f"{name}: the weight {tuple(weight.shape)} is no matrix")
+    rows, columns = weight.shape[::-1] if transposed else weight.shape
+    _check_linear(name, x, rows, columns, bias)
+    _check_bits(name, bits, weight.numel())
+
+
 def _masked_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, transposed: bool = False) -> Tensor:
+    _check_masked_linear(x, weight, bits, bias, transposed)
+    require_together("masked_linear", x, weight, bits, bias)
     return F.linear(x, weight.t() if transposed else weight, bias)
 
 
 def _masked_linear_fake(
     x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, transposed: bool = False
 ) -> Tensor:
-    rows, columns = weight.shape[::-1] if transposed else weight.shape
-    torch._check(x.shape[-1] == columns, lambda: f"x has {x.shape[-1]} channels, the weight {columns}")
-    torch._check(
-        bits.dim() == 1 and bits.shape[0] == (weight.numel() + 7) // 8,
-        lambda: f"bits {tuple(bits.shape)} do not describe a weight {tuple(weight.shape)}",
-    )
-    return x.new_empty((*x.shape[:-1], rows))
+    _check_masked_linear(x, weight, bits, bias, transposed)
+    return x.new_empty((*x.shape[:-1], weight.shape[1] if transposed else weight.shape[0]))
+
+
+def _masked_linear_in_aten(
+    x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, transposed: bool = False
+) -> Tensor:
+    kept = _apply_mask_in_aten(weight, bits)
+    return F.linear(x, kept.t() if transposed else kept, bias)
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -187,7 +256,10 @@ def _masked_linear_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bits = ctx.saved_tensors
     dx = dw = db = None
     if ctx.needs_input_grad[0]:
-        dx = g.matmul(weight.t() if ctx.transposed else weight)
+        if torch.is_grad_enabled():  # recorded: the same product, whose gradient for the weight is masked
+            dx = torch.ops.sparsify.masked_linear(g, weight, bits, None, not ctx.transposed)
+        else:
+            dx = g.matmul(weight.t() if ctx.transposed else weight)
     if ctx.needs_input_grad[1]:
         flat_g, flat_x = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
         left, right = (flat_x, flat_g) if ctx.transposed else (flat_g, flat_x)
@@ -198,6 +270,7 @@ def _masked_linear_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
 
 
 LIBRARY.impl("masked_linear", _masked_linear, "CompositeExplicitAutograd")
+LIBRARY.in_aten("masked_linear", _masked_linear_in_aten)
 torch.library.register_fake("sparsify::masked_linear", _masked_linear_fake, lib=LIBRARY)
 torch.library.register_autograd(
     "sparsify::masked_linear", _masked_linear_backward, setup_context=_save_linear, lib=LIBRARY
@@ -211,12 +284,26 @@ def expand_survivors(values: Tensor, index: Tensor, rows: int, columns: int) -> 
     return values.new_zeros(rows * columns).index_put_((index,), values).view(rows, columns)
 
 
+def _check_survivors(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, rows: int) -> None:
+    name = "survivor_linear"
+    require_index(name, "index", index)
+    require(
+        values.shape == index.shape, lambda: f"{name}: {tuple(values.shape)} values but {tuple(index.shape)} positions"
+    )
+    _check_linear(name, x, rows, x.shape[-1], bias)
+
+
 def _survivor_linear(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+    name = "survivor_linear"
+    _check_survivors(x, values, index, bias, rows)
+    require_together(name, x, values, index, bias)
+    require_floats(name, x=x, values=values, bias=bias)
+    require_within(name, "index", index, rows * x.shape[-1], "weight")
     return F.linear(x, expand_survivors(values, index, rows, x.shape[-1]), bias)
 
 
 def _survivor_linear_fake(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-    torch._check(values.shape == index.shape, lambda: f"{values.shape[0]} values but {index.shape[0]} positions")
+    _check_survivors(x, values, index, bias, rows)
     return x.new_empty((*x.shape[:-1], rows))
 
 
@@ -230,7 +317,7 @@ def _survivor_linear_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, values, index = ctx.saved_tensors
     dx = dv = db = None
     if ctx.needs_input_grad[0]:
-        dense = values.new_zeros(ctx.rows * ctx.columns).index_put((index,), values)
+        dense = values.new_zeros(ctx.rows * ctx.columns).index_copy(0, index.long(), values)
         dx = g.matmul(dense.view(ctx.rows, ctx.columns))
     if ctx.needs_input_grad[1]:
         dv = g.reshape(-1, g.shape[-1]).t().mm(x.reshape(-1, x.shape[-1])).view(-1).index_select(0, index)
@@ -239,7 +326,13 @@ def _survivor_linear_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dv, None, db, None
 
 
+def _survivor_linear_in_aten(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+    dense = values.new_zeros(rows * x.shape[-1]).index_copy(0, index.long(), values)
+    return F.linear(x, dense.view(rows, x.shape[-1]), bias)
+
+
 LIBRARY.impl("survivor_linear", _survivor_linear, "CompositeExplicitAutograd")
+LIBRARY.in_aten("survivor_linear", _survivor_linear_in_aten)
 torch.library.register_fake("sparsify::survivor_linear", _survivor_linear_fake, lib=LIBRARY)
 torch.library.register_autograd(
     "sparsify::survivor_linear", _survivor_linear_backward, setup_context=_save_survivors, lib=LIBRARY

@@ -282,20 +282,19 @@ class Copier:
     def rebuilt(self, x: Any) -> Any:
         """Through `__reduce_ex__`, as `copy.deepcopy` does, with the members copied here."""
         reductor = copyreg.dispatch_table.get(type(x))
-        recipe = reductor(x) if reductor is not None else x.__reduce_ex__(4)
+        recipe: Any = reductor(x) if reductor is not None else x.__reduce_ex__(4)
         if isinstance(recipe, str):
             return x
-        make, arguments, state, items, pairs = (*recipe, None, None, None)[:5]
+        parts: list[Any] = [*recipe, None, None, None]
+        make, arguments, state, items, pairs = parts[:5]
         self.alive.append(recipe)
-        y = make(*(self.value(a) for a in arguments))
+        y: Any = make(*(self.value(a) for a in arguments))
         self.memo[id(x)] = y
         if state is not None:
             plain = type(x).__reduce_ex__ is object.__reduce_ex__ and not hasattr(y, "__setstate__")
-            slots = None
-            if plain and isinstance(state, tuple) and len(state) == 2:
-                state, slots = state
             if plain:
-                for name, value in (state or {}).items():
+                attributes, slots = state if isinstance(state, tuple) else (state, None)
+                for name, value in (attributes or {}).items():
                     y.__dict__[name] = self.member(name, value)
                 for name, value in (slots or {}).items():
                     object.__setattr__(y, name, self.member(name, value))

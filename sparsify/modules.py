@@ -304,10 +304,17 @@ def write_parts(module: Any) -> None:
         values, index, a, b = module.parts()
         write_values(weight, None if values is None else values.detach(), index)
         if a is not None and b is not None:
-            weight.data.copy_((weight.data.float() + low_rank_delta(module)).to(weight.dtype))
+            weight.data.copy_(add_low_rank(module, weight.data))
 
 
 def low_rank_delta(module: Any) -> Tensor:
-    """`s · B A` in fp32, laid out like the stored weight."""
-    delta = module.scale * (module.lora_B.detach().float() @ module.lora_A.detach().float())
+    """`s · B A` in fp32, or fp64 where the factors are, laid out like the stored weight."""
+    a, b = (t.detach() if t.dtype == torch.float64 else t.detach().float() for t in (module.lora_A, module.lora_B))
+    delta = module.scale * (b @ a)
     return delta.t() if module.conv1d else delta
+
+
+def add_low_rank(module: Any, weight: Tensor) -> Tensor:
+    """`W + s · B A`, summed in fp32 or fp64, in the weight's dtype; a fresh tensor."""
+    wide = weight if weight.dtype == torch.float64 else weight.float()
+    return (wide + low_rank_delta(module)).to(weight.dtype)

@@ -274,16 +274,16 @@ class Reader:
             low = self.set_member()
             is_range = self.peek("-") and not self.text.startswith("-]", self.at) and self.at + 1 < len(self.text)
             if not is_range:
-                tests.append(low if callable(low) else equal(low))
+                tests.append(equal(low) if isinstance(low, str) else low)
                 continue
             self.at += 1
             high = self.set_member()
-            if callable(low) or callable(high) or high < low:
+            if not isinstance(low, str) or not isinstance(high, str) or high < low:
                 raise self.fail("has a bad range in a character set")
             tests.append(lambda c, low=low, high=high: low <= c <= high)
         return lambda c: any(test(c) for test in tests) != negative
 
-    def set_member(self) -> Any:
+    def set_member(self) -> str | Test:
         c = self.text[self.at]
         self.at += 1
         if c != "\\":

@@ -14,7 +14,9 @@ the region again before `dX = g W'`, because under FSDP2 or after an adapter swi
 `kernels/README.md` has the measurement that chose this layout.
 
 Saved for backward: a *copy* of `x[..., sel]` (axis 1) or `x` itself (axis 0), never a view that would keep more alive.
-No gradient is ever formed for frozen entries, and `dX` is a separate operator that is pruned when nobody needs it.
+No gradient is formed for frozen entries (unless the weight itself asks for one: then it is the dense one, zero under the block),
+and `dX` is a separate operator that is pruned when nobody needs it. `dX` is differentiable in turn: `dX = g W'` has the gradients
+`v W'ᵀ` for g and `(gᵀ v)` on the channels for the block, which are the first operator and the same product again.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ from torch import Tensor
 
 import sparsify.kernels.gpu.operator  # noqa: F401  registers channel_grad
 from sparsify.kernels.gpu.build import can_launch
+from sparsify.operator_checks import require, require_floats, require_index, require_together, require_within
+from sparsify.operator_library import LIBRARY, recorded
 
-LIBRARY = torch.library.Library("sparsify", "FRAGMENT")
 LIBRARY.define("partial_linear(Tensor x, Tensor weight, Tensor? bias, Tensor block, int start, int axis) -> Tensor")
 LIBRARY.define("partial_linear_dx(Tensor g, Tensor weight, Tensor block, int start, int axis) -> Tensor")
 LIBRARY.define(
@@ -71,7 +74,7 @@ def write_block(weight: Tensor, block: Tensor, start: int, axis: int) -> None:
 
 def write_block_at(weight: Tensor, block: Tensor, index: Tensor, axis: int) -> None:
     """Copy `block` to the channels `index` of `weight`; bypasses the version counter."""
-    weight.data.index_copy_(axis, index, block.to(weight.dtype))
+    weight.data.index_copy_(axis, index.long(), block.to(weight.dtype))
 
 
 def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -79,75 +82,134 @@ def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def _partial_linear(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, start: int, axis: int) -> Tensor:
-    write_block(weight, block, start, axis)
-    return _matmul(x, weight, bias)
-
-
-def _partial_linear_dx(g: Tensor, weight: Tensor, block: Tensor, start: int, axis: int) -> Tensor:
-    write_block(weight, block, start, axis)
-    return g.matmul(weight.to(g.dtype))
-
-
-def _partial_linear_at(
-    x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, index: Tensor, axis: int
-) -> Tensor:
-    write_block_at(weight, block, index, axis)
-    return _matmul(x, weight, bias)
-
-
-def _partial_linear_at_dx(g: Tensor, weight: Tensor, block: Tensor, index: Tensor, axis: int) -> Tensor:
-    write_block_at(weight, block, index, axis)
-    return g.matmul(weight.to(g.dtype))
-
-
-for _name, _function in (
-    ("partial_linear", _partial_linear),
-    ("partial_linear_dx", _partial_linear_dx),
-    ("partial_linear_at", _partial_linear_at),
-    ("partial_linear_at_dx", _partial_linear_at_dx),
-):
-    LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
-
-
-def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, where: Any, axis: int) -> Tensor:
-    torch._check(x.shape[-1] == weight.shape[1], lambda: f"x has {x.shape[-1]} channels, the weight {weight.shape[1]}")
-    torch._check(axis in (0, 1), lambda: f"axis must be 0 or 1, got {axis}")
-    torch._check(
-        block.shape[1 - axis] == weight.shape[1 - axis], lambda: f"block {block.shape} for weight {weight.shape}"
+def _check_sizes(
+    name: str, x: Tensor, weight: Tensor, block: Tensor, where: int | Tensor, axis: int, side: int
+) -> None:
+    """That block and weight fit, and that `x` has as many channels as the weight on `side`; without reading any tensor."""
+    require(axis in (0, 1), lambda: f"{name}: axis must be 0 or 1, got {axis}")
+    require(
+        weight.dim() == 2 and block.dim() == 2 and x.dim() >= 1,
+        lambda: (
+            f"{name}: x {tuple(x.shape)}, weight {tuple(weight.shape)}, block {tuple(block.shape)}: expected (…, m), (n, m) "
+            "and a matrix"
+        ),
     )
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+    require(
+        x.shape[-1] == weight.shape[side],
+        lambda: f"{name}: the input {tuple(x.shape)} has {x.shape[-1]} channels, the weight {weight.shape[side]}",
+    )
+    require(
+        block.shape[1 - axis] == weight.shape[1 - axis],
+        lambda: f"{name}: a block {tuple(block.shape)} does not fit axis {axis} of a weight {tuple(weight.shape)}",
+    )
+    if isinstance(where, Tensor):
+        require_index(name, "index", where)
+        require(
+            where.shape[0] == block.shape[axis],
+            lambda: f"{name}: {where.shape[0]} channels in the index, {block.shape[axis]} in the block",
+        )
+    else:
+        require(where >= 0, lambda: f"{name}: the block starts at {where}")
+        require(
+            where + block.shape[axis] <= weight.shape[axis],
+            lambda: f"{name}: channels {where} to {where + block.shape[axis]} of {weight.shape[axis]}",
+        )
 
 
-def _dx_fake(g: Tensor, weight: Tensor, block: Tensor, where: Any, axis: int) -> Tensor:
-    return g.new_empty((*g.shape[:-1], weight.shape[1]))
+def _write(name: str, x: Tensor, weight: Tensor, block: Tensor, where: int | Tensor, axis: int, side: int) -> None:
+    """Check everything, then write the block into its region."""
+    _check_sizes(name, x, weight, block, where, axis, side)
+    require_floats(name, x=x, weight=weight, block=block)
+    require_together(name, x, weight, block, where if isinstance(where, Tensor) else None)
+    if isinstance(where, Tensor):
+        require_within(name, "index", where, weight.shape[axis], "weight's channels")
+        write_block_at(weight, block, where, axis)
+    else:
+        write_block(weight, block, where, axis)
+
+
+def _check_bias(name: str, bias: Tensor | None, rows: Any) -> None:
+    if bias is not None:
+        require(
+            bias.dim() == 1 and bias.shape[0] == rows,
+            lambda: f"{name}: a bias {tuple(bias.shape)} does not fit {rows} output channels",
+        )
+
+
+def _forward_kernel(name: str) -> Any:
+    def kernel(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, where: Any, axis: int) -> Tensor:
+        _check_bias(name, bias, weight.shape[0])
+        _write(name, x, weight, block, where, axis, 1)
+        return _matmul(x, weight, bias)
+
+    return kernel
+
+
+def _dx_kernel(name: str) -> Any:
+    def kernel(g: Tensor, weight: Tensor, block: Tensor, where: Any, axis: int) -> Tensor:
+        _write(name, g, weight, block, where, axis, 0)
+        return g.matmul(weight.to(g.dtype))
+
+    return kernel
+
+
+def _forward_fake(name: str) -> Any:
+    def fake(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, where: Any, axis: int) -> Tensor:
+        _check_sizes(name, x, weight, block, where, axis, 1)
+        _check_bias(name, bias, weight.shape[0])
+        return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+    return fake
+
+
+def _dx_fake(name: str) -> Any:
+    def fake(g: Tensor, weight: Tensor, block: Tensor, where: Any, axis: int) -> Tensor:
+        _check_sizes(name, g, weight, block, where, axis, 0)
+        return g.new_empty((*g.shape[:-1], weight.shape[1]))
+
+    return fake
+
+
+def _replaced(weight: Tensor, block: Tensor, where: int | Tensor, axis: int) -> Tensor:
+    """`W'` as a new tensor, differentiable in both."""
+    if not isinstance(where, Tensor):
+        where = torch.arange(where, where + block.shape[axis], device=weight.device)
+    return effective_weight(weight, block, where.long(), axis)
+
+
+def _forward_in_aten(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, where: Any, axis: int) -> Tensor:
+    return _matmul(x, _replaced(weight, block, where, axis), bias)
+
+
+def _dx_in_aten(g: Tensor, weight: Tensor, block: Tensor, where: Any, axis: int) -> Tensor:
+    return g.matmul(_replaced(weight, block, where, axis).to(g.dtype))
 
 
 for _name in ("partial_linear", "partial_linear_at"):
-    torch.library.register_fake(f"sparsify::{_name}", _forward_fake, lib=LIBRARY)
-    torch.library.register_fake(f"sparsify::{_name}_dx", _dx_fake, lib=LIBRARY)
+    LIBRARY.impl(_name, _forward_kernel(_name), "CompositeExplicitAutograd")
+    LIBRARY.impl(f"{_name}_dx", _dx_kernel(f"{_name}_dx"), "CompositeExplicitAutograd")
+    LIBRARY.in_aten(_name, _forward_in_aten)
+    LIBRARY.in_aten(f"{_name}_dx", _dx_in_aten)
+    torch.library.register_fake(f"sparsify::{_name}", _forward_fake(_name), lib=LIBRARY)
+    torch.library.register_fake(f"sparsify::{_name}_dx", _dx_fake(f"{_name}_dx"), lib=LIBRARY)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, block, where, axis = inputs
-    trained = ctx.needs_input_grad[3]
-    if not trained:
-        kept = None
-    elif axis == 0:
-        kept = x
-    elif isinstance(where, Tensor):
-        kept = x.index_select(-1, where)
-    else:
-        kept = x.narrow(-1, where, block.shape[1]).clone(memory_format=torch.contiguous_format)
-    index = where if isinstance(where, Tensor) else None
-    ctx.save_for_backward(kept, weight, block, index)
-    ctx.where, ctx.axis, ctx.bias_dtype = where if index is None else None, axis, None if bias is None else bias.dtype
+def flat(t: Tensor) -> Tensor:
+    """`(T, c)` of `(..., c)`."""
+    return t.reshape(-1, t.shape[-1])
+
+
+def _columns(x: Tensor, where: int | Tensor, count: int) -> Tensor:
+    """A copy of the channels of `x` that an axis-1 block multiplies."""
+    if isinstance(where, Tensor):
+        return x.index_select(-1, where)
+    return x.narrow(-1, where, count).clone(memory_format=torch.contiguous_format)
 
 
 def _block_gradient(g: Tensor, kept: Tensor, rows: Tensor | slice | None) -> Tensor:
     """`(gᵀ kept)` for all rows, a range of them, or those at an index. On CUDA in fp32: cuBLAS on a view for a range, the
     generated kernel, which gathers as it reads, for an index."""
-    tokens_g, tokens_x = g.reshape(-1, g.shape[-1]), kept.reshape(-1, kept.shape[-1])
+    tokens_g, tokens_x = flat(g), flat(kept)
     if isinstance(rows, slice):
         tokens_g, rows = tokens_g[:, rows], None
     if g.is_cuda or can_launch(g.device):
@@ -155,23 +217,84 @@ def _block_gradient(g: Tensor, kept: Tensor, rows: Tensor | slice | None) -> Ten
     return (tokens_g if rows is None else tokens_g.index_select(1, rows)).t().mm(tokens_x)
 
 
+def _block_rows(where: int | Tensor, count: int, axis: int) -> Tensor | slice | None:
+    """The rows of the weight gradient that belong to the block; None for all (axis 1, whose columns are taken beforehand)."""
+    if axis == 1 or isinstance(where, Tensor):
+        return None if axis == 1 else where  # type: ignore[return-value]
+    return slice(where, where + count)
+
+
+def _frozen_gradient(g: Tensor, x: Tensor, where: int | Tensor, count: int, axis: int) -> Tensor:
+    """`gᵀ x` with zeros under the block: for a weight that was made to require a gradient in spite of the plan."""
+    if not isinstance(where, Tensor):
+        where = torch.arange(where, where + count, device=g.device)
+    return flat(g).t().mm(flat(x)).index_fill(axis, where.long(), 0)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, block, where, axis = inputs
+    need = ctx.needs_input_grad
+    if need[1] or (need[3] and axis == 0):
+        kept = x
+    elif not need[3]:
+        kept = None
+    elif need[0]:
+        kept = recorded(_columns, x, where, block.shape[1])
+    else:
+        kept = _columns(x, where, block.shape[1])
+    index = where if isinstance(where, Tensor) else None
+    ctx.save_for_backward(kept, weight if need[0] else None, block if need[0] else None, index)
+    ctx.where, ctx.axis, ctx.count = where if index is None else None, axis, block.shape[axis]
+    ctx.dtypes = weight.dtype, None if bias is None else bias.dtype, block.dtype
+
+
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     kept, weight, block, index = ctx.saved_tensors
-    where = ctx.where if index is None else index
-    dx = d_bias = d_block = None
-    if ctx.needs_input_grad[0]:
+    where, axis, need = ctx.where if index is None else index, ctx.axis, ctx.needs_input_grad
+    weight_dtype, bias_dtype, block_dtype = ctx.dtypes
+    dx = d_weight = d_bias = d_block = None
+    if need[0]:
         op = torch.ops.sparsify.partial_linear_dx if index is None else torch.ops.sparsify.partial_linear_at_dx
-        dx = op(g, weight, block, where, ctx.axis)
-    if ctx.needs_input_grad[2]:
-        d_bias = g.reshape(-1, g.shape[-1]).sum(0).to(ctx.bias_dtype)
-    if kept is not None:
-        rows = None if ctx.axis == 1 else index if index is not None else slice(where, where + block.shape[0])
-        d_block = _block_gradient(g, kept, rows).to(block.dtype)
-    return dx, None, d_bias, d_block, None, None
+        dx = op(g, weight, block, where, axis)
+    if need[1]:
+        d_weight = _frozen_gradient(g, kept, where, ctx.count, axis).to(weight_dtype)
+        kept = _columns(kept, where, ctx.count) if axis == 1 else kept
+    if need[2]:
+        d_bias = flat(g).sum(0).to(bias_dtype)
+    if need[3]:
+        d_block = _block_gradient(g, kept, _block_rows(where, ctx.count, axis)).to(block_dtype)
+    return dx, d_weight, d_bias, d_block, None, None
+
+
+def _setup_dx(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    g, weight, block, where, axis = inputs
+    need = ctx.needs_input_grad
+    index = where if isinstance(where, Tensor) else None
+    parts = (weight, block) if need[0] else (None, None)
+    ctx.save_for_backward(g if need[1] or need[2] else None, *parts, index)
+    ctx.where, ctx.axis, ctx.count = where if index is None else None, axis, block.shape[axis]
+    ctx.dtypes = weight.dtype, block.dtype
+
+
+def _backward_dx(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+    """Of `dX = g W'`: `outer W'ᵀ` for g, `gᵀ outer` on the channels for the block and beside them for the weight."""
+    g, weight, block, index = ctx.saved_tensors
+    where, axis, need = ctx.where if index is None else index, ctx.axis, ctx.needs_input_grad
+    dg = d_weight = d_block = None
+    if need[0]:
+        op = torch.ops.sparsify.partial_linear if index is None else torch.ops.sparsify.partial_linear_at
+        dg = op(outer, weight, None, block, where, axis)
+    if need[1]:
+        d_weight = _frozen_gradient(g, outer, where, ctx.count, axis).to(ctx.dtypes[0])
+    if need[2]:
+        read = _columns(outer, where, ctx.count) if axis == 1 else outer
+        d_block = _block_gradient(g, read, _block_rows(where, ctx.count, axis)).to(ctx.dtypes[1])
+    return dg, d_weight, d_block, None, None
 
 
 for _name in ("partial_linear", "partial_linear_at"):
     torch.library.register_autograd(f"sparsify::{_name}", _backward, setup_context=_setup_context, lib=LIBRARY)
+    torch.library.register_autograd(f"sparsify::{_name}_dx", _backward_dx, setup_context=_setup_dx, lib=LIBRARY)
 
 
 def _autocast(op: Any, device: str) -> Any:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.adapter import Delta
-from sparsify.install import Layout
+from sparsify.exact import change_of, changed, correction_of, sum_dtype
+from sparsify.layout import Layout
 from sparsify.modules import QuantizedMixin, attach_parts, attach_slice, become, detach_parts, detach_slice
 from sparsify.passes.insert_partial import kaiming_a
 from sparsify.program import SparseLowRank, TrainedSlice
@@ -37,6 +38,7 @@ class SlicePart:
     layout: Layout
     base: Tensor
     detached: nn.Parameter | None = None
+    base_known: bool = True
     bits: Tensor | None = None
 
     @property
@@ -68,13 +70,19 @@ class SlicePart:
 
     def deltas(self, snapshot: Snapshot | None = None) -> list[Delta]:
         block = (self.snapshot() if snapshot is None else snapshot)["block"]
-        values = block.float() - self.base.to(block.device).float()
+        values = change_of(block, self.base)
+        exact = correction_of(block, self.base, values)
+        channels = torch.tensor(self.piece.channels, dtype=torch.int64)
+        values, exact = self.to_file(values), None if exact is None else self.to_file(exact)
+        return [Delta(self.param, self.piece.side, channels, values, self.piece.transposed, exact=exact)]
+
+    def to_file(self, values: Tensor) -> Tensor:
+        """A tensor like the block, its other axis in original order."""
         other = 1 - self.piece.logical_axis
         moves = logical_moves(self.layout, leaf_of(self.param), self.piece.transposed)
         if other in moves:
             values = values.index_select(other, moves[other][1].to(values.device))
-        channels = torch.tensor(self.piece.channels, dtype=torch.int64)
-        return [Delta(self.param, self.piece.side, channels, values.cpu().contiguous(), self.piece.transposed)]
+        return values.cpu().contiguous()
 
     def fits(self, deltas: Sequence[Delta]) -> bool:
         return (
@@ -83,24 +91,28 @@ class SlicePart:
             and set(deltas[0].channels.tolist()) == set(self.piece.channels)
         )
 
-    def values_of(self, delta: Delta) -> Tensor:
-        """Values of a fitting delta in the order and layout of the block."""
+    def from_file(self, delta: Delta, values: Tensor) -> Tensor:
+        """A tensor like the values of a fitting delta, in the order and layout of the block."""
         side = self.piece.logical_axis
         place = {c: i for i, c in enumerate(delta.channels.tolist())}
-        values = delta.values.index_select(side, torch.tensor([place[c] for c in self.piece.channels]))
+        values = values.index_select(side, torch.tensor([place[c] for c in self.piece.channels]))
         moves = logical_moves(self.layout, leaf_of(self.param), self.piece.transposed)
         if 1 - side in moves:
             values = values.index_select(1 - side, moves[1 - side][0])
-        return values.to(self.block.device, self.block.dtype)
+        return values.to(self.block.device)
 
     def fill(self, deltas: Sequence[Delta]) -> None:
-        self.block.detach().copy_(self.base).add_(self.values_of(deltas[0]))
+        """Base plus a fitting delta; bit for bit the trained values on the base that they were trained on."""
+        values, exact = deltas[0].values, deltas[0].exact
+        exact = None if exact is None else self.from_file(deltas[0], exact)
+        block = self.block.detach()
+        block.copy_(changed(self.base.to(block.device), self.from_file(deltas[0], values), exact, block.dtype))
 
     def mix(self, weighted: Sequence[tuple[float, Delta]]) -> None:
         """Base plus a weighted sum of fitting deltas (a packed base has nothing else to add to)."""
         self.block.detach().copy_(self.base)
         for weight, delta in weighted:
-            self.block.detach().add_(self.values_of(delta), alpha=weight)
+            self.block.detach().add_(self.from_file(delta, delta.values).to(self.block.dtype), alpha=weight)
 
     def read_back(self) -> None:
         """After deltas were added to the stored weight: take the block from it."""
@@ -128,6 +140,7 @@ class LowRankPart:
     seed: int
     detached: dict[str, Any] | None = None
     own_factors: tuple[nn.Parameter, nn.Parameter, float] | None = field(default=None)
+    base_known: bool = True
 
     @property
     def param(self) -> str:
@@ -175,10 +188,14 @@ class LowRankPart:
         values = self.snapshot() if snapshot is None else snapshot
         found = []
         if "sparse_values" in values and self.part.original is not None and self.base is not None:
-            change = (values["sparse_values"].float() - self.base.to(values["sparse_values"].device).float()).cpu()
-            found.append(Delta(self.param, "sparse", self.part.original.long(), change, self.part.transposed))
+            trained, base = values["sparse_values"].cpu(), self.base.cpu()
+            change = change_of(trained, base)
+            exact = correction_of(trained, base, change)
+            places = self.part.original.long()
+            found.append(Delta(self.param, "sparse", places, change, self.part.transposed, exact=exact))
         if "lora_A" in values:
-            a, b = values["lora_A"].float(), values["lora_B"].float()
+            a, b = values["lora_A"], values["lora_B"]
+            a, b = a.to(sum_dtype(a)), b.to(sum_dtype(b))
             moves = logical_moves(self.layout, leaf_of(self.param), self.part.transposed)
             if 1 in moves:
                 a = a.index_select(1, moves[1][1].to(a.device))
@@ -201,12 +218,12 @@ class LowRankPart:
             and torch.equal(kinds["sparse"].channels.sort().values, self.part.original.long().sort().values)
         )
 
-    def sparse_values_of(self, delta: Delta) -> Tensor:
-        """Values of a sparse delta on this support, in its order."""
+    def on_support(self, delta: Delta, values: Tensor) -> Tensor:
+        """A tensor like the values of a sparse delta on this support, in its order."""
         assert self.part.original is not None
         order = delta.channels.argsort()
         places = torch.searchsorted(delta.channels[order], self.part.original.long())
-        return delta.values[order][places]
+        return values[order][places]
 
     def factors_of(self, delta: Delta) -> tuple[Tensor, Tensor]:
         """`(A, B)` of a low-rank delta in current coordinates."""
@@ -227,8 +244,11 @@ class LowRankPart:
                 tensors["lora_A"].detach().copy_(a)
                 tensors["lora_B"].detach().copy_(b)
             else:
-                values = tensors["sparse_values"]
-                values.detach().copy_(self.base).add_(self.sparse_values_of(delta).to(values.device, values.dtype))
+                values = tensors["sparse_values"].detach()
+                assert self.base is not None
+                exact = None if delta.exact is None else self.on_support(delta, delta.exact)
+                change = self.on_support(delta, delta.values)
+                values.copy_(changed(self.base.to(values.device), change, exact, values.dtype))
 
     def mix(self, weighted: Sequence[tuple[float, Delta]]) -> None:
         """A weighted sum of deltas: sparse values add up, low-rank factors stand side by side."""
@@ -238,7 +258,8 @@ class LowRankPart:
             values.detach().copy_(self.base)
             for weight, delta in weighted:
                 if delta.kind == "sparse":
-                    values.detach().add_(self.sparse_values_of(delta).to(values.device, values.dtype), alpha=weight)
+                    change = self.on_support(delta, delta.values).to(values.device, values.dtype)
+                    values.detach().add_(change, alpha=weight)
         self.mix_factors([(w, d) for w, d in weighted if d.kind == "lora"])
 
     def mix_factors(self, weighted: Sequence[tuple[float, Delta]]) -> None:

@@ -1,141 +1,314 @@
-"""Exact export to PEFT's LoRA directory: a slice delta is a low-rank matrix with a one-hot factor.
+"""PEFT's LoRA directories, read as adapters of low-rank deltas: the function that PEFT computes, or an error that says why not.
 
-columns   ΔW = Δ · onehot(channels)      lora_B = Δ (n, s)            lora_A = one-hot rows (s, m)
-rows      ΔW = onehot(channels)ᵀ · Δ     lora_B = one-hot columns     lora_A = Δ (s, m)
+    adapter_config.json        ──▶  `sparsify.peft_config`: an allow-list of fields
+    adapter_model.safetensors  ──▶  base_model.model.<module>.lora_A.weight (r, in)    .lora_B.weight (out, r)
+                                    base_model.model.<parameter>                        trained in full (modules_to_save, bias)
+
+PiSSA and OLoRA take their first factors `B₀A₀` out of the base whenever PEFT loads the adapter, so the change of the weight is
+`s · (B A − B₀ A₀)`: a low-rank change of twice the rank, which is what is read.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsify.adapter import Adapter, Delta, write_atomic
+from sparsify.adapter import VALUE_DTYPES, Adapter, Delta
+from sparsify.checked_tensors import CheckedTensors, Entry, read_text
 from sparsify.errors import AdapterError
+from sparsify.json_text import parse_json, short
+from sparsify.name_patterns import PatternError
 from sparsify.passes.assign_rules import is_conv1d
+from sparsify.peft_config import PLAIN, Settings, read_config
+from sparsify.plan import nearest
+from sparsify.program import canonical_names
 
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."
+#: largest entry that a change of a weight may reach: beyond it 32-bit arithmetic overflows
+LARGEST_CHANGE = 1e30
+
+#: ends of tensor names that stand for a feature of PEFT which is not a plain low-rank change of a linear
+FOREIGN_TENSORS = {
+    "lora_embedding_A": "LoRA of an embedding",
+    "lora_embedding_B": "LoRA of an embedding",
+    "lora_magnitude_vector": "DoRA's magnitudes",
+    "trainable_tokens_delta": "single tokens of an embedding",
+}
 
 
-def lora_factors(delta: Delta, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """`(A (r, in), B (out, r))` with `B A` equal to the delta; `shape` is the logical `(out, in)`."""
-    values = delta.values.float()
-    if delta.kind == "lora":
-        assert delta.a is not None
-        return delta.a.float(), values * delta.scale
-    size = shape[1] if delta.kind == "column" else shape[0]
-    onehot = torch.zeros(delta.rank, size)
-    onehot[torch.arange(delta.rank), delta.channels] = 1.0
-    return (onehot, values) if delta.kind == "column" else (values, onehot.t().contiguous())
+def all_names(canonical: Mapping[str, str]) -> dict[str, list[str]]:
+    """First name of a tensor → every name that it has."""
+    names: dict[str, list[str]] = {}
+    for name, first in canonical.items():
+        names.setdefault(first, []).append(name)
+    return names
 
 
-def export(
-    adapter: Adapter, shapes: dict[str, torch.Size], directory: str | os.PathLike[str], base: str | None
-) -> Path:
-    """Write `adapter_config.json` and `adapter_model.safetensors` so that PEFT loads the same function."""
-    from safetensors.torch import save as to_bytes
-
-    if not adapter.deltas:
-        raise AdapterError("export_lora: the adapter is empty")
-    tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    saved_modules: list[str] = []
-    fan_in_fan_out = False
-    for delta in adapter.deltas:
-        module, _, leaf = delta.param.rpartition(".")
-        if delta.kind == "full":
-            saved_modules.append(module)
-            tensors[f"base_model.model.{module}.{leaf}"] = delta.values.float().contiguous()
-            continue
-        fan_in_fan_out |= delta.transposed
-        stored = tuple(shapes[delta.param])
-        logical = (stored[1], stored[0]) if delta.transposed else (stored[0], stored[1])
-        a, b = lora_factors(delta, logical)
-        prefix = f"base_model.model.{module}."
-        if prefix + "lora_A.weight" in tensors:
-            a = torch.cat([tensors[prefix + "lora_A.weight"], a])
-            b = torch.cat([tensors[prefix + "lora_B.weight"], b], dim=1)
-        tensors[prefix + "lora_A.weight"], tensors[prefix + "lora_B.weight"] = a.contiguous(), b.contiguous()
-        ranks[module] = a.shape[0]
-    top = max(ranks.values(), default=1)
-    config: dict[str, Any] = {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": base,
-        "r": top,
-        "lora_alpha": top,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": fan_in_fan_out,
-        "target_modules": sorted(ranks),
-        "modules_to_save": sorted(set(saved_modules)) or None,
-        "rank_pattern": {m: r for m, r in ranks.items() if r != top},
-        "alpha_pattern": {m: r for m, r in ranks.items() if r != top},
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "use_rslora": False,
-        "use_dora": False,
-    }
-    path = Path(directory)
-    path.mkdir(parents=True, exist_ok=True)
-    write_atomic(path / "adapter_model.safetensors", to_bytes(tensors, metadata={"format": "pt"}))
-    write_atomic(path / "adapter_config.json", json.dumps(config, indent=2).encode())
-    return path
+def place(host: nn.Module, module: str) -> tuple[int, str]:
+    """Where PEFT puts the adapted module: an attribute of its parent. A module in two places is adapted in the first alone."""
+    parent, _, leaf = module.rpartition(".")
+    return id(host.get_submodule(parent)), leaf
 
 
 def is_peft(directory: str | os.PathLike[str]) -> bool:
     """Whether a directory holds a PEFT adapter."""
-    return (Path(directory) / "adapter_config.json").is_file()
+    return (Path(directory) / CONFIG).is_file()
 
 
-def read(directory: str | os.PathLike[str], host: nn.Module) -> Adapter:
-    """Read a PEFT LoRA directory as an adapter of low-rank deltas; AdapterError for other adapter types or damaged files."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def read(
+    directory: str | os.PathLike[str],
+    host: nn.Module,
+    shapes: Mapping[str, torch.Size] | None = None,
+    base: Callable[[str], Tensor] | None = None,
+) -> Adapter:
+    """Read a PEFT LoRA directory for a model. Nothing of the model is touched.
 
+    shapes: stored shape of every parameter, where the host's own say something else (packed weights). base: the stored base value
+    of a weight in original coordinates, for the beginnings that are residuals of it.
+
+    Raises AdapterError: damaged or hostile files, other adapter types, features that are not a plain low-rank change (named), and
+    tensors that do not fit the model or the configuration.
+    """
     path = Path(directory)
     try:
-        config = json.loads((path / "adapter_config.json").read_text())
-        tensors = load_file(path / "adapter_model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+        config = parse_json(read_text(path / CONFIG, AdapterError), str(path / CONFIG), AdapterError)
+    except AdapterError as error:
         raise AdapterError(f"{path}: not a readable PEFT adapter ({error})") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise AdapterError(f"{path}: a PEFT adapter of type {config.get('peft_type')!r}; only LORA can be read")
-    for feature in ("use_dora", "lora_bias"):
-        if config.get(feature):
-            raise AdapterError(f"{path}: {feature} is set, which is not a plain low-rank change")
-    prefix, deltas = "base_model.model.", []
-    names = sorted({k.rpartition(".lora_")[0] for k in tensors if ".lora_" in k})
-    for name in names:
-        a, b = tensors.get(f"{name}.lora_A.weight"), tensors.get(f"{name}.lora_B.weight")
-        if a is None or b is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
-            raise AdapterError(f"{path}: {name}: lora_A and lora_B are missing or do not fit")
-        module = name.removeprefix(prefix)
-        rank = a.shape[0]
-        alpha = pattern_entry(config.get("alpha_pattern"), module, config.get("lora_alpha", rank))
-        scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+    settings = read_config(config, str(path))
+    if not (path / TENSORS).exists() and (path / PICKLE).exists():
+        raise AdapterError(
+            f"{path}: {PICKLE} is a pickle, which can run code when it is opened; load the adapter with PEFT and save it again "
+            f"(save_pretrained writes {TENSORS})"
+        )
+    if shapes is None:
+        shapes = {name: parameter.shape for name, parameter in host.named_parameters()}
+    try:
+        file = CheckedTensors(path / TENSORS, AdapterError)
+    except AdapterError as error:
+        raise AdapterError(f"{path}: not a readable PEFT adapter ({error})") from error
+    with file:
+        reading = Reading(str(path), file, settings, host, dict(shapes), base, canonical_names(host))
         try:
-            transposed = is_conv1d(host.get_submodule(module))
-        except AttributeError:
-            raise AdapterError(f"{path}: the model has no module {module!r}") from None
+            return Adapter(tuple(reading.deltas()), {}, {"peft": config})
+        except PatternError as error:
+            raise AdapterError(f"{path}: {error}") from None
+
+
+@dataclass
+class Reading:
+    """One file over one model. Everything that headers can tell is checked before data is read."""
+
+    where: str
+    file: CheckedTensors
+    settings: Settings
+    host: nn.Module
+    shapes: dict[str, torch.Size]
+    base: Callable[[str], Tensor] | None
+    canonical: dict[str, str]
+    names: dict[str, list[str]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.names = all_names(self.canonical)
+
+    def fail(self, what: str) -> AdapterError:
+        return AdapterError(f"{self.where}: {what}")
+
+    def deltas(self) -> list[Delta]:
+        factors, full = self.sort_tensors()
+        if not factors and not full:
+            raise self.fail("the file holds no LoRA factors")
+        linears = {module: self.check_factors(module, sides) for module, sides in factors.items()}
+        twice = Counter(linears.values()).most_common(1)
+        if twice and twice[0][1] > 1:
+            raise self.fail(f"{twice[0][0]} is adapted under two names")
+        self.check_complete(set(factors), set(full))
+        values = self.read_full(full)
+        found = [self.low_rank(module, param) for module, param in linears.items()]
         empty = torch.empty(0, dtype=torch.int64)
-        deltas.append(Delta(f"{module}.weight", "lora", empty, b.float(), transposed, a.float(), float(scale)))
-    for key, value in tensors.items():
-        if ".lora_" not in key:
-            deltas.append(Delta(key.removeprefix(prefix), "full", torch.empty(0, dtype=torch.int64), value))
-    if not deltas:
-        raise AdapterError(f"{path}: the file holds no LoRA factors")
-    return Adapter(tuple(deltas), {}, {"peft": config})
+        return found + [Delta(param, "full", empty, value) for param, value in values.items()]
 
+    def sort_tensors(self) -> tuple[dict[str, set[str]], dict[str, str]]:
+        """Module → which factors there are, and name of a parameter in the model → tensor in the file."""
+        factors: dict[str, set[str]] = {}
+        full: dict[str, str] = {}
+        for key in self.file.entries:
+            if not key.startswith(PREFIX):
+                raise self.fail(f"tensor {short(key)} is not named as PEFT names them ({PREFIX}…)")
+            name = key.removeprefix(PREFIX)
+            plain = name if name in self.canonical else name.replace(".base_layer.", ".")
+            parts = name.split(".")
+            if plain in self.canonical:
+                full[plain] = key
+            elif self.is_leftover(parts):
+                continue
+            elif len(parts) >= 3 and parts[-2] in ("lora_A", "lora_B") and parts[-1] == "weight":
+                factors.setdefault(".".join(parts[:-2]), set()).add(parts[-2])
+            else:
+                raise self.unknown_tensor(name, parts)
+        return factors, full
 
-def pattern_entry(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's rank and alpha patterns: keys are regular expressions over the end of the module's name."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+    def is_leftover(self, parts: list[str]) -> bool:
+        """Whether a tensor is what bias="all" writes a second time for modules_to_save; PEFT computes nothing with it."""
+        inner = [part for part in parts if part not in ("modules_to_save", "original_module")]
+        name = ".".join(inner)
+        return len(inner) == len(parts) - 1 and name in self.canonical and self.wrapper(name) is not None
+
+    def unknown_tensor(self, name: str, parts: list[str]) -> AdapterError:
+        for part in parts:
+            if part in FOREIGN_TENSORS:
+                return self.fail(f"tensor {short(name)} belongs to {FOREIGN_TENSORS[part]}, which is not read; {PLAIN}")
+        if parts[-1] == "bias" and "lora_B" in parts:
+            return self.fail(f"tensor {short(name)} is a bias of lora_B (lora_bias), which is not read; {PLAIN}")
+        if any(part.startswith("lora_") for part in parts):
+            return self.fail(
+                f"tensor {short(name)} is not named as PEFT's save_pretrained names LoRA factors (…lora_A.weight, …lora_B.weight)"
+            )
+        return self.fail(f"the model has no parameter {short(name)}{nearest(name, self.canonical)}")
+
+    def check_factors(self, module: str, sides: set[str]) -> str:
+        """Everything that headers tell about one adapted linear. Returns the name of its weight in the model."""
+        if len(sides) < 2:
+            missing = "lora_B" if "lora_A" in sides else "lora_A"
+            raise self.fail(f"{module}: lora_A and lora_B are missing or do not fit: there is no {missing}")
+        try:
+            linear = self.host.get_submodule(module)
+        except AttributeError:
+            names = [name for name, _ in self.host.named_modules() if name]
+            raise self.fail(f"the model has no module {module!r}{nearest(module, names)}") from None
+        a, b = (self.file.entries[f"{PREFIX}{module}.{side}.weight"] for side in ("lora_A", "lora_B"))
+        if not (isinstance(linear, nn.Linear) or is_conv1d(linear)):
+            raise self.fail(f"{module} is a {type(linear).__name__}; LoRA of nn.Linear and Conv1D is read ({PLAIN})")
+        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or 0 in a.shape + b.shape:
+            raise self.fail(f"{module}: lora_A {a.shape} and lora_B {b.shape} are missing or do not fit")
+        for entry in (a, b):
+            self.check_dtype(module, entry)
+        if module not in self.settings.targets:
+            raise self.fail(
+                f"the file has factors for {module}, which adapter_config.json does not name (target_modules, exclude_modules, "
+                "layers_to_transform): PEFT would ignore them"
+            )
+        if a.shape[0] != self.settings.rank_of(module):
+            raise self.fail(
+                f"{module}: the factors have rank {a.shape[0]}, adapter_config.json says {self.settings.rank_of(module)}"
+            )
+        return self.check_weight(module, linear, (b.shape[0], a.shape[1]))
+
+    def check_weight(self, module: str, linear: nn.Module, made: tuple[int, int]) -> str:
+        param = self.canonical.get(f"{module}.weight")
+        shape = self.shapes.get(param or "")
+        if param is None or shape is None or len(shape) != 2:
+            raise self.fail(f"{module} has no two-dimensional weight in this model")
+        logical = (shape[1], shape[0]) if is_conv1d(linear) else (shape[0], shape[1])
+        if made != logical:
+            raise self.fail(f"{module} is {logical} (out, in) here; the file's factors make {made}")
+        names = self.names[param]
+        if len({place(self.host, name.rpartition(".")[0]) for name in names}) > 1:
+            others = ", ".join(name for name in names if name != f"{module}.weight")
+            raise self.fail(
+                f"{module} is adapted alone, but its weight is also {others} (tied): a change of the shared weight would change both; "
+                f"{PLAIN}"
+            )
+        return param
+
+    def check_dtype(self, name: str, entry: Entry) -> None:
+        if entry.dtype not in VALUE_DTYPES:
+            raise self.fail(f"{name}: values are {entry.dtype}, expected a floating type of 16, 32 or 64 bits")
+
+    def check_complete(self, factors: set[str], full: set[str]) -> None:
+        """Refuse a file that lacks what its configuration says was trained."""
+        for name, module in self.host.named_modules():
+            linear = isinstance(module, nn.Linear) or is_conv1d(module)
+            if self.settings.targets.named and linear and name not in factors and name in self.settings.targets:
+                raise self.fail(f"target_modules names {name}, but the file has no factors for it: it is incomplete")
+        for name in self.canonical:
+            wrapped = self.wrapper(name)
+            if wrapped and self.canonical[name] in self.shapes and name not in full:
+                raise self.fail(
+                    f"modules_to_save names {wrapped}, but the file has no tensor for {name}: it is incomplete"
+                )
+
+    def wrapper(self, name: str) -> str | None:
+        """The module that PEFT would copy because `modules_to_save` names it (by the end of its name), outermost first."""
+        parts = name.split(".")[:-1]
+        paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
+        return next((p for p in paths if any(p.endswith(saved) for saved in self.settings.saved)), None)
+
+    def read_full(self, full: Mapping[str, str]) -> dict[str, Tensor]:
+        """Parameter in the model → the value that replaces it."""
+        found: dict[str, Tensor] = {}
+        for name, key in full.items():
+            param, entry = self.canonical[name], self.file.entries[key]
+            if param not in self.shapes:
+                self.check_buffer(name, key)
+                continue
+            if tuple(self.shapes[param]) != entry.shape:
+                raise self.fail(f"{name} is {tuple(self.shapes[param])} here, {entry.shape} in the file")
+            self.check_dtype(name, entry)
+            wrapped = self.wrapper(name)
+            outside = [n for n in self.names[param] if wrapped and not f"{n}.".startswith(f"{wrapped}.")]
+            if outside and not self.settings.tying:
+                raise self.fail(
+                    f"{wrapped} was trained apart from {outside[0]}, with which it shares its weight in this model (tied); untie "
+                    "the model first, or train with ensure_weight_tying=true"
+                )
+            value = self.finite(name, key)
+            if param in found and not torch.equal(found[param], value):
+                raise self.fail(f"{name} and {param} are one parameter in this model (tied), but differ in the file")
+            found[param] = value
+        return found
+
+    def check_buffer(self, name: str, key: str) -> None:
+        """A buffer may stand in the file when it is what the model has already."""
+        owner, _, leaf = name.rpartition(".")
+        own = getattr(self.host.get_submodule(owner), leaf)
+        entry = self.file.entries[key]
+        same = tuple(own.shape) == entry.shape and own.dtype == entry.dtype
+        if not same or not torch.equal(own.detach().cpu(), self.file.read(key)):
+            raise self.fail(
+                f"{name} is a buffer whose value differs from the model's; copy it into the model before loading"
+            )
+
+    def finite(self, name: str, key: str) -> Tensor:
+        value = self.file.read(key)
+        if not bool(torch.isfinite(value).all()):
+            raise self.fail(f"{name}: values are not finite")
+        return value
+
+    def low_rank(self, module: str, param: str) -> Delta:
+        a = self.finite(module, f"{PREFIX}{module}.lora_A.weight").float()
+        b = self.finite(module, f"{PREFIX}{module}.lora_B.weight").float()
+        scale = self.settings.scale_of(module)
+        if float(a.abs().max()) * float(b.abs().max()) * a.shape[0] * max(abs(scale), 1.0) > LARGEST_CHANGE:
+            raise self.fail(f"{module}: the factors are so large that their product overflows")
+        transposed = is_conv1d(self.host.get_submodule(module))
+        if self.settings.residual:
+            first_a, first_b = self.first_factors(module, param, a.shape[0], scale, transposed)
+            a, b = torch.cat([a, first_a]), torch.cat([b, -first_b], dim=1)
+        return Delta(param, "lora", torch.empty(0, dtype=torch.int64), b, transposed, a, scale)
+
+    def first_factors(
+        self, module: str, param: str, rank: int, scale: float, transposed: bool
+    ) -> tuple[Tensor, Tensor]:
+        """`(A₀, B₀)` that PEFT takes out of the base when it loads a PiSSA or OLoRA adapter."""
+        word = self.settings.residual
+        if self.base is None:
+            raise self.fail(f"init_lora_weights is {word!r}, a residual of the base, which is not at hand here")
+        weight = self.base(param).detach().float().cpu()
+        weight = weight.t() if transposed else weight
+        if rank > min(weight.shape) or scale <= 0:
+            raise self.fail(f"{module}: rank {rank} and scale {scale:g} cannot begin with {word!r}")
+        if word == "olora":
+            if transposed:
+                raise self.fail(f"{module} is a Conv1D, for which PEFT's {word!r} is not defined; {PLAIN}")
+            q, r = torch.linalg.qr(weight)
+            return r[:rank].contiguous(), q[:, :rank].contiguous()
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        root = (s[:rank] / scale).sqrt()
+        return root.unsqueeze(1) * vh[:rank], u[:, :rank] * root

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
+from sparsify.console import printable
 from sparsify.errors import PlanError
-from sparsify.habits import ALIASES, HINTS, from_habit
+from sparsify.habits import from_habit, hint_for
 from sparsify.json_text import parse_json, short
 from sparsify.name_patterns import PatternError, check_pattern, matches
 
@@ -34,11 +35,16 @@ class ArgumentError(PlanError, TypeError):
 
 def check_types(rule: Any) -> None:
     """Refuse a wrong type or a word that a `Literal` field does not list, naming field and rule."""
-    hints = typing.get_type_hints(type(rule))
+    hints = hints_of(type(rule))
     for spec in dataclasses.fields(rule):
         value, hint = getattr(rule, spec.name), hints[spec.name]
         if not fits(value, hint):
             raise PlanError(f"{type(rule).__name__}({spec.name}={short(value)}): expected {describe(hint)}")
+
+
+@functools.cache
+def hints_of(rule: type[Any]) -> dict[str, Any]:
+    return typing.get_type_hints(rule)
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -136,11 +142,12 @@ def arguments(rule: Any, values: tuple[Any, ...], fields: Mapping[str, Any], whe
     for word, value in fields.items():
         name, value = (word, value) if word in names else from_habit(word, value, names)
         if name is None:
-            hint = HINTS.get(word)
+            hint = hint_for(rule.__name__, word)
             answer = f"; {hint}" if hint else nearest(word, names) if word else ""
             raise ArgumentError(f"{where}: unknown field {short(word)}{answer} (its fields are {', '.join(names)})")
         if name in found:
-            raise ArgumentError(f"{where}: {name} is given twice ({ALIASES.get(word, 'once by position')})")
+            also = f"as {word}" if word != name else "by position"
+            raise ArgumentError(f"{where}: {name} is given twice (once {also})")
         found[name] = value
     for spec in specs:
         if (
@@ -152,6 +159,7 @@ def arguments(rule: Any, values: tuple[Any, ...], fields: Mapping[str, Any], whe
     return found
 
 
+@printable
 @dataclass(frozen=True, kw_only=True)
 class Rule:
     """Base of all rules.
@@ -162,7 +170,7 @@ class Rule:
         The first rule that matches a module wins; a rule that matches nothing is an error.
     """
 
-    match: str | tuple[str, ...] = "*"
+    match: str | tuple[str, ...] | list[str] = "*"
 
     #: "adapt" rules train something, "weight" rules change the base; a module takes one of each at most.
     phase: ClassVar[Literal["adapt", "weight"]] = "adapt"
@@ -186,7 +194,7 @@ class Rule:
     @property
     def patterns(self) -> tuple[str, ...]:
         """`match` as a tuple."""
-        return (self.match,) if isinstance(self.match, str) else self.match
+        return (self.match,) if isinstance(self.match, str) else tuple(self.match)
 
     def matches(self, *names: str) -> bool:
         return any(matches(pattern, name) for pattern in self.patterns for name in names)
@@ -431,6 +439,7 @@ def register_rule(rule: type[Rule]) -> type[Rule]:
 
 
 @takes_habits
+@printable
 @dataclass(frozen=True)
 class Plan:
     """What `sparsify.compile` should do.
@@ -478,6 +487,13 @@ class Plan:
                 "trained model with a plan of Prune and Quantize rules only"
             )
         check_types(self)
+
+    @classmethod
+    def empty(cls) -> Plan:
+        """No rules: the plan of a host that only serves adapters (`sparsify.load`). Not to be compiled, so not to be written."""
+        plan = cls([Rule()])
+        object.__setattr__(plan, "rules", ())
+        return plan
 
     @property
     def for_inference(self) -> bool:

@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparsify.names import printable
+from sparsify.console import one_line
+from sparsify.names import printable as without_controls
 from sparsify.program import Packed, Program, SparseLowRank, TrainedSlice
 from sparsify.sharded import class_name
 from sparsify.structure import Site, Structure
@@ -58,7 +59,7 @@ def print_program(program: Program, *, noise: bool = False, ids: int = 8) -> str
     noise: also print operations that compute nothing (`NOISE`) and storage keywords. Their number is always printed.
     ids: at most this many unit or channel ids of a selection are spelled out.
     """
-    lines = [f"program {class_name(program.host)}, stage {program.stage.name}"]
+    lines = [f"program {one_line(class_name(program.host))}, stage {program.stage.name}"]
     lines += _section("history:", program.history)
     lines += _structures(program)
     lines += _section(f"declined: {len(program.declined)}", (str(d) for d in program.declined))
@@ -69,7 +70,7 @@ def print_program(program: Program, *, noise: bool = False, ids: int = 8) -> str
     lines += _section(f"sparse and low-rank: {len(program.lowranks)}", (lowrank_text(p) for p in program.lowranks))
     lines += _section(f"quantised: {len(program.packings)}", (packed_text(p) for p in program.packings))
     lines += _graph(program, noise)
-    return "\n".join(printable(line) for line in lines)
+    return "\n".join(without_controls(line) for line in lines)
 
 
 def tensor_text(value: Any) -> str:
@@ -143,7 +144,7 @@ def short_name(name: str, prefix: str) -> str:
 
 def _section(title: str, lines: Iterable[str]) -> list[str]:
     """An indented block, or nothing at all when it would be empty."""
-    body = [f"  {line}" for line in lines]
+    body = [f"  {one_line(line)}" for line in lines]
     return [title, *body] if body else []
 
 
@@ -157,9 +158,8 @@ def _structures(program: Program) -> list[str]:
 
 def structure_text(structure: Structure) -> str:
     """One line: kind, name, units, then every site with its role."""
-    inner = f" of {structure.inner.units}" if structure.inner is not None else ""
     sites = " | ".join(f"{s.role} {site_text(s, structure.name)}" for s in structure.sites)
-    return f"{structure.kind} {structure.name}: {structure.units} units{inner} | {sites}"
+    return f"{structure.kind} {structure.name}: {structure.size_text()} | {sites}"
 
 
 def _choices(program: Program, ids: int) -> list[str]:
@@ -167,14 +167,11 @@ def _choices(program: Program, ids: int) -> list[str]:
 
     def line(choice: Any) -> str:
         structure = units.get(choice.structure)
-        parts = []
-        for side, chosen in (("consumers", choice.consumers), ("producers", choice.producers)):
-            if not chosen:
-                continue
-            total = structure.units if structure else 0
-            if structure and structure.inner is not None and side == "consumers":
-                total *= structure.inner.units
-            parts.append(f"{len(chosen)} of {total} {side}: {ids_text(chosen, ids)}")
+        sides = (choice.consumers, choice.producers)
+        counts = structure.chosen_text(*map(len, sides)) if structure else ("", "")
+        parts = [
+            f"{count or len(side)}: {ids_text(side, ids)}" for count, side in zip(counts, sides, strict=True) if side
+        ]
         place = f"; in place: {choice.in_place}" if choice.in_place else ""
         return f"{choice.structure} by rule {choice.rule} ({choice.method}), {'; '.join(parts) or 'nothing'}{place}"
 
@@ -240,7 +237,7 @@ def _graph(program: Program, noise: bool) -> list[str]:
             continue
         here = _module_of(node)
         if here != place and node.op != "output":
-            lines.append(f"    # {here}")
+            lines.append(f"    # {one_line(here)}")
             place = here
         lines.append(_node(node, tensors, notes, noise))
     if hidden:
@@ -293,12 +290,13 @@ def _node(node: fx.Node, tensors: dict[str, str], notes: dict[str, str], noise: 
     args = [text(a) for a in node.args]
     args += [f"{k}={text(v)}" for k, v in node.kwargs.items() if noise or k not in NOISY_KEYWORDS]
     ours = name.startswith("sparsify.")
-    kernel = node.meta.get("kernel", "") if name.endswith(("packed_linear", "prepacked_linear")) else ""
+    kernel = node.meta.get("kernel", "")
     note = (
         next((notes[n] for n in (tensors.get(i.name) for i in node.all_input_nodes) if n in notes), "") if ours else ""
     )
     result = f"%{node.name}: {tensor_text(node.meta['val'])}" if node.meta.get("val") is not None else f"%{node.name}"
-    return f"  {'»' if ours else ' '} {result} = {name}({', '.join(args)}){note}{'  # ' + kernel if kernel else ''}"
+    kernel = f"  # {kernel}" if kernel else ""
+    return one_line(f"  {'»' if ours else ' '} {result} = {name}({', '.join(args)}){note}{kernel}")
 
 
 def _notes(program: Program) -> dict[str, str]:

@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from sparsify.console import printable
 from sparsify.errors import Refusal, SparsifyError
 from sparsify.names import LONGEST, identifier, is_safe
 from sparsify.permutation import Permutation
@@ -216,6 +217,7 @@ class Move:
     index: torch.Tensor
 
 
+@printable
 @dataclass
 class Program:
     """See the module docstring. Passes return a new Program (`evolve`); tensors are never written in place."""

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify.errors import PlanError, SparsifyError
+from sparsify.errors import OperatorError, PlanError, SparsifyError
 from sparsify.foreign_tensors import is_foreign, unpack_foreign
 
 FORMATS = ("nf4", "int8", "int4")
@@ -83,6 +83,49 @@ def pack(weight: Tensor, format: str) -> list[Tensor]:
             f"a weight that came packed as {format} cannot be packed again: keep what trains beside it as an adapter"
         )
     raise PlanError(f"unknown format {format!r}; formats are {', '.join(FORMATS)}")
+
+
+def check_packed(packed: list[Tensor], format: str, shape: tuple[int, int]) -> None:
+    """That packed tensors are what `pack` gives for a stored weight of `shape`: the libraries read them by these sizes."""
+    rows, columns = shape
+    floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    if format == "nf4":
+        data = (rows * columns + 1) // 2
+        scales = -(-rows * columns // BLOCK)
+        blocks = -(-scales // NESTED_BLOCK)
+        wanted = [(torch.uint8, data), (torch.uint8, scales), (torch.float32, blocks), (torch.float32, 256)]
+        wanted += [(torch.float32, 16), (torch.float32, 1)]
+    elif format == "int8":
+        wanted = [(torch.int8, (rows, columns)), (floats, (rows,))]
+    elif format == "int4":
+        groups = -(-columns // BLOCK)
+        wanted = [(torch.uint8, (rows, groups * BLOCK // 2)), (floats, rows * groups)]
+    elif format.startswith("bnb4/"):
+        _, block, _, nested = read_four_bit_format(format)
+        scales = -(-rows * columns // block)
+        wanted = [(torch.uint8, (rows * columns + 1) // 2)]
+        if nested:
+            wanted += [(torch.uint8, scales), (torch.float32, -(-scales // nested)), (torch.float32, 256)]
+        else:
+            wanted += [(torch.float32, scales)]
+        wanted += [(torch.float32, 16)] + ([(torch.float32, 1)] if nested else [])
+    elif is_foreign(format):
+        return  # the library that made the tensors unpacks them, and checks them itself
+    else:
+        raise OperatorError(f"unknown format {format!r}; formats are {', '.join(FORMATS)}")
+    if len(packed) != len(wanted):
+        raise OperatorError(f"a weight packed as {format} is {len(wanted)} tensors, not {len(packed)}")
+    for place, (t, (dtype, size)) in enumerate(zip(packed, wanted, strict=True)):
+        fits = t.numel() == size if isinstance(size, int) else t.shape == size
+        if (
+            not fits
+            or not t.is_contiguous()
+            or not (t.dtype in dtype if isinstance(dtype, tuple) else t.dtype == dtype)
+        ):
+            raise OperatorError(
+                f"tensor {place} of a weight {rows} × {columns} packed as {format} is {t.dtype} {tuple(t.shape)}, "
+                f"expected {size} contiguous entries of {'a float type' if isinstance(dtype, tuple) else dtype}"
+            )
 
 
 def unpack(packed: list[Tensor], format: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

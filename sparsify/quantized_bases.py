@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sparsify.errors import CaptureError, PlanError
+from sparsify.errors import AdapterError, CaptureError, PlanError
 from sparsify.foreign_tensors import flatten_tensor, register_format, torchao_name
 from sparsify.module_tree import copy_module_tree
 from sparsify.plan import Plan, Rule
@@ -338,6 +338,18 @@ def forget_quantiser(model: nn.Module) -> None:
         config = module.__dict__.get("config")
         if config is not None and "quantization_config" in getattr(config, "__dict__", {}):
             del config.quantization_config
+
+
+def refuse_packed(model: nn.Module) -> None:
+    """Raises AdapterError where changes would be added to dense weights and there are none (`sparsify.load`)."""
+    check_host(model)
+    for name, module in model.named_modules():
+        if looks_packed(module):
+            where = f"{name or type(model).__name__} came packed by {library_of(module)} ({type(module).__name__})"
+            raise AdapterError(
+                f"load: {where}, and load adds changes to dense weights: compile the model with the plan that the adapter was trained "
+                "with, then call model.sparsify.load_adapter"
+            )
 
 
 def check_plan(plan: Plan, bases: dict[str, PackedBase]) -> None:

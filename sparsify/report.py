@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from sparsify.console import in_full, one_line, printable
 from sparsify.errors import Refusal
-from sparsify.modules import QuantizedMixin
-from sparsify.names import printable
+from sparsify.names import printable as without_controls
+from sparsify.parameter_count import count_parameters
 from sparsify.plan import Plan
 from sparsify.program import Program
 from sparsify.sharded import class_name
@@ -18,11 +19,13 @@ from sparsify.sparse_checkpoint import stored_bytes
 from sparsify.verify import SPARSIFY_OPS
 
 
+@printable
 @dataclass(frozen=True)
 class Report:
     """Plain data; `str(report)` is the text.
 
-    trainable, total: parameters. saved_bytes: bytes that the trained slices keep for backward on the captured example;
+    trainable, total: parameters, packed weights as what they stand for; pruned: entries of trainable parameters that stay zero under
+    a mask, which `trainable` leaves out. saved_bytes: bytes that the trained slices keep for backward on the captured example;
     saved_bytes_full: what weight gradients of all captured linears would keep (each distinct input once).
     """
 
@@ -36,22 +39,24 @@ class Report:
     saved_bytes_full: int
     history: tuple[str, ...]
     cpu: str = ""
+    pruned: int = 0
 
     def __str__(self) -> str:
         share = 100 * self.trainable / max(self.total, 1)
-        lines = [f"sparsify report: {self.model}"]
+        lines = [f"sparsify report: {one_line(self.model)}"]
         lines.append("found      " + (", ".join(f"{n} {kind}" for kind, n in self.found.items()) or "nothing"))
         lines += [("chosen     " if i == 0 else "           ") + line for i, line in enumerate(fold(self.chosen))]
         lines += [("declined   " if i == 0 else "           ") + str(r) for i, r in enumerate(self.declined)]
-        lines.append(f"trainable  {self.trainable:,} of {self.total:,} parameters ({share:.4f} %)")
+        survivors = f": the survivors; {self.pruned:,} pruned entries stay zero" if self.pruned else ""
+        lines.append(f"trainable  {self.trainable:,} of {self.total:,} parameters ({share:.4f} %){survivors}")
         if self.saved_bytes_full:
             lines.append(
                 f"backward   keeps {human(self.saved_bytes)} of linear inputs on the captured example; "
                 f"full fine-tuning would keep {human(self.saved_bytes_full)}"
             )
-        lines += [("passes     " if i == 0 else "           ") + note for i, note in enumerate(self.history)]
+        lines += [("passes     " if i == 0 else "           ") + one_line(note) for i, note in enumerate(self.history)]
         lines += [self.cpu] if self.cpu else []
-        return printable("\n".join(lines), keep="\n")
+        return without_controls("\n".join(lines), keep="\n")
 
 
 def human(count: float) -> str:
@@ -72,13 +77,13 @@ def make_report(program: Program, plan: Plan, host: nn.Module, cpu: Any = None) 
     found: dict[str, int] = {}
     for structure in program.structures:
         found[structure.kind] = found.get(structure.kind, 0) + 1
-    units = {s.name: s.units * (s.inner.units if s.inner else 1) for s in program.structures}
+    structures = {s.name: s for s in program.structures}
     chosen = []
     for choice in program.choices:
-        rows = f", {len(choice.producers)} producer units" if choice.producers else ""
+        sides = structures[choice.structure].chosen_text(len(choice.consumers), len(choice.producers))
         weights = [f"{s.param}[{s.side}s {s.spans}]" for s in program.slices if s.structure == choice.structure]
         chosen.append(
-            f"{choice.structure}: {len(choice.consumers)} of {units[choice.structure]} units{rows} "
+            f"{choice.structure}: {', '.join(filter(None, sides)) or 'nothing'} "
             f"({choice.method}, rule {choice.rule}) → {', '.join(weights)}"
             + (f"; in place: {choice.in_place}" if choice.in_place else "")
         )
@@ -111,21 +116,20 @@ def make_report(program: Program, plan: Plan, host: nn.Module, cpu: Any = None) 
     declined = tuple(program.refusals) + tuple(
         Refusal(d.name, d.reason) for d in program.declined if d.name not in {r.where for r in program.refusals}
     )
-    added = ("weight_slice", "sparse_values")
-    parameters = dict(host.named_parameters())
+    count = count_parameters(host)
     saved, full = backward_bytes(program)
     return Report(
         model=class_name(host),
         found=found,
-        chosen=tuple(chosen),
+        chosen=tuple(map(one_line, chosen)),
         declined=declined,
-        trainable=sum(p.numel() for p in parameters.values() if p.requires_grad),
-        total=sum(p.numel() for n, p in parameters.items() if n.rpartition(".")[2] not in added)
-        + sum(m.shape.numel() for m in host.modules() if isinstance(m, QuantizedMixin)),
+        trainable=count.trainable,
+        total=count.total,
+        pruned=count.pruned,
         saved_bytes=saved,
         saved_bytes_full=full,
         history=program.history,
-        cpu="" if cpu is None else str(cpu),
+        cpu="" if cpu is None else in_full(cpu),
     )
 
 

@@ -8,9 +8,29 @@ every model whose code multiplies two activations (a compiled graph decides for 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._C._autograd import _top_saved_tensors_default_hooks
+
+
+class _Link(torch.autograd.Function):
+    """A tensor of the shape of `x` that holds one zero, and whose gradient is that of `x`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.new_zeros(()).expand(x.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> Tensor:
+        return outer[0]
 
 
 def saved_input(x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -18,7 +38,10 @@ def saved_input(x: Tensor) -> tuple[Tensor, Tensor | None]:
     product = x.grad_fn
     if product is None or product.name() != "MulBackward0" or x._version or _observed():
         return x, None
-    factors: tuple[Tensor | None, Tensor | None] = (product._saved_self, product._saved_other)  # type: ignore[attr-defined]
+    try:
+        factors: tuple[Tensor | None, Tensor | None] = (product._saved_self, product._saved_other)  # type: ignore[attr-defined]
+    except RuntimeError:  # one was written to since: the product's own backward will say so, if it is ever asked for
+        return x, None
     first, second = factors
     for factor in factors:
         if type(factor) is not Tensor or factor.shape != x.shape or factor.dtype != x.dtype:
@@ -27,9 +50,24 @@ def saved_input(x: Tensor) -> tuple[Tensor, Tensor | None]:
     return first, second
 
 
-def restored_input(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    """The input that `saved_input` took apart; None if none was saved."""
-    return first if first is None or second is None else first * second
+def input_link(x: Tensor, second: Tensor | None) -> Tensor | None:
+    """What connects an input that was taken apart (`second` is a factor) with the graph: one number, whatever its size."""
+    if second is None:
+        return None
+    with torch.enable_grad():
+        return _Link.apply(x)
+
+
+def restored_input(first: Tensor | None, second: Tensor | None, link: Tensor | None = None) -> Tensor | None:
+    """The input that `saved_input` took apart; None if none was saved.
+
+    Where the backward itself is recorded (create_graph), the product hangs on `x` by its link, as `x` itself would: a derivative
+    with respect to `x` goes there, and one with respect to the factors through the multiplication that made `x`."""
+    if first is None or second is None:
+        return first
+    if link is None or not torch.is_grad_enabled():
+        return first * second
+    return first.detach() * second.detach() + (link - link.detach())
 
 
 def _observed() -> bool:

@@ -48,6 +48,14 @@ def cut_like(value: Tensor, reference: Any) -> Tensor:
     return distribute_tensor(value, mesh, reference.placements, src_data_rank=None).to(reference.device)
 
 
+def replicated(value: Tensor, reference: Any) -> Any:
+    """A tensor that every rank holds whole, as a DTensor on the mesh of `reference`. No communication."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = reference.device_mesh
+    return DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
 def piece_of(value: Tensor, reference: Any) -> Tensor:
     """This rank's piece of a whole tensor that is cut like `reference`."""
     cut: Any = cut_like(value, reference)

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsify.console import printable
 from sparsify.errors import SparsifyError
 from sparsify.masked import MaskedModule, bits_name, mask_modules, masked_parameters, pack_bits, unpack_bits
 from sparsify.tensor_file import DTYPE_NAMES, DTYPES, FolderTensors, Part, PartWriter, replacing, tensor_file
@@ -62,6 +63,7 @@ class Entry:
         return 1 - self.survivors / self.numel if self.numel else 0.0
 
 
+@printable
 @dataclass(frozen=True)
 class SizeReport:
     """Bytes of tensor data: `dense` as an ordinary checkpoint has it, `sparse` as written; per tensor `(dense, sparse)`."""
@@ -243,7 +245,8 @@ def collect(
     masks = {} if masks is None else masks
     if isinstance(source, nn.Module):
         masks = ModuleMasks(source, masks)
-        source = source.state_dict()
+        compiled = source.__dict__.get("sparsify")  # its live state dict has other names and another order
+        source = compiled.original_state_dict() if compiled is not None else source.state_dict()
     for name in source:
         if name.endswith((VALUES, BITMASK)):
             raise SparseCheckpointError(f"tensor name '{name}' ends like a compressed part")

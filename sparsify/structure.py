@@ -18,12 +18,21 @@ from typing import Literal
 
 import torch
 
+from sparsify.console import one_line, printable
+
 Role = Literal["q", "k", "v", "o", "up", "gate", "down", "vector", "other"]
 Kind = Literal["attention", "ffn", "other"]
 CONSUMERS: frozenset[Role] = frozenset({"o", "down"})
 PRODUCERS: frozenset[Role] = frozenset({"q", "k", "v", "up", "gate"})
+UNIT_WORDS: dict[Kind, str] = {"attention": "head", "ffn": "channel", "other": "unit"}
 
 
+def counted(number: int, word: str) -> str:
+    """`1 head`, `9 heads`."""
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
+@printable
 @dataclass(frozen=True)
 class Site:
     """Where the units of a structure lie in one tensor.
@@ -87,9 +96,10 @@ class Site:
             text += f", stride {self.stride}"
         if self.outer:
             text += ", outer " + "×".join(f"{count}@{stride}" for count, stride in self.outer)
-        return f"{text}] {self.role}"
+        return one_line(f"{text}] {self.role}")
 
 
+@printable
 @dataclass(frozen=True)
 class Structure:
     """A coupled structure: `units` units that may be permuted together over `sites`.
@@ -122,14 +132,42 @@ class Structure:
         """Names of the tensors that the structure touches, each once, in site order."""
         yield from dict.fromkeys(site.param for site in self.sites)
 
+    @property
+    def unit(self) -> str:
+        """What one of `units` is called: the unit of the producers (V, Up)."""
+        return "KV group" if self.inner is not None else UNIT_WORDS[self.kind]
+
+    @property
+    def inner_unit(self) -> str:
+        """What one of the consumers' units (O, Down) is called: a head, where the units are KV groups."""
+        return UNIT_WORDS[self.kind]
+
+    @property
+    def inner_units(self) -> int:
+        """How many units the consumers have: query heads, where the units are KV groups."""
+        return self.units * (self.inner.units if self.inner is not None else 1)
+
+    def size_text(self) -> str:
+        """`44 channels`, `4 heads`, `3 KV groups of 3 heads`: the words of the report, the program's text and the picture."""
+        inside = "" if self.inner is None else f" of {counted(self.inner.units, self.inner_unit)}"
+        return counted(self.units, self.unit) + inside
+
+    def chosen_text(self, consumers: int, producers: int) -> tuple[str, str]:
+        """`("1 of 9 heads", "1 of 3 KV groups")`: how much of each side trains; empty for none."""
+        return (
+            f"{consumers} of {counted(self.inner_units, self.inner_unit)}" if consumers else "",
+            f"{producers} of {counted(self.units, self.unit)}" if producers else "",
+        )
+
     def __str__(self) -> str:
-        lines = [f"{self.kind} {self.name}: {self.units} units"]
+        lines = [one_line(f"{self.kind} {self.name}: {self.size_text()}")]
         lines += [f"  {site}" for site in self.sites]
         if self.inner is not None:
-            lines += ["  " + line for line in str(self.inner).splitlines()]
+            lines += ["  " + line for line in str(self.inner).split("\n")]
         return "\n".join(lines)
 
 
+@printable
 @dataclass(frozen=True)
 class Declined:
     """A near miss of detection: something that looks like a structure and must not be moved, with the reason.
@@ -143,4 +181,4 @@ class Declined:
     sites: tuple[Site, ...] = field(default=())
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.name}: {self.reason}"
+        return one_line(f"{self.kind} {self.name}: {self.reason}")

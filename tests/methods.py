@@ -69,9 +69,10 @@ def logits(model: nn.Module, name: str = "Llama") -> Tensor:
 
 
 def state(host: nn.Module, like: nn.Module) -> dict[str, Tensor]:
-    """The part of a state dict that the plain model has, too."""
-    names = set(like.state_dict())
-    return {n: t.detach().clone() for n, t in host.state_dict().items() if n in names}
+    """The state dict in original names, shapes and order, of a host or of what `restore` made of it."""
+    found = host.sparsify.original_state_dict() if "sparsify" in host.__dict__ else host.state_dict()
+    assert set(found) == set(like.state_dict())
+    return {n: t.detach().clone() for n, t in found.items()}
 
 
 def plain_with(host: nn.Module, name: str = "Llama", dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -102,8 +102,8 @@ def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
 
 
 def state_of(host: nn.Module) -> dict[str, Tensor]:
-    """The host's state dict in original layout, without the blocks' full-precision copies."""
-    return {n: t.detach().clone() for n, t in host.state_dict().items() if not n.endswith("_slice")}
+    """The host's state dict in original names, shapes and order, trained parts folded in."""
+    return {n: t.detach().clone() for n, t in host.sparsify.original_state_dict().items()}
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

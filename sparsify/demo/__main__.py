@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from sparsify.cli_rule import RuledCommand
+from sparsify.errors import InputError
 
+LARGEST_SEED = (1 << 63) - 1
+MOST_EPOCHS = 10_000.0
+
+app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
+
+
+@app.command(cls=RuledCommand)
 def main(
     fast: Annotated[
         bool, typer.Option("--fast", help="A tenth of the work (under a minute): shows the steps, not the accuracy.")
@@ -16,9 +26,13 @@ def main(
         str, typer.Option(help="Which methods to compare, separated by commas: s2ft, lora, full.")
     ] = "s2ft,lora,full",
     epochs: Annotated[
-        float | None, typer.Option(help="Passes over the training texts (default 2; 1 with --fast).", min=0.01)
+        float | None,
+        typer.Option(help="Passes over the training texts (default 2; 1 with --fast).", min=0.01, max=MOST_EPOCHS),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the trained units, the order of the texts and dropout.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(min=0, max=LARGEST_SEED, help="Seed of the trained units, the order of the texts and dropout."),
+    ] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the report and the adapters.")] = Path("report"),
     tune: Annotated[
         bool, typer.Option("--tune", help="Repeat the search for learning rates instead (about 15 minutes).")
@@ -38,9 +52,13 @@ def main(
         raise typer.BadParameter(
             f"{', '.join(unknown) or 'nothing'}: known methods are {', '.join(METHODS)}", param_hint="--methods"
         )
+    if epochs is not None and math.isnan(epochs):  # which no comparison with a bound finds
+        raise InputError("--epochs nan: expected a number")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: is there already and is not a folder")
     settings = Settings.make(fast=fast, methods=names, epochs=epochs, seed=seed, out=out)
     (run_tuning if tune else run_demo)(settings)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
@@ -70,8 +71,8 @@ def run_demo(settings: Settings) -> dict[str, Any]:
     write_report(bench, results, sections, seconds)
     console.rule("[bold]done")
     console.print(
-        f"{seconds:.0f} s in all. Report: [bold]{settings.out / 'demo.html'}[/bold]; "
-        f"numbers: {settings.out / 'results.json'}"
+        f"{seconds:.0f} s in all. Report: [bold]{escape(str(settings.out / 'demo.html'))}[/bold]; "
+        f"numbers: {escape(str(settings.out / 'results.json'))}"
     )
     return document
 
@@ -86,7 +87,9 @@ def prepare(settings: Settings, console: Console) -> Bench:
     console.print(f"Python {platform.python_version()}: {describe(task)}.")
     console.print("The module's own name is taken out of its texts. Two held-out examples:")
     for text, label in list(zip(task.test_texts, task.test_labels, strict=True))[:2]:
-        console.print(f"  [italic]{shorten(text, 100)}[/italic]  → [bold]{task.classes[label]}[/bold]", highlight=False)
+        console.print(
+            f"  [italic]{escape(shorten(text, 100))}[/italic]  → [bold]{task.classes[label]}[/bold]", highlight=False
+        )
     tokenizer, encoder = load_tokenizer(), load_encoder()
     train_texts = tokenise(tokenizer, task.train_texts, task.train_labels)
     test_texts = tokenise(tokenizer, task.test_texts, task.test_labels)
@@ -212,7 +215,7 @@ def show_adapter(bench: Bench, encoder: Any, head: nn.Linear, result: Result) ->
         f"Merged into plain weights (no cost at inference): {same:.1%} of the answers are the same; unmerged again."
     )
     lora = handle.export_lora(bench.adapters / "s2ft-as-lora")
-    console.print(f"Exported as a PEFT LoRA folder: {lora} ({megabytes(directory_bytes(Path(lora)))}).\n")
+    console.print(f"Exported as a PEFT LoRA folder: {escape(str(lora))} ({megabytes(directory_bytes(Path(lora)))}).\n")
     return {
         "reloaded": reloaded,
         "off": off,

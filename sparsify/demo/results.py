@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from sparsify.console import in_full
 from sparsify.demo.methods import METHODS
 from sparsify.demo.stdlib_text import Task, describe
 from sparsify.demo.training import Run, Texts
@@ -142,7 +143,7 @@ def adapter_sections(encoder: Any, checks: dict[str, Any], two: list[dict[str, A
             ),
             program=encoder.sparsify.program,
         ),
-        Section("Report of the compiler", text=str(encoder.sparsify.report)),
+        Section("Report of the compiler", text=in_full(encoder.sparsify.report)),
     ]
 
 

@@ -49,7 +49,7 @@ class JointPasses:
 
     def uuid(self) -> str:
         here = Path(__file__)
-        text = here.read_text() + (here.parent / "joint_passes.py").read_text()
+        text = here.read_text(encoding="utf-8") + (here.parent / "joint_passes.py").read_text(encoding="utf-8")
         earlier = self.before.uuid() if hasattr(self.before, "uuid") else ""
         return hashlib.sha256((text + str(earlier)).encode()).hexdigest()
 

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from sparsify.console import printable
 from sparsify.errors import Refusal, RefusedError
 from sparsify.kernels.cpu import operator as packed_operator
 from sparsify.kernels.cpu.build import BuildError
@@ -42,6 +43,7 @@ SLACK = 1.05  # smallest times of equally fast products differ by this much from
 WORTH = 0.95  # a blocked dense weight must take less than this share of torch's time
 
 
+@printable
 @dataclass(frozen=True)
 class LoweredLinear:
     """One layer and what was measured. seconds: tokens measured → (kernel, predicted, measured, torch dense).
@@ -73,6 +75,7 @@ def timings_text(seconds: Mapping[int, tuple[str, float, float, float]]) -> str:
     )
 
 
+@printable
 @dataclass(frozen=True)
 class CpuReport:
     """What lowering did: layers packed, layers left dense and why, those of them that lie in oneDNN's layout, what was fused.

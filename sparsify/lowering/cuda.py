@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from sparsify.console import printable
 from sparsify.errors import Refusal, RefusedError
 from sparsify.kernels.cpu.operator import module_bytes
 from sparsify.kernels.gpu import operator, semi_structured
@@ -31,6 +32,7 @@ from sparsify.program import Program, Stage
 WORTH = 0.9  # packed bytes over dense bytes from which on a layer stays dense
 
 
+@printable
 @dataclass(frozen=True)
 class GpuLowered:
     """One replaced layer. form: of the packed weight; predicted: dense over packed bytes, the ceiling at one token. many: what
@@ -58,6 +60,7 @@ class GpuLowered:
         )
 
 
+@printable
 @dataclass(frozen=True)
 class GpuReport:
     """What lowering did: layers replaced, layers left dense and why, bytes of the whole model before and after."""

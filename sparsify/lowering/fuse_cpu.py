@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsify.console import printable
 from sparsify.kernels.cpu.codegen import Variant
 from sparsify.kernels.cpu.dispatch import best_isa, bucket, source_digest
 from sparsify.kernels.cpu.formats import PANEL
@@ -43,6 +44,7 @@ from sparsify.program import Program
 SLACK = 1.05  # smallest times of equally fast products differ by this much from run to run
 
 
+@printable
 @dataclass(frozen=True)
 class Fusion:
     """What became one kernel, or why not. seconds: tokens → (kernel, predicted, measured, measured apart).

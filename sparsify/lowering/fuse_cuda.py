@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsify.console import printable
 from sparsify.kernels.gpu.formats import pack_stream, pack_two_four
 from sparsify.lowering.fuse_cpu import MovedActivation, set_module
 from sparsify.lowering.fuse_linears import (
@@ -32,6 +33,7 @@ from sparsify.lowering.sparse_linear import FusedFeedForward, fused_class
 from sparsify.program import Program
 
 
+@printable
 @dataclass(frozen=True)
 class GpuFusion:
     """What became one kernel, or why not (`why` is empty when it was fused)."""
@@ -48,6 +50,7 @@ class GpuFusion:
         return f"{self.found.owner}: {leaves}, {self.found.activation} and product {self.why or 'in one kernel'}"
 
 
+@printable
 @dataclass(frozen=True)
 class GpuActivation:
     """An activation that moved into the kernel of the linear before it, or why not (`why` is empty when it did)."""

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsify.console import printable
 from sparsify.kernels.gpu.formats import Stream, pack_stream, pack_two_four
 from sparsify.lowering.fuse_linears import SharedPass, find_shared_passes
 from sparsify.lowering.gpu_linear import GpuSparseLinear, stored_values
@@ -25,6 +26,7 @@ from sparsify.lowering.original_state import RowsOfWhole
 from sparsify.program import Program
 
 
+@printable
 @dataclass(frozen=True)
 class GpuSharing:
     """Linears that became one kernel, or why not (`why` is empty when they did)."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from sparsify.console import printable
 from sparsify.kernels.cpu.tune import time_in_turn
 from sparsify.lowering.restore_cpu import restore_modules
 from sparsify.module_tree import copy_module_tree
@@ -24,6 +25,7 @@ SLACK = 1.03  # smallest times of equally fast models differ by this much from r
 BUDGET = 1.0  # seconds to time both models for; each runs five times at least
 
 
+@printable
 @dataclass(frozen=True)
 class WholeModel:
     """What was measured on the example. tokens: numbers of tokens that its linears saw.

@@ -135,9 +135,9 @@ def unmatched_patterns(index: int, rule: Rule, names: Iterable[str]) -> list[Ref
     names = sorted(names)
     found = []
     for pattern in rule.unmatched(names):
-        reason = (
-            f"this pattern of rule {index}, {type(rule).__name__}, matches nothing{nearest(pattern.strip('*.'), names)}"
-        )
+        word = pattern.strip("*.")
+        close = names if "." in word else sorted({name.rpartition(".")[2] for name in names})
+        reason = f"this pattern of rule {index}, {type(rule).__name__}, matches nothing{nearest(word, close)}"
         found.append(Refusal(pattern, reason))
         warnings.warn(f"{pattern}: {reason}", stacklevel=2)
     return found

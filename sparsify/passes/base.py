@@ -63,7 +63,8 @@ def run_passes(program: Program, passes: Sequence[Pass], context: Context) -> Pr
                 expected = after.run_example()  # pruning is meant to change the outputs
             elif numeric and step.writes is Stage.SELECTED:
                 check_controls(after, context.progress)
-            elif numeric and after.quantize.keys() <= after.bases.keys():  # (Quantize moves them)
+            elif numeric and after.quantize.keys() <= after.bases.keys():
+                # quantising changes them too, and the report says by how much
                 check_outputs(expected, after.run_example())
         except VerifyError as error:
             raise VerifyError(f"{place}: {error}\n{after}") from error

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from sparsify.capture import capture_training, shadow_of
+from sparsify.capture import capture_training, evaluating, shadow_of
 from sparsify.passes.axes import words
 from sparsify.passes.base import Context
 from sparsify.passes.find_structures import find_structures
@@ -34,6 +34,7 @@ from sparsify.passes.observe import FrameLog, Observation, Sighting, is_model_co
 from sparsify.plan import S2FT, PaCA
 from sparsify.program import Program
 from sparsify.structure import CONSUMERS, Structure
+from sparsify.untouched import untouched
 
 DROPOUT = frozenset(
     "aten." + name
@@ -124,12 +125,12 @@ def watch(program: Program, structures: tuple[Structure, ...], training: bool) -
     args, kwargs = program.example
 
     def run(fake: bool) -> Observation:
-        model = shadow_of(program.host, copy_tensors=not fake)
-        for module in model.modules():
-            module.training = training
-        tensors: dict[str, Tensor] = dict(model.named_parameters())
-        tensors |= dict(model.named_buffers())
-        return observe(model, args, kwargs, structures, tensors, fake)
+        with untouched(program.host):
+            model = shadow_of(program.host, "shared" if fake else "copied")
+            tensors: dict[str, Tensor] = dict(model.named_parameters())
+            tensors |= dict(model.named_buffers())
+            with evaluating(model, training):
+                return observe(model, args, kwargs, structures, tensors, fake)
 
     try:
         return run(fake=True)

@@ -204,7 +204,7 @@ def movable_consumers(program: Program) -> dict[str, Any]:
         if structure.name in moved or structure.kind != "ffn" or structure.name in program.unproven:
             continue
         if any(site.param in program.bases for site in structure.sites):
-            continue  # what came packed lies in blocks, which no reordering respects
+            continue  # a packed base lies in blocks, which no reordering respects
         for site in structure.consumers:
             channels = unit_channels(site, structure)
             whole = channels.shape == (program.tensor(site.param).shape[site.axis], 1)

@@ -18,9 +18,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from sparsify.console import printable
 from sparsify.errors import PlanError
 
 
+@printable
 @dataclass(frozen=True)
 class Unstructured:
     """Any entry may go."""
@@ -32,6 +34,7 @@ class Unstructured:
         """Every shape is fine."""
 
 
+@printable
 @dataclass(frozen=True)
 class NM:
     """`n` of every `m` neighbours on the input axis survive, so the sparsity is `1 − n/m` (2:4 → 50 %, 16:64 → 75 %)."""
@@ -59,6 +62,7 @@ class NM:
             )
 
 
+@printable
 @dataclass(frozen=True)
 class Block:
     """Blocks of `h` output rows × `w` input columns survive or go as a whole (4×1, 16×16, 32×32)."""

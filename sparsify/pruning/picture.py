@@ -13,8 +13,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from html import escape
 
+from sparsify.console import markup as escape
 from sparsify.drawing import split_layer, write_atomically
 from sparsify.pruning.sequential import LayerStats
 

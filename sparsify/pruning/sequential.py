@@ -35,6 +35,7 @@ from tqdm import tqdm
 from sparsify.blocks import repeated_blocks
 from sparsify.calibration_checks import all_finite, blame, check_batches, check_weights
 from sparsify.capture import evaluating
+from sparsify.console import printable
 from sparsify.errors import PlanError, Refusal, SparsifyError
 from sparsify.masked import pack_bits, unpack_bits
 from sparsify.program import Program, canonical_names
@@ -63,6 +64,7 @@ HESSIAN_BYTES = 2 << 30
 FINGERPRINT_ENTRIES = 4096
 
 
+@printable
 @dataclass(frozen=True)
 class LayerStats:
     """What happened to one parameter.
@@ -85,6 +87,7 @@ class LayerStats:
     itemsize: int = 0
 
 
+@printable
 @dataclass
 class PruneResult:
     """masks and tensors by qualified parameter name, in the stored layout (masks bool, True = survivor); layers in order.

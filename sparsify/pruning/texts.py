@@ -5,13 +5,16 @@
                    {"text": "…"}   {"messages": [{"role": "user", "content": "…"}, …]}   {"input_ids": [1, 5, …]}
                    and for encoder–decoders beside it {"target": "…"} or {"labels": [7, …]}
 
-When there are more samples than asked for, the seed chooses. Samples of unequal length are padded on the right, and the padding is
-left out of every statistic by `attention_mask` (decoder side: label −100).
+Both are UTF-8, with or without a byte-order mark. When there are more samples than asked for, the seed chooses. Samples of unequal
+length are padded on the right, and the padding is left out of every statistic by `attention_mask` (decoder side: label −100).
 """
 
 from __future__ import annotations
 
+import codecs
 import json
+import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from sparsify.pruning.collect import IGNORED
 
 ROWS = 8
 SEQUENCE = 512
+WIDE_MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 Sample = tuple[list[int], list[int]]
 
 
@@ -37,11 +41,21 @@ def calibration_batches(
 
     Raises PlanError naming file and line for what cannot be used.
     """
+    return split_batches(path, config, tokenizer, samples=samples, held_out=0, sequence=sequence, seed=seed)[0]
+
+
+def split_batches(
+    path: str | Path, config: Any, tokenizer: Any, *, samples: int, held_out: int, sequence: int = 0, seed: int = 0
+) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """`calibration_batches`, and as batches at most `held_out` samples that are not among them (none when all of them are)."""
     path = Path(path)
+    if not -(1 << 63) <= seed < 1 << 64:
+        raise PlanError(f"seed {seed}: expected a number of 64 bits")
     length = sequence_length(config, tokenizer, sequence)
-    if path.suffix == ".txt":
+    suffix = path.suffix.lower()
+    if suffix == ".txt":
         found = windows(path, config, tokenizer, length)
-    elif path.suffix == ".jsonl":
+    elif suffix == ".jsonl":
         found = lines(path, config, tokenizer, length)
     else:
         raise PlanError(f"{path.name}: calibration is a .txt file (one text) or a .jsonl file (one sample per line)")
@@ -49,9 +63,13 @@ def calibration_batches(
         raise PlanError(f"{path.name} has no sample of at least two tokens")
     check_vocabulary(path, config, found)
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = [found[place] for place in sorted(order[:samples])]
     pad = getattr(config.get_text_config(), "pad_token_id", None) or 0
-    return [as_batch(chosen[start : start + ROWS], pad) for start in range(0, len(chosen), ROWS)]
+
+    def batches(places: list[int]) -> list[dict[str, Tensor]]:
+        chosen = [found[place] for place in sorted(places)]
+        return [as_batch(chosen[start : start + ROWS], pad) for start in range(0, len(chosen), ROWS)]
+
+    return batches(order[:samples]), batches(order[samples : samples + held_out])
 
 
 def sequence_length(config: Any, tokenizer: Any, asked: int) -> int:
@@ -73,28 +91,54 @@ def windows(path: Path, config: Any, tokenizer: Any, length: int) -> list[Sample
             f"{path.name}: an encoder–decoder needs inputs and targets: give a .jsonl file with lines "
             '{"text": "…", "target": "…"}'
         )
-    ids = encode(path.name, tokenizer, read_text(path), special=False)
+    text = decoded(path.name, read_bytes(path).removeprefix(codecs.BOM_UTF8)).replace("\r\n", "\n")
+    if "\0" in text:
+        raise PlanError(f"{path.name}: holds NUL characters, so it is no text")
+    ids = encode(path.name, tokenizer, text, special=False)
     starts = range(0, max(1, len(ids) - length + 1), length)
     return [(ids[s : s + length], []) for s in starts if len(ids[s : s + length]) > 1]
 
 
 def lines(path: Path, config: Any, tokenizer: Any, length: int) -> list[Sample]:
+    """One sample per line of the file: lines end with a newline byte and with nothing else, so text may hold any character."""
     found: list[Sample] = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_bytes(path).removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
         if not line.strip():
             continue
         where = f"{path.name}, line {number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise PlanError(f"{where}: not JSON ({error})") from error
-        if not isinstance(record, dict):
-            raise PlanError(f'{where}: expected an object such as {{"text": "…"}}, got {type(record).__name__}')
+        record = read_record(where, decoded(where, line))
         ids = inputs_of(where, record, tokenizer)[:length]
         target = targets_of(where, record, tokenizer)[:length] if is_encoder_decoder(config) else []
         if len(ids) > 1:
             found.append((ids, target))
     return found
+
+
+def read_record(where: str, line: str) -> dict[str, Any]:
+    """The JSON object in one line. Raises PlanError for anything else, and for what readers of JSON disagree about."""
+
+    def constant(name: str) -> Any:
+        raise PlanError(f"{where}: {name} is no JSON value")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise PlanError(f"{where}: {key!r} stands there twice")
+            found[key] = value
+        return found
+
+    try:
+        record = json.loads(line, parse_constant=constant, object_pairs_hook=unique)
+    except RecursionError as error:
+        raise PlanError(f"{where}: nested too deeply") from error
+    except PlanError:
+        raise
+    except ValueError as error:  # also for a number of thousands of digits
+        raise PlanError(f"{where}: not JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise PlanError(f'{where}: expected an object such as {{"text": "…"}}, got {type(record).__name__}')
+    return record
 
 
 def inputs_of(where: str, record: dict[str, Any], tokenizer: Any) -> list[int]:
@@ -105,11 +149,25 @@ def inputs_of(where: str, record: dict[str, Any], tokenizer: Any) -> list[int]:
             raise PlanError(
                 f"{where}: 'messages' need a tokenizer with a chat template, which this model does not have"
             )
-        text = tokenizer.apply_chat_template(record["messages"], tokenize=False)
-        return encode(where, tokenizer, text, special=False)
+        return encode(where, tokenizer, chat_text(where, tokenizer, record["messages"]), special=False)
     if isinstance(record.get("text"), str):
         return encode(where, tokenizer, record["text"], special=True)
-    raise PlanError(f"{where}: expected 'text', 'messages' or 'input_ids', found {', '.join(record) or 'nothing'}")
+    if "text" in record:
+        raise PlanError(f"{where}: 'text' must be a string, got {type(record['text']).__name__}")
+    found = ", ".join(list(record)[:8]) + (", …" if len(record) > 8 else "")
+    raise PlanError(f"{where}: expected 'text', 'messages' or 'input_ids', found {found or 'nothing'}")
+
+
+def chat_text(where: str, tokenizer: Any, messages: Any) -> str:
+    """Messages through the tokenizer's template. Raises PlanError for what is no conversation, or none that the template takes."""
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) and "role" in m for m in messages):
+        raise PlanError(f"{where}: 'messages' must be a list of objects with 'role' and 'content'")
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # the template is a program from the model's folder
+        raise PlanError(
+            f"{where}: the tokenizer's chat template does not take these messages: {type(error).__name__}: {error}"
+        ) from error
 
 
 def targets_of(where: str, record: dict[str, Any], tokenizer: Any) -> list[int]:
@@ -121,7 +179,7 @@ def targets_of(where: str, record: dict[str, Any], tokenizer: Any) -> list[int]:
 
 
 def checked_ids(where: str, name: str, ids: Any) -> list[int]:
-    if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
+    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < 1 << 31 for i in ids):
         raise PlanError(f"{where}: '{name}' must be a list of token ids")
     return ids
 
@@ -129,14 +187,41 @@ def checked_ids(where: str, name: str, ids: Any) -> list[int]:
 def encode(where: str, tokenizer: Any, text: str, *, special: bool) -> list[int]:
     if tokenizer is None:
         raise PlanError(f"{where}: the model's folder has no tokenizer; give a .jsonl file of 'input_ids'")
-    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
-
-
-def read_text(path: Path) -> str:
+    if half := next((c for c in text if "\ud800" <= c <= "\udfff"), None):
+        raise PlanError(
+            f"{where}: the text holds {half.encode('unicode_escape').decode()}, half of a surrogate pair, which is no character"
+        )
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"{path.name} cannot be read as text: {error}") from error
+        return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    except Exception as error:
+        raise PlanError(f"{where}: the tokenizer does not take this text: {type(error).__name__}: {error}") from error
+
+
+def read_bytes(path: Path) -> bytes:
+    """The whole file. Raises PlanError for what cannot be read, and for FIFOs and devices, which may never end."""
+    try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            what = "a folder" if stat.S_ISDIR(mode) else "a pipe or device"
+            raise PlanError(f"{path.name} is {what}: calibration is a .txt or .jsonl file")
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise PlanError(f"'{path}' does not exist") from error
+    except OSError as error:
+        raise PlanError(f"{path.name} cannot be read: {error}") from error
+    for mark, name in WIDE_MARKS.items():
+        if data.startswith(mark):
+            raise PlanError(f"{path.name}: is {name} text; write it as UTF-8")
+    if not data.strip():
+        raise PlanError(f"{path.name} is empty")
+    return data
+
+
+def decoded(where: str, data: bytes) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PlanError(f"{where} cannot be read as text: {error}; expected UTF-8") from error
 
 
 def check_vocabulary(path: Path, config: Any, found: Sequence[Sample]) -> None:

@@ -189,7 +189,7 @@ def test_a_failed_trace_is_one_screen(capfd, caplog):
     assert len(str(caught.value).splitlines()) <= 5
     assert all(len(line) <= 500 for line in str(caught.value).splitlines())
     printed = capfd.readouterr()
-    assert len((printed.out + printed.err).splitlines()) <= 25
+    assert printed.out + printed.err == ""
 
 
 # -------------------------------------------------------------------------------------------------------- text and pictures
@@ -406,4 +406,5 @@ def test_wrappers_with_read_only_attributes(rule, tmp_path):
     assert not plain[0].inner._keys_to_ignore_on_save
     back = hf.BertModel.from_pretrained(tmp_path)
     assert set(back.state_dict()) == set(model[0].inner.state_dict())
-    assert host.sparsify.restore() is host
+    if not isinstance(rule, Prune):
+        assert host.sparsify.restore() is host

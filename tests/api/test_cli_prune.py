@@ -99,7 +99,7 @@ def test_the_folder_is_the_pruned_model(
     data = batches_of(folder, "text.txt", samples=5, sequence=16, seed=seed) if rule.needs_calibration else None
     more = ["--calibration", folder / "text.txt", "--samples", "5", "--sequence", "16"] if data else []
     out = tmp_path / "new" / "out"
-    done = call(folder / "llama", "--out", out, *options, *more, *stream)
+    done = call(folder / "llama", "--out", out, *options, *more, *stream, "--all")
     assert done.exit_code == 0, done.output
     dense: Any = hf.LlamaForCausalLM.from_pretrained(folder / "llama")
     host: Any = tiny.lower(dense.eval(), rule, calibration=data, seed=seed)
@@ -152,7 +152,7 @@ def test_a_sparse_file_opens_to_the_same_bits(folder: Path, tmp_path: Path, stre
     assert hf.AutoTokenizer.from_pretrained(tmp_path / "again")("mat")["input_ids"] == [1, 8]
     assert not (tmp_path / "again" / "model.sparse").exists()
     refused = RUNNER.invoke(app, ["checkpoint", file, "--dense", str(tmp_path / "again")])
-    assert refused.exit_code == 1
+    assert refused.exit_code == 2
     assert "holds a model already" in refused.output
 
 
@@ -222,7 +222,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
     assert refused.exit_code == 2
     assert "holds an unfinished run: go on with --resume, or delete it" in " ".join(refused.output.split())
     other = RUNNER.invoke(app, [*command, "--resume", "--seed", "9"])
-    assert other.exit_code == 1
+    assert other.exit_code == 2
     assert "another pruning run" in other.output
     calls, original = 0, sequential.sparsegpt_prune
 
@@ -286,11 +286,141 @@ def test_a_failure_while_writing_leaves_no_output(
     with monkeypatch.context() as patch:
         patch.setattr("sparsify.cli_prune.write_record", full_disk)
         failed = call(*arguments)
-    assert isinstance(failed.exception, OSError)
+    assert failed.exit_code == 1
+    assert "no space" in failed.stderr
     assert not (tmp_path / "out").exists()
     done = call(*arguments, "--resume")
     assert done.exit_code == 0, done.output
     same_as_compiled(tmp_path / "out", folder / "llama", Prune(method="magnitude"), None)
+
+
+# --- what is printed ---
+
+
+def loss_of(model: Any, batches: list[dict[str, Tensor]]) -> float:
+    """Mean loss per predicted token."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for batch in batches:
+            labels = batch.get("labels", batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100))
+            shift = 0 if "labels" in batch else 1
+            tokens = int((labels[:, shift:] != -100).sum())
+            total += float(model(**{**batch, "labels": labels}).loss) * tokens
+            count += tokens
+    return total / count
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+@pytest.mark.parametrize(("name", "file"), [("llama", "text.txt"), ("t5", "pairs.jsonl")])
+def test_the_loss_before_and_after_is_that_of_the_two_folders(
+    folder: Path, tmp_path: Path, name: str, file: str, held_out: bool
+) -> None:
+    from sparsify.pruning.texts import split_batches
+
+    samples = 4 if held_out else 1000
+    out, options = tmp_path / "out", ["--calibration", folder / file, "--samples", str(samples), "--sequence", "9"]
+    done = call(folder / name, "-o", out, *options)
+    assert done.exit_code == 0, done.output
+    config = hf.AutoConfig.from_pretrained(folder / name)
+    given, others = split_batches(folder / file, config, small_tokenizer(), samples=samples, held_out=16, sequence=9)
+    batches = others if held_out else given[:2]
+    kind: Any = hf.LlamaForCausalLM if name == "llama" else hf.T5ForConditionalGeneration
+    dense, pruned = (loss_of(kind.from_pretrained(path).eval(), batches) for path in (folder / name, out))
+    recorded = json.loads((out / "pruning.json").read_bytes())["loss"]
+    assert recorded["dense"] == pytest.approx(dense, abs=1e-5)
+    assert recorded["pruned"] == pytest.approx(pruned, abs=1e-5)
+    assert abs(dense - pruned) > 1e-5
+    count = sum(len(batch["input_ids"]) for batch in batches)
+    assert (recorded["held_out"], recorded["samples"]) == (held_out, count)
+    which = "held-out" if held_out else "calibration"
+    assert f"loss: {dense:.4f} dense, {pruned:.4f} pruned on {count} {which} samples (perplexity " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--no-loss"], "--no-loss"),
+        (["--stream"], "it would need the whole model in memory (--stream)"),
+        ([], "there is no --calibration text"),
+    ],
+)
+def test_why_there_is_no_loss(folder: Path, tmp_path: Path, options: list[str], why: str) -> None:
+    text = ["--calibration", folder / "text.txt", "--samples", "2"] if options else []
+    done = call(folder / "llama", "-o", tmp_path / "out", "--method", "magnitude", *text, *options)
+    assert done.exit_code == 0, done.output
+    assert f"loss: not measured, {why}\n" in done.stdout
+    assert json.loads((tmp_path / "out" / "pruning.json").read_bytes())["loss"] is None
+
+
+def test_a_loss_that_sees_its_answers_is_none() -> None:
+    """A masked language model's loss on its own input says nothing: found by trying, not by the class's name."""
+    from sparsify.cli_prune import Losses
+
+    batch = {"input_ids": tiny.tokens(3, 7), "attention_mask": torch.ones(3, 7, dtype=torch.int64)}
+    batch["attention_mask"][1:, 5:] = 0
+    bert: Any = hf.BertForMaskedLM(hf.BertConfig(**dict[str, Any](zoo.ENCODER))).eval()
+    losses = Losses([batch], False, False, False)
+    losses.dense = losses.measure(bert)
+    assert str(losses) == "loss: not measured, its outputs see the tokens that they would have to predict"
+    model: Any = tiny.build("Llama").train()
+    losses = Losses([batch], False, False, False)
+    losses.dense = losses.pruned = losses.measure(model)
+    assert losses.dense == pytest.approx(loss_of(model.eval(), [batch]), abs=1e-6)
+    assert "on 3 calibration samples (perplexity +0.0 %)" in str(losses)
+    losses = Losses([batch], False, False, False)
+    assert losses.measure(nn.Linear(2, 2)) != losses.measure(nn.Linear(2, 2))
+    assert "Linear has none for text (TypeError" in str(losses)
+
+
+def test_a_summary_by_kind_of_weight_and_every_line_with_all(folder: Path, tmp_path: Path) -> None:
+    options = [folder / "llama", "--method", "magnitude", "-o"]
+    short, long = call(*options, tmp_path / "a"), call(*options, tmp_path / "b", "--all")
+    down = "model.layers.*.mlp.down_proj.weight"
+    (line,) = [line.split() for line in short.stdout.splitlines() if line.startswith(down)]
+    layers = json.loads((tmp_path / "a" / "pruning.json").read_bytes())["layers"]
+    errors = {layer["name"]: layer["error"] for layer in layers if layer["name"].endswith("down_proj.weight")}
+    worst = max(errors, key=errors.__getitem__)
+    assert line[1:3] == [str(len(errors)), "75.00%"]
+    assert line[3:5] == [f"{sum(errors.values()) / len(errors):.2e}", f"{errors[worst]:.2e}"]
+    assert line[6:] == ["in", worst]
+    assert "model.layers.0.mlp.down_proj.weight 7" not in short.stdout
+    for name in errors:
+        assert sum(line.startswith(name) for line in long.stdout.splitlines()) == 1
+    assert down not in long.stdout
+
+
+def test_many_refusals_are_counted(folder: Path, tmp_path: Path) -> None:
+    tensors = dict(FolderTensors(folder / "llama"))
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "config.json").write_bytes((folder / "llama" / "config.json").read_bytes())
+    extra = {f"old\n.{i}": torch.ones(3) for i in range(9)}
+    save_file(tensors | extra, tmp_path / "more" / "model.safetensors", {"format": "pt"})
+    done = call(tmp_path / "more", "-o", tmp_path / "out", "--method", "magnitude")
+    assert done.exit_code == 0, done.output
+    lines = [line for line in done.stdout.splitlines() if line.startswith("not pruned: ")]
+    assert len(lines) == 5
+    assert lines[-1] == "not pruned: 6 more (--all lists them)"
+    assert r"old\n.0: the model has no such tensor" in done.stdout
+
+
+def test_too_little_calibration_for_wanda_is_said_with_numbers(folder: Path, tmp_path: Path) -> None:
+    options = [
+        folder / "llama",
+        "--method",
+        "wanda",
+        "--calibration",
+        folder / "text.txt",
+        "--sequence",
+        "9",
+        "--no-loss",
+    ]
+    done = call(*options, "-o", tmp_path / "few", "--samples", "4")
+    assert done.exit_code == 0, done.output
+    assert "warning: too little calibration: model.layers.0." in done.stderr
+    assert "saw 36 tokens (14 of 14 weights fewer than 128), so its means of squares are off by 24%" in done.stderr
+    done = call(*options, "-o", tmp_path / "enough", "--samples", "15")
+    assert done.exit_code == 0, done.output
+    assert "warning" not in done.stderr
 
 
 # --- refusals ---
@@ -301,7 +431,7 @@ def test_help_names_every_option() -> None:
     assert shown.exit_code == 0
     for option in (
         "--out", "--sparsity", "--method", "--pattern", "--match", "--exclude", "--allocation", "--calibration", "--samples",
-        "--sequence", "--seed", "--dtype", "--stream", "--sparse", "--resume",
+        "--sequence", "--seed", "--dtype", "--stream", "--sparse", "--resume", "--no-loss", "--all",
     ):  # fmt: skip
         assert option in shown.output
     assert "prune" in RUNNER.invoke(app, ["--help"]).output
@@ -315,18 +445,18 @@ def test_help_names_every_option() -> None:
         (["LLAMA", "--out", "FOLDER"], 2, "is there already: choose another --out, or delete it"),
         (["LLAMA"], 2, "--method sparsegpt looks at inputs: give --calibration FILE (.txt or .jsonl)"),
         (["LLAMA", "--method", "wanda"], 2, "--method wanda looks at inputs"),
-        (["LLAMA", "--method", "best"], 1, "Prune(method='best'): expected one of 'sparsegpt', 'wanda'"),
-        (["LLAMA", "--method", "magnitude", "--sparsity", "1.0"], 1, "sparsity"),
-        (["LLAMA", "--method", "magnitude", "--pattern", "4:2"], 1, "4:2"),
-        (["LLAMA", "--method", "magnitude", "--pattern", "3:8"], 1, "model.layers.0.self_attn.q_proj.weight"),
-        (["LLAMA", "--method", "wanda", "--pattern", "3:8", "--calibration", "TEXT", "--stream"], 1, "q_proj.weight"),
+        (["LLAMA", "--method", "best"], 2, "Prune(method='best'): expected one of 'sparsegpt', 'wanda'"),
+        (["LLAMA", "--method", "magnitude", "--sparsity", "1.0"], 2, "sparsity"),
+        (["LLAMA", "--method", "magnitude", "--pattern", "4:2"], 2, "4:2"),
+        (["LLAMA", "--method", "magnitude", "--pattern", "3:8"], 2, "model.layers.0.self_attn.q_proj.weight"),
+        (["LLAMA", "--method", "wanda", "--pattern", "3:8", "--calibration", "TEXT", "--stream"], 2, "q_proj.weight"),
         (["LLAMA", "--method", "magnitude", "--dtype", "int8"], 2, "--dtype int8: expected auto, fp32, bf16, fp16"),
-        (["LLAMA", "--method", "magnitude", "--match", "*.nothing"], 1, "serves nothing"),
+        (["LLAMA", "--method", "magnitude", "--match", "*.nothing"], 2, "serves nothing"),
         (["LLAMA", "--calibration", "no.txt"], 2, "'no.txt' does not exist"),
-        (["LLAMA", "--calibration", "TEXT", "--sequence", "65"], 1, "--sequence 65: the model has 19 positions"),
-        (["LLAMA", "--calibration", "NOTES"], 1, "calibration is a .txt file (one text) or a .jsonl file"),
-        (["T5", "--calibration", "TEXT"], 1, "an encoder–decoder needs inputs and targets"),
-        (["VIT", "--calibration", "TEXT"], 1, "the model takes pixel_values, not text"),
+        (["LLAMA", "--calibration", "TEXT", "--sequence", "65"], 2, "--sequence 65: the model has 19 positions"),
+        (["LLAMA", "--calibration", "NOTES"], 2, "calibration is a .txt file (one text) or a .jsonl file"),
+        (["T5", "--calibration", "TEXT"], 2, "an encoder–decoder needs inputs and targets"),
+        (["VIT", "--calibration", "TEXT"], 2, "the model takes pixel_values, not text"),
     ],
 )  # fmt: skip
 def test_what_is_refused(folder: Path, tmp_path: Path, options: list[str], code: int, message: str) -> None:
@@ -360,7 +490,7 @@ def test_lines_that_cannot_be_used_are_named(folder: Path, tmp_path: Path, line:
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": "the cat sat"}\n' + line + "\n")
     done = call(folder / "llama", "--out", tmp_path / "out", "--calibration", path)
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "error: bad.jsonl" in done.output
     assert message in " ".join(done.output.split())
     assert not (tmp_path / "out").exists()
@@ -416,7 +546,7 @@ def test_a_model_without_a_tokenizer_takes_token_ids(folder: Path, tmp_path: Pat
     model: nn.Module = tiny.build("Llama")
     model.save_pretrained(tmp_path / "bare")  # type: ignore[operator]
     done = call(tmp_path / "bare", "--out", tmp_path / "out", "--calibration", folder / "text.txt")
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "has no tokenizer" in done.output
     path = tmp_path / "ids.jsonl"
     path.write_text("\n".join(json.dumps({"input_ids": row}) for row in tiny.tokens(5, 9).tolist()))
@@ -443,7 +573,7 @@ def test_tensors_that_are_missing_or_not_the_model_s(folder: Path, tmp_path: Pat
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, tmp_path / "fewer" / "model.safetensors", {"format": "pt"})
     done = call(tmp_path / "fewer", "--out", tmp_path / "b", *options)
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "has no tensor 'model.layers.1.mlp.up_proj.weight'" in done.output
     assert not (tmp_path / "b").exists()
 

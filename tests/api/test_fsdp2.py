@@ -32,6 +32,8 @@ import tiny
 import sparsify
 from sparsify import S2FT, LoRA, PaCA, Plan, Prune, Quantize, RoSA, SparsifyError
 from sparsify.adapter import load
+from sparsify.errors import StateError
+from sparsify.live_state import original
 from sparsify.masked import check_masks, masked_parameters
 from sparsify.sharded import whole_parameters
 from sparsify.train.rosa import collect_masks
@@ -160,6 +162,7 @@ def train_worker(rank: int, directory: str, family: str, names: tuple[str, ...])
             "gradients": grads,
             "trained": trained(host),
             "state": whole,
+            "original": host.sparsify.original_state_dict(),
             "sharded": sorted(n for n, p in host.named_parameters() if hasattr(p, "placements")),
             "counts": host.sparsify.count_parameters(),
             "report": str(host.sparsify.report),
@@ -188,7 +191,8 @@ def test_two_ranks_train_as_one_process_and_their_checkpoints_open_in_one(family
             tiny.assert_same(first[name]["trained"], second[name]["trained"])
             torch.testing.assert_close(first[name]["trained"], trained(host), **close)
             assert all(not torch.equal(before[n], t) for n, t in first[name]["trained"].items() if t.numel())
-            torch.testing.assert_close(first[name]["state"], host.state_dict(), **close)
+            torch.testing.assert_close(first[name]["original"], host.sparsify.original_state_dict(), **close)
+            tiny.assert_same(fresh.sparsify.original_state_dict(first[name]["state"]), first[name]["original"])
 
             state = {"model": fresh.state_dict()}
             dcp.load(state, checkpoint_id=f"{directory}/{name}", no_dist=True)
@@ -351,10 +355,14 @@ def handle_worker(rank: int, directory: str) -> None:
     h.set_adapter(None)
     set_model_state_dict(host, whole, options=WHOLE)
     found["state again"] = full_state(host)
-    broken = {**whole, "model.layers.0.self_attn.q_proj.weight": whole["model.layers.0.self_attn.q_proj.weight"] + 1}
+    file = original(host, whole, with_parts=True)  # what Trainer's checkpoints hold
+    h.set_adapter(None)
+    set_model_state_dict(host, file, options=WHOLE)
+    found["state from a file"] = full_state(host)
+    broken = {**file, "model.layers.0.self_attn.q_proj.weight": file["model.layers.0.self_attn.q_proj.weight"] + 1}
     try:
         set_model_state_dict(host, broken, options=WHOLE)
-    except RuntimeError as error:
+    except StateError as error:
         found["other base"] = str(error)
     finish(rank, directory, found)
 
@@ -379,7 +387,7 @@ def test_the_handle_gathers_what_it_reads_and_refuses_what_would_exchange_parame
         assert first["frozen"] == []
         tiny.assert_same(first["back"], first["a"])
         assert any(not torch.equal(first["a"][n], base[n]) for n in first["a"])
-        torch.testing.assert_close(first["loaded"], first["a"], rtol=1e-6, atol=1e-7)  # the file holds fp32 changes
+        tiny.assert_same(first["loaded"], first["a"])
         host.sparsify.load_adapter(f"{directory}/a", "first")
         host.sparsify.set_adapter("first")
         tiny.assert_same(trained(host), first["loaded"])
@@ -391,6 +399,11 @@ def test_the_handle_gathers_what_it_reads_and_refuses_what_would_exchange_parame
         assert "get_model_state_dict with full_state_dict=True" in text
     assert "call sparsify.compile on the model first, then fully_shard" in first["compile"]
     tiny.assert_same(first["state again"], first["state"])
+    restored = [build("Llama", open_plan) for _ in range(2)]
+    for one, name in zip(restored, ("state from a file", "state"), strict=True):
+        one.load_state_dict(first[name])
+    tiny.assert_same(*(one.sparsify.original_state_dict() for one in restored))
+    tiny.assert_same(*(trained(one) for one in restored))
     assert "the checkpoint was made over another base" in first["other base"]
 
 
@@ -486,7 +499,7 @@ def accelerate_worker(rank: int, directory: str, port: int, efficient: bool) -> 
         state.distributed_type = DistributedType.FSDP
     accelerator.state.fsdp_plugin = plugin
     found: dict[str, Any] = {}
-    for name in ("s2ft", "lora", "pruned") if efficient else ("s2ft", "rosa", "pruned"):
+    for name in ("s2ft", "rosa", "lora", "pruned") if efficient else ("s2ft", "rosa", "pruned"):
         host = build("Llama", PLANS[name])
         optimizer = torch.optim.AdamW(tiny.trainable(host), lr=1e-2)
         host, optimizer = accelerator.prepare(host, optimizer)
@@ -526,7 +539,8 @@ def test_accelerate_with_fsdp_version_2_trains_saves_and_resumes(efficient: bool
                 optimizer.zero_grad()
             assert result["sharded"] == []
             torch.testing.assert_close(result["trained"], trained(host), rtol=1e-9, atol=1e-11)
-            torch.testing.assert_close(result["state"], dict(host.state_dict()), rtol=1e-9, atol=1e-11)
+            found, expected = (host.sparsify.original_state_dict(s) for s in (result["state"], None))
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
             tiny.assert_same(result["resumed"], result["trained"])
             fresh = build("Llama", PLANS[name])
             fresh.load_state_dict(result["state"])
@@ -540,9 +554,10 @@ def free_port() -> int:
 
 
 def test_a_host_on_the_meta_device_takes_its_base_from_a_checkpoint_that_has_it():
-    """What accelerate's efficient loading does: the parts of a fresh host change nothing, so that the weight is the base."""
-    for plan in (PLANS["s2ft"], PLANS["lora"], Plan([Quantize(format="nf4"), LoRA(rank=2)])):
+    """What accelerate's efficient loading does, here also after training: the live state has the base beside the parts."""
+    for plan in (PLANS["s2ft"], PLANS["lora"], PLANS["rosa"], Plan([Quantize(format="nf4"), LoRA(rank=2)])):
         host: Any = build("Llama", plan)
+        tiny.disturb(host)
         fresh, buffers = full_state(host), {n: b.clone() for n, b in host.named_buffers()}
         host.to("meta").load_state_dict(fresh, assign=True)
         for path, buffer in buffers.items():
@@ -550,6 +565,7 @@ def test_a_host_on_the_meta_device_takes_its_base_from_a_checkpoint_that_has_it(
             setattr(host.get_submodule(owner), leaf, buffer)
         tiny.assert_same(full_state(host), fresh)
         expected = build("Llama", plan)
+        tiny.disturb(expected)
         with torch.no_grad():
             assert torch.equal(host(**batch("Llama")).logits, expected(**batch("Llama")).logits)
         steps(host, batch("Llama"))
@@ -561,6 +577,6 @@ def test_a_host_on_the_meta_device_takes_its_base_from_a_checkpoint_that_has_it(
     ):
         host = build("Llama", PLANS[name])
         tiny.disturb(host)
-        state = full_state(host)
-        with pytest.raises(RuntimeError, match=message):
+        state = original(host, host.state_dict(), with_parts=True)
+        with pytest.raises(StateError, match=message):
             host.to("meta").load_state_dict(state, assign=True)

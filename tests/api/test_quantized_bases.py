@@ -352,6 +352,12 @@ def test_plans_that_a_packed_base_cannot_serve() -> None:
         compiled(model, Quantize())
 
 
+def test_loading_without_a_plan_wants_dense_weights(tmp_path: Path) -> None:
+    compiled(quantised("nf4"), LoRA(rank=2)).sparsify.save_adapter(tmp_path)
+    with pytest.raises(SparsifyError, match=r"load: .* came packed by bitsandbytes \(Linear4bit\)"):
+        sparsify.load(quantised("nf4"), tmp_path, example=(X,))
+
+
 def test_wrapped_and_offloaded_models_say_what_they_are() -> None:
     accelerate = pytest.importorskip("accelerate")
     model = tiny.llama()
@@ -364,5 +370,7 @@ def test_wrapped_and_offloaded_models_say_what_they_are() -> None:
     with pytest.raises(CaptureError, match=r"is offloaded by accelerate"):
         compiled(model, LoRA(rank=2))
     with pytest.raises(PlanError) as error:
-        sparsify.compile(nn.Sequential(nn.LayerNorm(3)), Plan([LoRA(rank=2)]), example=(torch.randn(2, 3),), progress=False)
+        sparsify.compile(
+            nn.Sequential(nn.LayerNorm(3)), Plan([LoRA(rank=2)]), example=(torch.randn(2, 3),), progress=False
+        )
     assert "known are" not in str(error.value) and "no nn.Linear" in str(error.value)

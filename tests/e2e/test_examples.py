@@ -78,4 +78,4 @@ def test_inspect_config_file_on_meta(tmp_path: Path) -> None:
         '"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 1000}'
     )
     output = run("inspect_graph.py", str(tmp_path), "--meta", "--svg", str(tmp_path / "graph.svg"))
-    assert "ffn model.layers.7.mlp: 1536 units" in output
+    assert "ffn model.layers.7.mlp: 1536 channels" in output

@@ -45,14 +45,14 @@ def test_captured_has_no_structures(stages: list[Program]) -> None:
 def test_structures_have_one_line_each(stages: list[Program]) -> None:
     text = str(stages[1])
     FileCheck().check("structures: 4 (2 attention, 2 ffn)").check_same("").check(
-        "attention model.layers.0.self_attn: 2 units of 3 | "
-    ).check("ffn model.layers.0.mlp: 44 units | ").run(text)
+        "attention model.layers.0.self_attn: 2 KV groups of 3 heads | "
+    ).check("ffn model.layers.0.mlp: 44 channels | ").run(text)
     assert sum("down down_proj.weight[1 ×1]" in line for line in text.splitlines()) == 2
 
 
 def test_lowered_shows_choices_moves_slices_and_operators(stages: list[Program]) -> None:
     text = str(stages[-1])
-    FileCheck().check("chosen: 4").check("of 44 consumers").check("permuted: 4").check("down_proj.weight[1]").check(
+    FileCheck().check("chosen: 4").check("of 44 channels: ").check("permuted: 4").check("down_proj.weight[1]").check(
         "trained: "
     ).check("down_proj.weight[:, 0:4] f32[36, 4] column block, channels ").run(text)
     ours = [line for line in text.splitlines() if "sparsify.partial_linear(" in line]
@@ -98,7 +98,7 @@ def test_deep_models_print_fast() -> None:
     start = time.perf_counter()
     text = str(program)
     assert time.perf_counter() - start < 5
-    assert "model.layers.31.mlp: 44 units" in text
+    assert "model.layers.31.mlp: 44 channels" in text
 
 
 def test_pieces() -> None:

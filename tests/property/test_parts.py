@@ -133,7 +133,7 @@ def test_before_the_first_step_every_plan_is_the_base(rule, width, hidden, bias,
         torch.testing.assert_close(host(x), model(x))
     else:
         assert torch.equal(host(x), model(x))
-    state = host.state_dict()
+    state = host.sparsify.original_state_dict()
     assert all(torch.equal(state[n], t) for n, t in model.state_dict().items())
     host.train()(x).float().square().sum().backward()
     with torch.no_grad():

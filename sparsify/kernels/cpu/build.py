@@ -44,6 +44,8 @@ build_lock = threading.Lock()
 class BuildError(SparsifyError, RuntimeError):
     """Kernels cannot be built on this machine; the dense path serves instead."""
 
+    exit_code = 1
+
 
 @lru_cache(maxsize=8)
 def find_compiler(named: str | None) -> tuple[tuple[str, ...], str]:

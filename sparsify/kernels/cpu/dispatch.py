@@ -77,7 +77,7 @@ class NonFiniteError(SparsifyError, ArithmeticError):
 def cpu_flags() -> frozenset[str]:
     """Instruction-set flags of this CPU, in the spelling of /proc/cpuinfo."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("flags"):
                 return frozenset(line.partition(":")[2].split())
     except OSError:
@@ -287,7 +287,7 @@ def clock_ghz() -> float:
     try:
         clocks = [
             float(line.partition(":")[2])
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
             if line.startswith("cpu MHz")
         ]
         return statistics.median(clocks) / 1e3 if clocks else 2.5

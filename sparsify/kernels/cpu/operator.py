@@ -25,6 +25,7 @@ from sparsify.kernels.cpu.dispatch import (
     serves,
 )
 from sparsify.kernels.cpu.formats import Bitmask
+from sparsify.operator_library import LIBRARY
 
 SCHEMA = (
     "(Tensor x, Tensor masks, Tensor values, Tensor panel_ptr, Tensor? scales, Tensor? row_sums, Tensor? bias, "
@@ -163,7 +164,7 @@ def backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tu
     return (grad_x, *[None] * 6, grad_residual, *[None] * 6)
 
 
-torch.library.register_autograd("sparsify::packed_linear", backward, setup_context=setup_context)
+torch.library.register_autograd("sparsify::packed_linear", backward, setup_context=setup_context, lib=LIBRARY)
 
 
 def module_bytes(module: nn.Module) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify.errors import OperatorError, PositionError
 from sparsify.kernels.cpu.build import BuildError, compile_library, openmp_entry
 from sparsify.kernels.cpu.codegen import FLAGS, LANES, TEMPLATES, Isa, exchanges, rotations
 from sparsify.kernels.cpu.dispatch import best_isa
@@ -69,6 +70,12 @@ def kernel_serves(a: Tensor, b: Tensor, index: Tensor) -> bool:
 
 def sampled_by_kernel(a: Tensor, b: Tensor, index: Tensor, isa: Isa | None = None) -> Tensor:
     """`(aᵀ b)[index]` for `a (T, p)`, `b (T, q)`, sorted flat `index`; summed in fp32, returned in the inputs' type."""
+    check_index(index)
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[0] or a.dtype != b.dtype or a.dtype not in VALUES:
+        raise OperatorError(
+            f"sampled product: a {a.dtype} {tuple(a.shape)} and b {b.dtype} {tuple(b.shape)} must be (T, p) and (T, q), both "
+            "float32 or both bfloat16"
+        )
     library = load_sampled(isa or best_isa(), VALUES[a.dtype])
     if library is None:
         raise BuildError("no C++ compiler found: install g++ or clang++, or set CXX")
@@ -83,6 +90,14 @@ def sampled_by_kernel(a: Tensor, b: Tensor, index: Tensor, isa: Isa | None = Non
     return out.to(a.dtype)
 
 
+def check_index(index: Tensor) -> None:
+    """The kernels read positions as int32 or int64, and nothing else."""
+    if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64):
+        raise OperatorError(
+            f"positions are {index.dtype} {tuple(index.shape)}, expected int32 or int64 in one dimension"
+        )
+
+
 def kernel_writes(weight: Tensor, values: Tensor, index: Tensor) -> bool:
     """Whether `write_by_kernel` takes these: contiguous on the CPU, fp32 values, one of the weight's types, enough entries."""
     if weight.device.type != "cpu" or weight.dtype not in VALUES or values.dtype != torch.float32:
@@ -95,11 +110,20 @@ def kernel_writes(weight: Tensor, values: Tensor, index: Tensor) -> bool:
 def write_by_kernel(weight: Tensor, values: Tensor, index: Tensor) -> None:
     """`weight.view(-1)[index] = values`, rounded to the weight's type, without a 64-bit copy of the index.
 
-    Raises IndexError if an index lies outside the weight."""
+    Raises PositionError if an index lies outside the weight."""
+    check_index(index)
+    if values.shape != index.shape or not all(t.is_contiguous() for t in (weight, values, index)):
+        raise OperatorError(
+            f"sparse part: {tuple(values.shape)} values for {tuple(index.shape)} positions, all contiguous"
+        )
+    if values.dtype != torch.float32 or weight.dtype not in VALUES:
+        raise OperatorError(
+            f"sparse part: {values.dtype} values into a {weight.dtype} weight; the kernel writes float32 values"
+        )
     library = load_sampled(best_isa(), VALUES[weight.dtype])
     outside = library.sparsify_write(
         weight.data_ptr(), weight.numel(), values.data_ptr(), index.data_ptr(), int(index.dtype == torch.int64),
         index.numel(), torch.get_num_threads(),
     )  # fmt: skip
     if outside:
-        raise IndexError(f"sparse part: a position lies outside the weight of {weight.numel()} entries")
+        raise PositionError(f"sparse part: a position lies outside the weight of {weight.numel()} entries")

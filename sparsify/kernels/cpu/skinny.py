@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify.errors import OperatorError
 from sparsify.kernels.cpu.build import BuildError, compile_library, openmp_entry
 from sparsify.kernels.cpu.codegen import FLAGS, LANES, TEMPLATES, Isa, rotations
 from sparsify.kernels.cpu.dispatch import best_isa
@@ -78,6 +79,13 @@ def skinny_by_kernel(
     x = x if x.stride(-1) == 1 else x.contiguous()
     tokens, width = x.shape
     rank = rows.shape[0] if rows is not None else factor.shape[1] if factor is not None else 0
+    if x.dtype != torch.float32:
+        raise OperatorError(f"skinny products: x is {x.dtype}, the kernel reads float32")
+    for name, tensor, shape in (("rows", rows, (rank, width)), ("factor", factor, (tokens, rank))):
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise OperatorError(
+                f"skinny products: {name} is {tuple(tensor.shape)}, expected {shape} for x {tuple(x.shape)}"
+            )
     spare = -rank % RANKS
     threads = torch.get_num_threads()
     low = product = None
@@ -99,6 +107,10 @@ def update_by_kernel(y: Tensor, low: Tensor, rows: Tensor, isa: Isa | None = Non
         raise BuildError("no C++ compiler found: install g++ or clang++, or set CXX")
     if y.stride(-1) != 1:
         raise ValueError(f"the rows of y {tuple(y.shape)} must be contiguous, strides are {y.stride()}")
+    if y.dtype != torch.float32 or low.shape != (y.shape[0], rows.shape[0]) or rows.shape[1] != y.shape[1]:
+        raise OperatorError(
+            f"skinny update: {tuple(low.shape)} times {tuple(rows.shape)} does not fit y, {y.dtype} {tuple(y.shape)}"
+        )
     low, rows = padded(low, 1), padded(rows, 0)
     library.sparsify_update(
         y.data_ptr(), y.stride(0), *y.shape, rows.shape[0], low.data_ptr(), rows.data_ptr(), torch.get_num_threads()

@@ -21,8 +21,9 @@ from sparsify.kernels.cpu.operator import epilogue
 from sparsify.kernels.gpu import launch, semi_structured
 from sparsify.kernels.gpu.build import can_launch
 from sparsify.kernels.gpu.formats import Blocks, Stream
+from sparsify.operator_checks import require, require_floats, require_index, require_together, require_within
+from sparsify.operator_library import LIBRARY
 
-LIBRARY = torch.library.Library("sparsify", "FRAGMENT")
 LIBRARY.define(
     "gpu_linear(Tensor x, Tensor? bias, Tensor? residual, str format, int rows, int cols, bool gated, str activation, "
     "Tensor[] packed) -> Tensor"
@@ -126,15 +127,37 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     return (dx, None, g if ctx.wants[1] else None, *[None] * 5, [None] * len(packed))
 
 
+def _check_channels(g: Tensor, x: Tensor, rows: Tensor | None) -> None:
+    name = "channel_grad"
+    require(g.dim() == 2 and x.dim() == 2, lambda: f"{name}: g and x are matrices, not {g.dim()}-D and {x.dim()}-D")
+    require(g.shape[0] == x.shape[0], lambda: f"{name}: g has {g.shape[0]} tokens, x {x.shape[0]}")
+    require(g.dtype == x.dtype, lambda: f"{name}: g is {g.dtype}, x {x.dtype}; cast one")
+    if rows is not None:
+        require_index(name, "rows", rows)
+
+
 def _channel_grad(g: Tensor, x: Tensor, rows: Tensor | None) -> Tensor:
+    _check_channels(g, x, rows)
+    require_together("channel_grad", g, x, rows)
+    require_floats("channel_grad", g=g, x=x)
+    if rows is not None:
+        require_within("channel_grad", "rows", rows, g.shape[1], "gradient's channels")
     if rows is not None and kernels_take(g, x):
         return launch.partial_grad(g, x, rows)
     return launch.contiguous_grad(g if rows is None else g.index_select(1, rows), x)
 
 
+def _sum_type(g: Tensor) -> torch.dtype:
+    return torch.float32 if g.dtype in (torch.float16, torch.bfloat16) else g.dtype
+
+
 def _channel_grad_fake(g: Tensor, x: Tensor, rows: Tensor | None) -> Tensor:
-    dtype = torch.float32 if g.dtype in (torch.float16, torch.bfloat16) else g.dtype
-    return g.new_empty((g.shape[1] if rows is None else rows.shape[0], x.shape[1]), dtype=dtype)
+    _check_channels(g, x, rows)
+    return g.new_empty((g.shape[1] if rows is None else rows.shape[0], x.shape[1]), dtype=_sum_type(g))
+
+
+def _channel_grad_in_aten(g: Tensor, x: Tensor, rows: Tensor | None) -> Tensor:
+    return (g if rows is None else g.index_select(1, rows)).t().mm(x).to(_sum_type(g))
 
 
 def _setup_channel_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -144,10 +167,13 @@ def _setup_channel_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
 def _backward_channel_grad(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
     g, x, rows = ctx.saved_tensors
     outer = outer.to(g.dtype)
-    dg = x.mm(outer.t())
-    if rows is not None:
-        dg = torch.zeros_like(g).index_add(1, rows, dg)
-    return dg, (g if rows is None else g.index_select(1, rows)).mm(outer), None
+    dg = dx = None
+    if ctx.needs_input_grad[0]:
+        dg = x.mm(outer.t())
+        dg = dg if rows is None else torch.zeros_like(g).index_add(1, rows, dg)
+    if ctx.needs_input_grad[1]:
+        dx = (g if rows is None else g.index_select(1, rows)).mm(outer)
+    return dg, dx, None
 
 
 for _name, _function, _fake in (
@@ -156,6 +182,7 @@ for _name, _function, _fake in (
 ):
     LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sparsify::{_name}", _fake, lib=LIBRARY)
+LIBRARY.in_aten("channel_grad", _channel_grad_in_aten)
 torch.library.register_autograd("sparsify::gpu_linear", _backward, setup_context=_setup_context, lib=LIBRARY)
 torch.library.register_autograd(
     "sparsify::channel_grad", _backward_channel_grad, setup_context=_setup_channel_grad, lib=LIBRARY

@@ -1,0 +1,103 @@
+"""How the operators of the `sparsify` namespace are registered, so that each behaves as the plain ATen product does.
+
+    kernel        fresh outputs      what it returns is no view, whatever views it took on the way: in-place operations may follow
+    autograd      every order        formulas are made of ATen and of these operators, so a backward can be differentiated again
+    transforms    in ATen            torch.func (grad, jvp, vmap, hessian) and forward-mode see the same function written in ATen
+
+A kernel writes trained values into scratch regions of a frozen weight, behind autograd; no transform can look into that. So each
+operator has a second definition in differentiable ATen (`in_aten`), which makes a dense weight of its own: it runs under
+transforms only, where it gives tangents, batches and derivatives of any order. An operator without one refuses them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from sparsify.errors import RefusedError
+
+_C: Any = torch._C
+
+
+def _autograd_keys() -> Any:
+    """The dispatch keys that an operator excludes while its kernel runs."""
+    outside = _C._dispatch_tls_local_exclude_set()
+    with _C._AutoDispatchBelowAutograd():
+        return _C._dispatch_tls_local_exclude_set() - outside
+
+
+_AUTOGRAD_KEYS = _autograd_keys()
+
+
+def recorded(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """`function(*args)` as part of the graph, from inside of a `setup_context`, where nothing is recorded otherwise.
+
+    What a formula saves of an input (a slice of it) must stay connected with that input, or its second derivative is lost.
+    """
+    include, exclude = _C._dispatch_tls_local_include_set(), _C._dispatch_tls_local_exclude_set()
+    with torch.enable_grad(), _C._ForceDispatchKeyGuard(include, exclude - _AUTOGRAD_KEYS):
+        return function(*args)
+
+
+def under_transform(args: tuple[Any, ...]) -> bool:
+    """Whether a transform of torch.func is active, or a tensor of these carries a tangent."""
+    if _C._functorch.peek_interpreter_stack() is not None:
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    return any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in args)
+
+
+def _fresh(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Views taken inside are no business of autograd's: the result (of `F.linear` in 3-D, a view) owns its memory."""
+
+    @functools.wraps(kernel)
+    def run(*args: Any) -> Any:
+        with _C._AutoDispatchBelowADInplaceOrView():
+            return kernel(*args)
+
+    return run
+
+
+class OperatorLibrary(torch.library.Library):
+    """A fragment of the `sparsify` namespace; `define`, `impl`, `register_fake` and `register_autograd` as for any library."""
+
+    def __init__(self) -> None:
+        super().__init__("sparsify", "FRAGMENT")
+        self._forms: dict[str, Callable[..., Any]] = {}
+
+    def in_aten(self, name: str, form: Callable[..., Any]) -> None:
+        """Say what an operator means in differentiable ATen; it must not write to its arguments."""
+        self._forms[name] = form
+        super().impl(name, form, "FuncTorchBatched")
+        super().impl(name, form, "Batched")  # the older vmap, behind `is_grads_batched`
+
+    def impl(self, op_name: Any, fn: Any, dispatch_key: str = "", **options: Any) -> None:
+        if dispatch_key == "CompositeExplicitAutograd":
+            fn = _fresh(fn)
+        elif dispatch_key == "Autograd":
+            fn = self._transformable(op_name, fn)
+        super().impl(op_name, fn, dispatch_key, **options)
+
+    def _transformable(self, name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(kernel)
+        def run(keyset: Any, *args: Any) -> Any:
+            if not under_transform(args):
+                return kernel(keyset, *args)
+            form = self._forms.get(name)
+            if form is None:
+                raise RefusedError(
+                    f"sparsify::{name} is an inference operator: it has no derivative under torch.func transforms or "
+                    "forward-mode differentiation; run the model as it was before sparsify.compile for that"
+                )
+            return form(*args)
+
+        return run
+
+
+LIBRARY = OperatorLibrary()

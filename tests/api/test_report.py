@@ -1,0 +1,172 @@
+"""The report: parameters of packed and pruned models, and units in the words that the program's text and the picture use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+import sparsify
+from sparsify import S2FT, CpuOptions, LoRA, PaCA, Plan, Prune, Quantize
+from sparsify.masked import SurvivorLinear
+from sparsify.parameter_count import count_parameters
+from sparsify.structure import Site, Structure
+
+
+def dense_count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["Llama", "GPT-2", "T5 (gated)", "BERT"])
+@pytest.mark.parametrize("quantize", [[], [Quantize(format="int8")]], ids=["values", "int8"])
+def test_a_packed_model_has_the_parameters_of_the_dense_one(family: str, quantize: list[Any]) -> None:
+    model = tiny.build(family)
+    plan = Plan([Prune(method="magnitude", sparsity=0.75), *quantize], target="cpu")
+    host: Any = sparsify.compile(model, plan, progress=False, cpu=CpuOptions(mode="small"))
+    report = host.sparsify.report
+    assert host.sparsify.cpu.lowered, "nothing was packed, so nothing is tested"
+    assert report.total == dense_count(model)
+    assert (report.trainable, report.pruned) == (0, 0)
+    assert host.sparsify.count_parameters() == (0, dense_count(model))
+    assert f"trainable  0 of {dense_count(model):,} parameters (0.0000 %)\n" in f"{report}\n"
+
+
+@pytest.mark.parametrize(
+    "rule", [S2FT(structure="ffn", units=2), PaCA(match="*.down_proj", rank=2), LoRA(match="*.q_proj", rank=2)]
+)
+def test_a_quantised_base_counts_in_full(rule: Any) -> None:
+    model = tiny.llama()
+    host: Any = tiny.lower(
+        model, rule, Quantize(match="*.up_proj", format="int8"), Quantize(match="*.down_proj", format="nf4")
+    )
+    plain: Any = tiny.lower(tiny.llama(), rule)
+    added = sum(p.numel() for n, p in host.named_parameters() if "lora_" in n)
+    assert host.sparsify.report.total == dense_count(model) + added == plain.sparsify.report.total
+    assert host.sparsify.report.trainable == plain.sparsify.report.trainable == host.sparsify.count_parameters()[0]
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.75])
+def test_a_student_trains_its_survivors(sparsity: float) -> None:
+    model = tiny.llama()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    host: Any = tiny.lower(model, Prune(method="magnitude", sparsity=sparsity))
+    report = host.sparsify.report
+    zeros = sum(int((~mask).sum()) for mask in host.sparsify.program.masks.values())
+    trained = sum(p.numel() for p in host.parameters() if p.requires_grad)
+    assert zeros > 0
+    assert (report.trainable, report.pruned, report.total) == (trained - zeros, zeros, dense_count(model))
+    share = 100 * (trained - zeros) / dense_count(model)
+    assert (
+        f"trainable  {trained - zeros:,} of {dense_count(model):,} parameters ({share:.4f} %): the survivors; {zeros:,} pruned entries "
+        "stay zero" in str(report)
+    )
+    assert "(100.0000 %)" not in str(report)
+    for name, parameter in host.named_parameters():
+        if name.endswith("down_proj.weight"):
+            parameter.requires_grad_(False)  # what does not train is no entry that stays zero while it does
+    frozen = sum(int((~m).sum()) for n, m in host.sparsify.program.masks.items() if n.endswith("down_proj.weight"))
+    assert host.sparsify.report.pruned == zeros - frozen
+
+
+def test_a_slice_of_a_pruned_weight_trains_its_survivors() -> None:
+    host: Any = tiny.lower(
+        tiny.llama(), Prune(match="*.down_proj", method="magnitude", sparsity=0.5), S2FT(structure="ffn", units=4)
+    )
+    report, found = host.sparsify.report, 0
+    for module in host.modules():
+        if "weight_slice" in module._parameters:
+            found += int((module.weight_slice == 0).sum())
+    assert found > 0
+    assert report.pruned == found
+    assert report.trainable == sum(p.numel() for p in tiny.trainable(host)) - found
+
+
+def test_without_a_mask_nothing_is_said_of_survivors() -> None:
+    assert "survivors" not in str(tiny.lower(tiny.llama(), S2FT(units=2)).sparsify.report)
+
+
+def test_values_of_survivors_count_as_their_weight() -> None:
+    linear = nn.Linear(6, 4)
+    mask = torch.arange(24).view(4, 6) % 3 == 0
+    count = count_parameters(nn.Sequential(SurvivorLinear.from_dense(linear, mask)))
+    assert (count.trainable, count.total) == (8 + 4, 24 + 4)
+
+
+# --- units ---
+
+
+def test_units_have_one_word_everywhere() -> None:
+    host: Any = tiny.lower(
+        tiny.llama(), S2FT(structure="attention", units=1, producer_fraction=0.5), S2FT(structure="ffn", units=4)
+    )
+    program, report = host.sparsify.program, str(host.sparsify.report)
+    attention = next(s for s in program.structures if s.kind == "attention")
+    groups, heads = attention.units, attention.inner.units
+    assert (groups, heads) == (2, 3)
+    assert f"model.layers.0.self_attn: 1 of {groups * heads} heads, 1 of {groups} KV groups (" in report
+    assert "model.layers.0.mlp: 4 of 44 channels (" in report
+    assert f"attention model.layers.0.self_attn: {groups} KV groups of {heads} heads | " in str(program)
+    assert f"1 of {groups * heads} heads: " in str(program)
+    assert f"1 of {groups} KV groups: " in str(program)
+    assert "4 of 44 channels: " in str(program)
+    picture = program.svg()
+    assert f"1 of {groups * heads} heads of O, 1 of {groups} KV groups of V" in picture
+    assert "4 of 44 channels of Down" in picture
+    assert f"{groups} KV groups of {heads} heads" in str(attention)
+    for text in (report, str(program), picture, str(attention)):
+        lines = [
+            line for line in text.split("\n") if "select: " not in line
+        ]  # the pass counts heads and channels together
+        assert " units" not in "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("kind", "units", "inner", "size", "chosen"),
+    [
+        ("attention", 4, 0, "4 heads", ("1 of 4 heads", "2 of 4 heads")),
+        ("attention", 1, 0, "1 head", ("1 of 1 head", "2 of 1 head")),
+        ("attention", 3, 3, "3 KV groups of 3 heads", ("1 of 9 heads", "2 of 3 KV groups")),
+        ("attention", 1, 6, "1 KV group of 6 heads", ("1 of 6 heads", "2 of 1 KV group")),
+        ("attention", 2, 1, "2 KV groups of 1 head", ("1 of 2 heads", "2 of 2 KV groups")),
+        ("ffn", 44, 0, "44 channels", ("1 of 44 channels", "2 of 44 channels")),
+        ("other", 5, 0, "5 units", ("1 of 5 units", "2 of 5 units")),
+    ],
+)
+def test_words_for_units(kind: Any, units: int, inner: int, size: str, chosen: tuple[str, str]) -> None:
+    site = (Site("w", 1, 1),)
+    structure = Structure("s", kind, units, site, Structure("s", kind, inner, site) if inner else None)
+    assert structure.size_text() == size
+    assert structure.chosen_text(1, 2) == chosen
+    assert structure.chosen_text(0, 0) == ("", "")
+
+
+# --- kernels in the program's text ---
+
+PLANS: dict[str, Plan] = {
+    "slices": Plan([S2FT(structure="ffn", units=2)]),
+    "scattered": Plan([PaCA(match="*.q_proj", rank=2)]),
+    "low rank": Plan([LoRA(match="*.q_proj", rank=2)]),
+    "masks": Plan([Prune(method="magnitude")]),
+    "quantised": Plan([Quantize(match="*.up_proj", format="int8")]),
+    "cpu": Plan([Prune(method="magnitude")], target="cpu"),
+    "cpu int8": Plan([Prune(method="magnitude"), Quantize(format="int8")], target="cpu"),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_every_lowered_operator_says_its_kernel(name: str) -> None:
+    options = {"cpu": CpuOptions(mode="small")} if PLANS[name].target == "cpu" else {}
+    host: Any = sparsify.compile(tiny.llama(), PLANS[name], progress=False, **options)
+    program = host.sparsify.program
+    lowered = [node for node in program.graph.nodes if node.meta.get("kernel")]
+    assert lowered
+    lines = str(program).split("\n")
+    for node in lowered:
+        (line,) = [line for line in lines if f" %{node.name}: " in line]
+        assert line.endswith(f"  # {node.meta['kernel']}")
+    ours = [line for line in lines if line.startswith("  »")]
+    assert len(ours) == len(lowered)

@@ -1,0 +1,313 @@
+"""Every training operator with arguments, and a twin in dense ATen that it must agree with, in values and derivatives of any order.
+
+The twins write the formulas down again: nothing here is shared with the operators but the unpacking of a quantised base.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import sparsify.modules  # noqa: F401  registers the operators
+from sparsify.masked import pack_bits
+from sparsify.quantized import pack, unpack
+
+N, M, RANK, SCALE = 5, 7, 2, 0.7
+AXES = {"rows": 0, "columns": 1}
+Shape = tuple[int, ...]
+
+
+@dataclass
+class OperatorCase:
+    """operator (overload), its arguments, and the twin, called with the same. leaves: places of what can need a gradient."""
+
+    operator: Any
+    arguments: list[Any]
+    leaves: tuple[int, ...]
+    twin: Callable[..., Any]
+
+    def needing(self, places: Sequence[int]) -> tuple[OperatorCase, list[Tensor]]:
+        """A copy in which the arguments at these places are leaves that need a gradient, and they."""
+        arguments = [a.detach().clone() if isinstance(a, Tensor) else a for a in self.arguments]
+        for place in places:
+            arguments[place].requires_grad_()
+        return OperatorCase(self.operator, arguments, tuple(places), self.twin), [arguments[p] for p in places]
+
+    def of(self, function: Callable[..., Any]) -> Callable[..., Tensor]:
+        """`function` (the operator or the twin) of the leaves alone, its results in one tensor."""
+
+        def call(*leaves: Tensor) -> Tensor:
+            arguments = [a.clone() if isinstance(a, Tensor) and a.dim() == 2 else a for a in self.arguments]
+            for place, leaf in zip(self.leaves, leaves, strict=True):
+                arguments[place] = leaf
+            found = function(*arguments)
+            return torch.cat([t.reshape(-1) for t in found]) if isinstance(found, tuple | list) else found
+
+        return call
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def at(tensor: Tensor, axis: int, channels: Tensor, block: Tensor) -> Tensor:
+    """The twin's way of replacing channels: by a product with zeros and ones and a sum."""
+    place = torch.zeros(tensor.shape[axis], channels.numel(), dtype=tensor.dtype)
+    place[channels.long(), torch.arange(channels.numel())] = 1.0
+    kept = 1.0 - place.sum(1)
+    if axis == 0:
+        return torch.nan_to_num(tensor) * kept[:, None] + place @ block
+    return torch.nan_to_num(tensor) * kept + block @ place.t()
+
+
+def put(stored: Tensor, values: Tensor | None, index: Tensor | None) -> Tensor:
+    if values is None or index is None:
+        return stored
+    return at(stored.reshape(1, -1), 1, index, values[None]).view(stored.shape)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = x @ weight.t()
+    return y if bias is None else y + bias
+
+
+def support(size: int, count: int) -> Tensor:
+    return torch.randperm(size)[:count].sort().values.to(torch.int32)
+
+
+def partial(shape: Shape, bias: bool, axis: int, index: bool, dx: bool, transposed: bool) -> OperatorCase:
+    weight = randn(M, N).t() if transposed else randn(N, M)
+    channels = torch.tensor([4, 0, 2]) if index else torch.tensor([1, 2, 3])
+    block = randn(3, M) if axis == 0 else randn(N, 3)
+    if transposed:  # not even contiguous
+        block = block.t().contiguous().t()
+    weight.index_copy_(axis, channels, block)
+    name = f"partial_linear{'_at' if index else ''}{'_dx' if dx else ''}"
+    operator = getattr(torch.ops.sparsify, name).default
+    where = channels if index else 1
+    if dx:
+        return OperatorCase(
+            operator,
+            [randn(*shape, N), weight, block, where, axis],
+            (0, 1, 2),
+            lambda g, w, k, _, axis: g @ at(w, axis, channels, k),
+        )
+    return OperatorCase(
+        operator,
+        [randn(*shape, M), weight, randn(N) if bias else None, block, where, axis],
+        (0, 1, 2, 3) if bias else (0, 1, 3),
+        lambda x, w, b, k, _, axis: linear(x, at(w, axis, channels, k), b),
+    )
+
+
+def low_rank(sparse: bool, lora: bool, dx: bool, shape: Shape) -> tuple[Any, ...]:
+    values, index = (randn(6), support(N * M, 6)) if sparse else (None, None)
+    a = randn(RANK, M) if lora else None
+    if not lora:
+        return values, index, None, None
+    tokens = 1
+    for size in shape:
+        tokens *= size
+    return values, index, a, randn(tokens, RANK) if dx else randn(N, RANK)
+
+
+def added(x: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor | float:
+    return 0.0 if a is None or b is None else SCALE * (x @ a.t()) @ b.t()
+
+
+def sparse_lowrank(shape: Shape, bias: bool, sparse: bool, lora: bool, dx: bool, transposed: bool) -> OperatorCase:
+    stored = randn(M, N) if transposed else randn(N, M)
+    values, index, a, b = low_rank(sparse, lora, dx, shape)
+    if values is not None:
+        stored.view(-1).index_copy_(0, index.long(), values)
+
+    def logical(stored: Tensor, values: Any, index: Any, transposed: bool) -> Tensor:
+        weight = put(stored, values, index)
+        return weight.t() if transposed else weight
+
+    if dx:
+
+        def twin_dx(g, stored, values, index, low, a, scale, transposed):
+            found = g @ logical(stored, values, index, transposed)
+            return found if a is None else found + (scale * low @ a).view(found.shape)
+
+        arguments = [randn(*shape, N), stored, values, index, b, a, SCALE, transposed]
+        leaves = [p for p in (0, 1, 2, 4, 5) if arguments[p] is not None]
+        return OperatorCase(torch.ops.sparsify.sparse_lowrank_linear_dx.default, arguments, tuple(leaves), twin_dx)
+
+    def twin(x, stored, bias, values, index, a, b, scale, transposed):
+        return linear(x, logical(stored, values, index, transposed), bias) + added(x, a, b)
+
+    arguments = [randn(*shape, M), stored, randn(N) if bias else None, values, index, a, b, SCALE, transposed]
+    leaves = [p for p in (0, 1, 2, 3, 5, 6) if arguments[p] is not None]
+    return OperatorCase(torch.ops.sparsify.sparse_lowrank_linear.default, arguments, tuple(leaves), twin)
+
+
+def quantized(
+    shape: Shape, bias: bool, format: str, side: str | None, sparse: bool, lora: bool, dx: bool, transposed: bool
+) -> OperatorCase:
+    stored = (M, N) if transposed else (N, M)
+    packed = pack(torch.randn(stored), format)
+    axis = AXES.get(side or "columns", 1)
+    block = None if side is None else randn(3, M) if axis == 0 else randn(N, 3)
+    channels = None if side is None else torch.tensor([4, 0, 2])
+    values, index, a, b = low_rank(sparse, lora, dx, shape)
+
+    def logical(block: Any, values: Any, index: Any) -> Tensor:
+        weight = unpack(packed, format, stored, torch.float64)
+        if block is not None and channels is not None:
+            weight = at(weight.t(), axis, channels, block).t() if transposed else at(weight, axis, channels, block)
+        weight = put(weight, values, index)
+        return weight.t() if transposed else weight
+
+    base = [format, *stored, transposed]
+    if dx:
+
+        def twin_dx(g, _f, _r, _c, _t, block, _ch, _ax, values, index, low, a, scale, _p):
+            found = g @ logical(block, values, index)
+            return found if a is None else found + (scale * low @ a).view(found.shape)
+
+        arguments = [randn(*shape, N), *base, block, channels, axis, values, index, b, a, SCALE, packed]
+        leaves = [p for p in (0, 5, 8, 10, 11) if arguments[p] is not None]
+        return OperatorCase(torch.ops.sparsify.quantized_linear_dx.default, arguments, tuple(leaves), twin_dx)
+
+    def twin(x, _f, _r, _c, _t, bias, block, _ch, _ax, values, index, a, b, _s, _p):
+        return linear(x, logical(block, values, index), bias) + added(x, a, b)
+
+    bias_ = randn(N) if bias else None
+    arguments = [randn(*shape, M), *base, bias_, block, channels, axis, values, index, a, b, SCALE, packed]
+    leaves = [p for p in (0, 5, 6, 9, 11, 12) if arguments[p] is not None]
+    return OperatorCase(torch.ops.sparsify.quantized_linear.default, arguments, tuple(leaves), twin)
+
+
+def mask_of(rows: int, columns: int) -> Tensor:
+    mask = torch.rand(rows, columns) > 0.4
+    mask[0, 0], mask[-1, -1] = True, False
+    return mask
+
+
+def masked_linear(shape: Shape, bias: bool, transposed: bool) -> OperatorCase:
+    mask = mask_of(M, N) if transposed else mask_of(N, M)
+
+    def twin(x, weight, _bits, bias, transposed):
+        kept = weight * mask
+        return linear(x, kept.t() if transposed else kept, bias)
+
+    arguments = [randn(*shape, M), randn(*mask.shape) * mask, pack_bits(mask), randn(N) if bias else None, transposed]
+    leaves = (0, 1, 3) if bias else (0, 1)
+    return OperatorCase(torch.ops.sparsify.masked_linear.default, arguments, leaves, twin)
+
+
+def survivor_linear(shape: Shape, bias: bool) -> OperatorCase:
+    index = support(N * M, 11)
+    arguments = [randn(*shape, M), randn(11), index, randn(N) if bias else None, N]
+    zero = torch.zeros(N, M, dtype=torch.float64)
+    leaves = (0, 1, 3) if bias else (0, 1)
+    return OperatorCase(
+        torch.ops.sparsify.survivor_linear.default,
+        arguments,
+        leaves,
+        lambda x, v, i, b, _: linear(x, put(zero, v, i), b),
+    )
+
+
+def tokens_of(shape: Shape) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def products(shape: Shape, name: str) -> OperatorCase:
+    """The products that backwards are made of; they take matrices."""
+    tokens, mask = tokens_of(shape), mask_of(N, M)
+    g, x = randn(tokens, N), randn(tokens, M)
+    ops = torch.ops.sparsify
+    if name == "apply_mask":
+        return OperatorCase(ops.apply_mask.default, [randn(N, M), pack_bits(mask)], (0,), lambda t, _: t * mask)
+    if name == "masked_grad":
+        twin = lambda g, x, _: (g.t() @ x) * mask  # noqa: E731
+        return OperatorCase(ops.masked_grad.default, [g, x, pack_bits(mask)], (0, 1), twin)
+    if name == "sampled_product":
+        index = support(N * M, 9)
+        twin = lambda a, b, i: torch.stack([a[:, k // M] @ b[:, k % M] for k in i.tolist()])  # noqa: E731
+        return OperatorCase(ops.sampled_product.default, [g, x, index], (0, 1), twin)
+    if name == "channel_grad":
+        rows = torch.tensor([3, 0, 4])
+        return OperatorCase(
+            ops.channel_grad.default,
+            [g, x, rows],
+            (0, 1),
+            lambda g, x, _: torch.stack([g[:, k] for k in (3, 0, 4)]) @ x,
+        )
+    if name == "channel_grad_all":
+        return OperatorCase(ops.channel_grad.default, [g, x, None], (0, 1), lambda g, x, _: g.t() @ x)
+    if name == "skinny_rows":
+        return OperatorCase(ops.skinny_products.default, [x, randn(2, M), None], (0, 1), lambda x, r, _: (x @ r.t(),))
+    if name == "skinny_factor":
+        twin = lambda x, _, f: (f.t() @ x,)  # noqa: E731
+        return OperatorCase(ops.skinny_products.default, [x, None, randn(tokens, 2)], (0, 2), twin)
+    assert name == "skinny_both"
+    twin = lambda x, r, f: (x @ r.t(), f.t() @ x)  # noqa: E731
+    return OperatorCase(ops.skinny_products.default, [x, randn(2, M), randn(tokens, 2)], (0, 1, 2), twin)
+
+
+PRODUCTS = (
+    "apply_mask", "masked_grad", "sampled_product", "channel_grad", "channel_grad_all", "skinny_rows", "skinny_factor",
+    "skinny_both",
+)  # fmt: skip
+
+Build = Callable[[Shape, bool], OperatorCase]
+
+
+def _cases() -> dict[str, Build]:
+    found: dict[str, Build] = {}
+    for side, axis in AXES.items():
+        for index in (False, True):
+            for dx in (False, True):
+                for turned in (False, True):
+                    name = f"partial{'_at' if index else ''}{'_dx' if dx else ''}_{side}{'_turned' if turned else ''}"
+                    found[name] = lambda s, b, o=(axis, index, dx, turned): partial(s, b, *o)
+    for sparse, lora in ((False, False), (True, False), (False, True), (True, True)):
+        for dx in (False, True):
+            for turned in (False, True):
+                parts = "+".join(n for n, on in (("sparse", sparse), ("lora", lora)) if on) or "frozen"
+                name = f"sparse_lowrank{'_dx' if dx else ''}_{parts}{'_turned' if turned else ''}"
+                found[name] = lambda s, b, o=(sparse, lora, dx, turned): sparse_lowrank(s, b, *o)
+    mixed = [("nf4", "rows", False, True), ("nf4", "columns", False, False), ("int8", None, True, True)]
+    mixed += [("int8", "columns", True, True), ("int8", "rows", True, False), ("int4", None, False, True)]
+    mixed += [("int4", "columns", False, False), ("nf4", None, True, False)]
+    for format, side, sparse, lora in mixed:
+        for dx in (False, True):
+            for turned in (False, True):
+                parts = "+".join(n for n, on in ((side, side), ("sparse", sparse), ("lora", lora)) if on and n)
+                name = f"quantized_{format}{'_dx' if dx else ''}_{parts}{'_turned' if turned else ''}"
+                found[name] = lambda s, b, o=(format, side, sparse, lora, dx, turned): quantized(s, b, *o)
+    for turned in (False, True):
+        found[f"masked{'_turned' if turned else ''}"] = lambda s, b, t=turned: masked_linear(s, b, t)
+    found["survivor"] = survivor_linear
+    for product in PRODUCTS:
+        found[product] = lambda s, b, n=product: products(s, n)
+    return found
+
+
+CASES = _cases()
+
+#: Each operator in one form or two.
+ONE_OF_EACH = [
+    "partial_columns", "partial_at_rows_turned", "partial_dx_rows", "partial_at_dx_columns", "sparse_lowrank_sparse+lora",
+    "sparse_lowrank_dx_sparse+lora_turned", "quantized_nf4_rows+lora", "quantized_int8_columns+sparse+lora",
+    "quantized_int8_dx_rows+sparse_turned", "quantized_int4_columns", "masked", "masked_turned", "survivor", "apply_mask",
+    "masked_grad", "sampled_product", "channel_grad", "channel_grad_all", "skinny_rows", "skinny_factor", "skinny_both",
+]  # fmt: skip
+
+
+def case_of(name: str, shape: Shape = (3,), bias: bool = True) -> OperatorCase:
+    """The case `name` for inputs `(*shape, channels)`, the same numbers in every process."""
+    torch.manual_seed(zlib.crc32(f"{name} {shape} {bias}".encode()))
+    return CASES[name](shape, bias)
