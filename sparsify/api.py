@@ -26,7 +26,7 @@ from sparsify.passes.prune import prune
 from sparsify.passes.select_units import select_units
 from sparsify.plan import Plan, Rule
 from sparsify.program import Program, Stage
-from sparsify.quantized_bases import check_host, check_plan, dense_twin
+from sparsify.quantized_bases import PackedBase, check_host, check_plan, dense_twin, refuse_packed
 from sparsify.serving import AdapterPaths, name_folders, serving_program
 from sparsify.verify import verify
 
@@ -98,7 +98,7 @@ def compile(
             )
         source = source.__dict__["sparsify"].plain()
     check_host(source)
-    user, (source, bases) = source, dense_twin(source)
+    source, bases = dense_twin(source)
     check_plan(plan, bases)
     context = Context(plan, calibration, loss, donate, progress, resume_dir)
     if plan.target == "cpu":
@@ -109,11 +109,14 @@ def compile(
         )
     if plan.for_inference:
         return compile_for_cuda(source, context, example)  # type: ignore[return-value]
-    captured = capture(source, example)
-    canonical = {captured.aliases.get(name, name): base for name, base in bases.items()}
-    captured = replace(captured, bases=canonical, quantize={name: base.format for name, base in canonical.items()})
-    host = compile_for_training(captured, source, context)
-    return host.train(user.training)  # type: ignore[return-value]
+    captured = with_bases(capture(source, example), bases)
+    return compile_for_training(captured, source, context)  # type: ignore[return-value]
+
+
+def with_bases(program: Program, bases: dict[str, PackedBase]) -> Program:
+    """A captured program that knows which weights came packed, under their canonical names."""
+    known = {program.aliases.get(name, name): base for name, base in bases.items()}
+    return replace(program, bases=known, quantize={name: base.format for name, base in known.items()})
 
 
 def compile_for_training(
@@ -164,6 +167,7 @@ def load(
         raise AdapterError(
             "load: this model is compiled already; add adapters with model.sparsify.load_adapter, or load onto the original model"
         )
+    refuse_packed(source)
     folders = name_folders(adapters, name)
     program, hashes, plan = serving_program(
         source, folders, lambda plan: run_passes(capture(source, example), up_to_selection(), Context(plan))

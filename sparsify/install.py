@@ -24,6 +24,7 @@ from sparsify.name_patterns import matches
 from sparsify.passes.assign_rules import owner_name
 from sparsify.plan import nearest
 from sparsify.program import Program, TrainedSlice
+from sparsify.quantized_bases import StandIn
 
 
 def module_prefixes(name: str) -> list[str]:
@@ -119,9 +120,12 @@ def swap_modules(program: Program, host: nn.Module) -> list[str]:
         piece, part = pieces.get(param), parts.get(param)
         packed = program.packed.get(param)
         if packed is not None:
+            casts = isinstance(module, StandIn)
+            if casts:
+                module.__class__ = nn.Linear
             become(module, "Quantized")
             module.format, module.shape = program.quantize[param], shapes[param]
-            if param in program.bases and module.__dict__.pop("forward", None) is not None:
+            if casts:
                 module.compute_dtype = program.bases[param].dtype
             module.packed_names = tuple(f"packed_{i}" for i in range(len(packed)))
             for name, tensor in zip(module.packed_names, packed, strict=True):

@@ -24,8 +24,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sparsify.errors import CaptureError, PlanError
+from sparsify.errors import AdapterError, CaptureError, PlanError
 from sparsify.foreign_tensors import flatten_tensor, register_format, torchao_name
+from sparsify.module_tree import copy_module_tree
 from sparsify.plan import Plan, Rule
 from sparsify.quantized import BLOCK, NESTED_BLOCK, bitsandbytes, four_bit_format, unpack
 from sparsify.rules_prune import Prune
@@ -66,18 +67,15 @@ class PackedBase:
         return self
 
 
-class CastForward:
-    """`forward` of a stand-in for a layer that computes in a dtype of its own, whatever its input has (bitsandbytes)."""
+class StandIn(nn.Linear):
+    """A plain linear that computes in its weight's dtype, whatever its input has, and gives the input's dtype back (bitsandbytes).
 
-    def __init__(self, linear: nn.Linear) -> None:
-        self.linear = linear
+    `forward` is `nn.Linear`'s own, by which passes know a plain linear; the casts stand around it.
+    """
 
     def __call__(self, x: Tensor) -> Tensor:
-        linear = self.linear
-        dtype = linear.weight.dtype
-        if x.dtype == dtype:
-            return nn.Linear.forward(linear, x)
-        return nn.Linear.forward(linear, x.to(dtype)).to(x.dtype)
+        dtype = self.weight.dtype
+        return super().__call__(x) if x.dtype == dtype else super().__call__(x.to(dtype)).to(x.dtype)
 
 
 # --- finding what is packed ------------------------------------------------------------------------------------------------
@@ -306,13 +304,7 @@ def dense_twin(model: Model) -> tuple[Model, dict[str, PackedBase]]:
     for module in model.modules():
         if id(module) not in memo:
             memo |= {id(t): t for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))}
-    try:
-        twin = copy.deepcopy(model, memo)
-    except Exception as error:
-        raise CaptureError(
-            f"{type(model).__name__} is quantised, and its module tree cannot be copied: {type(error).__name__}: {error}; take "
-            "whatever cannot be copied (locks, stored activations) off the model first"
-        ) from error
+    twin: Any = copy_module_tree(model, memo)
     forget_quantiser(twin)
     return twin, bases
 
@@ -320,7 +312,8 @@ def dense_twin(model: Model) -> tuple[Model, dict[str, PackedBase]]:
 def stand_in(module: nn.Module, base: PackedBase) -> nn.Linear:
     """A plain linear of the right shape, dtype and bias, with the hooks of `module`; its weight is NaN and takes no memory."""
     own: Any = module
-    twin = nn.Linear(1, 1, bias=False, device="meta")
+    casts = library_of(module) == "bitsandbytes"
+    twin = (StandIn if casts else nn.Linear)(1, 1, bias=False, device="meta")
     twin.out_features, twin.in_features = base.shape
     nothing = torch.full((), float("nan"), dtype=base.dtype, device=base.packed[0].device).expand(base.shape)
     twin.weight = nn.Parameter(nothing, requires_grad=False)
@@ -331,10 +324,6 @@ def stand_in(module: nn.Module, base: PackedBase) -> nn.Linear:
     twin.training = module.training
     for table in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         getattr(twin, table).update(getattr(module, table))
-    if library_of(module) == "bitsandbytes":
-        twin.__dict__["forward"] = CastForward(
-            twin
-        )  # the class keeps nn.Linear's own, by which passes know a plain linear
     return twin
 
 
@@ -349,6 +338,18 @@ def forget_quantiser(model: nn.Module) -> None:
         config = module.__dict__.get("config")
         if config is not None and "quantization_config" in getattr(config, "__dict__", {}):
             del config.quantization_config
+
+
+def refuse_packed(model: nn.Module) -> None:
+    """Raises AdapterError where changes would be added to dense weights and there are none (`sparsify.load`)."""
+    check_host(model)
+    for name, module in model.named_modules():
+        if looks_packed(module):
+            where = f"{name or type(model).__name__} came packed by {library_of(module)} ({type(module).__name__})"
+            raise AdapterError(
+                f"load: {where}, and load adds changes to dense weights: compile the model with the plan that the adapter was trained "
+                "with, then call model.sparsify.load_adapter"
+            )
 
 
 def check_plan(plan: Plan, bases: dict[str, PackedBase]) -> None:

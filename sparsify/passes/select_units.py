@@ -140,6 +140,9 @@ def why_in_place(program: Program, structure: Structure, rule: S2FT) -> str:
         return "heads are blocks as they lie, so attention maps and caches stay the base's"
     if not rule.permute:
         return "permute=False"
+    packed = next((site.param for site in structure.sites if site.param in program.bases), None)
+    if packed is not None:
+        return f"{packed} came packed by {program.bases[packed].library}, in blocks that no reordering respects"
     return program.unproven.get(structure.name, "")
 
 

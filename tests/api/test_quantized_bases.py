@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny
 
 import sparsify
-from sparsify import CaptureError, LoRA, PaCA, Plan, PlanError, Prune, Quantize, RoSA, SparsifyError
+from sparsify import S2FT, CaptureError, LoRA, PaCA, Plan, PlanError, Prune, Quantize, RoSA, SparsifyError
 from sparsify.quantized_bases import dense_twin, packed_base
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -153,10 +153,11 @@ def test_the_base_is_taken_bit_for_bit_and_trains_beside(kind: str) -> None:
     assert all(torch.equal(after[n], t) for n, t in before.items())
 
 
-OFTEN = {("nf4", "LoRA"), ("int8", "PaCA"), ("torchao int8", "RoSA")}
+RULES["S2FT"] = S2FT(structure="ffn", fraction=0.2)
+OFTEN = {("fp4", "S2FT"), ("nf4", "LoRA"), ("int8", "PaCA"), ("torchao int8", "RoSA")}
 PAIRS = [
     pytest.param(kind, rule, marks=() if (kind, rule) in OFTEN else pytest.mark.slow)
-    for kind in ("nf4", "int8", "torchao int8")
+    for kind in ("nf4", "fp4", "int8", "torchao int8")
     for rule in RULES
 ]
 
@@ -184,6 +185,7 @@ def test_adapters_save_load_and_switch(kind: str, rule: str, tmp_path: Path) -> 
         PaCA(rank=3, select="weight"),
         PaCA(rank=3, select="activation"),
         PaCA(rank=3, select="gradient"),
+        S2FT(structure="ffn", units=5, select="product"),
         RoSA(rank=0, density=0.03, mask="gradient"),
         RoSA(rank=2, density=0.03, mask="magnitude"),
     ],
@@ -350,6 +352,12 @@ def test_plans_that_a_packed_base_cannot_serve() -> None:
         compiled(model, Quantize())
 
 
+def test_loading_without_a_plan_wants_dense_weights(tmp_path: Path) -> None:
+    compiled(quantised("nf4"), LoRA(rank=2)).sparsify.save_adapter(tmp_path)
+    with pytest.raises(SparsifyError, match=r"load: .* came packed by bitsandbytes \(Linear4bit\)"):
+        sparsify.load(quantised("nf4"), tmp_path, example=(X,))
+
+
 def test_wrapped_and_offloaded_models_say_what_they_are() -> None:
     accelerate = pytest.importorskip("accelerate")
     model = tiny.llama()
@@ -362,5 +370,7 @@ def test_wrapped_and_offloaded_models_say_what_they_are() -> None:
     with pytest.raises(CaptureError, match=r"is offloaded by accelerate"):
         compiled(model, LoRA(rank=2))
     with pytest.raises(PlanError) as error:
-        sparsify.compile(nn.Sequential(nn.Tanh()), Plan([LoRA(rank=2)]), example=(torch.randn(2, 3),), progress=False)
+        sparsify.compile(
+            nn.Sequential(nn.LayerNorm(3)), Plan([LoRA(rank=2)]), example=(torch.randn(2, 3),), progress=False
+        )
     assert "known are" not in str(error.value) and "no nn.Linear" in str(error.value)
