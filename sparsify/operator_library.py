@@ -32,6 +32,7 @@ def _autograd_keys() -> Any:
 
 
 _AUTOGRAD_KEYS = _autograd_keys()
+_DEVICES = (_C.DispatchKey.CPU, _C.DispatchKey.CUDA)
 
 
 def recorded(function: Callable[..., Tensor], *args: Any) -> Tensor:
@@ -70,6 +71,7 @@ class OperatorLibrary(torch.library.Library):
     def __init__(self) -> None:
         super().__init__("sparsify", "FRAGMENT")
         self._forms: dict[str, Callable[..., Any]] = {}
+        self._kernels: dict[str, Callable[..., Any]] = {}
 
     def in_aten(self, name: str, form: Callable[..., Any]) -> None:
         """Say what an operator means in differentiable ATen; it must not write to its arguments."""
@@ -79,7 +81,7 @@ class OperatorLibrary(torch.library.Library):
 
     def impl(self, op_name: Any, fn: Any, dispatch_key: str = "", **options: Any) -> None:
         if dispatch_key == "CompositeExplicitAutograd":
-            fn = _fresh(fn)
+            self._kernels[op_name] = fn = _fresh(fn)
         elif dispatch_key == "Autograd":
             fn = self._transformable(op_name, fn)
         super().impl(op_name, fn, dispatch_key, **options)
@@ -88,6 +90,12 @@ class OperatorLibrary(torch.library.Library):
         @functools.wraps(kernel)
         def run(keyset: Any, *args: Any) -> Any:
             if not under_transform(args):
+                plain = self._kernels.get(name)
+                if plain is None or (_C.is_grad_enabled() and _C._any_requires_grad(*args)):
+                    return kernel(keyset, *args)
+                # Nothing to record, and nobody (a tracing mode) between here and the device: skip a turn through the dispatcher.
+                if (keyset & _C._after_ADInplaceOrView_keyset).highestPriorityTypeId() in _DEVICES:
+                    return plain(*args)
                 return kernel(keyset, *args)
             form = self._forms.get(name)
             if form is None:
