@@ -104,6 +104,10 @@ def serve(
     return served, refusals + unmatched_patterns(index, rule, everything)
 
 
+#: ranks that are taken whatever the size of the weight: one rank for all linears of a model may exceed its narrow ones
+ALWAYS_TAKEN = 256
+
+
 def why_not_fitting(program: Program, linear: LinearNode, rule: LinearRule) -> str | None:
     """Why a weight that can train cannot have what this rule asks for, said before anything is allocated."""
     module, weight = owner_name(linear.weight), program.tensor(linear.weight)
@@ -113,7 +117,7 @@ def why_not_fitting(program: Program, linear: LinearNode, rule: LinearRule) -> s
             return f"rank {rank} for {module}, which has {width} input columns: give it a smaller rank, or another rule"
     if isinstance(rule, RoSA | LoRA):
         rank, larger = pattern_value(rule.rank, module), max(weight.shape)
-        if rank is not None and rank > larger:
+        if rank is not None and rank > max(larger, ALWAYS_TAKEN):
             return f"rank {rank} is more than the larger side of its weight, {larger}; {min(weight.shape)} is all that it can hold"
         kept = program.masks.get(linear.weight)
         if isinstance(rule, RoSA) and not rank and kept is not None and not bool(kept.any()):
