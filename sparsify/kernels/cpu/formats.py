@@ -15,7 +15,6 @@ read 80 values past its start: 96 zeros stand behind the last.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -135,11 +134,10 @@ class Bitmask:
         """Refuse data that a kernel could not read safely; returns self. Raises FormatError saying what is wrong."""
         check(self.rows > 0 and self.cols > 0, f"a weight needs rows and columns, got {self.rows} × {self.cols}")
         blocks = self.blocks
-        given: dict[str, Any] = {name: getattr(self, name) for name in ("masks", "values", "panel_ptr", "scales")}
-        for name, tensor in given.items():
-            if tensor is None and name == "scales":
-                continue
-            check(isinstance(tensor, torch.Tensor), f"{name} is no tensor but {type(tensor).__name__}")
+        for name in ("masks", "values", "panel_ptr", *(["scales"] if self.scales is not None else [])):
+            tensor = getattr(self, name)
+            if not isinstance(tensor, torch.Tensor):
+                raise FormatError(f"{name} is no tensor but {type(tensor).__name__}")
             check(tensor.device.type == "cpu", f"{name} is on {tensor.device}, the CPU format needs it on the CPU")
             check(tensor.is_contiguous(), f"{name} is not contiguous")
         check(self.masks.dtype == torch.int64, f"masks are {self.masks.dtype}, expected torch.int64")
