@@ -125,6 +125,8 @@ def compile_for_cuda(source: nn.Module, context: Context, example: Any) -> nn.Mo
 
 def compile_for_inference(source: nn.Module, context: Context, example: Any, lower: Callable[..., Any]) -> nn.Module:
     """Prune and quantise, put the result into a copy of the host, and lower its linears."""
+    from sparsify.lowering.check_lowered import LoweringCheck
+
     plan = context.plan
     program = run_passes(capture(source, example), PIPELINE[:3], context)
     wrong = {f for f in program.quantize.values() if f != "int8"}
@@ -138,9 +140,12 @@ def compile_for_inference(source: nn.Module, context: Context, example: Any, low
     host.eval()
     for parameter in host.parameters():
         parameter.requires_grad_(False)
+    check = LoweringCheck(host, program, plan.target) if plan.check == "numeric" else None
     lowered = lower(host, program, quantize=quantize)
     program.host, program.tensors = host, {}
     verify(replace(program, quantize={}))
+    if check is not None:
+        check.compare(host, program)
     flags = {name: p.requires_grad for name, p in source.named_parameters()}
     host.__dict__["sparsify"] = Handle(host, program, plan, layouts, (), flags, cpu=lowered)
     return host

@@ -309,17 +309,23 @@ class Plan:
     train: globs of further parameters or modules that train in full (a new classification head), saved with adapters.
     seed: of every random choice; the same seed gives the same selection on every rank and machine.
     check: "numeric" runs the example after every pass, and both controls of every structure, and names what drifted.
-    target: "auto", "reference" (plain PyTorch), "cpu" (generated sparse kernels), "cuda" (generated
-        Triton kernels: packed linears for plans of Prune and Quantize rules; training plans use the training kernels).
+    target: "auto", "cpu" (generated sparse kernels), "cuda" (generated Triton kernels: packed linears for plans of Prune and
+        Quantize rules; training plans use the training kernels). Plain PyTorch is no target of one plan but a setting of the
+        process, SPARSIFY_KERNELS=off: operators are shared by all models.
     """
 
     rules: tuple[Rule, ...] | list[Rule]
     train: tuple[str, ...] | list[str] = field(default=(), kw_only=True)
     seed: int = field(default=0, kw_only=True)
     check: Literal["none", "numeric"] = field(default="none", kw_only=True)
-    target: Literal["auto", "reference", "cpu", "cuda"] = field(default="auto", kw_only=True)
+    target: Literal["auto", "cpu", "cuda"] = field(default="auto", kw_only=True)
 
     def __post_init__(self) -> None:
+        if self.target == "reference":
+            raise PlanError(
+                "Plan(target='reference') was never honoured and is no longer taken: leave target out, and set "
+                "SPARSIFY_KERNELS=off in the environment to compute everything in plain PyTorch"
+            )
         if isinstance(self.rules, Rule):
             raise PlanError(f"Plan takes a list of rules: Plan([{type(self.rules).__name__}(…)])")
         if isinstance(self.train, str):
@@ -371,6 +377,8 @@ class Plan:
             if name not in RULES:
                 raise PlanError(f"rules[{number}]: unknown rule {name!r}{nearest(name, RULES)}")
             rules.append(RULES[name](**known_fields(RULES[name], entry, f"rules[{number}] ({name})")))
+        if document.get("target") == "reference":  # of earlier versions, which read it nowhere
+            document["target"] = "auto"
         fields = known_fields(cls, document, "plan")
         return cls(rules, **{k: as_tuple(v) for k, v in fields.items()})
 

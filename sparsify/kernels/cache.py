@@ -46,7 +46,7 @@ def directory() -> Path:
     """The cache folder by name, absolute; it need not exist. Raises CacheError where there is neither a setting nor a home."""
     named = os.environ.get("SPARSIFY_CACHE", "")
     if named.strip():
-        return Path(os.path.abspath(named))
+        return Path(os.path.abspath(os.path.expanduser(named)))
     base = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(base):  # the specification: relative ones are ignored
         return Path(base) / "sparsify"

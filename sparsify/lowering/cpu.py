@@ -29,7 +29,7 @@ from sparsify.kernels.cpu.build import BuildError
 from sparsify.kernels.cpu.dispatch import activations, best_isa, bucket, kernels_for, predict_dense
 from sparsify.kernels.cpu.formats import Bitmask, FormatError, pack, pack_int8, quantize_int8
 from sparsify.kernels.cpu.tune import TUNE_VERSION, Timing, cpu_name, measured
-from sparsify.kernels.fallback import note
+from sparsify.kernels.fallback import note, switched_on
 from sparsify.lowering.cpu_options import DEFAULT_TOKENS
 from sparsify.lowering.fuse_cpu import Fusion, fuse, set_module
 from sparsify.lowering.prepacked_linear import PrepackedLinear, can_prepack, prepack, prepacked_product
@@ -264,6 +264,8 @@ def try_prepacked(
 
 def isa_text() -> str:
     """The instruction set that kernels are generated for, or why there is none."""
+    if not switched_on():
+        return "no instruction set (SPARSIFY_KERNELS=off)"
     try:
         return best_isa()
     except BuildError as error:

@@ -25,7 +25,6 @@ from sparsify.kernels.gpu.formats import Blocks, FormatError, Stream
 from sparsify.lowering.fuse_cuda import GpuActivation, GpuFusion, fuse
 from sparsify.lowering.gpu_linear import GpuSparseLinear, pack_smallest
 from sparsify.lowering.rewrite_cuda import rewrite
-from sparsify.lowering.share_cuda import GpuSharing, share
 from sparsify.program import Program, Stage
 
 WORTH = 0.9  # packed bytes over dense bytes from which on a layer stays dense
@@ -67,7 +66,7 @@ class GpuReport:
     bytes_before: int
     bytes_after: int
     notes: tuple[str, ...] = ()
-    fusions: tuple[GpuFusion | GpuActivation | GpuSharing, ...] = ()
+    fusions: tuple[GpuFusion | GpuActivation, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"cuda lowering: {len(self.lowered)} linears packed, {len(self.refusals)} left dense"]
@@ -182,7 +181,7 @@ def lower_model(
         replace_module(host, name, packed)
         done[id(module)] = packed
         lowered.append(entry)
-    fusions = (*fuse(host, program), *share(host, program)) if program is not None else ()
+    fusions = tuple(fuse(host, program)) if program is not None else ()
     report = GpuReport(tuple(lowered), tuple(refusals), before, module_bytes(host), notes(host), fusions)
     if program is not None:
         rewrite(program, host, fusions, {entry.name: str(entry).partition(": ")[2] for entry in lowered})

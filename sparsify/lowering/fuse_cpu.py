@@ -3,7 +3,9 @@
 LlamaMLP(gate_proj, up_proj, act_fn, down_proj)  ──▶  the same class, forward: down_proj(gate_up(x))
 Phi3MLP(gate_up_proj, activation_fn, down_proj)  ──▶  likewise
 dense ─▶ intermediate_act_fn                     ──▶  the activation in dense's kernel, intermediate_act_fn: Identity
-q_proj, k_proj, v_proj                           ──▶  the same modules on one packed weight: one call for the three
+
+Linears that read one tensor under names of their own (q, k, v) stay apart: to serve the second from the call of the first, a forward
+would have to remember its input, and no check short of reading it again tells whether it was written to in between.
 """
 
 from __future__ import annotations
@@ -22,21 +24,17 @@ from sparsify.kernels.cpu.tune import TUNE_VERSION, cpu_name, measured
 from sparsify.lowering.fuse_linears import (
     FusedActivation,
     GatedProduct,
-    SharedPass,
     find_activations,
     find_gated_products,
-    find_shared_passes,
     find_split_products,
 )
 from sparsify.lowering.rows_of_gated import RowsOfGated
 from sparsify.lowering.sparse_linear import (
-    SHARED_TOKENS,
     FusedFeedForward,
     GatedLinear,
     SparseLinear,
     fused_class,
     halves,
-    share_input,
 )
 from sparsify.program import Program
 
@@ -50,7 +48,7 @@ class Fusion:
     module: name of the linear that now does all of it. why: empty when it was fused.
     """
 
-    found: GatedProduct | FusedActivation | SharedPass
+    found: GatedProduct | FusedActivation
     module: str
     what: str
     seconds: Mapping[int, tuple[str, float, float, float]] = field(default_factory=dict)
@@ -82,7 +80,6 @@ def fuse(host: nn.Module, program: Program, tokens: Sequence[int], small: bool) 
     gated = [*find_gated_products(program), *find_split_products(program)]
     fusions = [fuse_gated(host, found, times) for found in gated]
     fusions += [fuse_activation(host, found, times) for found in find_activations(program)]
-    fusions += [fuse_shared(host, found, times) for found in find_shared_passes(program)]
     return [fusion for fusion in fusions if fusion is not None]
 
 
@@ -124,7 +121,7 @@ def packed_linears(host: nn.Module, names: Sequence[str]) -> list[SparseLinear] 
     found = []
     for name in names:
         module = host.get_submodule(name)
-        if type(module) is not SparseLinear or module.activation != "none" or module.shared is not None:
+        if type(module) is not SparseLinear or module.activation != "none":
             return f"{name} is not a packed linear of its own"
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{name} has hooks"
@@ -203,35 +200,6 @@ def fuse_activation(host: nn.Module, found: FusedActivation, times: Counted) -> 
     linear.prepare()
     set_module(host, found.module, MovedActivation(module))
     return Fusion(found, found.linear, what, seconds)
-
-
-def fuse_shared(host: nn.Module, found: SharedPass, times: Counted) -> Fusion | None:
-    """Linears over one input get one packed weight; with few tokens one call computes them all."""
-    members = [name for name in found.members if not isinstance(packed_linears(host, (name,)), str)]
-    if len(members) < 2:
-        return None
-    parent = members[0].rpartition(".")[0]
-    what = f"{parent}: {', '.join(map(leaf, members))} in one pass"
-    linears = packed_linears(host, members)
-    assert not isinstance(linears, str)
-    shared = share_input(linears)
-    if isinstance(shared, str):
-        return Fusion(found, "", what, why=shared)
-    few = Counted([count for count in times.tokens if bucket(count) <= SHARED_TOKENS], times.small)
-    for linear in linears:
-        linear.shared = None
-
-    def apart(x: torch.Tensor) -> None:
-        for linear in linears:
-            linear(x)
-
-    key = f"shared/{describe(*linears)}"
-    seconds, why = few.compare(key, linears[0].in_features, shared.whole, shared.whole, apart)
-    if why or not few.tokens:
-        return Fusion(found, "", what, seconds, why or f"no number of tokens up to {SHARED_TOKENS} was asked for")
-    for linear in linears:
-        linear.shared = shared
-    return Fusion(found, parent, what, seconds)
 
 
 def activation_function(name: str) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -1,6 +1,5 @@
 """Find, in the graph, linears whose work one kernel can share; nothing here looks at a name.
 
-    x ─▶ q, k, v                                        one pass over x                       SharedPass
     x ─▶ gate ─▶ act ─┐
     x ─▶ up ──────────┴▶ · ─▶ (down)                    act(gate x) · (up x) in one kernel    GatedProduct
     x ─▶ gate_up ─▶ halves ─▶ act(first) · second       the same, packed in one weight        GatedProduct, gate = up
@@ -27,13 +26,6 @@ from sparsify.program import LinearNode, Program
 
 GRID = 64  # fewer numbers would not tell activations apart
 CHECKS = ("_assert_tensor_metadata", "sym_constrain_range", "_assert_scalar")  # nodes that compute nothing
-
-
-@dataclass(frozen=True)
-class SharedPass:
-    """Linears of one module that read the same tensor; `members` are module names in graph order."""
-
-    members: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,14 +65,6 @@ def linears_read_once(program: Program) -> dict[str, LinearNode]:
     found = list(program.linears())
     count = Counter(linear.weight for linear in found)
     return {module_of(n.weight): n for n in found if count[n.weight] == 1 and n.weight.endswith("weight")}
-
-
-def find_shared_passes(program: Program) -> list[SharedPass]:
-    """Groups of at least two linears of one parent module over one node of the graph."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for name, linear in linears_read_once(program).items():
-        groups.setdefault((linear.x.name, name.rpartition(".")[0]), []).append(name)
-    return [SharedPass(tuple(members)) for members in groups.values() if len(members) > 1]
 
 
 def find_gated_products(program: Program) -> list[GatedProduct]:

@@ -53,7 +53,7 @@ class GpuSparseLinear(OriginalState):
         self.adopt(packed)
 
     def adopt(self, packed: Stream | Blocks) -> None:
-        """Take a packed weight's tensors as buffers."""
+        """Take a packed weight's tensors as buffers; inference tensors, which do not count their changes, are copied."""
         packed.validate()
         self.format = packed.format if isinstance(packed, Stream) else "blocks"
         self.gated = isinstance(packed, Stream) and packed.gated
@@ -61,12 +61,13 @@ class GpuSparseLinear(OriginalState):
         self.in_features, self.out_features = packed.cols, packed.outputs
         self.names = NAMES["blocks" if self.format == "blocks" else "stream"][: len(packed.tensors)]
         for name, tensor in zip(self.names, packed.tensors, strict=True):
-            self.register_buffer(name, tensor, persistent=False)
+            with torch.inference_mode(False):
+                self.register_buffer(name, tensor.clone() if tensor.is_inference() else tensor, persistent=False)
 
     def repack(self, weight: torch.Tensor) -> None:
         """Replace the weight (rows, cols), in the value type of the old one."""
         quantize = "int8" if "scales" in self.names else None
-        fresh = pack_smallest(weight.to(self.dtype), quantize, self.gated)
+        fresh = pack_smallest(weight.to(self.tensors[0].device, self.dtype), quantize, self.gated)
         for name in self.names:
             del self._buffers[name]
         self.adopt(fresh)
@@ -87,8 +88,6 @@ class GpuSparseLinear(OriginalState):
         return torch.empty(shape[::-1] if self.transposed else shape, dtype=self.dtype, device="meta")
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"GpuSparseLinear({self.in_features} → {self.out_features}) got x {tuple(x.shape)}")
         sizes = (self.format, self.rows, self.cols, self.gated, self.activation)
         return torch.ops.sparsify.gpu_linear(x, self.bias, residual, *sizes, self.tensors)
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsify.kernels.cpu.formats import FormatError
+
 
 class OriginalState(nn.Module):
     """`weight` (out, in), or (in, out) where `transposed` as Conv1D stores it, and `bias`; subclasses say how to give and take them."""
@@ -50,11 +52,28 @@ class OriginalState(nn.Module):
         if weight is None:
             missing_keys.append(prefix + "weight")
             return
-        weight = (weight.t() if self.transposed else weight).detach()
-        if tuple(weight.shape) != (self.out_features, self.in_features):
-            error_msgs.append(f"size mismatch for {prefix}weight: got {tuple(weight.shape)}")
+        shape = (self.in_features, self.out_features) if self.transposed else (self.out_features, self.in_features)
+        wrong = [misfit(f"{prefix}weight", weight, shape)]
+        wrong += [misfit(f"{prefix}bias", bias, (self.out_features,))] if has_bias and bias is not None else []
+        if any(wrong):
+            error_msgs += [text for text in wrong if text]
             return
-        self.take(weight, bias.detach() if has_bias and bias is not None else None)
+        weight = (weight.t() if self.transposed else weight).detach()
+        try:
+            self.take(weight, bias.detach() if has_bias and bias is not None else None)
+        except FormatError as error:  # what these kernels cannot hold: NaN, Inf
+            error_msgs.append(f"{prefix}weight cannot be packed: {error}")
+
+
+def misfit(name: str, tensor: Any, shape: tuple[int, ...]) -> str:
+    """Why a tensor of a state dict is not taken, or nothing: nothing native may read what does not have the size that it expects."""
+    if not isinstance(tensor, torch.Tensor):
+        return f"{name} is a {type(tensor).__name__}, not a tensor"
+    if tuple(tensor.shape) != shape:
+        return f"size mismatch for {name}: got {tuple(tensor.shape)}, expected {shape}"
+    if not tensor.is_floating_point() or tensor.is_meta:
+        return f"{name} is {tensor.dtype} on {tensor.device}, expected floats with data"
+    return ""
 
 
 class RowsOfWhole(OriginalState):

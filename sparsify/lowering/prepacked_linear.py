@@ -16,6 +16,8 @@ import torch
 from torch.nn import functional as F
 
 from sparsify.errors import RefusedError
+from sparsify.kernels.cpu.formats import check
+from sparsify.kernels.cpu.operator import check_one_device
 from sparsify.lowering.original_state import OriginalState
 
 PREPACKED_DTYPES = (torch.float32, torch.bfloat16)
@@ -25,8 +27,10 @@ alive: weakref.WeakValueDictionary[int, PrepackedLinear] = weakref.WeakValueDict
 
 
 def can_prepack(weight: torch.Tensor) -> bool:
-    """Whether this torch has oneDNN, and it takes this weight."""
-    return torch.backends.mkldnn.is_available() and weight.dtype in PREPACKED_DTYPES and weight.device.type == "cpu"
+    """Whether this torch has oneDNN, and it takes this weight on this CPU."""
+    if not torch.backends.mkldnn.is_available() or weight.dtype not in PREPACKED_DTYPES or weight.device.type != "cpu":
+        return False
+    return weight.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def prepack(weight: torch.Tensor) -> torch.Tensor:
@@ -41,15 +45,20 @@ def prepacked_product(x: torch.Tensor, blocked: torch.Tensor, bias: torch.Tensor
 
 @torch.library.impl("sparsify::prepacked_linear", "CPU")
 def prepacked_linear_cpu(x: torch.Tensor, bias: torch.Tensor | None, out_features: int, handle: int) -> torch.Tensor:
-    """One node for compiled graphs, which take no tensor in oneDNN's layout: the weight is found by its module's handle."""
+    """One node for compiled graphs, which take no tensor in oneDNN's layout: the weight is found by its module's handle. Raises
+    RefusedError for a handle of no module, FormatError for arguments that do not fit its weight."""
     module = alive.get(handle)
     if module is None:
-        raise RuntimeError("sparsify::prepacked_linear: the module of this compiled graph no longer exists")
+        raise RefusedError("sparsify::prepacked_linear: the module of this compiled graph no longer exists")
+    check(out_features == module.out_features, f"prepacked_linear: {out_features} outputs, {module.out_features} rows")
+    module.check(x, bias)
     return prepacked_product(x.contiguous(), module.blocked, bias)
 
 
 @torch.library.register_fake("sparsify::prepacked_linear")
 def prepacked_linear_fake(x: torch.Tensor, bias: torch.Tensor | None, out_features: int, handle: int) -> torch.Tensor:
+    check_one_device("prepacked_linear", x, (bias,))
+    torch._check(x.dim() > 0, lambda: "prepacked_linear: x has no axis")
     return x.new_empty((*x.shape[:-1], out_features))
 
 
@@ -78,6 +87,15 @@ class PrepackedLinear(OriginalState):
         """Bytes of the blocked weight, which is no buffer because oneDNN's layout has no storage that torch shows."""
         return self.out_features * self.in_features * self.dtype.itemsize
 
+    def check(self, x: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Refuse what oneDNN could not read safely: it goes by the weight's sizes. Raises FormatError."""
+        name = f"PrepackedLinear({self.in_features} → {self.out_features})"
+        check(x.device.type == "cpu" and x.dtype == self.dtype, f"{name}: x is {x.dtype} on {x.device}")
+        check(x.dim() > 0 and x.shape[-1] == self.in_features, f"{name}: x has shape {tuple(x.shape)}")
+        if bias is not None:
+            fits = tuple(bias.shape) == (self.out_features,) and bias.dtype == self.dtype and bias.device == x.device
+            check(fits and bias.is_contiguous(), f"{name}: bias is {bias.dtype} of shape {tuple(bias.shape)}")
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.dtype != self.dtype or (torch.is_grad_enabled() and x.requires_grad):
             return F.linear(
@@ -85,6 +103,7 @@ class PrepackedLinear(OriginalState):
             )
         if torch.compiler.is_compiling() or type(x) is not torch.Tensor:
             return torch.ops.sparsify.prepacked_linear(x, self.bias, self.out_features, self.handle)
+        self.check(x, self.bias)
         return prepacked_product(x, self.blocked, self.bias)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PrepackedLinear:

@@ -1,13 +1,14 @@
-"""The modules that hold packed weights: one linear, linears that share a pass over their input, gate and up in one.
+"""The modules that hold packed weights: one linear, and gate and up in one.
 
-q, k, v (rows, in) over one x  ──▶  SparseLinear each, on views of one packed weight; one kernel call serves all three
-act(gate x) · (up x)           ──▶  GatedLinear, whose rows alternate gate and up; gate and up stay as halves of it
+act(W x + b)          ──▶  SparseLinear
+act(gate x) · (up x)  ──▶  GatedLinear, whose rows alternate gate and up; gate and up stay as halves of it
+
+A forward keeps nothing of its input or its result: what a module returns depends on its arguments and its weight alone.
 """
 
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,10 +30,11 @@ from sparsify.kernels.cpu.dispatch import (
     run_kernel,
     serves,
 )
-from sparsify.kernels.cpu.formats import PANEL, Bitmask, concatenate, pack, pack_int8, quantize_int8
+from sparsify.kernels.cpu.formats import Bitmask, FormatError, concatenate, pack, pack_int8, quantize_int8
+from sparsify.kernels.fallback import note
 from sparsify.lowering.original_state import OriginalState
 
-SHARED_TOKENS = 32  # up to here one call for all members pays; above, copying the parts out costs more than it saves
+PACKED = ("masks", "values", "panel_ptr", "scales")
 
 
 class SparseLinear(OriginalState):
@@ -65,7 +67,6 @@ class SparseLinear(OriginalState):
         transposed: bool = False,
     ) -> None:
         super().__init__()
-        self.shared: SharedInput | None = None
         packed.validate()
         self.packed = packed
         self.in_features, self.out_features = packed.cols, packed.rows // 2 if gated else packed.rows
@@ -73,7 +74,7 @@ class SparseLinear(OriginalState):
         self.int8 = int8 and packed.value == "s8" and not packed.group
         self.dtype = packed.dtype
         row_sums = packed.row_sums() if packed.value == "s8" else None
-        for name in ("masks", "values", "panel_ptr", "scales"):
+        for name in PACKED:
             self.register_buffer(name, getattr(packed, name), persistent=False)
         self.register_buffer("row_sums", row_sums, persistent=False)
         self.register_buffer("bias", bias.detach().float().contiguous() if bias is not None else None, persistent=False)
@@ -83,13 +84,36 @@ class SparseLinear(OriginalState):
         self.prepare()
 
     def prepare(self) -> None:
-        """Load kernels and make the C view; without a compiler, forward unpacks instead (the report says so)."""
+        """Check the packed tensors, load kernels and make the C view; without a compiler, forward unpacks instead (a warning and the
+        report say so). Raises FormatError for tensors that no kernel may read."""
+        with torch.inference_mode(False):  # inference tensors do not count their changes
+            for name, tensor in self._buffers.items():
+                if tensor is not None and tensor.is_inference():
+                    self._buffers[name] = tensor.clone()
+        buffers: dict[str, Any] = {name: self._buffers[name] for name in PACKED}
+        self.packed = replace(self.packed, **buffers)
+        packed_operator.check_layer(self.packed, self.row_sums, self.bias, self.activation, self.gated, self.int8)
+        if self.bias is not None and (self.bias.dtype != torch.float32 or not self.bias.is_contiguous()):
+            raise FormatError(f"the bias of a packed layer is kept in contiguous float32, got {self.bias.dtype}")
         self.choices = {}
         try:
             self.kernels = kernels_for(self.packed)
-        except BuildError:
+        except BuildError as error:
+            note(f"packed linears are unpacked in every call: {error}")
             self.kernels = None
         self.layer = layer_struct(self.packed, self.row_sums, self.bias, self.activation, self.gated)
+        names = (*PACKED, "row_sums", "bias")
+        held = {name: tensor for name in names if (tensor := self._buffers[name]) is not None}
+        self.absent = tuple(name for name in names if name not in held)
+        self.seen = tuple((name, tensor, tensor.data_ptr(), tensor._version) for name, tensor in held.items())
+
+    def as_prepared(self) -> bool:
+        """Whether the tensors that the C view points to are the buffers still, where they were and not written to since."""
+        buffers = self._buffers
+        for name, tensor, address, version in self.seen:
+            if buffers[name] is not tensor or tensor.data_ptr() != address or tensor._version != version:
+                return False
+        return all(buffers[name] is None for name in self.absent)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -129,18 +153,18 @@ class SparseLinear(OriginalState):
             or type(x) is not torch.Tensor
         ):
             return self.as_operator(x, residual)
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"SparseLinear({self.in_features} → {self.out_features}) got x of shape {tuple(x.shape)}")
         if x.device.type != "cpu":
             raise RefusedError(f"this layer was lowered for the CPU, x is on {x.device}")
+        if x.dtype not in packed_operator.ACTIVATION_DTYPES or x.dim() == 0 or x.shape[-1] != self.in_features:
+            packed_operator.check_activations("SparseLinear", x, self.in_features)
+        if not self.as_prepared():  # a buffer was replaced or written to: nothing may be read by the old view
+            self.prepare()
         flat = x.reshape(-1, self.in_features)
         tokens, shape = flat.shape[0], (*x.shape[:-1], self.out_features)
         if tokens == 0:
             return x.new_empty(shape)
-        if self.shared is not None and residual is None and tokens <= SHARED_TOKENS:
-            return self.shared.product(self, x)
-        extra = residual.reshape(-1, self.out_features) if residual is not None else None
-        if self.kernels is None:
+        extra = None if residual is None else packed_operator.check_residual("SparseLinear", residual, x, shape)
+        if self.kernels is None or x.dtype == torch.float64:  # the kernels sum in fp32
             y = self.dense_product(flat, extra)
         else:
             choice = self.choices.get((bucket(tokens), torch.get_num_threads())) or self.choice(tokens)
@@ -153,9 +177,11 @@ class SparseLinear(OriginalState):
         return y.view(shape) if y.dtype == x.dtype else y.view(shape).to(x.dtype)
 
     def dense_product(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-        """The same by unpacking, in fp32: for NaN and Inf, and without a compiler. x (tokens, in)."""
-        extra = None if residual is None else residual.float()
-        return packed_operator.dense_product(self.packed, x.float(), self.bias, self.activation, self.gated, extra)
+        """The same by unpacking, in fp32, or fp64 for such an x: for NaN and Inf, and without a compiler. x (tokens, in)."""
+        exact = x.dtype if x.dtype == torch.float64 else torch.float32
+        extra = None if residual is None else residual.to(exact)
+        packed = replace(self.packed, dtype=exact)
+        return packed_operator.dense_product(packed, x.to(exact), self.bias, self.activation, self.gated, extra)
 
     def as_operator(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         """The same product as one node of a graph; an activation that needs a gradient is a node of its own."""
@@ -180,29 +206,27 @@ class SparseLinear(OriginalState):
         return None if self.bias is None else self.bias.to(self.bias_dtype)
 
     def take(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        if self.shared is not None:
-            self.shared.dissolve()
-        self.hold(repack(weight, self.packed))
+        self.hold(repack(weight, self.packed))  # raises before anything changes
         if bias is not None:
-            self.bias = bias.float().contiguous()
+            self.bias = bias.to("cpu", torch.float32, copy=True)
         self.prepare()
 
     def hold(self, packed: Bitmask) -> None:
         """Take another packed weight of the same shape and value type."""
         self.packed = packed
         self.row_sums = packed.row_sums() if packed.value == "s8" else None
-        for name in ("masks", "values", "panel_ptr", "scales"):
+        for name in PACKED:
             setattr(self, name, getattr(packed, name))
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("kernels", "layer", "choices"):
+        for name in ("kernels", "layer", "choices", "seen", "absent"):
             state.pop(name, None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        buffers = {name: self._buffers[name] for name in ("masks", "values", "panel_ptr", "scales")}
+        buffers: dict[str, Any] = {name: self._buffers[name] for name in PACKED}
         self.packed = replace(self.packed, **buffers)  # one set of tensors after a copy, not two
         huge_pages.make_huge(self.packed.masks)
         huge_pages.make_huge(self.packed.values)
@@ -212,84 +236,16 @@ class SparseLinear(OriginalState):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, sparsity={self.packed.sparsity:.3f}, "
             f"values={self.packed.value}, activation={self.activation}"
-            + (", shares its pass over the input" if self.shared is not None else "")
         )
 
 
 def repack(weight: torch.Tensor, like: Bitmask) -> Bitmask:
-    """An (out, in) weight in the value type and grouping of another packed weight."""
+    """An (out, in) weight in the value type and grouping of another packed weight. Raises FormatError for one that cannot be packed."""
+    weight = weight.to("cpu")
     value = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}.get(like.value)
     if value is None:
         return pack_int8(*quantize_int8(weight, like.group), like.group, like.dtype)
     return replace(pack(weight.to(value)), dtype=like.dtype).validate()
-
-
-class SharedInput:
-    """Linears over one input, whose packed rows are views of one weight: with few tokens, one call computes them all.
-
-    Whoever is called first with an input computes everything, and the others find their part. The parts are kept per thread,
-    for that very input tensor only, and each is handed out once. Outside of one forward nothing is kept that was asked for.
-    """
-
-    def __init__(self, whole: SparseLinear, members: Sequence[SparseLinear]) -> None:
-        self.whole, self.members = whole, tuple(members)
-        self.kept = threading.local()
-
-    @property
-    def sizes(self) -> list[int]:
-        return [member.out_features for member in self.members]
-
-    def product(self, member: SparseLinear, x: torch.Tensor) -> torch.Tensor:
-        """`member`'s rows of the product with x (…, in): computed now for every member, or by an earlier one."""
-        place = next(i for i, other in enumerate(self.members) if other is member)
-        version = 0 if x.is_inference() else x._version
-        source, seen, parts = getattr(self.kept, "parts", (None, 0, {}))
-        if source is x and seen == version and place in parts:
-            y = parts.pop(place)
-            if not parts:
-                del self.kept.parts
-            return y
-        split = self.whole(x).split(self.sizes, dim=-1)
-        self.kept.parts = (x, version, {i: p.contiguous() for i, p in enumerate(split) if i != place})
-        return split[place].contiguous()
-
-    def dissolve(self) -> None:
-        """Let every member compute on its own rows, because one of them is about to change."""
-        for member in self.members:
-            member.shared = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"whole": self.whole, "members": self.members}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.kept = threading.local()
-
-
-def share_input(linears: Sequence[SparseLinear]) -> SharedInput | str:
-    """Give linears over one input one packed weight; or the reason why they keep their own."""
-    if any(linear.packed.rows % PANEL for linear in linears[:-1]):
-        return f"a number of rows is no multiple of {PANEL}"
-    first = linears[0].packed
-    kinds = {(linear.packed.cols, linear.packed.value, linear.packed.group, linear.dtype) for linear in linears}
-    if len(kinds) > 1 or len({linear.int8 for linear in linears}) > 1:
-        return "they differ in width, value type or group size"
-    if any(linear.activation != "none" or linear.gated for linear in linears):
-        return "an activation is fused into one of them"
-    whole = SparseLinear(concatenate([linear.packed for linear in linears]), joined_bias(linears), int8=linears[0].int8)
-    shared, row = SharedInput(whole, linears), 0
-    for linear in linears:
-        rows = linear.packed.rows
-        packed = whole.packed.part(row, rows)
-        if linear.packed.value == "s8" and whole.row_sums is not None:
-            linear.row_sums = whole.row_sums[row : row + rows]
-        linear.packed = replace(packed, dtype=first.dtype)
-        for name in ("masks", "values", "panel_ptr", "scales"):
-            setattr(linear, name, getattr(packed, name))
-        linear.prepare()
-        linear.shared = shared
-        row += rows
-    return shared
 
 
 def joined_bias(linears: Sequence[SparseLinear], interleave: bool = False) -> torch.Tensor | None:
@@ -318,7 +274,7 @@ class GatedLinear(SparseLinear):
     def take_both(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.hold(repack(interleaved(weight), self.packed))
         if bias is not None:
-            self.bias = interleaved(bias.float())
+            self.bias = interleaved(bias.to("cpu", torch.float32))
         self.prepare()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import fx
 
 import sparsify
-from sparsify import S2FT, Plan, PlanError, RefusedError, VerifyError
+from sparsify import S2FT, LoRA, Plan, PlanError, RefusedError, VerifyError
 from sparsify import api as pipeline
 from sparsify.passes.base import Pass
 
@@ -123,7 +123,7 @@ plans = st.builds(
     train=st.lists(st.text(max_size=8), max_size=3),
     seed=st.integers(-(2**70), 2**70),
     check=st.sampled_from(["none", "numeric"]),
-    target=st.sampled_from(["auto", "reference", "cuda"]),
+    target=st.sampled_from(["auto", "cuda"]),
 )
 
 
@@ -316,3 +316,11 @@ def test_cpu_is_for_inference():
     assert Plan([], target="cpu").rules == ()
     with pytest.raises(PlanError, match=re.escape("Plan(target='cpu') is for inference, but S2FT trains parts")):
         Plan([S2FT(units=1)], target="cpu")
+
+
+def test_plain_pytorch_is_no_target_of_a_plan_but_old_files_open() -> None:
+    with pytest.raises(PlanError, match=r"target='reference'\) was never honoured.*SPARSIFY_KERNELS=off"):
+        Plan([LoRA()], target="reference")  # type: ignore[arg-type]
+    text = Plan([LoRA()]).to_json().replace('"auto"', '"reference"')
+    assert '"reference"' in text
+    assert Plan.from_json(text) == Plan([LoRA()])

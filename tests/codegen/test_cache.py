@@ -94,11 +94,11 @@ def test_a_library_is_built_once_and_kept_with_its_hash(tmp_path: Path, answers:
     assert [p.name for p in entry.parent.iterdir()] == [entry.name]
 
 
-def cut(keep: float) -> Callable[[Path], None]:
+def cut(keep: float) -> Callable[[Path], object]:
     return lambda path: path.write_bytes(path.read_bytes()[: int(keep * len(path.read_bytes()))])
 
 
-def fewer(count: int) -> Callable[[Path], None]:
+def fewer(count: int) -> Callable[[Path], object]:
     return lambda path: path.write_bytes(path.read_bytes()[:-count])
 
 
@@ -146,7 +146,7 @@ def another_user(path: Path) -> None:
     os.chown(path, 12345, -1)
 
 
-DAMAGES: dict[str, Callable[[Path], None]] = {
+DAMAGES: dict[str, Callable[[Path], object]] = {
     **{f"cut to {share:.0%}": cut(share) for share in (0.0, 0.001, 0.3, 0.5, 0.9)},
     **{f"{count} bytes short": fewer(count) for count in (1, 32, 48)},
     **{f"a bit at {place:.0%}": flip(place) for place in (0.0, 0.4, 1.0)},
@@ -338,6 +338,7 @@ def test_without_any_folder_there_is_a_build_error(
         ({"SPARSIFY_CACHE": "/a/b", "XDG_CACHE_HOME": "/c"}, "/a/b"),
         ({"SPARSIFY_CACHE": " ", "XDG_CACHE_HOME": "/c"}, "/c/sparsify"),
         ({"XDG_CACHE_HOME": "c", "HOME": "/d"}, "/d/.cache/sparsify"),
+        ({"SPARSIFY_CACHE": "~/e", "HOME": "/d"}, "/d/e"),
     ],
 )
 def test_settings_of_the_folder(settings: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -483,11 +484,11 @@ def test_a_wrong_instruction_set_is_refused_by_name(monkeypatch: pytest.MonkeyPa
         with pytest.raises(build.BuildError, match="SPARSIFY_ISA='AVX2': this CPU runs"):
             dispatch.best_isa()
         with pytest.warns(RuntimeWarning, match="training kernels: PyTorch's own serve instead: SPARSIFY_ISA='AVX2'"):
-            assert dispatch.isa_for_training() is None
+            assert dispatch.usable_isa() is None
         assert "SPARSIFY_ISA='AVX2'" in fallback.notes()[0]
         monkeypatch.setenv("SPARSIFY_ISA", " ")
         dispatch.best_isa.cache_clear()
-        assert dispatch.best_isa() == dispatch.isa_for_training()
+        assert dispatch.best_isa() == dispatch.usable_isa()
     finally:
         dispatch.best_isa.cache_clear()
 

@@ -8,7 +8,7 @@ import multiprocessing
 import py_compile
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import jinja2
@@ -163,6 +163,28 @@ def test_what_runs_is_the_generated_text_and_not_a_file(tmp_path: Path, monkeypa
         kernel = build.import_source(text.replace("generated", "in memory")).kernel
     assert kernel() == "in memory"
     assert "in memory" in inspect.getsource(kernel)
+
+
+CODE = "x'\nimport os\n#"
+SPEC = {"op": "blocks", "target": "sm_90", "tile": Tile(), "width": 16, "group": 16}
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(KernelSpec) if f.name not in ("tile", "epilogue")])
+def test_no_text_from_outside_reaches_generated_source(name: str) -> None:
+    """Sources are made of specs alone, and a spec takes words from its lists, numbers and booleans: no module name, no file."""
+    if name in ("gather", "sparse", "low_rank"):
+        assert CODE not in generate(KernelSpec(**{**SPEC, name: bool(CODE)}))  # type: ignore[arg-type]
+        return
+    with pytest.raises(ValueError, match="unknown|is no number|bits"):
+        KernelSpec(**{**SPEC, name: CODE})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(Tile)])
+def test_tiles_are_numbers(name: str) -> None:
+    with pytest.raises(ValueError, match="a power of two is needed"):
+        Tile(**{name: CODE})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="unknown activation"):
+        Epilogue(activation=CODE)
 
 
 def test_without_triton_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:

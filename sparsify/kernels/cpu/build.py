@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sparsify.kernels.cache import keep, kept, private_folder, seal, unseal
+from sparsify.kernels.cache import keep, kept, seal, unseal
 from sparsify.kernels.cpu.codegen import Variant, generate
 from sparsify.kernels.cpu.compiler import TIMEOUT, BuildError, find_compiler, run
 
@@ -67,7 +67,7 @@ def built(source: str, flags: tuple[str, ...]) -> tuple[Path, bytes]:
 
 def compile_source(source: str, command: Sequence[str]) -> bytes:
     """Run the compiler on `source`; the shared library that it wrote. Raises BuildError, and OSError without a folder to work in."""
-    with tempfile.TemporaryDirectory(dir=private_folder(), prefix="build-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="sparsify-build-") as scratch:
         code, library = Path(scratch) / "kernel.cpp", Path(scratch) / "kernel.so"
         code.write_text(source, encoding="utf-8")
         status, output = run([*command, str(code), "-o", str(library)], TIMEOUT)

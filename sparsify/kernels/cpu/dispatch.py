@@ -38,7 +38,7 @@ from sparsify.kernels.cpu.tune import (
     seconds_of,
     tuning,
 )
-from sparsify.kernels.fallback import note
+from sparsify.kernels.fallback import note, switched_on
 
 ACTIVATIONS: dict[str, int] = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -87,7 +87,7 @@ class NonFiniteError(SparsifyError, ArithmeticError):
 def cpu_flags() -> frozenset[str]:
     """Instruction-set flags of this CPU, in the spelling of /proc/cpuinfo."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
             if line.startswith("flags"):
                 return frozenset(line.partition(":")[2].split())
     except OSError:
@@ -120,8 +120,11 @@ def best_isa() -> Isa:
     return named  # type: ignore[return-value]
 
 
-def isa_for_training() -> Isa | None:
-    """`best_isa()`, or None, after a warning, where `SPARSIFY_ISA` names none: a training step does not die of it."""
+def usable_isa() -> Isa | None:
+    """`best_isa()`, or None where kernels are switched off, and, after a warning, where `SPARSIFY_ISA` names none: a training step
+    does not die of it."""
+    if not switched_on():
+        return None
     try:
         return best_isa()
     except BuildError as error:
@@ -276,7 +279,7 @@ def predict(packed: Bitmask, isa: Isa, kernel: str, tokens: int, threads: int) -
 def predict_dense(rows: int, cols: int, tokens: int) -> float:
     """Seconds that a blocked fp32 dense product should take: bytes over bandwidth or flops over the peak of the FMAs."""
     machine, threads = calibrate(), torch.get_num_threads()
-    compute = rows * cols * tokens / LANES[best_isa()] / (machine.clock * 1e9) / max(1, threads)
+    compute = rows * cols * tokens / LANES[usable_isa() or "portable"] / (machine.clock * 1e9) / max(1, threads)
     return max(compute, 4 * rows * cols / (machine.bandwidth * 1e9)) + 6e-6
 
 
@@ -306,7 +309,7 @@ def clock_ghz() -> float:
     try:
         clocks = [
             float(line.partition(":")[2])
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
             if line.startswith("cpu MHz")
         ]
         return statistics.median(clocks) / 1e3 if clocks else 2.5
@@ -389,5 +392,7 @@ def serves(choice: Choice, dtype: torch.dtype, tokens: int) -> Choice:
 
 
 def kernels_for(packed: Bitmask) -> Kernels:
-    """Kernels that serve this packed weight on this CPU. Raises BuildError without a compiler."""
+    """Kernels that serve this packed weight on this CPU. Raises BuildError without a compiler, and where they are switched off."""
+    if not switched_on():
+        raise BuildError("kernels are switched off (SPARSIFY_KERNELS)")
     return load_kernels(Variant(isa=best_isa(), value=packed.value))

@@ -132,13 +132,14 @@ class Bitmask:
 
     def validate(self) -> Bitmask:
         """Refuse data that a kernel could not read safely; returns self. Raises FormatError saying what is wrong."""
-        blocks = self.blocks
         check(self.rows > 0 and self.cols > 0, f"a weight needs rows and columns, got {self.rows} × {self.cols}")
-        for name in ("masks", "values", "panel_ptr", "scales"):
+        blocks = self.blocks
+        for name in ("masks", "values", "panel_ptr", *(["scales"] if self.scales is not None else [])):
             tensor = getattr(self, name)
-            if tensor is not None:
-                check(tensor.device.type == "cpu", f"{name} is on {tensor.device}, the CPU format needs it on the CPU")
-                check(tensor.is_contiguous(), f"{name} is not contiguous")
+            if not isinstance(tensor, torch.Tensor):
+                raise FormatError(f"{name} is no tensor but {type(tensor).__name__}")
+            check(tensor.device.type == "cpu", f"{name} is on {tensor.device}, the CPU format needs it on the CPU")
+            check(tensor.is_contiguous(), f"{name} is not contiguous")
         check(self.masks.dtype == torch.int64, f"masks are {self.masks.dtype}, expected torch.int64")
         check(self.panel_ptr.dtype == torch.int64, f"panel_ptr is {self.panel_ptr.dtype}, expected torch.int64")
         check(
@@ -165,13 +166,13 @@ class Bitmask:
         check(int(expected[-1]) == self.nnz, f"{self.nnz} values are stored, the masks hold {int(expected[-1])} bits")
         padded = self.followed or not bool(self.values[self.nnz :].any())
         check(padded, "the padding behind the values is not zero")
+        check(self.group % BLOCK == 0 and self.group >= 0, f"group {self.group} is not a multiple of {BLOCK}")
         if self.values.dtype.is_floating_point:
             check(bool(torch.isfinite(self.values).all()), "a weight is NaN or Inf")
             check(self.scales is None, "scales belong to int8 values")
             return self
         check(self.scales is not None, "int8 values need scales")
         assert self.scales is not None
-        check(self.group % BLOCK == 0 and self.group >= 0, f"group {self.group} is not a multiple of {BLOCK}")
         shape = (self.rows, -(-self.cols // self.group)) if self.group else (self.rows,)
         check(tuple(self.scales.shape) == shape, f"scales have shape {tuple(self.scales.shape)}, expected {shape}")
         check(self.scales.dtype == torch.float32, f"scales are {self.scales.dtype}, expected torch.float32")

@@ -26,8 +26,8 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     nbytes = count * dtype.itemsize
     if nbytes < HUGE_PAGE or ADVICE is None:
         return torch.zeros(shape, dtype=dtype)
-    region = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
+        region = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         region.madvise(ADVICE)
     except OSError:
         return torch.zeros(shape, dtype=dtype)

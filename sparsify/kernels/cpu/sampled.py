@@ -16,7 +16,8 @@ from torch import Tensor
 
 from sparsify.kernels.cpu.build import BuildError, load_library
 from sparsify.kernels.cpu.codegen import FLAGS, LANES, TEMPLATES, Isa, exchanges, rotations
-from sparsify.kernels.cpu.dispatch import best_isa, isa_for_training
+from sparsify.kernels.cpu.dispatch import best_isa, usable_isa
+from sparsify.kernels.cpu.formats import check
 from sparsify.kernels.fallback import note
 from sparsify.kernels.source import strict_environment
 
@@ -63,7 +64,7 @@ def kernel_serves(a: Tensor, b: Tensor, index: Tensor) -> bool:
         return False
     if a.shape[0] * index.numel() < SMALLEST:
         return False
-    isa = isa_for_training()
+    isa = usable_isa()
     return isa is not None and load_sampled(isa, VALUES[a.dtype]) is not None
 
 
@@ -72,6 +73,9 @@ def sampled_by_kernel(a: Tensor, b: Tensor, index: Tensor, isa: Isa | None = Non
     library = load_sampled(isa or best_isa(), VALUES[a.dtype])
     if library is None:
         raise BuildError("no C++ compiler found: install g++ or clang++, or set CXX")
+    fits = a.dim() == b.dim() == 2 and a.shape[0] == b.shape[0] and a.dtype == b.dtype
+    check(fits, f"sampled_product: a is {a.dtype} {tuple(a.shape)}, b {b.dtype} {tuple(b.shape)}")
+    check(index.dim() == 1 and index.dtype in (torch.int32, torch.int64), f"sampled_product: index is {index.dtype}")
     a, b, index = (t if t.stride(-1) == 1 else t.contiguous() for t in (a, b, index))
     tokens, p, q = a.shape[0], a.shape[1], b.shape[1]
     out = torch.zeros(index.shape, dtype=torch.float32)
@@ -89,7 +93,7 @@ def kernel_writes(weight: Tensor, values: Tensor, index: Tensor) -> bool:
         return False
     if index.numel() < SMALLEST_WRITE or not all(t.is_contiguous() for t in (weight, values, index)):
         return False
-    isa = isa_for_training()
+    isa = usable_isa()
     return isa is not None and load_sampled(isa, VALUES[weight.dtype]) is not None
 
 
@@ -98,6 +102,12 @@ def write_by_kernel(weight: Tensor, values: Tensor, index: Tensor) -> None:
 
     Raises IndexError if an index lies outside the weight."""
     library = load_sampled(best_isa(), VALUES[weight.dtype])
+    fits = values.shape == index.shape and values.dtype == torch.float32 and index.dtype in (torch.int32, torch.int64)
+    check(
+        fits,
+        f"sparse part: {values.dtype} values {tuple(values.shape)} for {index.dtype} positions {tuple(index.shape)}",
+    )
+    check(all(t.is_contiguous() for t in (weight, values, index)), "sparse part: a tensor is not contiguous")
     outside = library.sparsify_write(
         weight.data_ptr(), weight.numel(), values.data_ptr(), index.data_ptr(), int(index.dtype == torch.int64),
         index.numel(), torch.get_num_threads(),

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from sparsify.kernels.cpu.build import BuildError, load_library
 from sparsify.kernels.cpu.codegen import FLAGS, LANES, TEMPLATES, Isa, rotations
-from sparsify.kernels.cpu.dispatch import best_isa, isa_for_training
+from sparsify.kernels.cpu.dispatch import best_isa, usable_isa
+from sparsify.kernels.cpu.formats import check
 from sparsify.kernels.fallback import note
 from sparsify.kernels.source import strict_environment
 
@@ -58,7 +59,7 @@ def skinny_serves(x: Tensor, rank: int) -> bool:
         return False
     if torch.get_num_threads() * (rank + RANKS) * x.shape[1] * 4 > PARTIAL_BYTES:
         return False
-    isa = isa_for_training()
+    isa = usable_isa()
     return isa is not None and load_skinny(isa) is not None
 
 
@@ -74,6 +75,14 @@ def skinny_by_kernel(
     library = load_skinny(isa or best_isa())
     if library is None:
         raise BuildError("no C++ compiler found: install g++ or clang++, or set CXX")
+    check(x.dim() == 2 and x.dtype == torch.float32, f"skinny_products: x is {x.dtype} of shape {tuple(x.shape)}")
+    ranks = set()
+    for name, factor_of, axis, size in (("rows", rows, 1, x.shape[1]), ("factor", factor, 0, x.shape[0])):
+        if factor_of is not None:
+            fits = factor_of.dim() == 2 and factor_of.shape[axis] == size and factor_of.device == x.device
+            check(fits, f"skinny_products: {name} has shape {tuple(factor_of.shape)}, x {tuple(x.shape)}")
+            ranks.add(factor_of.shape[1 - axis])
+    check(len(ranks) == 1, f"skinny_products: rows and factor have ranks {sorted(ranks)}, expected one")
     x = x if x.stride(-1) == 1 else x.contiguous()
     tokens, width = x.shape
     rank = rows.shape[0] if rows is not None else factor.shape[1] if factor is not None else 0
@@ -98,6 +107,9 @@ def update_by_kernel(y: Tensor, low: Tensor, rows: Tensor, isa: Isa | None = Non
         raise BuildError("no C++ compiler found: install g++ or clang++, or set CXX")
     if y.stride(-1) != 1:
         raise ValueError(f"the rows of y {tuple(y.shape)} must be contiguous, strides are {y.stride()}")
+    fits = y.dim() == low.dim() == rows.dim() == 2 and y.dtype == torch.float32
+    fits = fits and (*y.shape, low.shape[1]) == (low.shape[0], rows.shape[1], rows.shape[0])
+    check(fits, f"update: y {y.dtype} {tuple(y.shape)} is no product of {tuple(low.shape)} and {tuple(rows.shape)}")
     low, rows = padded(low, 1), padded(rows, 0)
     library.sparsify_update(
         y.data_ptr(), y.stride(0), *y.shape, rows.shape[0], low.data_ptr(), rows.data_ptr(), torch.get_num_threads()

@@ -44,7 +44,7 @@ class Timing:
 def cpu_name() -> str:
     """Model name of this CPU, as a key for measurements."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     except OSError:

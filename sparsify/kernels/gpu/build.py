@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sparsify.errors import SparsifyError
 from sparsify.kernels.cache import CacheError
-from sparsify.kernels.fallback import note
+from sparsify.kernels.fallback import note, switched_on
 from sparsify.kernels.gpu.codegen import generate, parameters
 from sparsify.kernels.gpu.spec import KernelSpec
 from sparsify.kernels.source import write_once
@@ -71,7 +71,9 @@ def interpreting() -> bool:
 
 
 def can_launch(device: torch.device) -> bool:
-    """Whether generated kernels can run on tensors of this device."""
+    """Whether generated kernels can run on tensors of this device, and are not switched off."""
+    if not switched_on():
+        return False
     if device.type == "cpu":
         return interpreting()
     if device.type != "cuda" or not triton_installed():

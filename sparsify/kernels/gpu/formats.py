@@ -148,6 +148,7 @@ class Stream:
         check(self.values.dtype in VALUES, f"values are {self.values.dtype}, expected one of {list(VALUES)}")
         check(self.group in (8, 16), f"groups of {self.group} rows, expected 8 or 16")
         check(self.width in GAP_BITS, f"chunks of {self.width} values, expected 8 or 4")
+        check(not self.gated or self.rows % 2 == 0, f"a gated weight has gate and up rows, got {self.rows} rows")
         positions, lanes = self.values.shape[0], -(-self.outputs // self.lanes) * self.group
         meta = torch.int32 if self.format == "gaps" else torch.int16
         bases = positions if self.format == "gaps" else 0
@@ -208,6 +209,13 @@ class Stream:
         check(not bool((kept & (row >= self.rows)).any()), "a value is stored for a row that does not exist")
         where = (row * self.cols + columns)[kept]
         check(where.unique().numel() == where.numel(), "an entry is stored twice")
+
+
+def check_scales(scales: Tensor | None, rows: int) -> None:
+    """Refuse anything but one finite fp32 scale per row."""
+    good = scales is not None and tuple(scales.shape) == (rows,) and scales.dtype == torch.float32
+    check(good, f"int8 values need {rows} float32 scales")
+    check(scales is not None and bool(torch.isfinite(scales).all()), "a scale is NaN or Inf")
 
 
 def rebuild_stream(like: Stream, tensors: list[Tensor]) -> Stream:
@@ -487,7 +495,12 @@ class Blocks:
         """Refuse data that a kernel could not read safely; returns self. Raises FormatError saying what is wrong."""
         check(self.values.dim() == 3, f"values have shape {tuple(self.values.shape)}, expected (tiles, height, width)")
         check(self.values.dtype in VALUES, f"values are {self.values.dtype}, expected one of {list(VALUES)}")
-        fits = self.rows > 0 and self.rows % self.height == 0 and self.cols % self.width == 0
+        sides = (16, 32, 64)
+        check(
+            self.height in sides and self.width in sides,
+            f"tiles of {self.height} × {self.width}, expected sides of {sides}",
+        )
+        fits = self.rows > 0 and self.cols > 0 and self.rows % self.height == 0 and self.cols % self.width == 0
         check(fits, f"tiles of {self.height} × {self.width} do not fill {self.rows} × {self.cols}")
         tiles, tall = self.values.shape[0], self.rows // self.height
         check(tuple(self.column.shape) == (tiles,), f"column has shape {tuple(self.column.shape)}, expected {(tiles,)}")
@@ -497,6 +510,7 @@ class Blocks:
             tuple(self.start.shape) == (tall + 1,), f"start has shape {tuple(self.start.shape)}, expected {(tall + 1,)}"
         )
         check(all(t.is_contiguous() for t in self.tensors), "a tensor is not contiguous")
+        check(len({t.device for t in self.tensors}) == 1, "the tensors are on different devices")
         counts = self.start.diff()
         check(int(self.start[0]) == 0 and bool((counts >= 0).all()), "start does not rise from 0")
         check(int(self.start[-1]) == tiles, f"start ends at {int(self.start[-1])}, there are {tiles} tiles")
@@ -507,9 +521,7 @@ class Blocks:
         where = row * wide + self.column
         check(where.unique().numel() == tiles, "a tile is stored twice")
         if self.value == "int8":
-            check(
-                self.scales is not None and tuple(self.scales.shape) == (self.rows,), f"int8 needs {self.rows} scales"
-            )
+            check_scales(self.scales, self.rows)
         else:
             check(self.scales is None, "scales belong to int8 values")
             check(bool(torch.isfinite(self.values).all()), "a weight is NaN or Inf")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from sparsify.kernels.checked_once import checked_once
 from sparsify.kernels.gpu.build import TritonError, launch, target_of
 from sparsify.kernels.gpu.formats import VALUES, Blocks, Stream
 from sparsify.kernels.gpu.spec import Epilogue, KernelSpec, Tile
@@ -27,6 +28,23 @@ MAX_TOKENS = 16
 QUANTIZED_TOKENS = 64
 QUANTIZED_BLOCK = 64  # weights per scale; rows must be whole blocks
 SUPPORT_TILE = 64  # columns of every sampled tile
+
+
+def check_positions(what: str, index: Tensor, limit: int) -> None:
+    """Refuse positions outside of 0 to `limit`; looked at once per state of `index`, so that later launches wait for nothing."""
+
+    def inside() -> None:
+        if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < limit):
+            raise TritonError(f"{what}: a position lies outside of 0 to {limit - 1}")
+
+    if index.dtype not in (torch.int32, torch.int64):
+        raise TritonError(f"{what}: positions are {index.dtype}, expected int32 or int64")
+    checked_once(("positions", limit), (index,), inside)
+
+
+def version_of(index: Tensor) -> int | None:
+    """Rises when a tensor is written to; None for inference tensors, which do not count: what is made of them is not remembered."""
+    return None if index.is_inference() else index._version
 
 
 def x_type(x: Tensor) -> str:
@@ -206,6 +224,10 @@ def quantized_product(
         )
     tile = quantized_tile(count, cols, target, x_type(x), format)
     sparse = values is not None and index is not None
+    if values is not None and index is not None:
+        check_positions("quantized", index, rows * cols)
+        if values.shape != index.shape:
+            raise TritonError(f"quantized: {tuple(values.shape)} values for {tuple(index.shape)} positions")
     spec = KernelSpec(
         op="quantized",
         target=target,
@@ -259,9 +281,9 @@ starts: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def row_starts(index: Tensor, rows: int, cols: int) -> Tensor:
     """How many of the sorted flat positions lie before each row, (rows + 1,) int64; remembered as `support_of` is."""
-    key = (rows, cols, index._version)
+    key = (rows, cols, version_of(index))
     found = starts.get(index)
-    if found is None or found[0] != key:
+    if found is None or found[0] != key or key[-1] is None:
         edges = torch.arange(rows + 1, device=index.device, dtype=torch.int64) * cols
         found = (key, torch.searchsorted(index.long(), edges))
         starts[index] = found
@@ -277,6 +299,7 @@ def partial_grad(a: Tensor, b: Tensor, index: Tensor, transpose: bool = False) -
     For channels that lie side by side use `contiguous_grad`: a view needs no gather, and then cuBLAS is the better GEMM.
     """
     tokens, count, cols = a.shape[0], index.numel(), b.shape[1]
+    check_positions("partial_grad", index, a.shape[1])
     target = target_of(a.device)
     tile = choose_tile("partial_grad", tokens, target, x_type(a))
     spec = KernelSpec(op="partial_grad", target=target, tile=tile, x=x_type(a), out="fp32", gather=True)
@@ -337,7 +360,8 @@ class Support:
 
 
 def make_support(index: Tensor, rows: int, cols: int, tile: int) -> Support:
-    """From sorted, distinct flat positions; on the device of `index`, without waiting for it."""
+    """From sorted, distinct flat positions; on the device of `index`, without waiting for it but when it is first seen."""
+    check_positions("sampled_tile", index, rows * cols)
     flat = index.long()
     row, col = flat // cols, flat % cols
     words = -(-cols // 32)
@@ -357,9 +381,9 @@ supports: WeakIdKeyDictionary = WeakIdKeyDictionary()
 def support_of(index: Tensor, rows: int, cols: int) -> Support:
     """`make_support`, remembered as long as `index` lives and is not written to."""
     tile = SUPPORT_TILE
-    key = (rows, cols, tile, index._version)
+    key = (rows, cols, tile, version_of(index))
     found = supports.get(index)
-    if found is None or found[0] != key:
+    if found is None or found[0] != key or key[-1] is None:
         found = (key, make_support(index, rows, cols, tile))
         supports[index] = found
     return found[1]
@@ -367,6 +391,7 @@ def support_of(index: Tensor, rows: int, cols: int) -> Support:
 
 def sampled_entries(a: Tensor, b: Tensor, index: Tensor, out: torch.dtype | None = None) -> Tensor:
     """`(aᵀ b)` at flat positions, one dot product each: a (t, p), b (t, q), index (k,) → (k,). For very few entries."""
+    check_positions("sampled_entries", index, a.shape[1] * b.shape[1])
     target = target_of(a.device)
     tile = choose_tile("sampled_entries", a.shape[0], target)
     values = torch.empty(index.numel(), dtype=out or a.dtype, device=a.device)
@@ -387,6 +412,9 @@ def sampled_entries(a: Tensor, b: Tensor, index: Tensor, out: torch.dtype | None
 
 def write_values(weight: Tensor, values: Tensor, index: Tensor) -> None:
     """`weight.view(-1)[index] = values`, with the cast inside; weight contiguous, positions distinct."""
+    check_positions("write_values", index, weight.numel())
+    if values.shape != index.shape:
+        raise TritonError(f"write_values: {tuple(values.shape)} values for {tuple(index.shape)} positions")
     target = target_of(weight.device)
     tile = choose_tile("write_values", 1, target)
     spec = KernelSpec(

@@ -17,10 +17,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsify.errors import RefusedError
-from sparsify.kernels.cpu.operator import epilogue
+from sparsify.kernels.checked_once import checked_once
+from sparsify.kernels.cpu.formats import check
+from sparsify.kernels.cpu.operator import check_one_device, check_residual, epilogue, sum_to
 from sparsify.kernels.gpu import launch, semi_structured
 from sparsify.kernels.gpu.build import can_launch
 from sparsify.kernels.gpu.formats import Blocks, Stream
+from sparsify.kernels.gpu.spec import ACTIVATIONS
 
 LIBRARY = torch.library.Library("sparsify", "FRAGMENT")
 LIBRARY.define(
@@ -29,6 +32,7 @@ LIBRARY.define(
 )
 LIBRARY.define("channel_grad(Tensor g, Tensor x, Tensor? rows) -> Tensor")
 
+FORMATS = ("gaps", "two_four", "blocks")
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -42,14 +46,41 @@ def kernels_take(*tensors: Tensor) -> bool:
 def rebuild(
     format: str, rows: int, cols: int, gated: bool, packed: list[Tensor], dtype: torch.dtype
 ) -> Stream | Blocks:
-    """The packed weight that an operator's arguments describe."""
+    """The packed weight that an operator's arguments describe. Raises FormatError for a format or a number of tensors that is none."""
+    check(format in FORMATS, f"unknown format {format!r}, known: {', '.join(FORMATS)}")
     count = 3 if format == "blocks" else 5
+    check(len(packed) in (count, count + 1), f"{format}: {len(packed)} tensors, expected {count}, and scales for int8")
     scales = packed[count] if len(packed) > count else None
     if format == "blocks":
+        check(not gated, "blocks: tiles have no gated kernel")
         values, column, start = packed[:3]
         return Blocks(rows, cols, values, column, start, scales, dtype)
     values, meta, base, start, order = packed[:5]
     return Stream(rows, cols, format, values, meta, base, start, order, scales, gated, dtype)  # type: ignore[arg-type]
+
+
+def check_product(
+    weight: Stream | Blocks, x: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
+) -> Tensor | None:
+    """Refuse arguments that do not fit each other: sizes in every call, the packed numbers once per state of the tensors, so that later
+    calls do not wait for the device. The residual as (tokens, outputs). Raises FormatError."""
+    check(activation in ACTIVATIONS, f"unknown activation {activation!r}, known: {', '.join(ACTIVATIONS)}")
+    check(x.is_floating_point() and x.dim() > 0, f"gpu_linear: x is {x.dtype} of shape {tuple(x.shape)}")
+    check(x.shape[-1] == weight.cols, f"gpu_linear: x has {x.shape[-1]} columns, the weight {weight.cols}")
+    for name, tensor in (
+        ("bias", bias),
+        ("residual", residual),
+        *((f"packed[{i}]", t) for i, t in enumerate(weight.tensors)),
+    ):
+        check(tensor is None or tensor.device == x.device, f"gpu_linear: {name} and x are on different devices")
+    if bias is not None:
+        good = tuple(bias.shape) == (weight.rows,) and bias.is_floating_point()
+        check(good, f"bias is {bias.dtype} of shape {tuple(bias.shape)}, the weight has {weight.rows} rows")
+    gated = isinstance(weight, Stream) and weight.gated
+    check(not gated or weight.rows % 2 == 0, f"a gated weight has gate and up rows, got {weight.rows} rows")
+    form = weight.format if isinstance(weight, Stream) else "blocks"
+    checked_once(("gpu", form, weight.rows, weight.cols, gated), weight.tensors, weight.validate)
+    return check_residual("gpu_linear", residual, x, (*x.shape[:-1], weight.outputs))
 
 
 def finish(y: Tensor, activation: str, gated: bool, residual: Tensor | None) -> Tensor:
@@ -92,12 +123,11 @@ def _gpu_linear(
     activation: str, packed: list[Tensor],
 ) -> Tensor:  # fmt: skip
     weight = rebuild(format, rows, cols, gated, packed, x.dtype)
+    extra = check_product(weight, x, bias, residual, activation)
     flat = x.reshape(-1, cols)
-    outputs = weight.outputs
-    shape = (*x.shape[:-1], outputs)
+    shape = (*x.shape[:-1], weight.outputs)
     if flat.shape[0] == 0:
         return x.new_empty(shape)
-    extra = None if residual is None else residual.reshape(-1, outputs)
     serves = kernels_take(x) and (weight.value == "int8" or format != "blocks" or weight.values.dtype == x.dtype)
     product = packed_product if serves else dense_product
     return product(weight, flat, bias, extra, activation).view(shape)
@@ -107,32 +137,46 @@ def _gpu_linear_fake(
     x: Tensor, bias: Tensor | None, residual: Tensor | None, format: str, rows: int, cols: int, gated: bool,
     activation: str, packed: list[Tensor],
 ) -> Tensor:  # fmt: skip
+    check_one_device("gpu_linear", x, (bias, residual, *packed))
+    torch._check(x.dim() > 0, lambda: "gpu_linear: x has no axis")
     torch._check(x.shape[-1] == cols, lambda: f"gpu_linear: x has {x.shape[-1]} columns, the weight {cols}")
     return x.new_empty((*x.shape[:-1], rows // 2 if gated else rows))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _x, _bias, _residual, format, rows, cols, gated, activation, packed = inputs
+    _x, bias, residual, format, rows, cols, gated, activation, packed = inputs
     if activation != "none" or gated:
         raise RefusedError("gpu_linear: a fused activation has no gradient; run under torch.inference_mode()")
     ctx.save_for_backward(*packed)
-    ctx.meta, ctx.wants = (format, rows, cols, gated), (ctx.needs_input_grad[0], ctx.needs_input_grad[2])
+    ctx.meta, ctx.wants = (format, rows, cols, gated), tuple(bool(ctx.needs_input_grad[i]) for i in range(3))
+    ctx.added = [None if t is None else (t.shape, t.dtype) for t in (bias, residual)]
 
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     format, rows, cols, gated = ctx.meta
     packed = list(ctx.saved_tensors)
-    dx = g @ rebuild(format, rows, cols, gated, packed, g.dtype).unpack() if ctx.wants[0] else None
-    return (dx, None, g if ctx.wants[1] else None, *[None] * 5, [None] * len(packed))
+    want_x, want_bias, want_residual = ctx.wants
+    dx = g @ rebuild(format, rows, cols, gated, packed, g.dtype).unpack() if want_x else None
+    d_bias = sum_to(g, *ctx.added[0]) if want_bias else None
+    d_residual = sum_to(g, *ctx.added[1]) if want_residual else None
+    return (dx, d_bias, d_residual, *[None] * 5, [None] * len(packed))
 
 
 def _channel_grad(g: Tensor, x: Tensor, rows: Tensor | None) -> Tensor:
+    same = g.dim() == x.dim() == 2 and g.shape[0] == x.shape[0] and g.dtype == x.dtype and g.device == x.device
+    check(
+        same,
+        f"channel_grad: g is {g.dtype} {tuple(g.shape)}, x {x.dtype} {tuple(x.shape)}; expected equally many tokens",
+    )
+    if rows is not None:
+        check(rows.dim() == 1 and rows.dtype in (torch.int32, torch.int64), f"channel_grad: rows are {rows.dtype}")
     if rows is not None and kernels_take(g, x):
         return launch.partial_grad(g, x, rows)
     return launch.contiguous_grad(g if rows is None else g.index_select(1, rows), x)
 
 
 def _channel_grad_fake(g: Tensor, x: Tensor, rows: Tensor | None) -> Tensor:
+    check_one_device("channel_grad", g, (x, rows))
     dtype = torch.float32 if g.dtype in (torch.float16, torch.bfloat16) else g.dtype
     return g.new_empty((g.shape[1] if rows is None else rows.shape[0], x.shape[1]), dtype=dtype)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
+from sparsify.kernels.checked_once import state_of
 from sparsify.kernels.gpu import launch
 from sparsify.kernels.gpu.formats import Blocks, Stream
 
@@ -42,9 +43,11 @@ def can_convert(device: torch.device) -> bool:
 
 
 def semi_structured(packed: Stream) -> Tensor | None:
-    """The converted weight (rows, cols), remembered as long as the packed values live and are not written to; None where
-    PyTorch cannot convert it, which is said once per weight."""
-    key = (packed.rows, packed.cols, 0 if packed.values.is_inference() else packed.values._version)
+    """The converted weight (rows, cols), remembered as long as the packed tensors live and are not written to; None where
+    PyTorch cannot convert it, which is said once per weight, and for inference tensors, whose changes nobody sees."""
+    key = (packed.rows, packed.cols, *map(state_of, packed.tensors))
+    if None in key:
+        return None
     found = converted.get(packed.values)
     if found is None or found[0] != key:
         found = (key, convert(launch.expand_stream(packed)))

@@ -60,7 +60,11 @@ class Tile:
     def __post_init__(self) -> None:
         for spec in fields(self):
             value = getattr(self, spec.name)
-            if value < 1 or (spec.name not in ("unroll", "stages") and not is_power(value)):
+            if (
+                not isinstance(value, int)
+                or value < 1
+                or (spec.name not in ("unroll", "stages") and not is_power(value))
+            ):
                 raise ValueError(f"Tile({spec.name}={value}): a power of two is needed")
 
 
@@ -97,6 +101,9 @@ class KernelSpec:
     def __post_init__(self) -> None:
         if self.op not in OPS:
             raise ValueError(f"unknown operator {self.op!r}, known: {', '.join(OPS)}")
+        for name in ("width", "group", "tokens", "index_bits"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name}: {getattr(self, name)!r} is no number")
         if self.target not in TARGETS:
             raise ValueError(f"unknown target {self.target!r}, known: {', '.join(TARGETS)}")
         for name in ("value", "x", "out"):
@@ -104,9 +111,9 @@ class KernelSpec:
                 raise ValueError(f"{name}: unknown type {getattr(self, name)!r}, known: {', '.join(DTYPES)}")
         if "int8" in (self.x, self.out):
             raise ValueError("int8 is a type of stored weights only")
-        known = FORMATS.get(self.op, (self.format,))
+        known = FORMATS.get(self.op, ("",))
         if self.format not in known:
-            raise ValueError(f"unknown format {self.format!r}, known: {', '.join(known)}")
+            raise ValueError(f"unknown format {self.format!r}, known: {', '.join(known) or 'none'}")
         if self.index_bits not in (32, 64):
             raise ValueError(f"index of {self.index_bits} bits, expected 32 or 64")
         if not is_power(self.tokens) or self.tokens > 16:
