@@ -24,7 +24,7 @@ import secrets
 import socket
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
@@ -38,7 +38,7 @@ NAME_BYTES = 120  # of the target's name that a temporary one repeats: file syst
 TEMPORARY = re.compile(
     r"^\.(?P<name>.*)\.(?P<host>[0-9a-f]{8})-(?P<pid>[0-9]{1,10})-(?P<token>[0-9a-f]{16})\.tmp$", re.DOTALL
 )
-OLD_TEMPORARY = re.compile(r"\.safetensors\.tmp(?P<pid>[0-9]{1,10})$|\.json\.tmp(?P<other>[0-9]{1,10})$")
+OLD_TEMPORARY = re.compile(r"(?P<name>.*)\.tmp(?P<pid>[0-9]{1,10})|\.(?P<other>.*)\.[a-z0-9_]{8}(\.part)?", re.DOTALL)
 PROCESS = secrets.token_hex(4)  # tells this process from a dead one that had the same id
 
 
@@ -158,10 +158,10 @@ def committing() -> Iterator[Commit]:
     commit = Commit()
     try:
         yield commit
-        folders = {target.parent for _, _, target in commit.pending}
+        targets = [target for _, _, target in commit.pending]
         commit.finish()
-        for folder in folders:
-            sweep(folder)
+        for folder in {target.parent for target in targets}:
+            sweep(folder, {target.name for target in targets})
     finally:
         commit.discard()
 
@@ -252,26 +252,37 @@ def sync_folder(folder: Path) -> None:
 
 def is_temporary(name: str) -> bool:
     """Whether a file name is one that a writer uses before the file is complete."""
-    return TEMPORARY.match(name) is not None or OLD_TEMPORARY.search(name) is not None
+    return TEMPORARY.match(name) is not None
 
 
-def sweep(folder: str | os.PathLike[str]) -> None:
-    """Remove the temporary files of writers that are gone. Those of living ones stay, and so does everything else."""
+def sweep(folder: str | os.PathLike[str], targets: Collection[str] = ()) -> None:
+    """Remove the temporary files of writers that are gone. Those of living ones stay, and so does everything else.
+
+    targets: names of files in whose place writers of earlier versions may have left theirs.
+    """
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in islice(entries, SWEPT):
             with suppress(OSError):
-                if is_temporary(entry.name) and entry.is_file(follow_symlinks=False) and abandoned(entry):
+                if abandoned(entry, targets) and entry.is_file(follow_symlinks=False):
                     os.unlink(entry.path)
 
 
-def abandoned(entry: os.DirEntry[str]) -> bool:
-    old = time.time() - entry.stat(follow_symlinks=False).st_mtime > ABANDONED_SECONDS
+def abandoned(entry: os.DirEntry[str], targets: Collection[str]) -> bool:
     found = TEMPORARY.match(entry.name)
-    if found is None or found["host"] != HOST or os.name != "posix":
-        return old
+    if found is None:
+        former = OLD_TEMPORARY.fullmatch(entry.name)
+        if former is None or (former["name"] or former["other"]) not in targets:
+            return False
+        return is_old(entry) or (former["pid"] is not None and os.name == "posix" and not alive(int(former["pid"])))
+    if found["host"] != HOST or os.name != "posix":
+        return is_old(entry)
     if int(found["pid"]) == os.getpid():
         return not found["token"].startswith(PROCESS)
     return not alive(int(found["pid"]))
+
+
+def is_old(entry: os.DirEntry[str]) -> bool:
+    return time.time() - entry.stat(follow_symlinks=False).st_mtime > ABANDONED_SECONDS
 
 
 def alive(pid: int) -> bool:

@@ -237,14 +237,28 @@ def test_what_killed_writers_left_is_swept_and_living_ones_are_not(tmp_path: Pat
         (tmp_path / name).write_bytes(b"x")
     old = elsewhere.replace("0" * 8, "1" * 8)
     (tmp_path / old).write_bytes(b"x")
-    (tmp_path / "model.safetensors.tmp123").write_bytes(b"x")  # as earlier versions named theirs
-    for name in (old, "model.safetensors.tmp123"):
+    former = (
+        "a.tmp4194304",
+        ".a.0abcdef_",
+        ".a.0abcdef_.part",
+    )  # as earlier versions named theirs; no process has that number
+    others = (
+        f"a.tmp{os.getpid()}",
+        "c.tmp4194304",
+        ".a.young000",
+        ".c.0abcdef_",
+    )  # being written, not ours, young, not ours
+    for name in (*former, *others):
+        (tmp_path / name).write_bytes(b"x")
+    for name in (old, *former[1:], others[3]):
         os.utime(tmp_path / name, (0, time.time() - 2 * atomic.ABANDONED_SECONDS))
     with writing(tmp_path / "b") as file:
         write_text(tmp_path / "a", "new")
         file.write(b"y")
         assert len([n for n in rows(tmp_path) if n.startswith(".b.")]) == 1, "a file that is being written stays"
-    assert rows(tmp_path) == sorted([elsewhere, ".a.tmp", ".hidden", "a", "a.safetensors.tmpl", "b", "mine.tmp"])
+    assert rows(tmp_path) == sorted(
+        [*others, elsewhere, ".a.tmp", ".hidden", "a", "a.safetensors.tmpl", "b", "mine.tmp"]
+    )
 
 
 # --- the reader -----------------------------------------------------------------------------------------------------------
