@@ -226,7 +226,7 @@ def test_a_site_and_a_refusal_stay_on_their_line() -> None:
 # --- files ---
 
 REBUILT = {
-    "kernels/cpu/build.py", "kernels/cpu/tune.py", "kernels/gpu/tune.py", "peft_format.py", "pruning/sequential.py",
+    "kernels/cpu/build.py", "kernels/cpu/tune.py", "kernels/gpu/tune.py", "pruning/sequential.py",
     "pruning/streaming.py", "sparse_checkpoint.py", "tensor_file.py", "train/schedules.py",
 }  # fmt: skip
 """Of the package: their readers and writers are being replaced by ones that say their encoding."""
