@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import random
 import shutil
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 import sparsify
-from sparsify import AdapterError, LoRA, Plan, SparsifyError
+from sparsify import AdapterError, LoRA, Plan, SparsifyError, peft_format
 
 peft = pytest.importorskip("peft")
 
@@ -312,6 +313,32 @@ def headers(data: bytes) -> list[bytes]:
 def test_headers_that_lie_are_refused(host, written, tmp_path):
     for data in headers((written / "adapter_model.safetensors").read_bytes()):
         refuse(host, written, tmp_path, tensors=data, word="adapter_model.safetensors")
+
+
+def test_damaged_files_are_read_or_refused_never_anything_else(written, tmp_path):
+    model = build("Llama")
+    shutil.copytree(written, tmp_path / "damaged")
+    tensors, config = (
+        (written / "adapter_model.safetensors").read_bytes(),
+        (written / "adapter_config.json").read_bytes(),
+    )
+    draw, refused, header = random.Random(0), 0, int.from_bytes(tensors[:8], "little")
+    for number in range(200):
+        data, text = bytearray(tensors), bytearray(config)
+        if number % 2:
+            data[draw.randrange(header + 8)] ^= 1 << draw.randrange(8)
+        else:
+            place = draw.randrange(len(text))
+            text[place : place + draw.randrange(12)] = draw.choice(
+                [b"9" * 500, b"[", b"null", b"-1", b"1e999", b'"x"', b"\xff", b""]
+            )
+        (tmp_path / "damaged" / "adapter_model.safetensors").write_bytes(data)
+        (tmp_path / "damaged" / "adapter_config.json").write_bytes(text)
+        try:
+            peft_format.read(tmp_path / "damaged", model)
+        except AdapterError:
+            refused += 1
+    assert 100 < refused <= 200
 
 
 def test_only_regular_files_are_opened(host, written, tmp_path):
