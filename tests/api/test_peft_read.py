@@ -82,7 +82,12 @@ EQUAL = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "fields"), EQUAL, ids=str)
+#: the rest is marked slow
+QUICK = {0, 2, 3, 4, 8, 10, 11, 13, 14, 19, 21}
+MARKED = [pytest.param(*c, marks=[] if i in QUICK else [pytest.mark.slow]) for i, c in enumerate(EQUAL)]
+
+
+@pytest.mark.parametrize(("name", "fields"), MARKED, ids=[f"{n} {f}" for n, f in EQUAL])
 def test_read_to_the_function_that_peft_computes(name, fields, tmp_path):
     write(name, tmp_path, **fields)
     theirs = peft.PeftModel.from_pretrained(build(name), tmp_path)
@@ -126,7 +131,10 @@ def test_a_feature_that_is_no_plain_low_rank_change_is_refused_by_name(fields, w
         sparsify.load(build("Llama"), tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["IA3Config", "LoHaConfig", "VeraConfig", "AdaLoraConfig", "PrefixTuningConfig"])
+SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("LoHaConfig", "VeraConfig", "PrefixTuningConfig")]
+
+
+@pytest.mark.parametrize("kind", ["IA3Config", "AdaLoraConfig", *SLOW_KINDS])
 def test_other_adapter_types_are_refused_by_name(kind, tmp_path):
     more = {"IA3Config": {"feedforward_modules": ["down_proj"]}, "AdaLoraConfig": {"total_step": 9}}.get(kind, {})
     more = {"num_virtual_tokens": 3} if "Prefix" in kind else {"target_modules": ["down_proj"], **more}
