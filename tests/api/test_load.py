@@ -34,7 +34,7 @@ PLANS = {
 }  # fmt: skip
 
 
-QUICK = ("S2FT", "RoSA", "train", "LoRA over nf4")
+QUICK = ("S2FT", "train", "LoRA over nf4")
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in PLANS])

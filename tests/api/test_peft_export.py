@@ -104,7 +104,7 @@ CASES: list[tuple[str, list[Any], list[str]]] = [
 
 
 #: the rest is marked slow
-QUICK = {0, 1, 3, 4, 9, 11, 14, 16, 18, 19}
+QUICK = {0, 3, 4, 9, 14, 16, 19}
 MARKED = [pytest.param(*c, marks=[] if i in QUICK else [pytest.mark.slow]) for i, c in enumerate(CASES)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import random
 import shutil
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 import sparsify
-from sparsify import AdapterError, LoRA, Plan, SparsifyError
+from sparsify import AdapterError, LoRA, Plan, SparsifyError, peft_format
 
 peft = pytest.importorskip("peft")
 
@@ -81,7 +82,12 @@ EQUAL = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "fields"), EQUAL, ids=str)
+#: the rest is marked slow
+QUICK = {0, 2, 3, 4, 8, 10, 11, 13, 14, 19, 21}
+MARKED = [pytest.param(*c, marks=[] if i in QUICK else [pytest.mark.slow]) for i, c in enumerate(EQUAL)]
+
+
+@pytest.mark.parametrize(("name", "fields"), MARKED, ids=[f"{n} {f}" for n, f in EQUAL])
 def test_read_to_the_function_that_peft_computes(name, fields, tmp_path):
     write(name, tmp_path, **fields)
     theirs = peft.PeftModel.from_pretrained(build(name), tmp_path)
@@ -125,7 +131,10 @@ def test_a_feature_that_is_no_plain_low_rank_change_is_refused_by_name(fields, w
         sparsify.load(build("Llama"), tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["IA3Config", "LoHaConfig", "VeraConfig", "AdaLoraConfig", "PrefixTuningConfig"])
+SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("LoHaConfig", "VeraConfig", "PrefixTuningConfig")]
+
+
+@pytest.mark.parametrize("kind", ["IA3Config", "AdaLoraConfig", *SLOW_KINDS])
 def test_other_adapter_types_are_refused_by_name(kind, tmp_path):
     more = {"IA3Config": {"feedforward_modules": ["down_proj"]}, "AdaLoraConfig": {"total_step": 9}}.get(kind, {})
     more = {"num_virtual_tokens": 3} if "Prefix" in kind else {"target_modules": ["down_proj"], **more}
@@ -312,6 +321,32 @@ def headers(data: bytes) -> list[bytes]:
 def test_headers_that_lie_are_refused(host, written, tmp_path):
     for data in headers((written / "adapter_model.safetensors").read_bytes()):
         refuse(host, written, tmp_path, tensors=data, word="adapter_model.safetensors")
+
+
+def test_damaged_files_are_read_or_refused_never_anything_else(written, tmp_path):
+    model = build("Llama")
+    shutil.copytree(written, tmp_path / "damaged")
+    tensors, config = (
+        (written / "adapter_model.safetensors").read_bytes(),
+        (written / "adapter_config.json").read_bytes(),
+    )
+    draw, refused, header = random.Random(0), 0, int.from_bytes(tensors[:8], "little")
+    for number in range(200):
+        data, text = bytearray(tensors), bytearray(config)
+        if number % 2:
+            data[draw.randrange(header + 8)] ^= 1 << draw.randrange(8)
+        else:
+            place = draw.randrange(len(text))
+            text[place : place + draw.randrange(12)] = draw.choice(
+                [b"9" * 500, b"[", b"null", b"-1", b"1e999", b'"x"', b"\xff", b""]
+            )
+        (tmp_path / "damaged" / "adapter_model.safetensors").write_bytes(data)
+        (tmp_path / "damaged" / "adapter_config.json").write_bytes(text)
+        try:
+            peft_format.read(tmp_path / "damaged", model)
+        except AdapterError:
+            refused += 1
+    assert 100 < refused <= 200
 
 
 def test_only_regular_files_are_opened(host, written, tmp_path):

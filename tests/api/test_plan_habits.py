@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import random
 from typing import Any
 
 import pytest
@@ -76,6 +77,32 @@ def test_odd_values_in_python():
         with pytest.raises(PlanError):
             make()
             raise AssertionError(number)
+
+
+def test_damaged_json_is_read_or_refused_never_anything_else():
+    text = (
+        Plan([LoRA(match=["q_proj"], rank={"a": 1}), Prune({"a": 0.5}), S2FT(0.1), RoSA(4)], train=["x"])
+        .to_json()
+        .encode()
+    )
+    draw, refused = random.Random(0), 0
+    for _ in range(400):
+        damaged = bytearray(text)
+        for _ in range(draw.choice([1, 1, 2, 5])):
+            place, kind = draw.randrange(len(damaged)), draw.random()
+            if kind < 0.4:
+                damaged[place] ^= 1 << draw.randrange(7)
+            elif kind < 0.7:
+                del damaged[place : place + draw.randrange(20)]
+            else:
+                damaged[place:place] = draw.choice(
+                    [b"9" * 500, b"[", b"null", b"-1", b"1e99", b"true", b'"x"', b"{}", b"0."]
+                )
+        try:
+            Plan.from_json(damaged.decode(errors="replace"))
+        except PlanError:
+            refused += 1
+    assert 200 < refused < 400
 
 
 def test_a_table_stays_as_it_is():
