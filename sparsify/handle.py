@@ -852,7 +852,8 @@ class Handle:
             elif kept is not None:
                 part.module.weight.data.copy_(kept[0])
             part.attach()
-            part.layout.mark(part.module)
+            module: Any = part.module
+            part.layout.mark(module)
         self.merged = False
         return self.host
 
@@ -960,10 +961,9 @@ class Handle:
                 for key in [k for k, hook in table.items() if is_own_hook(hook)]:
                     del table[key]
                     module._forward_hooks_always_called.pop(key, None)
-            layout = layout_of(module)
-            for leaf in layout.moves if layout is not None else ():
-                if leaf in module._non_persistent_buffers_set:  # in no state dict
-                    module._buffers[leaf] = layout.to_original(leaf, module._buffers[leaf])
+            layout = layout_of(module) or Layout()
+            for leaf in set(layout.moves) & module._non_persistent_buffers_set:  # in no state dict
+                module._buffers[leaf] = layout.to_original(leaf, module.get_buffer(leaf))
             if isinstance(module, AdaptedMixin):
                 strip(module)
             elif isinstance(module, MaskedModule):

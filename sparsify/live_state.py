@@ -136,12 +136,17 @@ class RootHook:
             if name.startswith(prefix) and name.rpartition(".")[2] == MARKER and name not in own:
                 raise StateError(other_layout(name.removesuffix(MARKER)))
         complete = holds_originals(host, state, prefix)
-        for path, module, layout in everything:
-            sure = state.get(prefix + path + MARKER) is not None  # then nothing has to be compared, and gathered
-            with contextlib.nullcontext() if sure else whole_parameters(module):
-                live = judge(module, layout, state, prefix + path, complete)
-                layout.verdict = verdict_on(module, state, prefix + path, live)
-                check_entries(module, layout, state, prefix + path, live)
+        try:
+            for path, module, layout in everything:
+                sure = state.get(prefix + path + MARKER) is not None  # then nothing has to be compared, and gathered
+                with contextlib.nullcontext() if sure else whole_parameters(module):
+                    live = judge(module, layout, state, prefix + path, complete)
+                    layout.verdict = verdict_on(module, state, prefix + path, live)
+                    check_entries(module, layout, state, prefix + path, live)
+        except BaseException:
+            for _, _, layout in everything:
+                layout.verdict = None
+            raise
 
 
 @dataclass
@@ -231,7 +236,7 @@ def judge(module: nn.Module, layout: Layout, state: State, prefix: str, complete
     if isinstance(module, QuantizedMixin) and isinstance(weight, Tensor):
         return weight.numel() == 0
     as_live, as_original = set(), set()
-    leaves = dict.fromkeys([*layout.moves, *(["weight"] if adapted else [])])
+    leaves: dict[str, None] = dict.fromkeys([*layout.moves, *(["weight"] if adapted else [])])
     for leaf in list(leaves):
         value, own = state.get(prefix + leaf), getattr(module, leaf, None)
         if not isinstance(value, Tensor) or not isinstance(own, Tensor) or value.shape != own.shape:
@@ -371,7 +376,7 @@ def check_parts(module: Any, state: State, prefix: str, current: Tensor) -> None
     parts = {n: whole(state[prefix + n]) for n in own}
     if any(parts[n].shape != module._parameters[n].shape for n in own):
         return  # torch says so itself
-    without_base = module.weight.is_meta and not isinstance(module, QuantizedMixin)
+    without_base = module.weight.is_meta and not hasattr(module, "packed_names")
     if without_base and "lora_B" in own and not current.is_meta and bool(parts["lora_B"].any()):
         raise StateError(
             f"{prefix}weight: the model is on the meta device and has no base, and the checkpoint's weight has a trained "

@@ -352,14 +352,14 @@ def handle_worker(rank: int, directory: str) -> None:
     found["compile"] = message_of(lambda: sparsify.compile(shard(tiny.llama()), MIXED))
     found["state"] = full_state(host)
     whole: dict[str, Any] = get_model_state_dict(host, options=WHOLE)
+    file = {n: t.clone() for n, t in original(host, whole, with_parts=True).items()}  # what Trainer's checkpoints hold
+    broken = {**file, "model.layers.0.self_attn.q_proj.weight": file["model.layers.0.self_attn.q_proj.weight"] + 1}
     h.set_adapter(None)
     set_model_state_dict(host, whole, options=WHOLE)
     found["state again"] = full_state(host)
-    file = original(host, whole, with_parts=True)  # what Trainer's checkpoints hold
     h.set_adapter(None)
     set_model_state_dict(host, file, options=WHOLE)
     found["state from a file"] = full_state(host)
-    broken = {**file, "model.layers.0.self_attn.q_proj.weight": file["model.layers.0.self_attn.q_proj.weight"] + 1}
     try:
         set_model_state_dict(host, broken, options=WHOLE)
     except StateError as error:

@@ -52,7 +52,7 @@ def host_of(method: str, name: str = "Llama", disturbed: bool = True, **fields: 
     return host
 
 
-def masks_kept(host: nn.Module) -> nn.Module:
+def masks_kept(host: nn.Module) -> Any:
     from sparsify.masked import rezero
 
     rezero(host)  # a disturbed pruned host has entries that no optimizer leaves
@@ -89,7 +89,9 @@ def test_offload_averages_and_by_name_loaders_compute_the_same(method: str, tmp_
     assert torch.equal(logits(offloaded), expected)
     remove_hook_from_submodules(offloaded)
 
-    split = dispatch_model(copy.deepcopy(host), {"model": "cpu", "lm_head": "cpu"}, main_device="cpu", force_hooks=True)
+    split = dispatch_model(
+        copy.deepcopy(host), {"model": "cpu", "lm_head": "cpu"}, main_device=torch.device("cpu"), force_hooks=True
+    )
     assert torch.equal(logits(split), expected)
 
     average = AveragedModel(host, multi_avg_fn=get_ema_multi_avg_fn(0.5))
@@ -175,9 +177,9 @@ def test_scale_rank_and_merge_state_are_part_of_the_layout() -> None:
 
 def test_what_the_handle_knows_of_the_base_does_not_survive_another_base() -> None:
     plan = Plan(list(RULES["s2ft"]))
-    other = tiny.lower(tiny.llama(seed=9), *plan.rules)
+    other: Any = tiny.lower(tiny.llama(seed=9), *plan.rules)
     tiny.disturb(other)
-    host = tiny.lower(tiny.llama(), *plan.rules)
+    host: Any = tiny.lower(tiny.llama(), *plan.rules)
     assert host.sparsify.program.slices == other.sparsify.program.slices
     host.load_state_dict(other.state_dict())
     assert torch.equal(logits(host), logits(other))
@@ -263,7 +265,7 @@ def test_save_pretrained_writes_the_original_names_and_nothing_else(method: str,
     host = masks_kept(host_of(method))
     names = {n: tuple(t.shape) for n, t in model_of().state_dict().items()}
     assert list(host.sparsify.original_state_dict()) == list(names)
-    copies = {"itself": host, "copy": copy.deepcopy(host)}
+    copies: dict[str, Any] = {"itself": host, "copy": copy.deepcopy(host)}
     stream = io.BytesIO()
     torch.save(host, stream)
     stream.seek(0)

@@ -22,6 +22,9 @@ from sparsify.moved_buffers import mix_buffer
 class Scale(nn.Module):
     """A running scale, persistent or not, and a counter of steps that is in no state dict."""
 
+    scale: Tensor
+    steps: Tensor
+
     def __init__(self, persistent: bool = True) -> None:
         super().__init__()
         self.register_buffer("scale", torch.ones(()), persistent=persistent)

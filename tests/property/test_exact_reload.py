@@ -131,9 +131,9 @@ def test_the_adapter_of_another_plan_computes_the_trained_weights_too(
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])
-def test_over_a_packed_base(format: str, tmp_path: Any) -> None:
+def test_over_a_packed_base(format: Any, tmp_path: Any) -> None:
     for place, rule in enumerate((PaCA(rank=3), RoSA(rank=2, density=0.05, mask="random"))):
-        hosts = [tiny.lower(tiny.llama(), Quantize(format=format), rule) for _ in range(2)]
+        hosts: list[Any] = [tiny.lower(tiny.llama(), Quantize(format=format), rule) for _ in range(2)]
         disturb(hosts[0], place, 0.3)
         hosts[0].sparsify.save_adapter(tmp_path / str(place))
         hosts[1].sparsify.load_adapter(tmp_path / str(place), "a")
@@ -144,7 +144,8 @@ def test_over_a_packed_base(format: str, tmp_path: Any) -> None:
 def test_on_another_base_the_change_is_added_and_rounded_once(tmp_path: Any) -> None:
     torch.manual_seed(1)
     model, other, x = tiny.Mlp(), tiny.Mlp(), torch.randn(4, 12)
-    host, server = (tiny.lower(m, PaCA(rank=3), example=x) for m in (model, other))
+    hosts: list[Any] = [tiny.lower(m, PaCA(rank=3), example=x) for m in (model, other)]
+    host, server = hosts
     disturb(host, 5, 0.3)
     host.sparsify.save_adapter(tmp_path)
     deltas = files.load(tmp_path).deltas
