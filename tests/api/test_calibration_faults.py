@@ -67,12 +67,13 @@ WEIGHT_RULES = [
 
 
 @pytest.mark.parametrize("rule", DATA_RULES, ids=str)
-@pytest.mark.parametrize("value", (NAN, INF))
+@pytest.mark.parametrize("value", [NAN, INF])
 def test_a_batch_with_nan_or_inf_is_named(rule: Any, value: float) -> None:
     with pytest.raises(SparsifyError) as error:
         compiled(rule, [(rows(),), (spoiled(value),)])
     text = str(error.value)
-    assert "calibration batch 1" in text and "calibration batch 1[0] has NaN or Inf: drop or repair it" in text
+    assert "calibration batch 1" in text
+    assert "calibration batch 1[0] has NaN or Inf: drop or repair it" in text
     compiled(rule, [(rows(),), (rows(1),)])
 
 
@@ -112,7 +113,8 @@ def test_squares_that_float32_cannot_hold_are_summed_in_float64() -> None:
     norms = InputNorms(16)
     norms.add(rows().half() * 1e4)  # squares beyond float16
     norms.add((rows() * 1e25).to(torch.bfloat16))  # and beyond float32
-    assert bool(torch.isfinite(norms.squares).all()) and norms.tokens == 48
+    assert bool(torch.isfinite(norms.squares).all())
+    assert norms.tokens == 48
     chosen = [
         compiled(PaCA(rank=3, select="activation", permute=False), [(rows() * f,)]).sparsify.program.channel_choices[0]
         for f in (1.0, 1e25)

@@ -12,6 +12,8 @@ import transformers as hf
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import itertools
+
 import tiny
 
 import sparsify
@@ -26,7 +28,7 @@ def net() -> nn.Sequential:
     """Linears of 4, 64 and 6 inputs."""
     torch.manual_seed(0)
     layers: list[nn.Module] = []
-    for m, n in zip(WIDTHS, WIDTHS[1:], strict=False):
+    for m, n in itertools.pairwise(WIDTHS):
         layers += [nn.Linear(m, n), nn.GELU()]
     return nn.Sequential(*layers[:-1]).eval()
 
@@ -107,11 +109,13 @@ def test_one_linear_that_does_not_fit_is_declined_alone(name: str) -> None:
     found = reasons(host)
     assert set(found) == set(words)
     for where, text in words.items():
-        assert text in found[where] and text in str(host.sparsify.report)
+        assert text in found[where]
+        assert text in str(host.sparsify.report)
     if expected is not None:
         assert served(host) == expected
     else:  # what is not packed still trains, and is not packed
-        assert set(host.sparsify.program.quantize) == {"0.weight", "4.weight"} and served(host) == {"0", "2", "4"}
+        assert set(host.sparsify.program.quantize) == {"0.weight", "4.weight"}
+        assert served(host) == {"0", "2", "4"}
 
 
 @pytest.mark.parametrize(
@@ -143,7 +147,8 @@ def test_formats_hold_what_is_at_their_edges() -> None:
     """Near misses of the cases above."""
     for model in (with_weight(2, 6e4), with_weight(2, 1e-4), with_weight(2, 0.0)):
         host = compiled(Quantize("int8"), LoRA(rank=2), model=model)
-        assert len(host.sparsify.program.quantize) == 3 and not reasons(host)
+        assert len(host.sparsify.program.quantize) == 3
+        assert not reasons(host)
         assert torch.isfinite(host(X)).all()
     assert served(compiled(PaCA(rank=3))) == served(compiled(LoRA(rank=48))) == {"0", "2", "4"}
 
@@ -170,7 +175,7 @@ IDS = torch.arange(10).view(2, 5)
 
 @pytest.mark.parametrize(
     "method",
-    ("magnitude", "sparsegpt", *(pytest.param(m, marks=pytest.mark.slow) for m in ("wanda", "random"))),
+    ["magnitude", "sparsegpt", *(pytest.param(m, marks=pytest.mark.slow) for m in ("wanda", "random"))],
 )
 def test_prune_leaves_tied_weights_alone(method: Any) -> None:
     torch.manual_seed(0)
@@ -190,8 +195,10 @@ def test_prune_leaves_tied_weights_alone(method: Any) -> None:
 def test_training_rules_name_what_they_leave_alone(rule: Any) -> None:
     torch.manual_seed(0)
     host = compiled(rule, model=Table(), example=(IDS,))
-    assert {"free"} <= served(host) and not {"table", "encoder"} & served(host)
-    assert "also read by node embedding" in reasons(host)["table"] and "encoder" in reasons(host)
+    assert {"free"} <= served(host)
+    assert not {"table", "encoder"} & served(host)
+    assert "also read by node embedding" in reasons(host)["table"]
+    assert "encoder" in reasons(host)
 
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 40}
@@ -290,12 +297,13 @@ def test_adapters_leave_the_output_projection_alone_unless_it_is_named() -> None
 
 def test_too_little_calibration_is_said_with_numbers() -> None:
     batches = [(X,), (X * 2,)]
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="calibration tokens") as caught:
         host = compiled(Prune(sparsity=0.5), calibration=batches)
     texts = [str(w.message) for w in caught if "calibration tokens" in str(w.message)]
     assert len(texts) == 1
     assert "1 of 3 weights were pruned with fewer calibration tokens than inputs; the worst is 2.weight" in texts[0]
-    assert "10 tokens for a Hessian 64 wide" in texts[0] and "Give at least 64 tokens, better 512" in texts[0]
+    assert "10 tokens for a Hessian 64 wide" in texts[0]
+    assert "Give at least 64 tokens, better 512" in texts[0]
     notes = {s.name: s.note for s in host.sparsify.program.pruned}
     assert notes == {"0.weight": "", "2.weight": "only 10 calibration tokens for 64 inputs", "4.weight": ""}
     assert "only 10 calibration tokens for 64 inputs" in str(host.sparsify.report)

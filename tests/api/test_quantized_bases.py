@@ -258,7 +258,8 @@ def test_a_dtype_that_is_not_the_activations_one() -> None:
     host = compiled(quantised("nf4 in bf16"), PaCA(match="*.down", rank=3))
     module = host.layers[0]["down"]
     x = torch.randn(2, module.shape[1])
-    assert module(x).dtype == torch.float32 and module.weight.dtype == torch.bfloat16
+    assert module(x).dtype == torch.float32
+    assert module.weight.dtype == torch.bfloat16
     assert module.weight_slice.dtype == torch.float32
     copied = copy.deepcopy(host)
     assert torch.equal(logits(copied), logits(host))
@@ -268,8 +269,10 @@ def test_stand_ins_take_no_memory_and_are_nan() -> None:
     model = quantised("nf4", tiny.llama())
     twin, bases = dense_twin(model)
     weight = twin.model.layers[0].mlp.up_proj.weight
-    assert weight.untyped_storage().nbytes() == weight.element_size() and bool(weight.isnan().all())
-    assert len(bases) == 14 and twin.model.embed_tokens.weight is model.model.embed_tokens.weight
+    assert weight.untyped_storage().nbytes() == weight.element_size()
+    assert bool(weight.isnan().all())
+    assert len(bases) == 14
+    assert twin.model.embed_tokens.weight is model.model.embed_tokens.weight
     plain = tiny.llama()
     assert dense_twin(plain) == (plain, {})
     assert packed_base(plain.lm_head, "lm_head", torch.float32) is None
@@ -321,7 +324,8 @@ def test_what_cannot_be_taken_is_named_with_its_library_and_class(layer: Any, li
     with pytest.raises(CaptureError) as error:
         compiled(model, LoRA(rank=2))
     text = str(error.value)
-    assert f"model.layers.1.mlp.up_proj is quantised by {library}" in text and f"(class {layer.__name__})" in text
+    assert f"model.layers.1.mlp.up_proj is quantised by {library}" in text
+    assert f"(class {layer.__name__})" in text
     assert "Quantize(format='nf4')" in text
 
 
@@ -373,4 +377,5 @@ def test_wrapped_and_offloaded_models_say_what_they_are() -> None:
         sparsify.compile(
             nn.Sequential(nn.LayerNorm(3)), Plan([LoRA(rank=2)]), example=(torch.randn(2, 3),), progress=False
         )
-    assert "known are" not in str(error.value) and "no nn.Linear" in str(error.value)
+    assert "known are" not in str(error.value)
+    assert "no nn.Linear" in str(error.value)
