@@ -55,8 +55,9 @@ def check_labels(number: int, batch: Any) -> None:
 
 def labels_of(batch: Any) -> Tensor | None:
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    integer = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.dtype != torch.bool
-    return labels if integer and labels.numel() else None
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+        return None
+    return labels if labels.numel() else None
 
 
 def labels_ignored(batch: Any) -> bool:

@@ -313,7 +313,7 @@ def stand_in(module: nn.Module, base: PackedBase) -> nn.Linear:
     """A plain linear of the right shape, dtype and bias, with the hooks of `module`; its weight is NaN and takes no memory."""
     own: Any = module
     casts = library_of(module) == "bitsandbytes"
-    twin = (StandIn if casts else nn.Linear)(1, 1, bias=False, device="meta")
+    twin: Any = (StandIn if casts else nn.Linear)(1, 1, bias=False, device="meta")
     twin.out_features, twin.in_features = base.shape
     nothing = torch.full((), float("nan"), dtype=base.dtype, device=base.packed[0].device).expand(base.shape)
     twin.weight = nn.Parameter(nothing, requires_grad=False)

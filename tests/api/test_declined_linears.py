@@ -71,7 +71,7 @@ CASES = {
         {"0": "rank 16 for 0, which has 4 input columns", "4": "which has 6 input"},
     ),
     "PaCA table": ((PaCA(rank={"4": 6, "*": 2}),), None, {"0", "2"}, {"4": "rank 6 for 4, which has 6 input columns"}),
-    "LoRA": ((LoRA(rank=64),), None, {"0", "2"}, {"4": "rank 64 is more than the larger side of its weight, 48"}),
+    "LoRA": ((LoRA(rank={"4": 300, "*": 64}),), None, {"0", "2"}, {"4": "rank 300 is more than the larger side of its weight, 48"}),
     "RoSA": (
         (RoSA(rank={"0": 0, "*": 2}, density={"0": 0.0, "*": 0.1}, mask="random"),),
         None,
@@ -297,7 +297,7 @@ def test_adapters_leave_the_output_projection_alone_unless_it_is_named() -> None
 
 def test_too_little_calibration_is_said_with_numbers() -> None:
     batches = [(X,), (X * 2,)]
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="calibration tokens") as caught:
         host = compiled(Prune(sparsity=0.5), calibration=batches)
     texts = [str(w.message) for w in caught if "calibration tokens" in str(w.message)]
     assert len(texts) == 1
