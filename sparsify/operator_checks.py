@@ -14,6 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from sparsify.errors import OperatorError, PositionError
 
+_PLAIN = (Tensor, torch.nn.Parameter)  # whose sizes are numbers
 #: index → (what it was, its smallest and largest position, whether positions ascend without repetition)
 _KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -33,6 +34,8 @@ def shape_of(t: Tensor) -> str:
 
 def require_shape(operator: str, name: str, t: Tensor, *shape: Any) -> None:
     """`t` must have this shape."""
+    if type(t) in _PLAIN and t.shape == shape:
+        return
     require(
         t.dim() == len(shape), lambda: f"{operator}: {name} is {shape_of(t)}, expected {len(shape)} dimensions {shape}"
     )
@@ -42,18 +45,17 @@ def require_shape(operator: str, name: str, t: Tensor, *shape: Any) -> None:
 
 def require_floats(operator: str, **tensors: Tensor | None) -> None:
     for name, t in tensors.items():
-        if t is not None:
-            require(
-                t.is_floating_point(), lambda name=name, t=t: f"{operator}: {name} is {shape_of(t)}, expected floats"
-            )
+        if t is not None and not t.is_floating_point():
+            raise OperatorError(f"{operator}: {name} is {shape_of(t)}, expected floats")
 
 
-def require_together(operator: str, *tensors: Tensor | None) -> None:
+def require_together(operator: str, first: Tensor, *others: Tensor | None) -> None:
     """All tensors must lie on one device."""
-    devices = {t.device for t in tensors if t is not None}
-    require(
-        len(devices) < 2, lambda: f"{operator}: tensors lie on {', '.join(sorted(map(str, devices)))}; move them to one"
-    )
+    device = first.device
+    for t in others:
+        if t is not None and t.device != device:
+            both = ", ".join(sorted((str(device), str(t.device))))
+            raise OperatorError(f"{operator}: tensors lie on {both}; move them to one")
 
 
 def require_index(operator: str, name: str, index: Tensor) -> None:
