@@ -71,7 +71,12 @@ CASES = {
         {"0": "rank 16 for 0, which has 4 input columns", "4": "which has 6 input"},
     ),
     "PaCA table": ((PaCA(rank={"4": 6, "*": 2}),), None, {"0", "2"}, {"4": "rank 6 for 4, which has 6 input columns"}),
-    "LoRA": ((LoRA(rank={"4": 300, "*": 64}),), None, {"0", "2"}, {"4": "rank 300 is more than the larger side of its weight, 48"}),
+    "LoRA": (
+        (LoRA(rank={"4": 300, "*": 64}),),
+        None,
+        {"0", "2"},
+        {"4": "rank 300 is more than the larger side of its weight, 48"},
+    ),
     "RoSA": (
         (RoSA(rank={"0": 0, "*": 2}, density={"0": 0.0, "*": 0.1}, mask="random"),),
         None,
