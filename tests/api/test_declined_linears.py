@@ -127,7 +127,7 @@ def test_one_linear_that_does_not_fit_is_declined_alone(name: str) -> None:
     "rule",
     [
         PaCA(match="4", rank=16),
-        LoRA(match="4", rank=64),
+        LoRA(match="4", rank=300),
         Prune(match="4", pattern="2:4", method="magnitude"),
         Prune(match="4", pattern="4x4", method="magnitude"),
     ],
