@@ -424,6 +424,15 @@ def test_too_little_calibration_for_wanda_is_said_with_numbers(folder: Path, tmp
     assert "warning" not in done.stderr
 
 
+def test_too_little_calibration_for_sparsegpt_is_one_line(folder: Path, tmp_path: Path) -> None:
+    options = ["--calibration", folder / "text.txt", "--sequence", "9", "--samples", "2", "--no-loss"]
+    done = call(folder / "llama", "-o", tmp_path / "out", *options)
+    assert done.exit_code == 0, done.output
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    assert "with fewer calibration tokens than inputs" in line
+    assert "18 tokens for a Hessian" in line
+
+
 # --- refusals ---
 
 
@@ -449,8 +458,8 @@ def test_help_names_every_option() -> None:
         (["LLAMA", "--method", "best"], 2, "Prune(method='best'): expected one of 'sparsegpt', 'wanda'"),
         (["LLAMA", "--method", "magnitude", "--sparsity", "1.0"], 2, "sparsity"),
         (["LLAMA", "--method", "magnitude", "--pattern", "4:2"], 2, "4:2"),
-        (["LLAMA", "--method", "magnitude", "--pattern", "3:8"], 2, "model.layers.0.self_attn.q_proj.weight"),
-        (["LLAMA", "--method", "wanda", "--pattern", "3:8", "--calibration", "TEXT", "--stream"], 2, "q_proj.weight"),
+        (["LLAMA", "--method", "magnitude", "--pattern", "3:8", "--match", "model.layers.0.self_attn.q_proj"], 2, "model.layers.0.self_attn.q_proj.weight"),
+        (["LLAMA", "--method", "wanda", "--pattern", "3:8", "--match", "model.layers.0.self_attn.q_proj", "--calibration", "TEXT", "--stream"], 2, "q_proj.weight"),
         (["LLAMA", "--method", "magnitude", "--dtype", "int8"], 2, "--dtype int8: expected auto, fp32, bf16, fp16"),
         (["LLAMA", "--method", "magnitude", "--match", "*.nothing"], 2, "serves nothing"),
         (["LLAMA", "--calibration", "no.txt"], 2, "'no.txt' does not exist"),
