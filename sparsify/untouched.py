@@ -13,6 +13,7 @@ import functools
 import gc
 import random
 import sys
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -28,8 +29,11 @@ LARGEST = 10_000  # entries; larger containers are data, no state of a forward
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
+def untouched(model: nn.Module, again: bool = False) -> Iterator[None]:
     """Put back what changes in `model` and around it while the body runs.
+
+    again: the same model ran under this before, so the function caches that it fills are among those found then (to find them
+    means to look at every object of the process).
 
     Raises CaptureError when a tensor of the model was written to.
     """
@@ -38,7 +42,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         random_state.put_back()
-        state.put_back()
+        state.put_back(again)
     written = state.written()
     if written:
         raise CaptureError(
@@ -100,7 +104,7 @@ class State:
             elif depth and (attributes := attributes_of(value)) is not None:
                 self.remember(attributes, inner, seen, depth - 1)
 
-    def put_back(self) -> None:
+    def put_back(self, again: bool = False) -> None:
         for container, before in self.held:
             if differs(container, before):
                 fill(container, before)
@@ -121,22 +125,34 @@ class State:
         for container, before in self.inside:
             if differs(container, before) and holds_fake(container):
                 fill(container, before)
-        clear_fake_caches()
+        clear_fake_caches(again)
 
     def written(self) -> list[str]:
         """Names of the model's tensors that were written to."""
         return [name for name, tensor, version in self.versions if version_of(tensor) != version]
 
 
-def clear_fake_caches() -> None:
-    """Empty the function caches (`lru_cache`) that hold fake tensors: they fill again with real ones."""
-    for cached in gc.get_objects():
-        if (
-            type(cached) is functools._lru_cache_wrapper
-            and is_users(cached.__module__ or "")
-            and holds_fake_result(cached)
-        ):
+KNOWN_CACHES: list[
+    tuple[weakref.ref[Any], int]
+] = []  # function caches of the user's, and what each had computed when it was looked at
+
+
+def clear_fake_caches(again: bool = False) -> None:
+    """Empty the function caches (`lru_cache`) that hold fake tensors: they fill again with real ones.
+
+    again: look only at those that the last search found, where they computed something since.
+    """
+    if not again:
+        wrapper = functools._lru_cache_wrapper
+        found = [x for x in gc.get_objects() if type(x) is wrapper and is_users(x.__module__ or "")]
+        KNOWN_CACHES[:] = [(weakref.ref(x), -1) for x in found]
+    for place, (known, before) in enumerate(KNOWN_CACHES):
+        cached = known()
+        if cached is None or cached.cache_info().misses == before:
+            continue
+        if holds_fake_result(cached):
             cached.cache_clear()
+        KNOWN_CACHES[place] = known, cached.cache_info().misses
 
 
 def holds_fake_result(cached: Any) -> bool:

@@ -91,33 +91,46 @@ def why_not_everywhere(program: Program, structures: tuple[Structure, ...]) -> d
         text = (str(error).strip().splitlines() or [type(error).__name__])[0]
         reason = f"its forward could not be observed ({type(error).__name__}: {text[:160]})"
         return dict.fromkeys((s.name for s in structures), reason)
-    try:
-        trained = watch(program, structures, training=True)
-    except Exception as error:
-        trained, trouble = None, f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:120]}"
-    else:
-        trouble = ""
     found: dict[str, str] = {}
-    twins: dict[str, Structure] | None = None
+    second = TrainMode(program, structures)
     for number, structure in enumerate(structures):
-        views = [View(evaluated, number)]
-        if trained is None:
-            if mentions_training(views[0]):
-                found[structure.name] = f"its code asks for the mode, and train mode could not be observed ({trouble})"
-                continue
-        elif trained.sightings[number].operations:
-            views.append(View(trained, number))
-            if differs(evaluated.sightings[number], trained.sightings[number]):
-                if twins is None:
-                    twins = structures_in_training(program)
-                twin = twins.get(structure.name)
-                if twin is None or set(twin.sites) != set(structure.sites):
-                    found[structure.name] = "in train mode other operations read its units than in eval mode"
-                    continue
-        reason = why_not_proven(program, structure, views)
+        reason = why_not_proven(program, structure, [View(evaluated, number)])
+        if mentions_mode(program, structure, View(evaluated, number)):
+            reason = second.judge(number, evaluated)
         if reason is not None:
             found[structure.name] = reason
     return found
+
+
+class TrainMode:
+    """The second half of a proof, for structures whose code asks for the mode: the run and, where that differs, the trace in train mode."""
+
+    def __init__(self, program: Program, structures: tuple[Structure, ...]) -> None:
+        self.program, self.structures = program, structures
+
+    @functools.cached_property
+    def run(self) -> Observation | str:
+        try:
+            return watch(self.program, self.structures, training=True)
+        except Exception as error:
+            return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:120]}"
+
+    @functools.cached_property
+    def twins(self) -> dict[str, Structure]:
+        return structures_in_training(self.program)
+
+    def judge(self, number: int, evaluated: Observation) -> str | None:
+        """Why the structure must not be permuted, by what both modes did; None if it may."""
+        structure, trained = self.structures[number], self.run
+        if isinstance(trained, str):
+            return f"its code asks for the mode, and train mode could not be observed ({trained})"
+        if not trained.sightings[number].operations:  # a layer that this run dropped
+            return why_not_proven(self.program, structure, [View(evaluated, number)])
+        if differs(evaluated.sightings[number], trained.sightings[number]):
+            twin = self.twins.get(structure.name)
+            if twin is None or set(twin.sites) != set(structure.sites):
+                return "in train mode other operations read its units than in eval mode"
+        return why_not_proven(self.program, structure, [View(evaluated, number), View(trained, number)])
 
 
 def watch(program: Program, structures: tuple[Structure, ...], training: bool) -> Observation:
@@ -125,7 +138,7 @@ def watch(program: Program, structures: tuple[Structure, ...], training: bool) -
     args, kwargs = program.example
 
     def run(fake: bool) -> Observation:
-        with untouched(program.host):
+        with untouched(program.host, again=True):
             model = shadow_of(program.host, "shared" if fake else "copied")
             tensors: dict[str, Tensor] = dict(model.named_parameters())
             tensors |= dict(model.named_buffers())
@@ -191,8 +204,12 @@ class View:
         return found
 
 
-def mentions_training(view: View) -> bool:
-    return any("training" in log.code.co_names for log, _ in view.frames)
+def mentions_mode(program: Program, structure: Structure, view: View) -> bool:
+    """Whether code that handles the units, or a class of the structure's module, asks whether it is in train mode."""
+    common = common_path([p.rpartition(".")[0] for p in structure.params()])
+    methods = methods_of(type(program.host.get_submodule(common)))
+    codes = [log.code for log, _ in view.frames] + [f.__code__ for f in methods if is_model_code(f.__module__)]
+    return any("training" in names_in(code) for code in codes)
 
 
 def why_not_proven(program: Program, structure: Structure, views: list[View]) -> str | None:
