@@ -15,7 +15,7 @@ import random
 import sys
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -29,11 +29,8 @@ LARGEST = 10_000  # entries; larger containers are data, no state of a forward
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module, again: bool = False) -> Iterator[None]:
+def untouched(model: nn.Module) -> Iterator[None]:
     """Put back what changes in `model` and around it while the body runs.
-
-    again: the same model ran under this before, so the function caches that it fills are among those found then (to find them
-    means to look at every object of the process).
 
     Raises CaptureError when a tensor of the model was written to.
     """
@@ -42,7 +39,7 @@ def untouched(model: nn.Module, again: bool = False) -> Iterator[None]:
         yield
     finally:
         random_state.put_back()
-        state.put_back(again)
+        state.put_back()
     written = state.written()
     if written:
         raise CaptureError(
@@ -104,7 +101,7 @@ class State:
             elif depth and (attributes := attributes_of(value)) is not None:
                 self.remember(attributes, inner, seen, depth - 1)
 
-    def put_back(self, again: bool = False) -> None:
+    def put_back(self) -> None:
         for container, before in self.held:
             if differs(container, before):
                 fill(container, before)
@@ -125,34 +122,49 @@ class State:
         for container, before in self.inside:
             if differs(container, before) and holds_fake(container):
                 fill(container, before)
-        clear_fake_caches(again)
+        FUNCTION_CACHES.clear_fakes(v for _, attributes in (*self.classes, *self.globals) for v in attributes.values())
 
     def written(self) -> list[str]:
         """Names of the model's tensors that were written to."""
         return [name for name, tensor, version in self.versions if version_of(tensor) != version]
 
 
-KNOWN_CACHES: list[
-    tuple[weakref.ref[Any], int]
-] = []  # function caches of the user's, and what each had computed when it was looked at
+class FunctionCaches:
+    """Every function cache (`lru_cache`) of the user's in this process, and what each had computed when it was last looked at.
 
-
-def clear_fake_caches(again: bool = False) -> None:
-    """Empty the function caches (`lru_cache`) that hold fake tensors: they fill again with real ones.
-
-    again: look only at those that the last search found, where they computed something since.
+    To find all means to look at every object of the process, so that is done again only after modules were imported; caches in the
+    classes and files of a model are found each time.
     """
-    if not again:
-        wrapper = functools._lru_cache_wrapper
-        found = [x for x in gc.get_objects() if type(x) is wrapper and is_users(x.__module__ or "")]
-        KNOWN_CACHES[:] = [(weakref.ref(x), -1) for x in found]
-    for place, (known, before) in enumerate(KNOWN_CACHES):
-        cached = known()
-        if cached is None or cached.cache_info().misses == before:
-            continue
-        if holds_fake_result(cached):
-            cached.cache_clear()
-        KNOWN_CACHES[place] = known, cached.cache_info().misses
+
+    def __init__(self) -> None:
+        self.modules = -1
+        self.known: dict[int, tuple[weakref.ref[Any], int]] = {}
+
+    def add(self, objects: Iterable[Any]) -> None:
+        for x in objects:
+            if type(x) is functools._lru_cache_wrapper and is_users(x.__module__ or ""):
+                held = self.known.get(id(x))
+                if held is None or held[0]() is not x:
+                    self.known[id(x)] = weakref.ref(x), -1
+
+    def clear_fakes(self, near: Iterable[Any]) -> None:
+        """Empty those that hold fake tensors: they fill again with real ones. near: values in the model's classes and files."""
+        if len(sys.modules) != self.modules:
+            self.modules = len(sys.modules)
+            self.add(gc.get_objects())
+        self.add(near)
+        for key, (reference, before) in list(self.known.items()):
+            cached = reference()
+            if cached is None:
+                del self.known[key]
+                continue
+            misses = cached.cache_info().misses
+            if misses != before and holds_fake_result(cached):
+                cached.cache_clear()
+            self.known[key] = reference, cached.cache_info().misses
+
+
+FUNCTION_CACHES = FunctionCaches()
 
 
 def holds_fake_result(cached: Any) -> bool:

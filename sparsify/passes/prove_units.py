@@ -138,7 +138,7 @@ def watch(program: Program, structures: tuple[Structure, ...], training: bool) -
     args, kwargs = program.example
 
     def run(fake: bool) -> Observation:
-        with untouched(program.host, again=True):
+        with untouched(program.host):
             model = shadow_of(program.host, "shared" if fake else "copied")
             tensors: dict[str, Tensor] = dict(model.named_parameters())
             tensors |= dict(model.named_buffers())
