@@ -372,6 +372,11 @@ class Handle:
                 raise AdapterError(f"save_adapter: {self.active} is not one trained adapter; name the one to save")
             name = next(iter(self.active.weights))
         adapter = self.get(name)
+        if not adapter.deltas:
+            raise AdapterError(
+                "save_adapter: this plan trains no adapter, so the file would be empty, and what the model itself learned would be "
+                "lost: save the whole model (save_pretrained or state_dict(), or save_sparse after Prune)"
+            )
         return self.write_once(lambda: files.save(adapter, directory), directory)
 
     def write_once(self, write: Callable[[], Path], directory: str | os.PathLike[str]) -> Path:

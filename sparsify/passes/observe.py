@@ -15,12 +15,15 @@ neither torch nor the standard library.
 from __future__ import annotations
 
 import contextlib
+import dis
+import functools
+import inspect
 import logging
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from types import CodeType, FrameType
+from types import BuiltinFunctionType, CodeType, FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -42,11 +45,17 @@ TRUSTED_PACKAGES = words(
 
 @dataclass
 class FrameLog:
-    """One activation of a function of the model: `path` holds `(instruction offset, operations dispatched before it)`."""
+    """One activation of a function of the model: `path` holds `(instruction offset, operations dispatched before it)`.
+
+    choices: arguments for which another call may pass what treats single units (a gain, a function, a mode). held: locals that
+    stood ready when units were made, with what they were: a choice, or a tensor's shape.
+    """
 
     code: CodeType
-    numbers: frozenset[str]
+    choices: frozenset[str]
     path: list[tuple[int, int]] = field(default_factory=list)
+    held: dict[str, tuple[int, ...] | None] = field(default_factory=dict)
+    windows_seen: int = 0
 
 
 @dataclass
@@ -79,6 +88,27 @@ class Observation:
     read: frozenset[str]
     kept: dict[int, tuple[str, str]]
 
+    @functools.cached_property
+    def untaken(self) -> dict[CodeType, frozenset[str]]:
+        """Code that ran → names that it mentions in instructions that did not."""
+        ran: dict[CodeType, set[int]] = {}
+        for log in self.frames:
+            ran.setdefault(log.code, set()).update(offset for offset, _ in log.path)
+        return {
+            code: frozenset(mentioned(i for i in instructions(code) if i.offset not in offsets))
+            for code, offsets in ran.items()
+        }
+
+
+@functools.cache
+def instructions(code: CodeType) -> tuple[dis.Instruction, ...]:
+    return tuple(dis.get_instructions(code))
+
+
+def mentioned(code: Iterable[dis.Instruction]) -> set[str]:
+    named = {"LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "STORE_ATTR"}
+    return {str(i.argval) for i in code if i.opname in named}
+
 
 def storage_key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
@@ -93,6 +123,7 @@ class UnitTaint(TorchDispatchMode):
     def __init__(self, structures: tuple[Structure, ...], tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.clock = 0
+        self.windows = 0  # how many have been opened so far
         self.sightings = [Sighting() for _ in structures]
         self.units: dict[int, Units] = {}
         self.made_by: dict[int, Units] = {}
@@ -157,6 +188,7 @@ class UnitTaint(TorchDispatchMode):
         sighting.operations.append(operation)
         if not held and (not sighting.windows or sighting.windows[-1].consumed):
             sighting.windows.append(Window(self.clock, self.clock))
+            self.windows += 1
         if not sighting.windows:
             return
         sighting.windows[-1].stop = self.clock
@@ -204,10 +236,11 @@ class FrameTracer:
             own = self.own[code] = is_model_code(frame.f_globals.get("__name__"))
         if not own:
             return None
-        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        count = code.co_argcount + code.co_kwonlyargcount
+        count += bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)
         values = frame.f_locals
-        numbers = frozenset(n for n in names if n in values and could_be_a_gain(values[n]))
-        log = FrameLog(code, numbers)
+        choices = frozenset(n for n in code.co_varnames[:count] if n in values and is_a_choice(values[n]))
+        log = FrameLog(code, choices, windows_seen=self.taint.windows)
         self.frames.append(log)
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         append, taint = log.path.append, self.taint
@@ -215,6 +248,9 @@ class FrameTracer:
         def local(frame: FrameType, event: str, arg: Any) -> Any:
             if event == "opcode":
                 append((frame.f_lasti, taint.clock))
+                if log.windows_seen != taint.windows:
+                    log.windows_seen = taint.windows
+                    log.held.update(held_by(frame.f_locals))
             elif event == "return":
                 for number in taint.units_in(arg):
                     windows = taint.sightings[number].windows
@@ -225,14 +261,36 @@ class FrameTracer:
         return local
 
 
-def could_be_a_gain(value: object) -> bool:
-    """Nothing, or a number, for which another call may pass a tensor with one value per unit; sizes and strides are none."""
-    return value is None or isinstance(value, float) or (type(value) is int and value in (0, 1))
+def is_a_choice(value: object) -> bool:
+    """Whether another call may pass, in place of this value, what treats single units differently.
+
+    Nothing or a number: one value per unit. A flag, a word, a function, a container: whatever the code makes of it. Sizes are none.
+    """
+    if isinstance(value, Tensor):
+        return value.dim() == 0 or value.shape[-1] == 1
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value in (0, 1)
+    if isinstance(value, nn.Module | type | torch.dtype | torch.device):
+        return False
+    return value is None or isinstance(value, float | bool | str | slice | list | tuple | Mapping) or callable(value)
+
+
+def held_by(values: Mapping[str, object]) -> dict[str, tuple[int, ...] | None]:
+    """Of a frame's locals those that could single out units later: numbers and functions, and tensors with their shape."""
+    found: dict[str, tuple[int, ...] | None] = {}
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            found[name] = tuple(value.shape)
+        elif value is None or isinstance(value, float | FunctionType | BuiltinFunctionType | functools.partial):
+            found[name] = None
+    return found
 
 
 def is_model_code(module_name: object) -> bool:
     """Whether code of a module belongs to the model: to neither torch, nor the standard library, nor sparsify."""
     root = str(module_name or "").partition(".")[0]
+    if root.startswith("namedtuple_"):  # generated by collections, here for torch's dispatcher
+        return False
     return root not in TRUSTED_PACKAGES and (root == "__main__" or root not in sys.stdlib_module_names)
 
 

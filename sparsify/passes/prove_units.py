@@ -8,8 +8,8 @@ A structure that is not proven is trained by the same units with the same gradie
 * the forward could be observed (`observe`), in eval mode and in train mode, with the same operations on the units but dropout; where
   those differ, a trace in train mode finds the same structure at the same sites;
 * every branch in code that ran between making and reading the units went both ways, or what was not run can only cast, warn or raise;
-* nothing that was not run in that code, and no other method of those classes, names the structure's modules;
-* no number that a caller may pass (a gain, a mask) meets the units;
+* nothing that was not run in that code, and no other method of those classes and of what holds them, names the structure's modules;
+* nothing that a caller may choose (a gain, a mask, a mode, a function) meets the units, nor what was prepared from it;
 * the units are not returned or kept after they were read, and no hook of the user sees them;
 * every parameter, and every buffer with more than one entry, of the module that holds the structure was read.
 """
@@ -21,7 +21,7 @@ import functools
 import itertools
 import types
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -30,7 +30,15 @@ from sparsify.capture import capture_training, evaluating, shadow_of
 from sparsify.passes.axes import words
 from sparsify.passes.base import Context
 from sparsify.passes.find_structures import find_structures
-from sparsify.passes.observe import FrameLog, Observation, Sighting, is_model_code, observe
+from sparsify.passes.observe import (
+    FrameLog,
+    Observation,
+    Sighting,
+    instructions,
+    is_model_code,
+    mentioned,
+    observe,
+)
 from sparsify.plan import S2FT, PaCA
 from sparsify.program import Program
 from sparsify.structure import CONSUMERS, Structure
@@ -65,6 +73,13 @@ SILENT_METHODS = (
     "save",
     "from_",
     "post_init",
+)
+# Base classes that serve every architecture and know none: they reach for no module by name.
+FRAMEWORK = (
+    "transformers.modeling_utils",
+    "transformers.generation",
+    "transformers.integrations",
+    "transformers.utils",
 )
 
 
@@ -200,7 +215,7 @@ class View:
                 continue
             inside = {offset for offset, clock in log.path if any(w.start <= clock < w.stop for w in windows)}
             if inside:
-                found.append((log, inside))
+                found.append((log, inside | begun_before(log.code, inside)))
         return found
 
 
@@ -225,7 +240,7 @@ def why_not_proven(program: Program, structure: Structure, views: list[View]) ->
         if view.number in view.run.kept:
             path, attribute = view.run.kept[view.number]
             return f"'{path or type(program.host).__name__}' keeps the units in '{attribute}'"
-    reason = untaken_branch(views, names, readers) or passed_number(views)
+    reason = untaken_branch(views, names, readers) or untaken_elsewhere(views, names) or passed_choice(structure, views)
     reason = reason or untraced_method(program.host, common, owners, names, views)
     return reason or watched_by_hooks(program.host, common) or unread_tensor(program, common, views)
 
@@ -249,16 +264,32 @@ def names_below(structure: Structure, common: str, consumers: bool = False) -> f
         parts = site.param.removeprefix(common + "." if common else "").split(".")
         path = parts[:-1] or parts  # the leaf name counts only for a tensor of the module itself
         found |= {p for p in path if not p.isdigit()}
+    if not found and common:  # reached by number: `self.ffn[:2](x)` says the name of the container
+        found |= {next(p for p in reversed(common.split(".")) if not p.isdigit())}
     return frozenset(found)
 
 
-@functools.cache
-def instructions(code: types.CodeType) -> tuple[dis.Instruction, ...]:
-    return tuple(dis.get_instructions(code))
+def begun_before(code: types.CodeType, inside: set[int]) -> set[int]:
+    """Instructions of statements that were under way when the units were made: in `act(self.up(x))`, `act` waits on the stack."""
+    found: set[int] = set()
+    waiting: list[int] = []
+    before = False
+    for instruction in instructions(code):
+        if instruction.offset in inside:
+            if not before:
+                found.update(waiting)
+            before = True
+            continue
+        before = False
+        if instruction.opname.startswith(("STORE_", "POP_TOP", "RETURN_", "RESUME", "FOR_ITER", "JUMP_BACKWARD")):
+            waiting.clear()
+        else:
+            waiting.append(instruction.offset)
+    return found
 
 
 def is_conditional(instruction: dis.Instruction) -> bool:
-    return "JUMP" in instruction.opname and "IF" in instruction.opname
+    return ("JUMP" in instruction.opname and "IF" in instruction.opname) or instruction.opname == "FOR_ITER"
 
 
 def untaken_branch(views: list[View], names: frozenset[str], readers: frozenset[str]) -> str | None:
@@ -299,6 +330,19 @@ def untaken_branch(views: list[View], names: frozenset[str], readers: frozenset[
     return None
 
 
+def untaken_elsewhere(views: list[View], names: frozenset[str]) -> str | None:
+    """Code that ran, far from the units, and that names the structure's modules where it did not run."""
+    near = {log.code for view in views for log, _ in view.frames}
+    untaken: dict[types.CodeType, frozenset[str]] | None = None
+    for view in views:
+        found = view.run.untaken
+        untaken = found if untaken is None else {c: found.get(c, untaken[c]) & untaken[c] for c in untaken}
+    for code, named in (untaken or {}).items():
+        if named & names and code not in near:
+            return f"a branch of '{code.co_qualname}' that was not taken reaches for '{min(named & names)}'"
+    return None
+
+
 def not_run(listed: list[dis.Instruction], start: int, ran: set[int]) -> list[dis.Instruction]:
     """Instructions from `start` up to the next one that ran."""
     found = []
@@ -309,11 +353,6 @@ def not_run(listed: list[dis.Instruction], start: int, ran: set[int]) -> list[di
             break
         found.append(instruction)
     return found
-
-
-def mentioned(code: Iterable[dis.Instruction]) -> set[str]:
-    named = {"LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "STORE_ATTR"}
-    return {str(i.argval) for i in code if i.opname in named}
 
 
 def is_harmless(code: list[dis.Instruction], readers: frozenset[str]) -> bool:
@@ -343,36 +382,96 @@ def is_harmless(code: list[dis.Instruction], readers: frozenset[str]) -> bool:
     return True
 
 
-def passed_number(views: list[View]) -> str | None:
-    """A number (or nothing) among the arguments of code that handles the units: a caller may pass one value per unit instead."""
+def passed_choice(structure: Structure, views: list[View]) -> str | None:
+    """What a caller may choose, among what code that handles the units works with: another choice may treat single units differently."""
+    widths = {1, *(structure.units * site.block * site.repeats for site in structure.sites)}
     for view in views:
         for log, inside in view.frames:
-            if not log.numbers:
-                continue
-            for instruction in instructions(log.code):
-                loads = instruction.opname.startswith("LOAD_FAST") and instruction.offset in inside
-                values = instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
-                hit = next((v for v in values if v in log.numbers), None) if loads else None
-                if hit is not None:
-                    return f"'{log.code.co_qualname}' uses its argument '{hit}' beside the units, which may be one value per unit"
+            listed = instructions(log.code)
+            code = f"'{log.code.co_qualname}'"
+            loaded = {name: i for i in listed if i.offset in inside for name in loads(i)}
+            for name in loaded:
+                if name in log.choices:
+                    return f"{code} uses its argument '{name}' beside the units, which may be one value per unit"
+            for name in loaded.keys() & log.held.keys():
+                shape = log.held[name]
+                if shape is None and name not in arguments(log.code):
+                    return f"{code} uses '{name}' beside the units, which it chose before"
+                prepared = shape is not None and not widths.isdisjoint(shape[-1:])
+                if prepared and (chosen := chosen_before(log, inside)):
+                    return f"{code} uses '{name}' beside the units, and what it is may depend on {chosen}"
+            for instruction in listed:
+                if instruction.offset not in inside:
+                    continue
+                if instruction.opname == "FOR_ITER" and log.choices:
+                    return f"{code} passes the units through a loop, whose length may depend on '{min(log.choices)}'"
+                if instruction.opname == "LOAD_GLOBAL" and instruction.argval in ("getattr", "hasattr"):
+                    return f"{code} asks for an attribute by name beside the units"
+            if swallows(log, listed):
+                return f"{code} handles an exception beside the units, which was not raised"
     return None
+
+
+def loads(instruction: dis.Instruction) -> tuple[str, ...]:
+    """Local variables that an instruction reads, or gives to a function inside."""
+    if not instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF", "LOAD_CLOSURE", "STORE_FAST_LOAD_FAST")):
+        return ()
+    value = instruction.argval
+    return value if isinstance(value, tuple) else (value,)
+
+
+def arguments(code: types.CodeType) -> frozenset[str]:
+    return frozenset(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
+
+
+def chosen_before(log: FrameLog, inside: set[int]) -> str | None:
+    """An argument that is a choice and was read, or a branch that went one way, before this code had the units."""
+    ran = {o for o, _ in log.path} - inside
+    after = set(itertools.pairwise(o for o, _ in log.path))
+    listed = [i for i in instructions(log.code) if i.opname != "CACHE"]
+    for instruction in listed:
+        if instruction.offset not in ran:
+            continue
+        name = next((n for n in loads(instruction) if n in log.choices), None)
+        if name is not None:
+            return f"its argument '{name}'"
+        if is_conditional(instruction) and sum(a == instruction.offset for a, _ in after) < 2:
+            return (
+                f"a branch that was not taken (line {instruction.positions.lineno if instruction.positions else '?'})"
+            )
+    return None
+
+
+def swallows(log: FrameLog, listed: tuple[dis.Instruction, ...]) -> bool:
+    """Whether code has an `except` that did not run and does not only raise again; a `with` has a handler too, and is none."""
+    ran = {o for o, _ in log.path}
+    for place, instruction in enumerate(listed):
+        if instruction.opname != "PUSH_EXC_INFO" or instruction.offset in ran:
+            continue
+        body = list(itertools.takewhile(lambda i: i.offset not in ran, listed[place:]))
+        names = [i.opname for i in body]
+        if "WITH_EXCEPT_START" not in names and "POP_EXCEPT" in names and "RAISE_VARARGS" not in names:
+            return True
+    return False
 
 
 def untraced_method(
     host: nn.Module, common: str, owners: list[str], names: frozenset[str], views: list[View]
 ) -> str | None:
-    """A method of the structure's own classes that the run did not enter and that reaches for its modules."""
+    """A method of the structure's own classes, or of what holds it, that the run did not enter and that reaches for its modules."""
     ran = {log.code for view in views for log in view.run.frames}
     paths = {common}
     for owner in owners:
         parts = owner.split(".")
-        paths |= {".".join(parts[:i]) for i in range(1, len(parts) + 1) if ".".join(parts[:i]).startswith(common)}
+        paths |= {".".join(parts[:i]) for i in range(len(parts) + 1)}
     for path in sorted(paths):
         module = host.get_submodule(path)
         wanted = names if path not in owners else names | {"weight"}
         for function in methods_of(type(module)):
             code = function.__code__
             if code in ran or not is_model_code(function.__module__) or function.__name__.startswith(SILENT_METHODS):
+                continue
+            if function.__module__.startswith(FRAMEWORK):
                 continue
             if wanted & names_in(code):
                 return f"'{code.co_qualname}' reaches for its modules, and the trace did not run it"
@@ -406,11 +505,15 @@ def names_in(code: types.CodeType) -> set[str]:
 
 
 def watched_by_hooks(host: nn.Module, common: str) -> str | None:
-    """A forward hook that the user put on a module inside the structure."""
+    """A hook that the user put on a module inside the structure; backward hooks see the units' gradients."""
     top = host.get_submodule(common)
     for path, module in top.named_modules():
-        if module is not top and (module._forward_hooks or module._forward_pre_hooks):
+        if module is top:
+            continue
+        if module._forward_hooks or module._forward_pre_hooks:
             return f"a forward hook on '{common}.{path}' sees the units"
+        if module._backward_hooks or module._backward_pre_hooks:
+            return f"a backward hook on '{common}.{path}' sees the gradients of the units"
     return None
 
 

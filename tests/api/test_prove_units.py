@@ -175,8 +175,200 @@ class OnLongInputs(Base):
         return self.down(h)
 
 
+class Chosen(Base):
+    """What a caller may choose meets the units: `gain` stands for a number, a word, a function, a container."""
+
+    other: Any = None
+
+    def call(self, x: Tensor) -> Any:
+        return self(x, self.other)
+
+
+def ramp() -> Tensor:
+    return torch.linspace(0.5, 1.5, HIDDEN)
+
+
+class GainUnderAnotherName(Chosen):
+    other = ramp()
+
+    def forward(self, x: Tensor, gain: Any = None) -> Tensor:
+        factor = 1.0 if gain is None else gain
+        return self.down(torch.relu(self.up(x)) * factor)
+
+
+class GainFromKeywords(Chosen):
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        return self.down(torch.relu(self.up(x)) * options.get("gain", 1.0))
+
+    def call(self, x: Tensor) -> Tensor:
+        return self(x, gain=ramp())
+
+
+class GainFromContainer(Chosen):
+    other = (1.0, ramp())
+
+    def forward(self, x: Tensor, gains: Any = (1.0,)) -> Tensor:
+        h = torch.relu(self.up(x))
+        for gain in gains:
+            h = h * gain
+        return self.down(h)
+
+
+class GainInClosure(Chosen):
+    other = ramp()
+
+    def forward(self, x: Tensor, gain: Any = 1.0) -> Tensor:
+        return self.down((lambda h: torch.relu(h) * gain)(self.up(x)))
+
+
+class FunctionGiven(Chosen):
+    other = staticmethod(lambda h: h.flip(-1))
+
+    def forward(self, x: Tensor, function: Any = torch.relu) -> Tensor:
+        return self.down(function(self.up(x)))
+
+
+class NoFunctionsGiven(Chosen):
+    other = (lambda h: h.flip(-1),)
+
+    def forward(self, x: Tensor, functions: Any = ()) -> Tensor:
+        h = torch.relu(self.up(x))
+        for function in functions:
+            h = function(h)
+        return self.down(h)
+
+
+class WordChooses(Chosen):
+    other = "turned"
+
+    def forward(self, x: Tensor, how: str = "plain") -> Tensor:
+        table = {"plain": lambda h: h, "turned": lambda h: h.flip(-1)}
+        return self.down(table[how](torch.relu(self.up(x))))
+
+
+class FlagPrepares(Chosen):
+    other = True
+
+    def forward(self, x: Tensor, special: bool = False) -> Tensor:
+        gain = ramp() if special else torch.ones(HIDDEN)
+        return self.down(torch.relu(self.up(x)) * gain)
+
+
+class HelperChooses(Chosen):
+    other = True
+
+    def pick(self, special: bool) -> Any:
+        return (lambda h: h.cumsum(-1)) if special else torch.relu
+
+    def forward(self, x: Tensor, special: bool = False) -> Tensor:
+        function = self.pick(special)
+        return self.down(function(self.up(x)))
+
+
+class MaskOfOneEntry(Chosen):
+    other = ramp() > 1
+
+    def forward(self, x: Tensor, mask: Any = None) -> Tensor:
+        return self.inner(x, torch.tensor(False) if mask is None else mask)
+
+    def inner(self, x: Tensor, mask: Tensor) -> Tensor:
+        h = torch.relu(self.up(x))
+        return self.down(torch.where(mask, h * 2, h))
+
+
+class AttributeIfThere(Chosen):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x)) * getattr(self, "gain", 1.0))
+
+    def call(self, x: Tensor) -> Tensor:
+        self.gain = ramp()
+        try:
+            return self(x)
+        finally:
+            del self.gain
+
+
+class AttributeTried(AttributeIfThere):
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.up(x))
+        try:
+            h = h * self.gain
+        except AttributeError:
+            h = h * 1.0
+        return self.down(h)
+
+
+class Numbered(nn.Module):
+    """The structure's modules have numbers for names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ffn = nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, WIDTH))
+
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        if hidden:
+            return self.ffn[:2](x)
+        return self.ffn(x)
+
+    def call(self, x: Tensor) -> Tensor:
+        return self(x, True)
+
+
+class NumberedFeatures(Numbered):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ffn(x)
+
+    def call(self, x: Tensor) -> Tensor:
+        return self.ffn[:-1](x)
+
+
+class LoopsUpTo(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(WIDTH, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, WIDTH)])
+
+    def forward(self, x: Tensor, depth: int | None = None) -> Tensor:
+        for layer in self.layers[:depth]:
+            x = layer(x)
+        return x
+
+    def call(self, x: Tensor) -> Tensor:
+        return self(x, 2)
+
+
+class Holder(nn.Module):
+    """A module above the structure reaches into it, in a method that `forward` does not call."""
+
+    class Block(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(torch.relu(self.up(x)))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = self.Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.block(x)
+
+    def call(self, x: Tensor) -> Tensor:
+        return torch.relu(self.block.up(x))
+
+
+class HolderBranches(Holder):
+    def forward(self, x: Tensor, neurons: bool = False) -> Tensor:
+        return self.block.up(x) if neurons else x + self.block(x)
+
+    def call(self, x: Tensor) -> Tensor:
+        return self(x, True)
+
+
+CHOSEN = [
+    GainUnderAnotherName, GainFromKeywords, GainFromContainer, GainInClosure, FunctionGiven, NoFunctionsGiven, WordChooses,
+    FlagPrepares, HelperChooses, MaskOfOneEntry, AttributeIfThere, AttributeTried, Numbered, NumberedFeatures, LoopsUpTo, Holder,
+    HolderBranches,
+]  # fmt: skip
 OFF_THE_TRACE = [
-    AuxiliaryHead, ShowsUnits, GainIfGiven, GainByDefault, GainInline, GainPreparedBefore, InHelper, SkipsDown, MergesOnEval,
+    *CHOSEN, AuxiliaryHead, ShowsUnits, GainIfGiven, GainByDefault, GainInline, GainPreparedBefore, InHelper, SkipsDown, MergesOnEval,
     Probed, Keeps, ReturnsToCaller, OnlyWithGradients, ByTable, OnLongInputs,
 ]  # fmt: skip
 
@@ -267,6 +459,8 @@ def calls_of(model: nn.Module, x: Tensor) -> list[Tensor]:
         for grad in (True, False):
             with torch.set_grad_enabled(grad):
                 found.append(model(x))
+                if hasattr(model, "call"):
+                    found.append(model.call(x))
                 if isinstance(model, ShowsUnits):
                     found.append(model(x, features=True))
                 if isinstance(model, GainIfGiven | GainByDefault | GainInline | GainPreparedBefore):
@@ -292,6 +486,8 @@ def test_every_path_computes_what_the_model_computes(cls: type[nn.Module], rule:
     model = build(cls)
     if cls is MergesOnEval and isinstance(rule, S2FT):
         rule = S2FT(structure="ffn", units=5)  # its Up has a forward of its own and cannot train
+    if isinstance(model, Numbered | LoopsUpTo) and isinstance(rule, PaCA):
+        rule = PaCA(rank=3, match="*.2")
     host = compiled(copy.deepcopy(model), rule)
     x = torch.randn(7, WIDTH)
     wanted, got = calls_of(model, x), calls_of(host, x)
@@ -326,6 +522,20 @@ def test_in_place_trains_the_same_units_with_the_same_gradients(rule: Any) -> No
         torch.testing.assert_close(
             other.values.index_select(side, back), delta.values.index_select(side, order), rtol=1e-4, atol=1e-7
         )
+
+
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_a_hook_that_sees_gradients_of_the_units_keeps_them_in_place(register: str) -> None:
+    seen: list[Tensor] = []
+    model = build(Plain)
+    getattr(model.up, register)(lambda _module, *grads: seen.append(grads[-1][0].detach()))
+    host = compiled(model)
+    assert "hook" in host.sparsify.program.choices[0].in_place
+    seen.clear()
+    x = torch.randn(2, WIDTH, requires_grad=True)
+    model(x).sum().backward()
+    host(x).sum().backward()
+    torch.testing.assert_close(seen[1], seen[0])
 
 
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])

@@ -231,6 +231,14 @@ def test_an_adapter_on_a_sparse_base_is_saved_and_found_again(kind: str, tmp_pat
         other.sparsify.load_adapter(tmp_path / "a", "a")
 
 
+def test_a_student_is_not_saved_as_an_empty_adapter(tmp_path: Path) -> None:
+    host = compiled(Prune(sparsity=0.6))
+    tiny.train(host, input_ids=tiny.tokens())
+    with pytest.raises(sparsify.AdapterError, match=r"save_pretrained .* save_sparse"):
+        host.sparsify.save_adapter(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
 def test_rosa_chooses_entries_among_the_survivors() -> None:
     host = compiled(Prune(sparsity=0.6), RoSA(rank=0, density=0.05))
     for part in host.sparsify.program.lowranks:
