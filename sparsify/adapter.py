@@ -290,7 +290,7 @@ def read_deltas(document: dict[str, Any], opened: TensorFile) -> Iterator[Delta]
         raise AdapterError(f"{file}: unexpected tensor {sorted(extra)[0]!r}")
 
 
-def read_exact(opened: Any, places_name: str, name: str, entry: dict[str, Any], values: Tensor, file: Path) -> Tensor:
+def read_exact(opened: Any, places_name: str, name: str, entry: dict[str, Any], values: Tensor, file: str) -> Tensor:
     """Corrections by place → a tensor of the shape of `values`, NaN where there is none."""
     shapes = [list(opened.part(n).shape) for n in (places_name, name)]
     if entry["kind"] not in ("column", "row", "sparse") or shapes != [[entry["exact"]]] * 2:
