@@ -34,6 +34,7 @@ from sparsify.errors import AdapterError, SparsifyError
 from sparsify.files import kinds, strict_json
 from sparsify.files.atomic import committing, shown
 from sparsify.files.atomic import write_bytes as write_atomic  # noqa: F401  (its former name)
+from sparsify.files.strict_json import short
 from sparsify.files.tensors import TensorFile, write_tensors
 
 FORMAT_VERSION = 2
@@ -221,11 +222,6 @@ def read_document(text: str | None, file: Path) -> dict[str, Any]:
     return document
 
 
-def short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else text[:200] + "…"
-
-
 def read_deltas(document: dict[str, Any], opened: TensorFile) -> Iterator[Delta]:
     file, keys = shown(opened.path), opened.parts
     seen: set[str] = set()
@@ -233,7 +229,7 @@ def read_deltas(document: dict[str, Any], opened: TensorFile) -> Iterator[Delta]
     for entry in document["entries"]:
         param, kind, transposed = entry.get("param"), entry.get("kind"), entry.get("transposed")
         if not isinstance(param, str) or kind not in KINDS or not isinstance(transposed, bool):
-            raise AdapterError(f"{file}: malformed entry {short(entry)}")
+            raise AdapterError(f"{file}: malformed entry {short(entry, 200)}")
         names = [f"{param}::{kind}::channels", f"{param}::{kind}::delta"]
         names += [f"{param}::{kind}::A"] if kind == "lora" else []
         corrected = "exact" in entry
@@ -290,7 +286,7 @@ def read_deltas(document: dict[str, Any], opened: TensorFile) -> Iterator[Delta]
         raise AdapterError(f"{file}: unexpected tensor {sorted(extra)[0]!r}")
 
 
-def read_exact(opened: Any, places_name: str, name: str, entry: dict[str, Any], values: Tensor, file: Path) -> Tensor:
+def read_exact(opened: Any, places_name: str, name: str, entry: dict[str, Any], values: Tensor, file: str) -> Tensor:
     """Corrections by place → a tensor of the shape of `values`, NaN where there is none."""
     shapes = [list(opened.part(n).shape) for n in (places_name, name)]
     if entry["kind"] not in ("column", "row", "sparse") or shapes != [[entry["exact"]]] * 2:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
+from sparsify.calibration import repeatable
 from sparsify.capture import capture, unwrap
 from sparsify.errors import AdapterError, PlanError
 from sparsify.handle import Handle, Mix
@@ -69,7 +70,7 @@ def compile(
     plan: Plan,
     *,
     example: Any = None,
-    calibration: Sequence[Any] | None = None,
+    calibration: Iterable[Any] | None = None,
     loss: Callable[[Any, Any], torch.Tensor] | None = None,
     donate: bool = False,
     progress: bool = True,
@@ -80,7 +81,8 @@ def compile(
 
     model: any `nn.Module`; it is not written to (the host shares its frozen tensors).
     example: one batch for the trace; Hugging Face models need none.
-    calibration: batches for data-driven selections; `loss(outputs, batch)` for gradient scores (default `outputs.loss`).
+    calibration: batches for data-driven selections (a generator is read once, and kept for every rule).
+    loss: `loss(outputs, batch)` for gradient scores (default `outputs.loss`).
     resume_dir: a folder in which an interrupted pruning is kept and continued.
     cpu: with `Plan(target="cpu")`: the numbers of tokens that must be fast, and whether speed or memory matters.
     donate: free the model's tensors as they are replaced (peak memory = model + one tensor); `model` is unusable afterwards.
@@ -100,7 +102,7 @@ def compile(
     check_host(source)
     source, bases = dense_twin(source)
     check_plan(plan, bases)
-    context = Context(plan, calibration, loss, donate, progress, resume_dir)
+    context = Context(plan, repeatable(calibration), loss, donate, progress, resume_dir)
     if plan.target == "cpu":
         return compile_for_cpu(source, context, example, cpu or CpuOptions())  # type: ignore[return-value]
     if cpu is not None:

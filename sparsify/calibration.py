@@ -82,6 +82,24 @@ def need_batches(batches: Sequence[Any] | Iterable[Any] | None, why: str) -> lis
     return found
 
 
+class Kept:
+    """The batches of a generator, for every rule: read when the first asks, where an error in it reaches all ranks."""
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self.batches = batches
+        self.read: list[Any] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.read is None:
+            self.read = list(self.batches)
+        return iter(self.read)
+
+
+def repeatable(batches: Iterable[Any] | None) -> Iterable[Any] | None:
+    """The same batches, which can be iterated over any number of times."""
+    return Kept(batches) if isinstance(batches, Iterator) else batches
+
+
 def batch_count(batches: Sequence[Any]) -> int:
     """Number of batches of all ranks."""
     return round(float(sum_over_ranks(torch.tensor([float(len(batches))], dtype=torch.float64))))

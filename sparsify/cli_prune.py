@@ -24,6 +24,7 @@ import typer
 from sparsify.cli_rule import line_of, reading
 from sparsify.console import one_line, printable
 from sparsify.errors import InputError
+from sparsify.files.atomic import write_text
 from sparsify.model_folder import SPARSE_FILE, check_folder, load_config, load_model, load_tokenizer
 
 if TYPE_CHECKING:
@@ -400,7 +401,7 @@ def write_record(
     document = {"sparsify": __version__, "settings": settings, "layers": [asdict(layer) for layer in layers]}
     document["loss"] = losses.record()
     document["not_pruned"] = [asdict(refusal) for refusal in refusals]
-    (ready / RECORD).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write_text(ready / RECORD, json.dumps(document, indent=1) + "\n")
 
 
 def finish(ready: Path, out: Path, partial: Path) -> None:

@@ -19,7 +19,7 @@ from sparsify.layout import Layout
 from sparsify.live_state import LoadHook, RootHook, SaveHook, SavePretrained, Unshare
 from sparsify.masked import mask_modules
 from sparsify.module_tree import copy_module_tree
-from sparsify.modules import attach_parts, attach_slice, become
+from sparsify.modules import attach_parts, attach_slice, become, make_linear
 from sparsify.name_patterns import matches
 from sparsify.passes.assign_rules import owner_name
 from sparsify.plan import nearest
@@ -122,7 +122,7 @@ def swap_modules(program: Program, host: nn.Module) -> list[str]:
         if packed is not None:
             casts = isinstance(module, StandIn)
             if casts:
-                module.__class__ = nn.Linear
+                make_linear(module)
             become(module, "Quantized")
             module.format, module.shape = program.quantize[param], shapes[param]
             if casts:

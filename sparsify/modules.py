@@ -237,6 +237,11 @@ def become(module: nn.Module, kind: str) -> None:
     module.__class__ = cls
 
 
+def make_linear(module: nn.Module) -> None:
+    """A linear of a subclass of `nn.Linear` without state of its own becomes an `nn.Linear`."""
+    module.__class__ = nn.Linear
+
+
 def make_plain(module: nn.Module) -> None:
     """Back to the class that the user had; parameters of trained parts must be gone."""
     module.__class__ = module.__dict__.pop("user_class", type(module))

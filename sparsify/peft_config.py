@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from sparsify.errors import AdapterError
-from sparsify.json_text import short
+from sparsify.files.strict_json import short
 from sparsify.name_patterns import Budget, PatternError, Regex
 from sparsify.plan import MAX_ENTRIES, MAX_RANK
 

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.adapter import VALUE_DTYPES, Adapter, Delta
-from sparsify.checked_tensors import CheckedTensors, Entry, read_text
 from sparsify.errors import AdapterError
-from sparsify.json_text import parse_json, short
+from sparsify.files import strict_json
+from sparsify.files.strict_json import short
+from sparsify.files.tensors import Part, TensorFile
 from sparsify.name_patterns import PatternError
 from sparsify.passes.assign_rules import is_conv1d
 from sparsify.peft_config import PLAIN, Settings, read_config
@@ -31,6 +32,7 @@ from sparsify.program import canonical_names
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
+MAX_CONFIG, MAX_DEPTH = 16 << 20, 32
 #: largest entry that a change of a weight may reach: beyond it 32-bit arithmetic overflows
 LARGEST_CHANGE = 1e30
 
@@ -78,7 +80,7 @@ def read(
     """
     path = Path(directory)
     try:
-        config = parse_json(read_text(path / CONFIG, AdapterError), str(path / CONFIG), AdapterError)
+        config = strict_json.read(path / CONFIG, AdapterError, MAX_CONFIG, depth=MAX_DEPTH)
     except AdapterError as error:
         raise AdapterError(f"{path}: not a readable PEFT adapter ({error})") from error
     settings = read_config(config, str(path))
@@ -90,7 +92,7 @@ def read(
     if shapes is None:
         shapes = {name: parameter.shape for name, parameter in host.named_parameters()}
     try:
-        file = CheckedTensors(path / TENSORS, AdapterError)
+        file = TensorFile(path / TENSORS, AdapterError, keep_open=True)
     except AdapterError as error:
         raise AdapterError(f"{path}: not a readable PEFT adapter ({error})") from error
     with file:
@@ -106,7 +108,7 @@ class Reading:
     """One file over one model. Everything that headers can tell is checked before data is read."""
 
     where: str
-    file: CheckedTensors
+    file: TensorFile
     settings: Settings
     host: nn.Module
     shapes: dict[str, torch.Size]
@@ -138,7 +140,7 @@ class Reading:
         """Module → which factors there are, and name of a parameter in the model → tensor in the file."""
         factors: dict[str, set[str]] = {}
         full: dict[str, str] = {}
-        for key in self.file.entries:
+        for key in self.file.parts:
             if not key.startswith(PREFIX):
                 raise self.fail(f"tensor {short(key)} is not named as PEFT names them ({PREFIX}…)")
             name = key.removeprefix(PREFIX)
@@ -182,7 +184,7 @@ class Reading:
         except AttributeError:
             names = [name for name, _ in self.host.named_modules() if name]
             raise self.fail(f"the model has no module {module!r}{nearest(module, names)}") from None
-        a, b = (self.file.entries[f"{PREFIX}{module}.{side}.weight"] for side in ("lora_A", "lora_B"))
+        a, b = (self.file.parts[f"{PREFIX}{module}.{side}.weight"] for side in ("lora_A", "lora_B"))
         if not (isinstance(linear, nn.Linear) or is_conv1d(linear)):
             raise self.fail(f"{module} is a {type(linear).__name__}; LoRA of nn.Linear and Conv1D is read ({PLAIN})")
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or 0 in a.shape + b.shape:
@@ -217,7 +219,7 @@ class Reading:
             )
         return param
 
-    def check_dtype(self, name: str, entry: Entry) -> None:
+    def check_dtype(self, name: str, entry: Part) -> None:
         if entry.dtype not in VALUE_DTYPES:
             raise self.fail(f"{name}: values are {entry.dtype}, expected a floating type of 16, 32 or 64 bits")
 
@@ -244,7 +246,7 @@ class Reading:
         """Parameter in the model → the value that replaces it."""
         found: dict[str, Tensor] = {}
         for name, key in full.items():
-            param, entry = self.canonical[name], self.file.entries[key]
+            param, entry = self.canonical[name], self.file.parts[key]
             if param not in self.shapes:
                 self.check_buffer(name, key)
                 continue
@@ -268,7 +270,7 @@ class Reading:
         """A buffer may stand in the file when it is what the model has already."""
         owner, _, leaf = name.rpartition(".")
         own = getattr(self.host.get_submodule(owner), leaf)
-        entry = self.file.entries[key]
+        entry = self.file.parts[key]
         same = tuple(own.shape) == entry.shape and own.dtype == entry.dtype
         if not same or not torch.equal(own.detach().cpu(), self.file.read(key)):
             raise self.fail(

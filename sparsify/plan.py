@@ -16,8 +16,9 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from sparsify.console import printable
 from sparsify.errors import PlanError
+from sparsify.files import strict_json
+from sparsify.files.strict_json import short
 from sparsify.habits import from_habit, hint_for
-from sparsify.json_text import parse_json, short
 from sparsify.name_patterns import PatternError, check_pattern, matches
 
 SelectionMethod = Literal["random", "weight", "activation", "product", "gradient"]
@@ -27,6 +28,7 @@ DATA_DRIVEN: frozenset[str] = frozenset({"activation", "product", "gradient"})
 MAX_RANK = 1 << 20
 MAX_INTEGER = 1 << 127
 MAX_ENTRIES = 10_000
+MAX_CHARACTERS, MAX_DEPTH = 16 << 20, 32  # of a plan's JSON
 
 
 class ArgumentError(PlanError, TypeError):
@@ -231,7 +233,7 @@ class S2FT(Rule):
     structure: which coupled structures: "ffn" (columns of Down), "attention" (columns of O), or "both".
     fraction: trained share of the consumers' parameters (O, Down), uniform over layers, at least one unit each. With
         "both", O and Down get equal *parameters* (`balance="parameters"`), or the same share of units ("units").
-    units: instead of `fraction`, the number of units (heads, channels) in each structure.
+    units: instead of `fraction`, the number of units (heads, channels) in each structure; one with fewer is declined.
     producer_fraction: share of producer units (rows of V and Up) that also train; 0, the paper's default, for none.
     select: how units are scored. "random" by the plan's seed; "weight" ‖W_unit‖₂ of the consumer's columns;
         "activation" root mean square over calibration tokens of ‖x_unit‖₂ at the consumer's input; "product" of the
@@ -519,7 +521,11 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> Plan:
         """Read a plan; unknown rules and fields are refused, naming the nearest known one."""
-        document = parse_json(text, "the plan", PlanError)
+        if not isinstance(text, str):
+            raise PlanError(f"the plan is not JSON: expected a string, got {type(text).__name__}")
+        if len(text) > MAX_CHARACTERS:
+            raise PlanError(f"the plan is not read: {len(text):,} characters, at most {MAX_CHARACTERS:,} are")
+        document = strict_json.parse(text, "the plan", PlanError, depth=MAX_DEPTH)
         if not isinstance(document, dict) or not isinstance(document.get("rules"), list):
             raise PlanError('the plan must be a JSON object with a list "rules"')
         rules = []

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from sparsify import adapter as files
 from sparsify import peft_format
 from sparsify.errors import AdapterError, SparsifyError
-from sparsify.json_text import short
+from sparsify.files.strict_json import short
 from sparsify.name_patterns import matches
 from sparsify.plan import Plan, Quantize, Rule
 from sparsify.program import Program, Stage, canonical_names

@@ -249,27 +249,30 @@ def collect(
     source: nn.Module | Mapping[str, Tensor] | str | Path, masks: Mapping[str, Tensor] | None
 ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
     """Tensors by name (each piece of memory once) and masks, of a module, a mapping or a folder."""
+    found: Mapping[str, Tensor]
     if isinstance(source, str | Path):
         from sparsify.pruning.streaming import FolderMasks
 
-        source = FolderTensors(source)
-        masks = FolderMasks(source.folder) if masks is None else masks
-    masks = {} if masks is None else masks
-    if isinstance(source, nn.Module):
-        masks = ModuleMasks(source, masks)
+        found = folder = FolderTensors(source)
+        masks = FolderMasks(folder.folder) if masks is None else masks
+    elif isinstance(source, nn.Module):
+        masks = ModuleMasks(source, masks or {})
         compiled = source.__dict__.get("sparsify")  # its live state dict has other names and another order
-        source = compiled.original_state_dict() if compiled is not None else source.state_dict()
-    for name in source:
+        found = compiled.original_state_dict() if compiled is not None else source.state_dict()
+    else:
+        found = source
+    masks = {} if masks is None else masks
+    for name in found:
         if name.endswith((VALUES, BITMASK)):
             raise SparseCheckpointError(f"tensor name '{name}' ends like a compressed part")
-    unknown = sorted(set(masks) - set(source))
+    unknown = sorted(set(masks) - set(found))
     if unknown:
         raise SparseCheckpointError(f"mask for '{unknown[0]}', but there is no such tensor")
-    if isinstance(source, FolderTensors):
-        return source, masks  # files hold tied tensors once
+    if isinstance(found, FolderTensors):
+        return found, masks  # files hold tied tensors once
     seen: set[tuple[int, int, tuple[int, ...]]] = set()
     tensors: dict[str, Tensor] = {}
-    for name, tensor in source.items():
+    for name, tensor in found.items():
         place = (tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), tuple(tensor.shape))
         if tensor.numel() and place in seen:
             continue

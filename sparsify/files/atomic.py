@@ -30,6 +30,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO
 
+from sparsify.console import printable
 from sparsify.errors import SparsifyError
 
 ABANDONED_SECONDS = 24 * 3600
@@ -42,6 +43,7 @@ OLD_TEMPORARY = re.compile(r"(?P<name>.*)\.tmp(?P<pid>[0-9]{1,10})|\.(?P<other>.
 PROCESS = secrets.token_hex(4)  # tells this process from a dead one that had the same id
 
 
+@printable
 class WriteError(SparsifyError, OSError):
     """A file could not be written: names it, the cause, and what to do. What stood there before is unchanged."""
 
@@ -56,7 +58,7 @@ class WriteError(SparsifyError, OSError):
         return str(self.args[0])
 
     def __reduce__(self) -> tuple[object, ...]:
-        return rebuilt, (str(self), self.path, self.errno)
+        return rebuilt, (str(self.args[0]), self.path, self.errno)
 
 
 def rebuilt(text: str, path: str, number: int | None) -> WriteError:

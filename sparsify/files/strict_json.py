@@ -19,33 +19,63 @@ LIMIT = 64 << 20  # bytes
 DIGITS = 300  # any such number is a finite float
 
 
-def parse(text: str | bytes, where: str, error: type[SparsifyError] = SparsifyError) -> Any:
-    """The value. Raises `error` with `where` in front: "…: not JSON: …"."""
+def parse(
+    text: str | bytes, where: str, error: type[SparsifyError] = SparsifyError, *, depth: int | None = None
+) -> Any:
+    """The value. Raises `error` with `where` in front: "…: not JSON that can be read: …". depth: most levels of nesting."""
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
+        else:
+            text.encode()
         value = json.loads(
             text, parse_int=whole_number, parse_float=number, parse_constant=no_number, object_pairs_hook=once
         )
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()
+        if depth is not None:
+            check_depth(value, depth)
     except RecursionError as cause:
         raise error(f"{where}: not JSON that can be read: nested too deeply") from cause
     except ValueError as cause:  # JSONDecodeError, UnicodeDecodeError and UnicodeEncodeError among them
-        raise error(f"{where}: not JSON that can be read: {short(cause)}") from cause
+        raise error(f"{where}: not JSON that can be read: {cut(str(cause))}") from cause
     return value
 
 
-def read(path: str | os.PathLike[str], error: type[SparsifyError] = SparsifyError, limit: int = LIMIT) -> Any:
+def read(
+    path: str | os.PathLike[str],
+    error: type[SparsifyError] = SparsifyError,
+    limit: int = LIMIT,
+    *,
+    depth: int | None = None,
+) -> Any:
     """The value in a regular file of at most `limit` bytes. Raises `error`, naming the file."""
     from sparsify.files.atomic import shown
 
-    return parse(read_file(path, limit, error), shown(Path(path)), error)
+    return parse(read_file(path, limit, error), shown(Path(path)), error, depth=depth)
 
 
-def short(cause: Exception) -> str:
-    text = str(cause)
-    return text if len(text) <= 200 else text[:200] + "…"
+def check_depth(value: Any, depth: int) -> None:
+    level = [value]
+    for _ in range(depth + 1):
+        lists = [list(item.values()) if isinstance(item, dict) else item for item in level]
+        level = [inner for item in lists if isinstance(item, list) for inner in item]
+        if not level:
+            return
+    raise ValueError(f"nested too deeply (more than {depth} levels)")
+
+
+def short(value: Any, limit: int = 80) -> str:
+    """`repr` for messages: never longer than `limit`, and never an error of its own (numbers of 5,000 digits have no `repr`)."""
+    try:
+        text = repr(value)
+    except Exception:
+        text = f"<{type(value).__name__} that cannot be shown>"
+    return cut(text, limit)
+
+
+def cut(text: str, limit: int = 200) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def whole_number(text: str) -> int:
@@ -57,7 +87,7 @@ def whole_number(text: str) -> int:
 def number(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"the number {text[:24]} is too large")
+        raise ValueError(f"the number {text[:24]} is too large: no float can hold it")
     return value
 
 

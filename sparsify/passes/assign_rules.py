@@ -16,6 +16,7 @@ from torch import nn
 from sparsify.errors import PlanError, Refusal, RefusedError
 from sparsify.plan import S2FT, Rule, nearest
 from sparsify.program import LinearNode, Program, through_transpose
+from sparsify.selection import selectable_units
 from sparsify.structure import Site, Structure
 
 
@@ -168,6 +169,10 @@ def why_not_served(
     weights = [s.param for s in trained_sites(structure, rule)]
     if len(set(weights)) < len(weights):
         return "two trained slices would lie in one weight"
+    total = selectable_units(structure)
+    if rule.units is not None and rule.units > total:
+        unit = "heads" if structure.kind == "attention" else "channels"
+        return f"units={rule.units} is more than its {total} {unit}; write units≤{total} or a fraction for it"
     return None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ class Context:
     """
 
     plan: Plan
-    calibration: Sequence[Any] | None = None
+    calibration: Iterable[Any] | None = None
     loss: Callable[[Any, Any], torch.Tensor] | None = None
     donate: bool = False
     progress: bool = True

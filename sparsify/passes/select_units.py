@@ -123,7 +123,7 @@ def choose_units(program: Program, assignment: Assignment, context: Context) -> 
         wanted = rule.units if rule.fraction is None else round(share[structure.kind] * total)
         heads = structure.inner.units if structure.inner is not None else 1
         score = scores[structure.name]
-        consumers = choose(score, max(1, min(wanted or 0, total)), group=heads, largest=rule.largest)
+        consumers = choose(score, max(1, wanted or 0), group=heads, largest=rule.largest)
         producers: tuple[int, ...] = ()
         if rule.producer_fraction:
             per_group = score.view(-1, heads).mean(1)

@@ -92,6 +92,15 @@ def open_record(path: Path) -> TensorFile:
     return file
 
 
+def check_part(file: TensorFile, name: str, tensor: Tensor) -> None:
+    """Raises SparsifyError when the file's tensor has another shape, or holds integers where the model has a floating parameter."""
+    part = file.part(name)
+    if part.shape != tuple(tensor.shape):
+        raise SparsifyError(f"{file.path.name}: '{name}' has shape {part.shape}, the model {tuple(tensor.shape)}")
+    if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() and not part.dtype.is_floating_point:
+        raise SparsifyError(f"{file.path.name}: '{name}' is stored as {part.dtype}, the model has {tensor.dtype} there")
+
+
 class Residence(Protocol):
     """What the driver asks of a place for weights."""
 
@@ -188,13 +197,11 @@ class StreamedWeights:
         self.blocks: list[str] = []
 
     def check_shapes(self, model: nn.Module) -> None:
-        """Raises SparsifyError when a tensor of the files has another shape than in `model` (which needs no memory)."""
+        """Raises SparsifyError when a tensor of the files cannot be that of `model` (which needs no memory)."""
         for name, tensor in model.state_dict(keep_vars=True).items():
             file = self.given.get(name)
-            if file is not None and file.parts[name].shape != tuple(tensor.shape):
-                raise SparsifyError(
-                    f"{file.path.name}: '{name}' has shape {file.parts[name].shape}, the model {tuple(tensor.shape)}"
-                )
+            if file is not None:
+                check_part(file, name, tensor)
 
     # --- the driver's side ---
 
@@ -385,9 +392,7 @@ class StreamedWeights:
                     "transformers renames on loading, such as Mixtral, is written with them by "
                     "save_pretrained(…, save_original_format=False))"
                 )
-            shape = tuple(self.tensor(name).shape)
-            if file.parts[name].shape != shape:
-                raise SparsifyError(f"{file.path.name}: '{name}' has shape {file.parts[name].shape}, the model {shape}")
+            check_part(file, name, self.tensor(name))
             self.bind(name, cast(file.read(name), self.dtype))
 
     def bind(self, name: str, value: Tensor) -> None:

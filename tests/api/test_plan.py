@@ -134,7 +134,7 @@ def test_json_round_trip_gives_an_equal_plan(plan):
 
 
 WRONG_JSON = [
-    ("{", "the plan is not JSON: "),
+    ("{", "the plan: not JSON that can be read: "),
     ("[]", 'the plan must be a JSON object with a list "rules"'),
     ('{"rules": 1}', 'the plan must be a JSON object with a list "rules"'),
     ('{"rules": [3]}', 'rules[0]: expected an object with a "rule" name, got 3'),

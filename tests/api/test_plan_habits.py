@@ -19,14 +19,14 @@ LORA = '{"rules": [{"rule": "LoRA", %s}]}'
 
 HOSTILE: list[tuple[Any, str]] = [
     (None, "expected a string, got NoneType"), (b"{}", "got bytes"), (bytearray(b"{}"), "got bytearray"), (3, "got int"), ({}, "got dict"),
-    ("", "not JSON"), ("{", "not JSON"), ("\ufeff{}", "not JSON"), ("[" * 100000, "nested deeper"), ('{"a":' * 50000, "nested deeper"),
-    (LORA % ('"rank": ' + "[" * 40 + "1" + "]" * 40), "nested deeper"), ("null", "JSON object"), ("[]", "JSON object"),
+    ("", "not JSON"), ("{", "not JSON"), ("\ufeff{}", "not JSON"), ("[" * 100000, "nested too deeply"), ('{"a":' * 50000, "nested too deeply"),
+    (LORA % ('"rank": ' + "[" * 40 + "1" + "]" * 40), "nested too deeply"), ("null", "JSON object"), ("[]", "JSON object"),
     (LORA % ('"rank": ' + "9" * 5000), "5000 digits"), (LORA % ('"alpha": ' + "9" * 400), "400 digits"), (LORA % '"alpha": 1e999', "no float"),
     (LORA % '"alpha": NaN', "NaN"), (LORA % '"alpha": -Infinity', "Infinity"), (LORA % '"alpha": 1e12', "at most 1e9"),
     (LORA % '"rank": 1000000000000', "out of range"), (LORA % '"rank": 9223372036854775808', "out of range"), (LORA % '"rank": -1', "out of range"),
     (LORA % '"rank": 1.5', "rank=1.5"), (LORA % '"rank": true', "rank=True"), (LORA % '"rank": null', "rank=None"),
     (LORA % '"rank": {"a": {"b": 1}}', "rank="), (LORA % '"rank": {}', "empty table"), (LORA % '"rank": {"": 3}', "empty pattern"),
-    (LORA % '"rank": 1, "rank": 2', "'rank' is given twice"), ('{"rules": [], "rules": []}', "'rules' is given twice"),
+    (LORA % '"rank": 1, "rank": 2', "'rank' stands twice"), ('{"rules": [], "rules": []}', "'rules' stands twice"),
     (LORA % '"rank": 1, "r": 2', "rank is given twice"), (LORA % '"match": {"a": 1}', "match="), (LORA % '"match": [1]', "match="),
     (LORA % '"match": []', "empty pattern"), (LORA % '"match": [""]', "empty pattern"), (LORA % '"match": "re:("', "unbalanced"),
     (LORA % r'"match": "re:(.)\\1"', "back-reference"), (LORA % r'"match": "\ud800"', "surrogate"), (LORA % ('"match": "%s"' % ("*a" * 1500)), "at most 2,000"),

@@ -292,3 +292,34 @@ def test_choice_breaks_ties_by_the_lower_id():
     assert choose(torch.zeros(6), 4, group=3) == (0, 1, 2, 3)
     assert choose(torch.tensor([1.0, 5.0, 3.0]), 1, largest=False) == (0,)
     assert choose(torch.tensor([1.0, 5.0, 3.0]), 9) == (0, 1, 2)
+
+
+def test_more_units_than_a_structure_has_are_declined_or_refused():
+    """Under a wildcard the structure is left out, with the reason; by name it raises; where nothing is left, too."""
+    model = tiny.llama()
+    heads = max(s.units * (s.inner.units if s.inner else 1) for s in tiny.lower(model, S2FT(units=1)).sparsify.program.structures if s.kind == "attention")  # fmt: skip
+    program = tiny.lower(model, S2FT(units=heads + 1)).sparsify.program
+    assert {len(c.consumers) for c in program.choices} == {heads + 1}
+    chosen = {c.structure for c in program.choices}
+    assert {s.kind for s in program.structures if s.name in chosen} == {"ffn"}
+    reasons = [str(r) for r in program.refusals if f"units={heads + 1} is more than its {heads} heads" in r.reason]
+    assert len(reasons) == model.config.num_hidden_layers
+    assert all(reason in str(tiny.lower(model, S2FT(units=heads + 1)).sparsify.report) for reason in reasons)
+    name = next(s.name for s in program.structures if s.kind == "attention")
+    with pytest.raises(sparsify.RefusedError, match=f"is more than its {heads} heads; write units≤{heads}"):
+        tiny.lower(model, S2FT(match=name, units=heads + 1))
+    with pytest.raises(PlanError, match="channels; write units"):
+        tiny.lower(model, S2FT(structure="ffn", units=10**6))
+    assert tiny.lower(model, S2FT(match=name, units=heads)).sparsify.program.choices  # all of them is right
+
+
+def test_a_generator_of_batches_serves_every_rule():
+    model = tiny.llama()
+    rules = (
+        S2FT(structure="ffn", match="*.0.*", units=3, select="activation"),
+        S2FT(structure="ffn", match="*.1.*", units=3, select="gradient"),
+    )
+    listed = tiny.lower(model, *rules, calibration=batches()).sparsify.program.choices
+    given = tiny.lower(model, *rules, calibration=(batch for batch in batches())).sparsify.program.choices
+    assert len(given) == 2
+    assert given == listed
