@@ -73,6 +73,10 @@ SILENT_METHODS = (
     "save",
     "from_",
     "post_init",
+    "get_input_embeddings",
+    "set_input_embeddings",
+    "get_output_embeddings",
+    "set_output_embeddings",
 )
 # Base classes that serve every architecture and know none: they reach for no module by name.
 FRAMEWORK = (
