@@ -73,6 +73,10 @@ SILENT_METHODS = (
     "save",
     "from_",
     "post_init",
+    "get_input_embeddings",
+    "set_input_embeddings",
+    "get_output_embeddings",
+    "set_output_embeddings",
 )
 # Base classes that serve every architecture and know none: they reach for no module by name.
 FRAMEWORK = (
@@ -333,11 +337,11 @@ def untaken_branch(views: list[View], names: frozenset[str], readers: frozenset[
 def untaken_elsewhere(views: list[View], names: frozenset[str]) -> str | None:
     """Code that ran, far from the units, and that names the structure's modules where it did not run."""
     near = {log.code for view in views for log, _ in view.frames}
-    untaken: dict[types.CodeType, frozenset[str]] | None = None
+    untaken: dict[types.CodeType, frozenset[str]] = {}
     for view in views:
-        found = view.run.untaken
-        untaken = found if untaken is None else {c: found.get(c, untaken[c]) & untaken[c] for c in untaken}
-    for code, named in (untaken or {}).items():
+        for code, named in view.run.untaken.items():
+            untaken[code] = untaken.get(code, named) & named  # what one of the modes ran is no question
+    for code, named in untaken.items():
         if named & names and code not in near:
             return f"a branch of '{code.co_qualname}' that was not taken reaches for '{min(named & names)}'"
     return None
