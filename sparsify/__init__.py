@@ -4,10 +4,12 @@ from sparsify.api import analyse, compile, load
 from sparsify.errors import (
     AdapterError,
     CaptureError,
+    OperatorError,
     PlanError,
     Refusal,
     RefusedError,
     SparsifyError,
+    StateError,
     VerifyError,
 )
 from sparsify.lowering.backend import backend
@@ -26,6 +28,7 @@ __all__ = [
     "CaptureError",
     "CpuOptions",
     "LoRA",
+    "OperatorError",
     "PaCA",
     "Plan",
     "PlanError",
@@ -35,6 +38,7 @@ __all__ = [
     "RefusedError",
     "RoSA",
     "SparsifyError",
+    "StateError",
     "VerifyError",
     "__version__",
     "analyse",

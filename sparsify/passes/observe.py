@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import dis
 import functools
+import gc
 import inspect
 import logging
 import random
@@ -213,21 +214,28 @@ def members(value: Any) -> Iterator[Any]:
 
 
 class FrameTracer:
-    """Records the path through the model's own Python, instruction by instruction, for the time of a `with` block."""
+    """Records the path through the model's own Python, instruction by instruction, for the time of a `with` block.
+
+    The garbage collector waits meanwhile: what it calls (`gc.callbacks`, finalisers) would look like code of the model.
+    """
 
     def __init__(self, taint: UnitTaint) -> None:
         self.taint = taint
         self.frames: list[FrameLog] = []
         self.own: dict[CodeType, bool] = {}
         self.before: Any = None
+        self.collecting = False
 
     def __enter__(self) -> FrameTracer:
-        self.before = sys.gettrace()
+        self.before, self.collecting = sys.gettrace(), gc.isenabled()
+        gc.disable()
         sys.settrace(self.called)
         return self
 
     def __exit__(self, *_: Any) -> None:
         sys.settrace(self.before)
+        if self.collecting:
+            gc.enable()
 
     def called(self, frame: FrameType, event: str, _arg: Any) -> Any:
         code = frame.f_code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from typing import Any
 
 import pytest
@@ -612,3 +613,36 @@ def test_compile_leaves_random_generators_and_the_model_alone() -> None:
     for name, module in model.named_modules():
         assert module.__dict__.keys() == attributes[name].keys()
     assert model.training
+
+
+class Allocating(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 20), nn.Linear(20, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        units = torch.relu(self.up(x))
+        kept = [[] for _ in range(5000)]  # enough for the collector to begin
+        out = self.down(units)
+        del kept
+        return x + out
+
+
+def test_what_the_garbage_collector_calls_is_no_path_of_the_model() -> None:
+    count = 0
+
+    def callback(phase: str, _info: dict[str, int]) -> None:
+        nonlocal count
+        if phase == "never":
+            count = -1
+        count += 1
+
+    gc.callbacks.append(callback)
+    try:
+        host = tiny.lower(Allocating(), S2FT(structure="ffn", units=3), example=torch.randn(2, 12))
+        assert gc.isenabled()
+    finally:
+        gc.callbacks.remove(callback)
+    assert count > 0
+    (choice,) = host.sparsify.program.choices
+    assert not choice.in_place
