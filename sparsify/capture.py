@@ -118,6 +118,9 @@ def functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedP
     safe, names = with_safe_targets(exported)
     result = with_targets(safe.run_decompositions({}), names)
     read_through_scatters(result.graph)
+    for node in result.graph.nodes:  # decomposed for the strides of fake tensors, which those of real ones need not be
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
     result.graph_module.recompile()
     return result
 

@@ -116,20 +116,17 @@ def base_hash(program: Program, param: str) -> str:
 def slices_of(program: Program, structure: Structure, choice: UnitChoice) -> list[TrainedSlice]:
     """Where the chosen units of a structure ended up in each weight that trains."""
     found = []
+    lies = bool(choice.in_place)
     for site in structure.consumers:
         channels = channels_of(structure, site, choice.consumers)
-        together = not choice.in_place
-        found.append(
-            slice_at(program, site.param, site.axis, channels, "column", structure.name, choice.rule, together)
-        )
+        place = (structure.name, choice.rule, not lies, lies)
+        found.append(slice_at(program, site.param, site.axis, channels, "column", *place))
     if choice.producers:
         outer = Structure(structure.name, structure.kind, structure.units, structure.sites)
         for site in structure.with_role("v", "up"):
             channels = channels_of(outer, site, choice.producers)
-            together = neighbours(site) and not choice.in_place
-            found.append(
-                slice_at(program, site.param, site.axis, channels, "row", structure.name, choice.rule, together)
-            )
+            place = (structure.name, choice.rule, neighbours(site) and not lies, lies)
+            found.append(slice_at(program, site.param, site.axis, channels, "row", *place))
     return found
 
 
@@ -155,15 +152,18 @@ def slice_at(
     structure: str = "",
     rule: int = 0,
     together: bool = True,
+    gathered: bool = False,
 ) -> TrainedSlice:
     """Where channels given in original coordinates lie now: a contiguous range, or scattered places.
 
-    together: the permutation must have brought a structure's channels together.
+    together: the permutation must have brought a structure's channels together. gathered: units that train in place, by their places
+    also where those happen to be neighbours, so that repeated blocks share one compiled graph.
     """
     moved = moved_index(program, param, axis)
     places = (original if moved is None else invert_index(moved)[original]).sort()
     start, length = int(places.values[0]), original.numel()
     contiguous = torch.equal(places.values, torch.arange(start, start + length))
+    contiguous &= not gathered or length == program.tensor(param).shape[axis]
     if structure and together and not contiguous:
         raise VerifyError(f"{structure}: the chosen units in {param} are not contiguous after the permutation")
     return TrainedSlice(

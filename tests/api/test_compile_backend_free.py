@@ -26,7 +26,8 @@ class Counter:
         return graph
 
     def partials(self) -> int:
-        ours = (torch.ops.sparsify.partial_linear, torch.ops.sparsify.partial_linear.default)
+        packets = (torch.ops.sparsify.partial_linear, torch.ops.sparsify.partial_linear_at)
+        ours = (*packets, *(packet.default for packet in packets))
         return sum(n.target in ours for g in self.graphs for n in g.graph.nodes)
 
 
