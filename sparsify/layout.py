@@ -83,8 +83,9 @@ class Layout:
         """SHA-256 over the moves, the places of the trained channels, the shapes and scale of the parts, and the packed format."""
         found: Any = module
         placed = [module._buffers.get(n) for n in ("slice_channels", "slice_mask_bits")]
-        if any(t is not None and t.is_meta for t in placed):
+        if self.last_digest and any(t is not None and t.is_meta for t in placed):
             return self.last_digest  # of the same module before it went to the meta device
+        placed = [None if t is None or t.is_meta else t for t in placed]
         digest = hashlib.sha256()
         for leaf, moves in sorted(self.moves.items()):
             for axis, index in moves:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from sparsify.errors import SparsifyError, StateError
 from sparsify.layout import ADDED, MARKER, TRAINED, Layout, fold, layout_of, read_slice
 from sparsify.modules import AdaptedMixin, QuantizedMixin, SparseLowRankMixin
-from sparsify.sharded import cut_like, is_sharded, replicated, whole, whole_parameters
+from sparsify.sharded import cut_like, is_sharded, local, replicated, whole, whole_parameters
 
 State = dict[str, Any]
 
@@ -101,6 +101,20 @@ def refuse_meta(value: Any, name: str) -> None:
         )
 
 
+def marker_in(module: nn.Module, state: State, prefix: str) -> Any:
+    """The marker that a dict brings. The module's own is none: torch completes a dict that it distributes over ranks with what the
+    model has, and so puts it beside tensors of any layout."""
+    found, own = state.get(prefix + MARKER), module._buffers.get(MARKER)
+    if (
+        isinstance(found, Tensor)
+        and own is not None
+        and not found.is_meta
+        and local(found).data_ptr() == local(own).data_ptr()
+    ):
+        return None
+    return found
+
+
 def check_marker(marker: Any, module: nn.Module, layout: Layout, prefix: str) -> None:
     """Raise StateError when a live dict's tensors lie otherwise than this module's."""
     value = whole(marker)
@@ -138,7 +152,9 @@ class RootHook:
         complete = holds_originals(host, state, prefix)
         try:
             for path, module, layout in everything:
-                sure = state.get(prefix + path + MARKER) is not None  # then nothing has to be compared, and gathered
+                sure = (
+                    marker_in(module, state, prefix + path) is not None
+                )  # then nothing has to be compared, and gathered
                 with contextlib.nullcontext() if sure else whole_parameters(module):
                     live = judge(module, layout, state, prefix + path, complete)
                     layout.verdict = verdict_on(module, state, prefix + path, live)
@@ -162,7 +178,7 @@ class LoadHook:
         layout, seen = self.layout, self.layout.verdict
         layout.verdict = None
         pieces = {leaf: state.get(prefix + leaf) for leaf in (*module._parameters, *module._buffers)}
-        sure = state.get(prefix + MARKER) is not None
+        sure = marker_in(module, state, prefix) is not None
         with contextlib.nullcontext() if sure else whole_parameters(module):
             live = seen[1] if seen is not None and seen == verdict_on(module, state, prefix, seen[1]) else None
             if live is None:  # loaded by itself, or again under another name
@@ -227,7 +243,7 @@ def judge(module: nn.Module, layout: Layout, state: State, prefix: str, complete
 
     Without a marker the frozen tensors tell: they equal the host's as they lie, or after reordering, bit for bit.
     """
-    marker = state.get(prefix + MARKER)
+    marker = marker_in(module, state, prefix)
     if marker is not None:
         check_marker(marker, module, layout, prefix)
         return True

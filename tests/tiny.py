@@ -98,7 +98,8 @@ def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
     assert set(found) == set(expected), set(found) ^ set(expected)
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
+        same = torch.equal(found[name], tensor)
+        assert same, f"{name} differs by {(found[name].double() - tensor.double()).abs().max():.2e}"
 
 
 def state_of(host: nn.Module) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import socket
 import sys
 import tempfile
@@ -170,6 +171,11 @@ def train_worker(rank: int, directory: str, family: str, names: tuple[str, ...])
     finish(rank, directory, found)
 
 
+def without_counts(report: str) -> str:
+    """A report without the note on calibration: two ranks see twice the tokens of one."""
+    return re.sub(r" \(only \d+ calibration tokens for \d+ inputs\)", "", report)
+
+
 @pytest.mark.parametrize("names", [tuple(PLANS)[:4], tuple(PLANS)[4:]], ids=["parts", "bases"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_ranks_train_as_one_process_and_their_checkpoints_open_in_one(family: str, names: tuple[str, ...]):
@@ -182,7 +188,7 @@ def test_two_ranks_train_as_one_process_and_their_checkpoints_open_in_one(family
             close: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12} if double else {"rtol": 1e-3, "atol": 2e-5}
             assert first[name]["sharded"] == sorted(n for n, _ in host.named_parameters())
             assert first[name]["counts"] == host.sparsify.count_parameters()
-            assert first[name]["report"] == str(host.sparsify.report)
+            assert without_counts(first[name]["report"]) == without_counts(str(host.sparsify.report))
             before = trained(host)
             losses, grads, _ = steps(host, batch(family))
             torch.testing.assert_close(first[name]["losses"], losses, **close)
