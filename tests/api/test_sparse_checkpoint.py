@@ -333,7 +333,7 @@ def test_the_command_line_shows_sizes_and_refuses_damage(tmp_path: Path) -> None
         assert text in " ".join(shown.split())
     (tmp_path / "b.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-9])
     done = CliRunner().invoke(app, ["checkpoint", str(tmp_path / "b.safetensors")])
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "error: " in done.output + done.stderr
 
 
