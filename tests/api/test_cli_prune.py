@@ -202,8 +202,11 @@ def prune_and_die(arguments: list[str], layer: int) -> None:
 
 @pytest.mark.parametrize(
     ("stream", "redone"),
-    [([], 4), (["--stream"], 7), (["--stream", "--sparse"], 7)],
-    ids=["memory", "stream", "sparse"],
+    [
+        pytest.param([], 4, id="memory"),
+        pytest.param(["--stream"], 7, id="stream", marks=pytest.mark.slow),
+        pytest.param(["--stream", "--sparse"], 7, id="sparse"),
+    ],
 )
 def test_a_killed_run_resumes_to_the_same_bits(
     folder: Path, tmp_path: Path, stream: list[str], redone: int, monkeypatch: pytest.MonkeyPatch

@@ -178,7 +178,9 @@ def without_counts(report: str) -> str:
 
 
 @pytest.mark.parametrize("names", [tuple(PLANS)[:4], tuple(PLANS)[4:]], ids=["parts", "bases"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [FAMILIES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES[1:])]
+)
 def test_two_ranks_train_as_one_process_and_their_checkpoints_open_in_one(family: str, names: tuple[str, ...]):
     with tempfile.TemporaryDirectory() as directory:
         first, second = on_two_ranks(train_worker, directory, family, names)
