@@ -411,14 +411,14 @@ def test_channel_gradients_refuse_channels_that_are_none(monkeypatch: pytest.Mon
     rows = torch.tensor([1, 7])
     torch.testing.assert_close(grad(g, x, rows), g[:, rows].t() @ x)
     rows[0] = 8
-    with pytest.raises(SparsifyError, match="a position lies outside of 0 to 7"):
+    with pytest.raises(SparsifyError, match="rows holds 8, a position outside"):
         grad(g, x, rows)
     for wrong in (torch.tensor([-1]), torch.tensor([1 << 40])):
-        with pytest.raises(SparsifyError, match="outside of 0 to 7"):
+        with pytest.raises(SparsifyError, match="a position outside"):
             grad(g, x, wrong)
-    with pytest.raises(FormatError, match="expected equally many tokens"):
+    with pytest.raises(SparsifyError, match="g has 6 tokens, x 5"):
         grad(g, x[:5], None)
-    with pytest.raises(FormatError, match="rows are torch.float32"):
+    with pytest.raises(SparsifyError, match="rows"):
         grad(g, x, torch.tensor([1.0]))
 
 
@@ -440,19 +440,19 @@ def test_training_kernels_refuse_what_does_not_fit() -> None:
         (x.double(), rows, factor),
         (x[0], rows, None),
     ):
-        with pytest.raises(FormatError, match="skinny_products"):
+        with pytest.raises(SparsifyError, match="skinny_products"):
             skinny.skinny_by_kernel(*arguments_of)
     y = torch.randn(64, 32)
     for low, second in ((factor[:8], rows), (factor[:, :3], rows), (factor, rows[:, :31])):
-        with pytest.raises(FormatError, match="update"):
+        with pytest.raises(SparsifyError, match="update"):
             skinny.update_by_kernel(y, low, second)
     index = torch.tensor([0, 5, 32 * 32 - 1])
     for a, b, places in ((x, x[:63], index), (x, x.bfloat16(), index), (x, x, index.float()), (x, x[0], index)):
-        with pytest.raises(FormatError, match="sampled_product"):
+        with pytest.raises(SparsifyError, match="sampled|float32|indices|positions"):
             sampled.sampled_by_kernel(a, b, places)
     weight = torch.zeros(32, 32)
     for values, places in ((torch.ones(2), index), (torch.ones(3).double(), index), (torch.ones(3), index.short())):
-        with pytest.raises(FormatError, match="sparse part"):
+        with pytest.raises(SparsifyError, match="sparse part|positions are"):
             sampled.write_by_kernel(weight, values, places)
 
 

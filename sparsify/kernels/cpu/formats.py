@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from sparsify.errors import SparsifyError
+from sparsify.errors import OperatorError
 from sparsify.kernels.cpu import huge_pages
 
 BLOCK = 64
@@ -32,7 +32,7 @@ VALUE_DTYPES: dict[torch.dtype, str] = {
 }
 
 
-class FormatError(SparsifyError, ValueError):
+class FormatError(OperatorError, ValueError):
     """Packed data is damaged, or a weight cannot be packed; no kernel has seen it."""
 
 

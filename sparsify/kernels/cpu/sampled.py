@@ -18,7 +18,6 @@ from sparsify.errors import OperatorError, PositionError
 from sparsify.kernels.cpu.build import BuildError, load_library
 from sparsify.kernels.cpu.codegen import FLAGS, LANES, TEMPLATES, Isa, exchanges, rotations
 from sparsify.kernels.cpu.dispatch import best_isa, usable_isa
-from sparsify.kernels.cpu.formats import check
 from sparsify.kernels.fallback import note
 from sparsify.kernels.source import strict_environment
 
@@ -80,9 +79,6 @@ def sampled_by_kernel(a: Tensor, b: Tensor, index: Tensor, isa: Isa | None = Non
     library = load_sampled(isa or best_isa(), VALUES[a.dtype])
     if library is None:
         raise BuildError("no C++ compiler found: install g++ or clang++, or set CXX")
-    fits = a.dim() == b.dim() == 2 and a.shape[0] == b.shape[0] and a.dtype == b.dtype
-    check(fits, f"sampled_product: a is {a.dtype} {tuple(a.shape)}, b {b.dtype} {tuple(b.shape)}")
-    check(index.dim() == 1 and index.dtype in (torch.int32, torch.int64), f"sampled_product: index is {index.dtype}")
     a, b, index = (t if t.stride(-1) == 1 else t.contiguous() for t in (a, b, index))
     tokens, p, q = a.shape[0], a.shape[1], b.shape[1]
     out = torch.zeros(index.shape, dtype=torch.float32)
