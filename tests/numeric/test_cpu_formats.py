@@ -256,7 +256,7 @@ def test_inputs_of_any_layout_and_no_tokens() -> None:
             torch.testing.assert_close(layer(value), F.linear(value, packed.unpack()), rtol=1e-5, atol=1e-5)
         assert layer(torch.randn(0, 70)).shape == (0, 20)
         assert layer(torch.randn(70)).shape == (20,)
-        with pytest.raises(ValueError, match=r"70 → 20"):
+        with pytest.raises(ValueError, match="the weight 70 columns"):
             layer(torch.randn(3, 71))
 
 
