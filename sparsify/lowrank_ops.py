@@ -769,8 +769,9 @@ def _quantized_block_gradient(
 
 
 def _backward_quantized(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-    *kept, block, values, channels, index, a, b = ctx.saved_tensors[:9]
-    packed = list(ctx.saved_tensors[9:])
+    saved: Any = ctx.saved_tensors  # asked for once: checkpointing gives each tensor back once
+    *kept, block, values, channels, index, a, b = saved[:9]
+    packed = list(saved[9:])
     need, (of_bias, of_block, of_values, of_a, of_b) = ctx.needs_input_grad, ctx.dtypes
     _, rows, columns, transposed = ctx.meta
     dx = d_block = None
@@ -802,8 +803,9 @@ def _setup_quantized_dx(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
 
 def _backward_quantized_dx(ctx: Any, outer: Tensor) -> tuple[Any, ...]:
     """As of `sparse_lowrank_linear_dx`, with the block's gradient beside."""
-    g, block, values, channels, index, low, a = ctx.saved_tensors[:7]
-    packed = list(ctx.saved_tensors[7:])
+    saved: Any = ctx.saved_tensors
+    g, block, values, channels, index, low, a = saved[:7]
+    packed = list(saved[7:])
     of_block, of_values, of_low, of_a = ctx.dtypes
     _, rows, columns, transposed = ctx.meta
     dg = d_block = None

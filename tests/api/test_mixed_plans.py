@@ -147,8 +147,8 @@ def test_every_part_gets_the_masked_dense_gradient(name):
         kinds.add(kind)
         g = gradient[param]
         if kind == "lora":
-            dw = methods.logical(g, delta.transposed).float()
             a, b = old[param, kind].a, old[param, kind].values
+            dw = methods.logical(g, delta.transposed).to(b.dtype)
             da, db = delta.scale * b.t() @ dw, delta.scale * dw @ a.t()
             torch.testing.assert_close(delta.a - a, -lr * da, rtol=1e-2, atol=1e-6 + 1e-3 * lr * float(da.abs().max()))
             torch.testing.assert_close(

@@ -22,7 +22,8 @@ import sparsify
 from sparsify import S2FT, LoRA, PaCA, Plan, Quantize, RoSA
 
 FAMILIES = ("Llama", "Qwen2", "GPT-2", "GPT-NeoX", "Phi-3", "T5 (gated)", "BERT (classifier)", "ViT", "plain modules")
-PARTS = ("*", "*q_proj", "*attn*", "*mlp*", "*layers.0*", "*.1.*", "*down*", "*out*", "*dense*", "*fc*")
+#: one rule for everything, or one for each of the two layers that every family here has
+PARTS = (("*",), ("*",), ("*.0.*", "*.1.*"))
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,13 @@ def draw(number: int) -> Drawn:
     dice = random.Random(number)
     family = dice.choice(FAMILIES)
     rules: list[Any] = []
-    for _ in range(dice.choice((1, 1, 2, 3))):
-        match = dice.choice(PARTS)
+    structures = ("ffn",) if family == "plain modules" else ("ffn", "attention", "both")
+    for match in dice.choice(PARTS):
         kind = dice.choice(("s2ft", "s2ft", "paca", "rosa", "lora"))
         if kind == "s2ft":
             rules.append(
                 S2FT(
-                    structure=dice.choice(("ffn", "attention", "both")), fraction=dice.choice((0.05, 0.2, 0.5)), match=match,
+                    structure=dice.choice(structures), fraction=dice.choice((0.05, 0.2, 0.5)), match=match,
                     producer_fraction=dice.choice((0.0, 0.0, 0.2)), select=dice.choice(("random", "weight")), permute=dice.random() < 0.8,
                 )
             )  # fmt: skip
@@ -58,7 +59,7 @@ def draw(number: int) -> Drawn:
             rules.append(LoRA(rank=dice.choice((1, 3)), match=match, rslora=dice.random() < 0.3))
     packed = dice.random() < 0.2
     if packed:
-        rules.insert(0, Quantize(format=dice.choice(("nf4", "int8", "int4")), match=dice.choice(("*", "*mlp*"))))
+        rules.insert(0, Quantize(format=dice.choice(("nf4", "int8", "int4")), match=dice.choice(("*", "*.0.*"))))
     train = ("*norm*",) if dice.random() < 0.15 and family != "plain modules" else ()
     dtype = torch.bfloat16 if dice.random() < 0.3 and family != "plain modules" else torch.float32
     return Drawn(family, dtype, Plan(rules, seed=number, train=train), not packed)
