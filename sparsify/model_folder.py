@@ -16,6 +16,7 @@ from typing import Any
 
 from sparsify.cli_rule import reading
 from sparsify.errors import InputError
+from sparsify.files.regular import kind_of
 
 CONFIG, PEFT_CONFIG = "config.json", "adapter_config.json"
 ADAPTER_FILE, SPARSE_FILE = "adapter.safetensors", "model.sparse"
@@ -38,18 +39,6 @@ def regular_file(path: Path, what: str = "file") -> Path:
     if not stat.S_ISREG(mode):
         raise InputError(f"{path}: {kind_of(mode)}, not a {what}")
     return path
-
-
-def kind_of(mode: int) -> str:
-    """What `os.stat` found, in words."""
-    kinds = (
-        (stat.S_ISDIR, "a folder"),
-        (stat.S_ISFIFO, "a FIFO (a pipe)"),
-        (stat.S_ISSOCK, "a socket"),
-        (stat.S_ISCHR, "a device"),
-        (stat.S_ISBLK, "a device"),
-    )
-    return next((words for test, words in kinds if test(mode)), "something else")
 
 
 def check_folder(folder: Path) -> dict[str, Any]:

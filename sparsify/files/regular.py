@@ -18,6 +18,11 @@ KINDS = (
 )
 
 
+def kind_of(mode: int) -> str:
+    """What `os.stat` found in place of a file, in words."""
+    return next((name for test, name in KINDS if test(mode)), "something else")
+
+
 def open_regular(path: str | os.PathLike[str], error: type[SparsifyError] = SparsifyError) -> IO[bytes]:
     """A regular file, open for binary reading. Raises `error`, naming the path, for anything else."""
     from sparsify.files.atomic import shown
@@ -32,8 +37,7 @@ def open_regular(path: str | os.PathLike[str], error: type[SparsifyError] = Spar
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
-        kind = next((name for test, name in KINDS if test(mode)), "something else")
-        raise error(f"{shown(Path(path))} is {kind}, not a file")
+        raise error(f"{shown(Path(path))} is {kind_of(mode)}, not a file")
     return os.fdopen(descriptor, "rb")
 
 
