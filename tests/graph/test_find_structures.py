@@ -57,7 +57,7 @@ def test_family(family: zoo.Family, implementation: str) -> None:
 def test_grouped_query_attention_moves_groups_and_the_heads_inside() -> None:
     attention = of_kind(detect("Llama"), "attention")[0]
     assert text(attention) == (
-        "attention model.layers.0.self_attn: 2 units\n"
+        "attention model.layers.0.self_attn: 2 KV groups of 3 heads\n"
         "  model.layers.0.self_attn.q_proj.weight[axis 0, block 24] q\n"
         "  model.layers.0.self_attn.k_proj.weight[axis 0, block 8] k\n"
         "  model.layers.0.self_attn.v_proj.weight[axis 0, block 8] v\n"
@@ -70,7 +70,7 @@ def test_grouped_query_attention_moves_groups_and_the_heads_inside() -> None:
 
 def test_gated_network_names_its_gate() -> None:
     assert text(of_kind(detect("Llama"), "ffn")[1]) == (
-        "ffn model.layers.1.mlp: 44 units\n"
+        "ffn model.layers.1.mlp: 44 channels\n"
         "  model.layers.1.mlp.gate_proj.weight[axis 0, block 1] gate\n"
         "  model.layers.1.mlp.up_proj.weight[axis 0, block 1] up\n"
         "  model.layers.1.mlp.down_proj.weight[axis 1, block 1] down"

@@ -52,11 +52,14 @@ def test_structures_have_one_line_each(stages: list[Program]) -> None:
 
 def test_lowered_shows_choices_moves_slices_and_operators(stages: list[Program]) -> None:
     text = str(stages[-1])
-    FileCheck().check("chosen: 4").check("of 44 channels: ").check("permuted: 4").check("down_proj.weight[1]").check(
-        "trained: "
-    ).check("down_proj.weight[:, 0:4] f32[36, 4] column block, channels ").run(text)
-    ours = [line for line in text.splitlines() if "sparsify.partial_linear(" in line]
+    FileCheck().check("chosen: 4").check("of 44 channels: ").check("; in place: heads are blocks").check(
+        "permuted: 2"
+    ).check("down_proj.weight[1]").check("trained: ").check(
+        "down_proj.weight[:, 0:4] f32[36, 4] column block, channels "
+    ).run(text)
+    ours = [line for line in text.splitlines() if "sparsify.partial_linear" in line]
     assert len(ours) == len(stages[-1].slices) == 6
+    assert sum("sparsify.partial_linear_at(" in line for line in ours) == sum(bool(s.places) for s in stages[-1].slices)
     assert all(line.startswith("  »") and "  # trains " in line for line in ours)
     FileCheck().check("» ").check("sparsify.partial_linear(%").check("down_proj.weight, None, @").check(
         "down_proj.weight_slice, 0, 1)  # trains 4 input channels [0:4]"
