@@ -62,7 +62,7 @@ def test_grouped_query_attention_moves_groups_and_the_heads_inside() -> None:
         "  model.layers.0.self_attn.k_proj.weight[axis 0, block 8] k\n"
         "  model.layers.0.self_attn.v_proj.weight[axis 0, block 8] v\n"
         "  model.layers.0.self_attn.o_proj.weight[axis 1, block 24] o\n"
-        "  attention model.layers.0.self_attn.heads: 3 units\n"
+        "  attention model.layers.0.self_attn.heads: 3 heads\n"
         "    model.layers.0.self_attn.q_proj.weight[axis 0, block 8, outer 2@24] q\n"
         "    model.layers.0.self_attn.o_proj.weight[axis 1, block 8, outer 2@24] o"
     )
