@@ -285,6 +285,7 @@ def bf16_gradients(host: Any) -> dict[str, Tensor]:
     return {n: (parts[0][n].float() + parts[1][n].float()) / 2 for n in parts[0]}
 
 
+@pytest.mark.slow
 def test_accumulation_clipping_and_precision_are_those_of_one_process():
     with tempfile.TemporaryDirectory() as directory:
         first, second = on_two_ranks(option_worker, directory)
@@ -471,6 +472,7 @@ def mask_worker(rank: int, directory: str) -> None:
     finish(rank, directory, prune_further(host, batch("Mixtral", half(rank))) | {"refusal": refusal})
 
 
+@pytest.mark.slow
 def test_masks_move_on_sharded_weights_and_experts_get_masked_gradients():
     """No operator masks the gradient of packed experts: a hook on the gathered parameter does."""
     with tempfile.TemporaryDirectory() as directory:
@@ -534,7 +536,7 @@ def accelerate_worker(rank: int, directory: str, port: int, efficient: bool) -> 
     finish(rank, directory, found)
 
 
-@pytest.mark.parametrize("efficient", [False, True])
+@pytest.mark.parametrize("efficient", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_accelerate_with_fsdp_version_2_trains_saves_and_resumes(efficient: bool):
     with tempfile.TemporaryDirectory() as directory:
         first, _ = on_two_ranks(accelerate_worker, directory, free_port(), efficient)

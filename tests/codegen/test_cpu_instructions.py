@@ -22,7 +22,7 @@ EXPECTED = {
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="AVX-512 is x86's")
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump (binutils) is not installed")
-@pytest.mark.parametrize("value", EXPECTED)
+@pytest.mark.parametrize("value", [pytest.param(v, marks=[pytest.mark.slow] if v == "bf16" else []) for v in EXPECTED])
 def test_no_expand_waits_for_the_one_before(value: str) -> None:
     """An expand or compress in the zeroing form into a register that others use too makes a chain of them on Zen 4, which took
     6.3 instead of 3.5 cycles per 64 int8 weights; the merging form into a register just zeroed does not. No memory form."""

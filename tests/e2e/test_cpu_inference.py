@@ -177,7 +177,9 @@ def test_a_whole_model_slower_than_dense_comes_back_as_it_was(name: str, monkeyp
         close(host.sparsify.program.run_example(), pruned(**inputs))
 
 
-@pytest.mark.parametrize("name", ["Llama", "BERT (classifier)", "GPT-2"])
+@pytest.mark.parametrize(
+    "name", ["Llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("BERT (classifier)", "GPT-2"))]
+)
 def test_torch_compile_sees_one_graph(name: str) -> None:
     host, pruned, inputs = lowered(name)
     torch._dynamo.reset()

@@ -560,6 +560,7 @@ def trained_by_trainer(folder: Path, **changes: Any) -> nn.Module:
     return student
 
 
+@pytest.mark.slow
 def test_trainer_on_two_ranks_with_accumulation_is_the_full_batch(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(trainer_on_two_ranks, (free_port(), str(tmp_path)), nprocs=2)
     found = torch.load(tmp_path / "student.pt")
