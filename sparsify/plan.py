@@ -449,7 +449,8 @@ class Plan:
     rules: in order; the first that matches a module wins.
     train: globs of further parameters or modules that train in full (a new classification head), saved with adapters.
     seed: of every random choice; the same seed gives the same selection on every rank and machine.
-    check: "numeric" runs the example after every pass, and both controls of every structure, and names what drifted.
+    check: "numeric" runs the example after every pass and lowering, and both controls of every structure that is permuted, and names what
+        drifted.
     target: "auto", "cpu" (generated sparse kernels), "cuda" (generated Triton kernels: packed linears for plans of Prune and
         Quantize rules; training plans use the training kernels). Plain PyTorch is no target of one plan but a setting of the
         process, SPARSIFY_KERNELS=off: operators are shared by all models.
