@@ -342,3 +342,33 @@ def test_hooks_survive_the_way_to_packed_and_back(monkeypatch: pytest.MonkeyPatc
     assert report.whole.slower
     model(x)
     assert calls == [1]
+
+
+@pytest.mark.parametrize("own", ["stands still", "ticks", "runs"])
+def test_no_measured_time_is_zero_and_a_coarse_thread_clock_is_not_believed(
+    own: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some kernels advance a thread's clock once a tick, so that a short call seemed to take no time."""
+    now = 0.0
+
+    def wall() -> float:
+        nonlocal now
+        now += 1e-6
+        return now
+
+    def thread() -> float:
+        return {"stands still": 0.0, "ticks": now // 4e-3 * 4e-3, "runs": now / 2}[own]
+
+    def call() -> None:
+        nonlocal now
+        now += 1e-3
+
+    monkeypatch.setattr(tune.time, "perf_counter", wall)
+    monkeypatch.setattr(tune.time, "thread_time", thread)
+    tune.thread_clock_step.cache_clear()
+    try:
+        found = [tune.seconds_of(call) for _ in range(9)]
+    finally:
+        tune.thread_clock_step.cache_clear()
+    assert all(1e-3 / 3 < s < 1.1e-3 for s in found), found
+    assert all(s < 0.6e-3 for s in found) == (own == "runs")

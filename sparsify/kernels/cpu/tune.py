@@ -26,6 +26,8 @@ LARGEST_TABLE = 16 << 20  # bytes
 LONGEST = 1e5  # seconds of anything that was measured
 AGREEMENT = 1.1  # two rounds within this ratio make a smallest time steady
 PRESENCE = 0.8  # share of the time that the measuring thread must have had a processor
+SHORTEST = 1e-9  # seconds that a measured call is taken to last at least: clocks may stand still
+COARSE = 1e-5  # a thread's clock with longer steps says nothing about one call
 IMPROVEMENT = 0.8  # a contestant that takes less than this share of its recorded time was recorded under load
 tune_lock = threading.Lock()
 tuned: dict[str, Any] | None = None
@@ -145,14 +147,31 @@ def time_in_turn(calls: Mapping[str, Callable[[], Any]], budget: float = 0.25) -
         rounds += 1
         spent = time.perf_counter() - start
         steady = all(sorted(s)[1] <= AGREEMENT * min(s) for s in samples.values())
-        if spent > 0.01:  # others took the processor away: agreeing times may all be wrong
+        if (
+            spent > 0.01 and thread_clock_step() <= COARSE
+        ):  # others took the processor away: agreeing times may all be wrong
             steady &= time.thread_time() - own > PRESENCE * spent
         if rounds >= 3 and (rounds >= 60 or spent > (1 if steady else 4) * budget):
             return Timing({name: min(s) for name, s in samples.items()}, steady)
 
 
 def seconds_of(call: Callable[[], Any]) -> float:
-    """Wall seconds of a call, without those in which the calling thread had to wait for a processor."""
+    """Wall seconds of a call, without those in which the calling thread had to wait for a processor; never 0."""
     start, own = time.perf_counter(), time.thread_time()
     call()
-    return min(time.perf_counter() - start, time.thread_time() - own)
+    wall, own = time.perf_counter() - start, time.thread_time() - own
+    return max(SHORTEST, min(wall, own) if own > 0 and thread_clock_step() <= COARSE else wall)
+
+
+@lru_cache(maxsize=1)
+def thread_clock_step() -> float:
+    """Seconds between two readings of the thread's own clock: some kernels and sandboxes advance it once a tick."""
+    steps: list[float] = []
+    until = time.perf_counter() + 0.05
+    last = time.thread_time()
+    while len(steps) < 16 and time.perf_counter() < until:
+        now = time.thread_time()
+        if now > last:
+            steps.append(now - last)
+            last = now
+    return min(steps, default=math.inf)
