@@ -3,7 +3,7 @@
 transformers: every class of the automatic mappings (causal, masked, sequence-to-sequence, classification of text, images and sound,
 vision–language), its configuration shrunk by the names of its fields. A class that does not build or run by itself on such a
 configuration is no architecture here: what is counted is what transformers itself can run.
-Others where they are installed: diffusers, x-transformers, sentence-transformers' wrapper; and plain modules.
+Others where they are installed: timm, torchvision, diffusers, x-transformers; and plain modules.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -252,6 +254,76 @@ def optional_architectures() -> Iterator[Architecture]:
         yield Architecture("DiT (diffusers)", "image", "diffusers", dit)
 
 
+TIMM = {
+    "vit_tiny_patch16_224": {"depth": 2, "embed_dim": 48, "num_heads": 4},
+    "deit3_small_patch16_224": {"depth": 2, "embed_dim": 48, "num_heads": 4},
+    "beit_base_patch16_224": {"depth": 2, "embed_dim": 48, "num_heads": 4},
+    "eva02_tiny_patch14_224": {"img_size": 28, "depth": 2, "embed_dim": 48, "num_heads": 4},
+    "swin_tiny_patch4_window7_224": {"window_size": 4, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4)},
+    "cait_xxs24_224": {"depth": 2, "embed_dim": 48, "num_heads": 4, "depth_token_only": 1},
+    "xcit_nano_12_p16_224": {"depth": 2, "embed_dim": 48, "num_heads": 4},
+    "mixer_s16_224": {},
+    "resmlp_12_224": {},
+    "gmlp_s16_224": {},
+}
+
+
+def timm_architectures() -> Iterator[Architecture]:
+    with contextlib.suppress(ImportError, RuntimeError):
+        need_torchvision()
+        timm: Any = importlib.import_module("timm")
+
+        def model_of(name: str, options: dict[str, Any]) -> Callable[[], tuple[nn.Module, dict[str, Any]]]:
+            def build() -> tuple[nn.Module, dict[str, Any]]:
+                torch.manual_seed(0)
+                size = options.get("img_size", 32)
+                model = timm.create_model(name, num_classes=5, **{"img_size": size, **options})
+                with torch.no_grad():  # some heads and layer scales begin at zero, and so would every gradient
+                    for parameter in model.parameters():
+                        parameter.add_(0.02 * torch.randn_like(parameter))
+                return model.eval(), {"": torch.randn(2, 3, size, size)}
+
+            return build
+
+        for name, options in TIMM.items():
+            yield Architecture(f"{name.partition('_patch')[0]} (timm)", "image", "timm", model_of(name, options))
+
+
+def torchvision_architectures() -> Iterator[Architecture]:
+    with contextlib.suppress(ImportError, RuntimeError):
+        models: Any = need_torchvision().models
+
+        def model_of(make: Callable[[], nn.Module]) -> Callable[[], tuple[nn.Module, dict[str, Any]]]:
+            def build() -> tuple[nn.Module, dict[str, Any]]:
+                torch.manual_seed(0)
+                return make().eval(), {"": torch.randn(2, 3, 32, 32)}
+
+            return build
+
+        for name, make in {
+            "VisionTransformer": lambda: models.VisionTransformer(32, 8, 2, 4, 48, 96, num_classes=5),
+            "SwinTransformer": lambda: models.SwinTransformer([4, 4], 24, [2, 2], [2, 4], [4, 4], num_classes=5),
+            "MobileNetV3 small": lambda: models.mobilenet_v3_small(num_classes=5),
+        }.items():
+            yield Architecture(f"{name} (torchvision)", "image", "torchvision", model_of(make))
+
+
+def need_torchvision() -> Any:
+    """torchvision; where its wheel's compiled operators do not load (no CUDA), with empty ones in their place: no model here
+    calls one, but the import registers shapes for them."""
+    for _ in range(40):
+        try:
+            return importlib.import_module("torchvision")
+        except RuntimeError as error:
+            missing = re.search(r"operator (torchvision::\w+) does not exist", str(error))
+            if missing is None:
+                raise
+            torch.library.define(missing[1], "(Tensor x) -> Tensor")
+            for name in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]:
+                del sys.modules[name]
+    raise ImportError("torchvision")
+
+
 def zoo_architectures() -> Iterator[Architecture]:
     """The families of `tests/zoo.py`, whose configurations were written by hand."""
     import zoo
@@ -273,5 +345,7 @@ def architectures(kinds: tuple[str, ...] = tuple(MAPPINGS)) -> Iterator[Architec
     warnings.filterwarnings("ignore")
     yield from plain_architectures()
     yield from optional_architectures()
+    yield from timm_architectures()
+    yield from torchvision_architectures()
     yield from zoo_architectures()
     yield from transformers_architectures(kinds)

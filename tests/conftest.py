@@ -12,8 +12,10 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from trace_cache import ProofCache, TraceCache
 
-from sparsify.passes import axes
+from sparsify import capture
+from sparsify.passes import axes, prove_units
 
 settings.register_profile(
     "sparsify",
@@ -30,3 +32,14 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(1234)
+
+
+traces, proofs = TraceCache(), ProofCache()
+
+
+@pytest.fixture(autouse=True)
+def _traces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models that are built alike are traced once, except in tests of the tracer."""
+    if "fresh_trace" not in request.keywords:
+        monkeypatch.setattr(capture, "trace", traces)
+        monkeypatch.setattr(prove_units, "why_not_everywhere", proofs)

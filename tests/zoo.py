@@ -6,6 +6,8 @@ Sizes are ragged and pairwise different wherever a family allows it, so that no 
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -447,7 +449,21 @@ FAMILIES: tuple[Family, ...] = (
 
 
 def build(family: Family, implementation: str = "sdpa", seed: int = 0) -> tuple[nn.Module, Example]:
-    """A random model of the family in eval mode, with an example input."""
+    """A random model of the family in eval mode, with an example input; the generator stands as after a new one was made."""
+    if family not in FAMILIES:
+        return make(family, implementation, seed)
+    model, inputs, state = built(family.name, implementation, seed)
+    torch.set_rng_state(state)
+    return copy.deepcopy((model, inputs))
+
+
+@functools.lru_cache(maxsize=256)
+def built(name: str, implementation: str, seed: int) -> tuple[nn.Module, Example, torch.Tensor]:
+    family = next(f for f in FAMILIES if f.name == name)
+    return (*make(family, implementation, seed), torch.get_rng_state())
+
+
+def make(family: Family, implementation: str, seed: int) -> tuple[nn.Module, Example]:
     import transformers
 
     torch.manual_seed(seed)

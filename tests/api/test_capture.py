@@ -16,6 +16,8 @@ from sparsify import S2FT, CaptureError
 from sparsify.capture import capture, dummy_inputs, example_inputs
 from sparsify.program import Stage
 
+pytestmark = pytest.mark.fresh_trace
+
 NO_EXAMPLE = [f.name for f in zoo.FAMILIES if f.named and zoo.available(f) and f.inputs != "audio"]
 
 

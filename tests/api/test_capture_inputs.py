@@ -17,6 +17,8 @@ import sparsify
 from sparsify import S2FT, CaptureError, LoRA, Plan, Prune
 from sparsify.capture import capture, dummy_inputs, example_inputs
 
+pytestmark = pytest.mark.fresh_trace
+
 
 class Ffn(nn.Module):
     def __init__(self) -> None:

@@ -536,7 +536,8 @@ def accelerate_worker(rank: int, directory: str, port: int, efficient: bool) -> 
     finish(rank, directory, found)
 
 
-@pytest.mark.parametrize("efficient", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("efficient", [False, True])
 def test_accelerate_with_fsdp_version_2_trains_saves_and_resumes(efficient: bool):
     with tempfile.TemporaryDirectory() as directory:
         first, _ = on_two_ranks(accelerate_worker, directory, free_port(), efficient)

@@ -22,6 +22,8 @@ import sparsify
 from sparsify import S2FT, CaptureError, LoRA, PaCA, Plan, Prune, Quantize, RoSA
 from sparsify.module_tree import copy_module_tree
 
+pytestmark = pytest.mark.fresh_trace
+
 PLANS = [
     Plan([LoRA(rank=2)]),
     Plan([S2FT(fraction=0.3)]),

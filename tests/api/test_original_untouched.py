@@ -20,6 +20,8 @@ from sparsify import S2FT, CaptureError, LoRA, Plan
 from sparsify.capture import capture
 from sparsify.lowering.exported import export_for_inference
 
+pytestmark = pytest.mark.fresh_trace
+
 TABLE: dict[int, Tensor] = {}
 LATEST: Tensor | None = None
 

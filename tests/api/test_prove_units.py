@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import sparsify
 from sparsify import S2FT, PaCA, Plan
 
+pytestmark = pytest.mark.fresh_trace
+
 WIDTH, HIDDEN = 12, 20
 
 
