@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import fx, nn
@@ -23,6 +23,9 @@ from sparsify.errors import Refusal, SparsifyError
 from sparsify.names import LONGEST, identifier, is_safe
 from sparsify.permutation import Permutation
 from sparsify.structure import Declined, Structure
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 
 class Stage(enum.IntEnum):
@@ -382,6 +385,16 @@ class Program:
     def run_example(self) -> Any:
         args, kwargs = self.example
         return self(*args, **kwargs)
+
+    def coupling(self, *, declined: bool = False) -> nx.Graph:
+        """Structures and the tensors that they run through as a bipartite `networkx.Graph`, with the sites on the edges.
+
+        Nodes are `("structure", name)` and `("tensor", name)`; see `sparsify.coupling.coupling_graph` for their attributes (tied and
+        shared tensors, conflicts). A connected component moves together. declined: also what detection declined, with its reason.
+        """
+        from sparsify.coupling import coupling_graph
+
+        return coupling_graph(self, declined=declined)
 
     def __str__(self) -> str:
         from sparsify.printer import print_program
