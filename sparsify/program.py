@@ -397,15 +397,26 @@ class Program:
         return coupling_graph(self, declined=declined)
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, *, fold: bool = True, noise: bool = False, ids: int = 8) -> str:
+        """The program as text (`sparsify.printer`).
+
+        fold: equal layers once, with "× 30" and what differs between them; False prints every layer.
+        noise: also operations that compute nothing. ids: at most so many ids of a selection are spelled out.
+        """
         from sparsify.printer import print_program
 
-        return print_program(self)
+        return print_program(self, fold=fold, noise=noise, ids=ids)
 
-    def svg(self, path: str | None = None) -> str:
-        """Draw structures, permuted sites and trainable slices; returns the SVG text, and writes it to `path`."""
+    def svg(self, path: str | None = None, *, fold: bool = True) -> str:
+        """Draw structures, permuted sites and trainable slices; returns the SVG text, and writes it to `path`.
+
+        fold: equal layers as one row, with "× 30" and a strip for each of the others; False draws a row for every layer.
+        """
         from sparsify.drawing import draw_program
 
-        return draw_program(self, path)
+        return draw_program(self, path, fold=fold)
 
 
 def through_transpose(node: Any) -> tuple[Any, bool]:
