@@ -7,6 +7,9 @@
 What is drawn is read off the moves and slices themselves, not off what a pass says it did: the shade of a cell is the
 place that its unit had in the original model (a smooth ramp means that nothing moved), colour means that it trains.
 Hovering shows original unit ids and sites; what was declined stands greyed in its place, with the reason on hover.
+
+Layers of one stack that look alike are one row and "× 30". Where they train different units, the row has a strip for each layer
+below it, with the units at their places in the original model.
 """
 
 from __future__ import annotations
@@ -24,11 +27,13 @@ from sparsify.files.atomic import write_text as write_atomically
 from sparsify.names import printable as without_controls
 from sparsify.printer import ids_text, lowrank_text, slice_text
 from sparsify.program import Program, TrainedSlice
+from sparsify.repeats import FEWEST, layer_of, numbers_text, replace_layer
 from sparsify.structure import Declined, Site, Structure
 
 LABEL, GAP, MARGIN = 150, 26, 28
 BOX, BAR, CHIP = 16, 16, 13
 ROW = 58
+STRIP = 5
 WIDTHS = {"attention": 340, "ffn": 400, "other": 260}
 MAX_BINS = 48
 
@@ -100,9 +105,12 @@ class View:
         return [place in on for place in self._places(site, nested).tolist()]
 
 
-def draw_program(program: Program, path: str | os.PathLike[str] | None = None) -> str:
-    """Draw `program` as SVG text; with `path` it is also written there (whole or not at all)."""
-    text = without_controls("\n".join(_document(program)), keep="\n")
+def draw_program(program: Program, path: str | os.PathLike[str] | None = None, *, fold: bool = True) -> str:
+    """Draw `program` as SVG text; with `path` it is also written there (whole or not at all).
+
+    fold: layers that look alike as one row; False draws a row for every layer.
+    """
+    text = without_controls("\n".join(_document(program, fold)), keep="\n")
     if path is not None:
         write_atomically(path, text)
     return text
@@ -144,18 +152,19 @@ def shared_parts(names: list[str]) -> int:
     return count
 
 
-def _document(program: Program) -> list[str]:
+def _document(program: Program, fold: bool) -> list[str]:
     slices: dict[tuple[str, int], list[TrainedSlice]] = defaultdict(list)
     for piece in program.slices:
         slices[piece.param, piece.axis].append(piece)
     rows: dict[str, list[Structure | Declined]] = defaultdict(list)
     for item in (*program.structures, *program.declined):
         rows[split_layer(item.name)[0]].append(item)
+    bands = _bands(program, rows, slices, fold)
     columns = _columns(rows)
     body_width = sum(width for _, width in columns) + GAP * max(0, len(columns) - 1)
     width = max(MARGIN * 2 + LABEL + body_width, 940)
     top = 154
-    height = top + max(1, len(rows)) * ROW + MARGIN
+    height = top + max(ROW, sum(band.height for band in bands)) + MARGIN
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         'font-family="ui-sans-serif, system-ui, Helvetica, Arial, sans-serif" font-size="11">',
@@ -177,21 +186,106 @@ def _document(program: Program) -> list[str]:
         lines.append(
             _text(MARGIN, top + 20, "no structures yet: the program is captured, and detection has not run", SOFT, 13)
         )
-    for number, (row, items) in enumerate(rows.items()):
-        y = top + number * ROW
+    y = top
+    for number, band in enumerate(bands):
         if number % 2 == 0:
-            lines.append(
-                f'<rect x="{MARGIN - 12}" y="{y - 6}" width="{width - 2 * MARGIN + 24}" height="{ROW}" fill="#f7f9fb"/>'
-            )
-        lines.append(_label(row, prefix, y))
-        for key, item in zip(_keys(items), items, strict=True):
+            place = f'x="{MARGIN - 12}" y="{y - 6}" width="{width - 2 * MARGIN + 24}" height="{band.height}"'
+            lines.append(f'<rect {place} fill="#f7f9fb"/>')
+        lines.append(_label(band, prefix, y))
+        items = rows[band.rows[0]]
+        for at, (key, item) in enumerate(zip(_keys(items), items, strict=True)):
             x, column_width = xs[key]
             if isinstance(item, Declined):
                 lines += _declined(item, x, y, column_width)
-            else:
-                lines += _structure(program, item, slices, x, y, column_width)
+                continue
+            lines += _structure(program, item, slices, x, y, column_width)
+            for strip, row in enumerate(band.rows if band.strips else ()):
+                other = rows[row][at]
+                assert isinstance(other, Structure)
+                lines.append(_strip(View(program, other, slices), x, y + ROW - 8 + strip * STRIP, column_width))
+        y += band.height
     lines.append("</svg>")
     return lines
+
+
+@dataclass(frozen=True)
+class Band:
+    """One drawn row, which stands for all of `rows`. strips: they train different units, so that each has a strip."""
+
+    rows: tuple[str, ...]
+    strips: bool = False
+
+    @property
+    def height(self) -> int:
+        return ROW + (len(self.rows) * STRIP + 4 if self.strips else 0)
+
+
+def _bands(
+    program: Program,
+    rows: dict[str, list[Structure | Declined]],
+    slices: dict[tuple[str, int], list[TrainedSlice]],
+    fold: bool,
+) -> list[Band]:
+    """Rows in order, those of one stack that look alike joined at the place of the first."""
+    groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for row, items in rows.items():
+        layer = layer_of(row)
+        groups[(row,) if layer is None or not fold else _look(program, row, items)].append(row)
+    order = {row: number for number, row in enumerate(rows)}
+    bands = []
+    for members in groups.values():
+        if len(members) < FEWEST:
+            bands += [Band((row,)) for row in members]
+            continue
+        units = {tuple(_trained_units(program, item, slices) for item in rows[row]) for row in members}
+        bands.append(Band(tuple(members), strips=len(units) > 1))
+    return sorted(bands, key=lambda band: order[band.rows[0]])
+
+
+def _look(program: Program, row: str, items: list[Structure | Declined]) -> tuple[str, ...]:
+    """Everything that a row shows but for its number and which units train: equal for layers that look alike."""
+    stack, index = layer_of(row) or ("", 0)
+    moved = {(m.param, m.axis) for m in program.moves}
+    texts = [stack]
+    for item in items:
+        if isinstance(item, Declined):
+            texts.append("\n".join((str(item), *map(str, item.sites))))
+            continue
+        sites = (f"{s} {(s.param, s.axis) in moved} {_extras(program, s.param)}" for s in item.sites)
+        words = _trained_words(program, item, _slices_of(program, item))
+        texts.append("\n".join((str(item), words, *sites)))
+    return tuple(replace_layer(text, stack, index, "{}") for text in texts)
+
+
+def _trained_units(
+    program: Program, item: Structure | Declined, slices: dict[tuple[str, int], list[TrainedSlice]]
+) -> tuple[tuple[int, bool, bool], ...]:
+    """(original place, of O or Down, of V or Up) of the units of a structure that train."""
+    if isinstance(item, Declined):
+        return ()
+    cells = View(program, item, slices).cells
+    return tuple((c.original, c.consumer, c.producer) for c in cells if c.consumer or c.producer)
+
+
+def _slices_of(program: Program, structure: Structure) -> list[TrainedSlice]:
+    places = {(site.param, site.axis) for site in structure.sites}
+    return [s for s in program.slices if (s.param, s.axis) in places]
+
+
+def _strip(view: View, x: float, y: float, width: int) -> str:
+    """The units of one layer of a band, at their places in the original model, those that train in colour."""
+    cells = sorted(view.cells, key=lambda cell: cell.original)
+    on = [cell.original for cell in cells if cell.consumer or cell.producer]
+    title = (
+        f"{view.structure.name}: original {view.structure.inner_unit}s {ids_text(on, 40)}" if on else "nothing trains"
+    )
+    parts = [f'<rect x="{x}" y="{y}" width="{width}" height="{STRIP - 1}" fill="{FAINT}"/>']
+    for low, high, consumer, producer in _runs(cells):
+        left, right = x + width * low / len(cells), x + width * high / len(cells)
+        shape = f'x="{left:.1f}" width="{max(right - left, 2):.1f}" y="{y}"'
+        parts += [f'<rect {shape} height="{STRIP - 1}" fill="{CONSUMER}"/>'] if consumer else []
+        parts += [f'<rect {shape} height="{2 if consumer else STRIP - 1}" fill="{PRODUCER}"/>'] if producer else []
+    return f'<g class="strip"><title>{escape(title)}</title>{"".join(parts)}</g>'
 
 
 def _keys(items: list[Structure | Declined]) -> list[tuple[str, int]]:
@@ -385,7 +479,7 @@ def _chips(program: Program, structure: Structure, x: float, y: float, width: in
     """One small box per site, filled when its tensor was reordered; then what trains, in words."""
     moved = {(m.param, m.axis) for m in program.moves}
     lines, left = [], x
-    trained = [s for s in program.slices if any((s.param, s.axis) == (t.param, t.axis) for t in structure.sites)]
+    trained = _slices_of(program, structure)
     words = _trained_words(program, structure, trained)
     room = x + width - 5.4 * len(words) - 4
     for number, site in enumerate(structure.sites):
@@ -449,12 +543,21 @@ def _declined(item: Declined, x: float, y: float, width: int) -> list[str]:
     ]
 
 
-def _label(row: str, prefix: int, y: float) -> str:
-    """Name of a row without what all rows share, but at least its last two parts."""
+def _label(band: Band, prefix: int, y: float) -> str:
+    """Name of a row without what all rows share, but at least its last two parts; of a band with all its numbers."""
+    row = band.rows[0]
     parts = row.split(".")
     name = ".".join(parts[min(prefix, max(0, len(parts) - 2)) :])
+    title, times = row, ""
+    if len(band.rows) > 1:
+        indices = f"{{{numbers_text(int(r.rpartition('.')[2]) for r in band.rows)}}}"
+        name, title = (
+            f"{name.rpartition('.')[0]}.{indices}".lstrip("."),
+            f"{row.rpartition('.')[0]}.{indices}".lstrip("."),
+        )
+        times = _text(MARGIN, y + 27, f"× {len(band.rows)}", INK, 12)
     short = name if len(name) <= 22 else f"…{name[-21:]}"
-    return f"<g><title>{escape(row)}</title>{_text(MARGIN, y + 12, short, INK, 12, bold=True)}</g>"
+    return f"<g><title>{escape(title)}</title>{_text(MARGIN, y + 12, short, INK, 12, bold=True)}{times}</g>"
 
 
 def _heading(kind: str, leaves: set[str]) -> str:

@@ -27,6 +27,7 @@ from torch import fx
 from sparsify.console import one_line
 from sparsify.names import printable as without_controls
 from sparsify.program import Packed, Program, SparseLowRank, TrainedSlice
+from sparsify.repeats import OWN, Block, Line, Run, find_runs, fold_lines, numbers_text, replace_layer, split_blocks
 from sparsify.sharded import class_name
 from sparsify.structure import Site, Structure
 
@@ -53,23 +54,33 @@ _DTYPES = {
 }
 
 
-def print_program(program: Program, *, noise: bool = False, ids: int = 8) -> str:
+def print_program(program: Program, *, fold: bool = True, noise: bool = False, ids: int = 8) -> str:
     """The program as text; works at every stage.
 
+    fold: layers that are equal stand there once, with "× 30" and what differs between them (`sparsify.repeats`); False prints all.
     noise: also print operations that compute nothing (`NOISE`) and storage keywords. Their number is always printed.
     ids: at most this many unit or channel ids of a selection are spelled out.
     """
     lines = [f"program {one_line(class_name(program.host))}, stage {program.stage.name}"]
     lines += _section("history:", program.history)
-    lines += _structures(program)
-    lines += _section(f"declined: {len(program.declined)}", (str(d) for d in program.declined))
-    lines += _section(f"refused: {len(program.refusals)}", (str(r) for r in program.refusals))
-    lines += _choices(program, ids)
-    lines += _permuted(program, ids)
-    lines += _trained(program, ids)
-    lines += _section(f"sparse and low-rank: {len(program.lowranks)}", (lowrank_text(p) for p in program.lowranks))
-    lines += _section(f"quantised: {len(program.packings)}", (packed_text(p) for p in program.packings))
-    lines += _graph(program, noise)
+    lines += _section(_structures_title(program), map(structure_text, program.structures), fold)
+    lines += _section(
+        f"declined: {len(program.declined)}", (Line.about(d.name, str(d)) for d in program.declined), fold
+    )
+    lines += _section(
+        f"refused: {len(program.refusals)}", (Line.about(r.where, str(r)) for r in program.refusals), fold
+    )
+    chosen = _choices(program, ids)
+    lines += _section(f"chosen: {len(chosen)}", chosen, fold)
+    permuted = _permuted(program, ids)
+    lines += _section(f"permuted: {len(permuted)}, {len(program.moves)} moves", permuted, fold)
+    lines += _section(f"pruned: {len(program.pruned)}", (pruned_line(p) for p in program.pruned), fold)
+    title, trained = _trained(program, ids)
+    lines += _section(title, trained, fold)
+    lowranks = (Line.about(p.param, lowrank_text(p)) for p in program.lowranks)
+    lines += _section(f"sparse and low-rank: {len(program.lowranks)}", lowranks, fold)
+    lines += _section(f"quantised: {len(program.packings)}", map(packed_text, program.packings), fold)
+    lines += GraphText(program, noise, fold).lines()
     return "\n".join(without_controls(line) for line in lines)
 
 
@@ -120,10 +131,17 @@ def lowrank_text(part: SparseLowRank) -> str:
     return text
 
 
-def packed_text(packed: Packed) -> str:
+def packed_text(packed: Packed) -> Line:
     """`@w nf4, 590,000 → 160,000 bytes, error 0.080`."""
     size = f"{packed.dense_bytes:,} → {packed.packed_bytes:,} bytes"
-    return f"@{packed.param} {packed.format}, {size}, error {packed.error:.3f}"
+    return Line.about(packed.param, f"@{packed.param} {packed.format}, {size}, error ", f"{packed.error:.3f}")
+
+
+def pruned_line(pruned: Any, before: str = "@") -> Line:
+    """`@w: 75.0% unstructured, sparsegpt, error 1.20e-02`: what pruning says of one weight (`program.pruned`)."""
+    kind, note = f" {pruned.pattern}, {pruned.method}, error ", f" ({pruned.note})" if pruned.note else ""
+    head, error = f"{before}{pruned.name}: ", f"{pruned.error:.2e}"
+    return Line.about(pruned.name, head, f"{pruned.sparsity:.1%}", kind, error, note)
 
 
 def site_text(site: Site, prefix: str = "") -> str:
@@ -142,46 +160,53 @@ def short_name(name: str, prefix: str) -> str:
     return name.removeprefix(f"{prefix}.") if prefix else name
 
 
-def _section(title: str, lines: Iterable[str]) -> list[str]:
+def _section(title: str, lines: Iterable[str], fold: bool = False) -> list[str]:
     """An indented block, or nothing at all when it would be empty."""
-    body = [f"  {one_line(line)}" for line in lines]
-    return [title, *body] if body else []
+    body = fold_lines(list(lines)) if fold else list(lines)
+    return [title, *(f"  {line}" for line in map(_keep_indent, body))] if body else []
 
 
-def _structures(program: Program) -> list[str]:
-    if not program.structures:
-        return []
+def _keep_indent(line: str) -> str:
+    """One line, with the spaces in front that say what it belongs to."""
+    text = line.lstrip(" ")
+    return line[: len(line) - len(text)] + one_line(text)
+
+
+def _structures_title(program: Program) -> str:
     kinds = Counter(s.kind for s in program.structures)
-    title = f"structures: {len(program.structures)} ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})"
-    return _section(title, (structure_text(s) for s in program.structures))
+    return f"structures: {len(program.structures)} ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})"
 
 
-def structure_text(structure: Structure) -> str:
+def structure_text(structure: Structure) -> Line:
     """One line: kind, name, units, then every site with its role."""
     sites = " | ".join(f"{s.role} {site_text(s, structure.name)}" for s in structure.sites)
-    return f"{structure.kind} {structure.name}: {structure.size_text()} | {sites}"
+    return Line.about(structure.name, f"{structure.kind} {structure.name}: {structure.size_text()} | {sites}")
 
 
 def _choices(program: Program, ids: int) -> list[str]:
     units = {s.name: s for s in program.structures}
 
-    def line(choice: Any) -> str:
+    def line(choice: Any) -> Line:
         structure = units.get(choice.structure)
         sides = (choice.consumers, choice.producers)
         counts = structure.chosen_text(*map(len, sides)) if structure else ("", "")
-        parts = [
-            f"{count or len(side)}: {ids_text(side, ids)}" for count, side in zip(counts, sides, strict=True) if side
-        ]
-        place = f"; in place: {choice.in_place}" if choice.in_place else ""
-        return f"{choice.structure} by rule {choice.rule} ({choice.method}), {'; '.join(parts) or 'nothing'}{place}"
+        pieces = [f"{choice.structure} by rule {choice.rule} ({choice.method}), "]
+        for count, side in zip(counts, sides, strict=True):
+            if side:
+                pieces[-1] += f"{'; ' if len(pieces) > 1 else ''}{count or len(side)}: "
+                pieces += [ids_text(side, ids), ""]
+        pieces[-1] += "nothing" if len(pieces) == 1 else ""
+        pieces[-1] += f"; in place: {choice.in_place}" if choice.in_place else ""
+        return Line.about(choice.structure, *pieces)
 
-    lines = [line(c) for c in program.choices]
+    lines: list[str] = [line(c) for c in program.choices]
     for choice in program.channel_choices:
         first, *others = choice.params
         shared = f" and {len(others)} more that share its input" if others else ""
-        which = f"{len(choice.channels)} channels: {ids_text(choice.channels, ids)}"
-        lines.append(f"{first}{shared} by rule {choice.rule} ({choice.method}), {which}")
-    return _section(f"chosen: {len(lines)}", lines)
+        which = f"{len(choice.channels)} channels: "
+        head = f"{first}{shared} by rule {choice.rule} ({choice.method}), {which}"
+        lines.append(Line.about(first, head, ids_text(choice.channels, ids)))
+    return lines
 
 
 def _permuted(program: Program, ids: int) -> list[str]:
@@ -197,52 +222,122 @@ def _permuted(program: Program, ids: int) -> list[str]:
         known = moved.setdefault(owner, [])
         if text not in known:
             known.append(text)
-    lines = []
+    lines: list[str] = []
     for name in dict.fromkeys([*program.permutations, *moved]):
-        order = ""
+        pieces = [name or "(no structure)"]
         if name in program.permutations:
             outer, inner = program.permutations[name]
-            order = f": order {ids_text(outer.orders[0], ids)}"
+            order = ids_text(outer.orders[0], ids)
             if inner is not None and not inner.is_identity():
                 order += f"; inside the groups {ids_text(inner.orders[0], ids)}"
                 order += f" and {len(inner.orders) - 1} more orders" if len(inner.orders) > 1 else ""
-        where = f" | moved {', '.join(moved[name])}" if name in moved else " | nothing moved"
-        lines.append(f"{name or '(no structure)'}{order}{where}")
-    return _section(f"permuted: {len(lines)}, {len(program.moves)} moves", lines)
+            pieces = [f"{pieces[0]}: order ", order, ""]
+        pieces[-1] += f" | moved {', '.join(moved[name])}" if name in moved else " | nothing moved"
+        lines.append(Line.about(name, *pieces))
+    return lines
 
 
-def _trained(program: Program, ids: int) -> list[str]:
+def _trained(program: Program, ids: int) -> tuple[str, list[Line]]:
     lines, total = [], 0
     for trained in program.slices:
         tensor, block = program.tensor(trained.param), program.tensor(trained.block_name)
         total += block.numel()
-        where = f"@{slice_text(trained, tensor.dim())} {tensor_text(block)}"
-        lines.append(f"{where} {trained.side} block, channels {ids_text(trained.channels, ids)}")
+        place = range_text(trained)
+        before, after = f"@{slice_text(trained, tensor.dim())}".rsplit(place, 1)
+        kind = f"{after} {tensor_text(block)} {trained.side} block, channels "
+        lines.append(Line.about(trained.param, before, place, kind, ids_text(trained.channels, ids)))
     count = f"{len(lines)} slice{'s' if len(lines) != 1 else ''}"
-    return _section(f"trained: {count}, {total:,} parameters", lines)
+    return f"trained: {count}, {total:,} parameters", lines
 
 
-def _graph(program: Program, noise: bool) -> list[str]:
-    tensors = program.tensor_names
-    users = [n for n in program.graph.nodes if n.op == "placeholder" and n.name not in tensors]
-    header = ", ".join(f"%{n.name}: {tensor_text(n.meta.get('val'))}" for n in users)
-    lines = [f"graph({header}):"]
-    notes = _notes(program)
-    hidden, place = 0, ""
-    for node in program.graph.nodes:
-        if node.op == "placeholder":
-            continue
-        if not noise and op_name(node).rpartition(".")[2] in NOISE:
-            hidden += 1
-            continue
-        here = _module_of(node)
-        if here != place and node.op != "output":
+class GraphText:
+    """The operations of a program as lines, runs of equal layers folded."""
+
+    def __init__(self, program: Program, noise: bool, fold: bool) -> None:
+        self.program, self.noise, self.fold = program, noise, fold
+        self.tensors = program.tensor_names
+        self.notes = _notes(program)
+        self.place = ""
+        self.peers: dict[
+            fx.Node, list[fx.Node]
+        ] = {}  # of the layer that is printed: the same operation in the layers that are not
+
+    def lines(self) -> list[str]:
+        nodes = [n for n in self.program.graph.nodes if n.op != "placeholder"]
+        users = [n for n in self.program.graph.nodes if n.op == "placeholder" and n.name not in self.tensors]
+        header = ", ".join(f"%{n.name}: {tensor_text(n.meta.get('val'))}" for n in users)
+        shown = [n for n in nodes if self.noise or op_name(n).rpartition(".")[2] not in NOISE]
+        self.shown = frozenset(shown)
+        lines = [f"graph({header}):", *self.operations(shown, 0 if self.fold else None)]
+        return [*lines, f"    # {len(nodes) - len(shown)} assertions not shown"] if len(shown) < len(nodes) else lines
+
+    def operations(self, nodes: Sequence[fx.Node], level: int | None) -> list[str]:
+        """level: how many numbers deep a layer's name may be; None folds nothing."""
+        if level is None:
+            return [line for node in nodes for line in self.operation(node)]
+        lines: list[str] = []
+        chain: list[Block] = []
+        for item in [*split_blocks(nodes, _module_of, level), None]:
+            if isinstance(item, Block) and (not chain or chain[-1].stack == item.stack):
+                chain.append(item)
+                continue
+            lines += self.stack(chain, level)
+            chain = [item] if isinstance(item, Block) else []
+            lines += self.operation(item) if isinstance(item, fx.Node) else []
+        return lines
+
+    def stack(self, chain: list[Block], level: int) -> list[str]:
+        """Blocks of one stack: runs folded, the others in full, where stacks inside them may fold."""
+        lines = []
+        for item in find_runs(chain, self.tensors, self.describe, self.shown):
+            lines += self.run(item, level) if isinstance(item, Run) else self.operations(item.nodes, level + 1)
+        return lines
+
+    def run(self, run: Run, level: int) -> list[str]:
+        """The first repetition, between a line that says how often and a line that names what is read of the others."""
+        columns = zip(*(run.blocks[i :: run.period] for i in range(run.period)), strict=True)
+        units = [[node for block in unit for node in block.nodes] for unit in columns]
+        for same in zip(*units, strict=True):
+            self.peers[same[0]] = [peer for node in same for peer in self.peers.get(node, [node])]
+        everything = f"{run.stack}.{{{numbers_text(b.index for b in run.blocks)}}}".lstrip(".")
+        period = f", {run.period} layers each" if run.period > 1 else ""
+        head = f"    # × {run.count}: {everything}{period}, values named as in layer {run.blocks[0].index}"
+        if run.carried:
+            pairs = (f"%{inside.name} of the one before for %{outside.name}" for outside, inside in run.carried)
+            head += f"; each reads {', '.join(pairs)}"
+        body = []
+        for place, block in enumerate(run.first):
+            indices = f"{{{numbers_text(run.indices(place))}}}"
+            lines = self.operations(block.nodes, level + 1)
+            body += [replace_layer(line, run.stack, block.index, indices) for line in lines]
+        where = {node: block.index for block in run.blocks for node in block.nodes}
+        read = (f"%{node.name} is %{first.name} of layer {where[node]}" for node, _, first in run.outside)
+        foot = f"    # end of × {run.count}: {everything}"
+        self.place = ""
+        return [_keep_indent(head), *body, _keep_indent(", ".join([foot, *read]))]
+
+    def operation(self, node: fx.Node) -> list[str]:
+        """A comment where the module changes, and the line of the operation."""
+        lines, here = [], _module_of(node)
+        if here != self.place and node.op != "output":
             lines.append(f"    # {one_line(here)}")
-            place = here
-        lines.append(_node(node, tensors, notes, noise))
-    if hidden:
-        lines.append(f"    # {hidden} assertions not shown")
-    return lines
+            self.place = here
+        note = self.note(node)
+        owns = {self.note(peer)[1] for peer in self.peers.get(node, [node])}
+        text = f"{note[0]}{note[1] if len(owns) == 1 else OWN}{note[2]}"
+        return [*lines, _node(node, self.tensors, text, self.noise)]
+
+    def note(self, node: fx.Node) -> tuple[str, str, str]:
+        """What an operation of ours does, as text that equal layers share, the layer's own, and shared again."""
+        if node.op == "output" or not op_name(node).startswith("sparsify."):
+            return "", "", ""
+        names = (self.tensors.get(i.name) for i in node.all_input_nodes)
+        return next((self.notes[n] for n in names if n in self.notes), ("", "", ""))
+
+    def describe(self, node: fx.Node) -> str:
+        """What two operations must also share to be the same."""
+        before, _, after = self.note(node)
+        return f"{op_name(node)} {tensor_text(node.meta.get('val'))} {before}{after} {node.meta.get('kernel', '')}"
 
 
 def op_name(node: fx.Node) -> str:
@@ -266,7 +361,7 @@ def _module_of(node: fx.Node) -> str:
     return path.partition("@")[0] or "(model)"
 
 
-def _node(node: fx.Node, tensors: dict[str, str], notes: dict[str, str], noise: bool) -> str:
+def _node(node: fx.Node, tensors: dict[str, str], note: str, noise: bool) -> str:
     def text(value: Any) -> str:
         if isinstance(value, fx.Node):
             return f"@{tensors[value.name]}" if value.name in tensors else f"%{value.name}"
@@ -291,20 +386,17 @@ def _node(node: fx.Node, tensors: dict[str, str], notes: dict[str, str], noise: 
     args += [f"{k}={text(v)}" for k, v in node.kwargs.items() if noise or k not in NOISY_KEYWORDS]
     ours = name.startswith("sparsify.")
     kernel = node.meta.get("kernel", "")
-    note = (
-        next((notes[n] for n in (tensors.get(i.name) for i in node.all_input_nodes) if n in notes), "") if ours else ""
-    )
     result = f"%{node.name}: {tensor_text(node.meta['val'])}" if node.meta.get("val") is not None else f"%{node.name}"
     kernel = f"  # {kernel}" if kernel else ""
     return one_line(f"  {'»' if ours else ' '} {result} = {name}({', '.join(args)}){note}{kernel}")
 
 
-def _notes(program: Program) -> dict[str, str]:
-    """What an operation of ours does, as a comment behind it, by the tensor that gives it away."""
+def _notes(program: Program) -> dict[str, tuple[str, str, str]]:
+    """What an operation of ours does, as a comment behind it, by the tensor that gives it away; the layer's own in the middle."""
     notes = {}
     for trained in program.slices:
         side = "input" if trained.side == "column" else "output"
-        notes[trained.block_name] = f"  # trains {trained.length} {side} channels [{range_text(trained)}]"
+        notes[trained.block_name] = (f"  # trains {trained.length} {side} channels [", range_text(trained), "]")
     for part in program.lowranks:
-        notes[part.param] = f"  # {lowrank_text(part).partition(' ')[2]}"
+        notes[part.param] = (f"  # {lowrank_text(part).partition(' ')[2]}", "", "")
     return notes

@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import fx, nn
@@ -23,6 +23,9 @@ from sparsify.errors import Refusal, SparsifyError
 from sparsify.names import LONGEST, identifier, is_safe
 from sparsify.permutation import Permutation
 from sparsify.structure import Declined, Structure
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 
 class Stage(enum.IntEnum):
@@ -383,16 +386,37 @@ class Program:
         args, kwargs = self.example
         return self(*args, **kwargs)
 
+    def coupling(self, *, declined: bool = False) -> nx.Graph:
+        """Structures and the tensors that they run through as a bipartite `networkx.Graph`, with the sites on the edges.
+
+        Nodes are `("structure", name)` and `("tensor", name)`; see `sparsify.coupling.coupling_graph` for their attributes (tied and
+        shared tensors, conflicts). A connected component moves together. declined: also what detection declined, with its reason.
+        """
+        from sparsify.coupling import coupling_graph
+
+        return coupling_graph(self, declined=declined)
+
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, *, fold: bool = True, noise: bool = False, ids: int = 8) -> str:
+        """The program as text (`sparsify.printer`).
+
+        fold: equal layers once, with "× 30" and what differs between them; False prints every layer.
+        noise: also operations that compute nothing. ids: at most so many ids of a selection are spelled out.
+        """
         from sparsify.printer import print_program
 
-        return print_program(self)
+        return print_program(self, fold=fold, noise=noise, ids=ids)
 
-    def svg(self, path: str | None = None) -> str:
-        """Draw structures, permuted sites and trainable slices; returns the SVG text, and writes it to `path`."""
+    def svg(self, path: str | None = None, *, fold: bool = True) -> str:
+        """Draw structures, permuted sites and trainable slices; returns the SVG text, and writes it to `path`.
+
+        fold: equal layers as one row, with "× 30" and a strip for each of the others; False draws a row for every layer.
+        """
         from sparsify.drawing import draw_program
 
-        return draw_program(self, path)
+        return draw_program(self, path, fold=fold)
 
 
 def through_transpose(node: Any) -> tuple[Any, bool]:

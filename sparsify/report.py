@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,9 @@ from sparsify.kernels.fallback import notes
 from sparsify.names import printable as without_controls
 from sparsify.parameter_count import count_parameters
 from sparsify.plan import Plan
+from sparsify.printer import pruned_line
 from sparsify.program import Program
+from sparsify.repeats import Line, fold_lines
 from sparsify.sharded import class_name
 from sparsify.sparse_checkpoint import stored_bytes
 from sparsify.verify import SPARSIFY_OPS
@@ -23,7 +26,7 @@ from sparsify.verify import SPARSIFY_OPS
 @printable
 @dataclass(frozen=True)
 class Report:
-    """Plain data; `str(report)` is the text.
+    """Plain data; `str(report)` is the text, with equal layers as one line and "× 30" (`text(fold=False)` lists them all).
 
     trainable, total: parameters, packed weights as what they stand for; pruned: entries of trainable parameters that stay zero under
     a mask, which `trainable` leaves out. saved_bytes: bytes that the trained slices keep for backward on the captured example;
@@ -43,11 +46,19 @@ class Report:
     pruned: int = 0
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, *, fold: bool = True) -> str:
+        """The report as text. fold: lines of equal layers as one, with what differs between them below it."""
         share = 100 * self.trainable / max(self.total, 1)
         lines = [f"sparsify report: {one_line(self.model)}"]
         lines.append("found      " + (", ".join(f"{n} {kind}" for kind, n in self.found.items()) or "nothing"))
-        lines += [("chosen     " if i == 0 else "           ") + line for i, line in enumerate(fold(self.chosen))]
-        lines += [("declined   " if i == 0 else "           ") + str(r) for i, r in enumerate(self.declined)]
+        chosen: Sequence[str] = self.chosen or ("nothing",)
+        declined: Sequence[str] = [Line.about(r.where, str(r)) for r in self.declined]
+        if fold:
+            chosen, declined = fold_lines(chosen), fold_lines(declined)
+        lines += [("chosen     " if i == 0 else "           ") + line for i, line in enumerate(chosen)]
+        lines += [("declined   " if i == 0 else "           ") + line for i, line in enumerate(declined)]
         survivors = f": the survivors; {self.pruned:,} pruned entries stay zero" if self.pruned else ""
         lines.append(f"trainable  {self.trainable:,} of {self.total:,} parameters ({share:.4f} %){survivors}")
         if self.saved_bytes_full:
@@ -68,46 +79,36 @@ def human(count: float) -> str:
     raise AssertionError
 
 
-def fold(lines: tuple[str, ...], limit: int = 12) -> list[str]:
-    if len(lines) <= limit:
-        return list(lines) or ["nothing"]
-    return [*lines[: limit - 2], f"… {len(lines) - limit + 1} more like these …", lines[-1]]
-
-
 def make_report(program: Program, plan: Plan, host: nn.Module, cpu: Any = None) -> Report:
     found: dict[str, int] = {}
     for structure in program.structures:
         found[structure.kind] = found.get(structure.kind, 0) + 1
     structures = {s.name: s for s in program.structures}
-    chosen = []
+    chosen: list[str] = []
     for choice in program.choices:
         sides = structures[choice.structure].chosen_text(len(choice.consumers), len(choice.producers))
-        weights = [f"{s.param}[{s.side}s {s.spans}]" for s in program.slices if s.structure == choice.structure]
-        chosen.append(
-            f"{choice.structure}: {', '.join(filter(None, sides)) or 'nothing'} "
-            f"({choice.method}, rule {choice.rule}) → {', '.join(weights)}"
-            + (f"; in place: {choice.in_place}" if choice.in_place else "")
-        )
+        what = f"{', '.join(filter(None, sides)) or 'nothing'} ({choice.method}, rule {choice.rule})"
+        pieces = [f"{choice.structure}: {what} → "]
+        for number, piece in enumerate(s for s in program.slices if s.structure == choice.structure):
+            pieces[-1] += f"{', ' if number else ''}{piece.param}[{piece.side}s "
+            pieces += [piece.spans, "]"]
+        pieces[-1] += f"; in place: {choice.in_place}" if choice.in_place else ""
+        chosen.append(Line.about(choice.structure, *pieces))
     for group in program.channel_choices:
-        chosen.append(
-            f"{', '.join(group.params)}: {len(group.channels)} input columns, gathered ({group.method}, rule {group.rule})"
-        )
+        how = f"{len(group.channels)} input columns, gathered ({group.method}, rule {group.rule})"
+        chosen.append(Line.about(group.params[0], f"{', '.join(group.params)}: {how}"))
     for part in program.lowranks:
         texts = [f"rank {part.rank}, scale {part.scale:g}"] if part.rank else []
         if part.count:
             open_mask = ", still to be collected" if part.index is None else ""
             texts.append(f"{part.count:,} entries ({part.mask}{open_mask})")
-        chosen.append(f"{part.param}: {' + '.join(texts)} (rule {part.rule})")
+        chosen.append(Line.about(part.param, f"{part.param}: {' + '.join(texts)} (rule {part.rule})"))
     if program.pruned:
         zeros = sum(float((~m).sum()) for m in program.masks.values()) / sum(m.numel() for m in program.masks.values())
         chosen.append(f"{len(program.pruned)} weights pruned: {zeros:.1%} zeros")
         dense, stored = pruned_bytes(program)
         chosen[-1] += f"; in a sparse checkpoint {human(stored)} instead of {human(dense)}"
-        chosen += [
-            f"  {p.name}: {p.sparsity:.1%} {p.pattern}, {p.method}, error {p.error:.2e}"
-            + (f" ({p.note})" if p.note else "")
-            for p in program.pruned
-        ]
+        chosen += [pruned_line(p, "  ") for p in program.pruned]
     packed = [f"{p.param}: {p.format}, error {p.error:.2%}" for p in program.packings]
     if packed:
         before, after = sum(p.dense_bytes for p in program.packings), sum(p.packed_bytes for p in program.packings)
@@ -122,7 +123,7 @@ def make_report(program: Program, plan: Plan, host: nn.Module, cpu: Any = None) 
     return Report(
         model=class_name(host),
         found=found,
-        chosen=tuple(map(one_line, chosen)),
+        chosen=tuple(line if isinstance(line, Line) else one_line(line) for line in chosen),
         declined=declined,
         trainable=count.trainable,
         total=count.total,

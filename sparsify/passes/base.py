@@ -67,6 +67,6 @@ def run_passes(program: Program, passes: Sequence[Pass], context: Context) -> Pr
                 # quantising changes them too, and the report says by how much
                 check_outputs(expected, after.run_example())
         except VerifyError as error:
-            raise VerifyError(f"{place}: {error}\n{after}") from error
+            raise VerifyError(f"{place}: {error}\n{after.text(fold=False)}") from error
         program = after
     return program

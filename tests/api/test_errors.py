@@ -42,10 +42,10 @@ def test_every_public_name_exists():
 
 
 def test_import_is_lean():
-    """`import sparsify` brings neither transformers nor triton nor peft nor a compiler."""
+    """`import sparsify` brings neither transformers nor triton nor peft nor networkx nor a compiler."""
     code = (
         "import sys, sparsify; "
-        "print([m for m in ('transformers', 'triton', 'peft', 'accelerate', 'jinja2', 'typer') if m in sys.modules])"
+        "print([m for m in ('transformers', 'triton', 'peft', 'accelerate', 'jinja2', 'typer', 'networkx') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     baseline = subprocess.run(

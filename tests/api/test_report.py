@@ -132,6 +132,26 @@ def test_units_have_one_word_everywhere() -> None:
         assert " units" not in "\n".join(lines)
 
 
+def test_a_deep_model_is_one_layer_and_what_differs() -> None:
+    rules = S2FT(structure="attention", units=2), LoRA(match="*.down_proj", rank={"*.2.*": 3, "*": 2}, alpha=4)
+    report = tiny.lower(tiny.llama(num_hidden_layers=6), *rules).sparsify.report
+    text, whole = str(report), report.text(fold=False)
+    assert (
+        "chosen     model.layers.{0…5}.self_attn: 2 of 6 heads (random, rule 0) → model.layers.{0…5}.self_attn.o_proj"
+        in text
+    )
+    assert "o_proj.weight[columns ⟨…⟩]; in place: heads are blocks as they lie" in text
+    assert "           model.layers.{0, 1, 3…5}.mlp.down_proj.weight: rank 2, scale 2 (rule 1)  × 5\n" in text
+    assert "           model.layers.2.mlp.down_proj.weight: rank 3, scale 1.33333 (rule 1)\n" in text
+    for index, line in enumerate(report.chosen[:6]):
+        spans = line.partition("[columns ")[2].partition("]")[0]
+        (own,) = [t for t in text.split("\n") if t.startswith(" " * 13) and t.endswith(f": {spans}")]
+        assert str(index) in own or "…" in own
+    assert all(line in whole for line in report.chosen)
+    assert "×" not in whole
+    assert len(report.chosen) == 12
+
+
 @pytest.mark.parametrize(
     ("kind", "units", "inner", "size", "chosen"),
     [

@@ -77,5 +77,7 @@ def test_inspect_config_file_on_meta(tmp_path: Path) -> None:
         '{"model_type": "mistral", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, '
         '"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 1000}'
     )
-    output = run("inspect_graph.py", str(tmp_path), "--meta", "--svg", str(tmp_path / "graph.svg"))
+    text = tmp_path / "graph.txt"
+    output = run("inspect_graph.py", str(tmp_path), "--meta", "--svg", str(tmp_path / "graph.svg"), "--text", str(text))
     assert "ffn model.layers.7.mlp: 1536 channels" in output
+    assert "  ffn model.layers.{0…7}.mlp: 1536 channels" in text.read_text()

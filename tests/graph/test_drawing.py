@@ -97,10 +97,45 @@ def test_declined_structures_are_grey_with_their_reason() -> None:
 
 def test_deep_model_is_readable_and_small() -> None:
     host = sparsify.compile(tiny.llama(num_hidden_layers=32), PLAN, progress=False)
-    text = host.sparsify.program.svg()
-    assert len(text) < 1_500_000
-    labels = re.findall(r">(layers\.\d+)</text>", text)
-    assert labels == [f"layers.{i}" for i in range(32)]
+    text, whole = host.sparsify.program.svg(), host.sparsify.program.svg(fold=False)
+    assert re.findall(r">(layers\.\d+)</text>", whole) == [f"layers.{i}" for i in range(32)]
+    assert re.findall(r">(layers\.[^<]*)</text>", text) == ["layers.{0…31}"]
+    assert ">× 32</text>" in text
+    assert len(text) < 150_000 < len(whole) < 1_500_000
+
+
+def test_a_folded_row_shows_what_every_layer_trains() -> None:
+    host = sparsify.compile(tiny.llama(num_hidden_layers=5), PLAN, progress=False)
+    program = host.sparsify.program
+    root = ET.fromstring(program.svg())
+    titles = [next(e.text or "" for e in g) for g in root.iter() if g.get("class") == "strip"]
+    assert len(titles) == 10
+    for choice in program.choices:
+        title = next(t for t in titles if t.startswith(f"{choice.structure}: "))
+        ids = {int(i) for i in title.rpartition("s ")[2].split(", ")}
+        assert set(choice.consumers) <= ids
+    assert 'class="strip"' not in program.svg(fold=False)
+    assert 'class="strip"' not in sparsify.analyse(tiny.llama(num_hidden_layers=5)).svg(), "nothing differs, no strips"
+
+
+def test_a_layer_that_looks_different_has_its_own_row() -> None:
+    program = sparsify.analyse(tiny.llama(num_hidden_layers=5))
+    kept = tuple(s for s in program.structures if s.name != "model.layers.2.mlp")
+    declined = (Declined("model.layers.2.mlp", "ffn", "its order matters"),)
+    text = program.evolve("by hand", structures=kept, declined=declined).svg()
+    assert re.findall(r">(layers\.[^<]*)</text>", text) == ["layers.{0, 1, 3, 4}", "layers.2"]
+    assert "its order matters" in text
+    host = sparsify.compile(
+        tiny.llama(num_hidden_layers=5),
+        Plan([LoRA(match="*.q_proj", rank={"*.1.*": 3, "*": 2}, alpha=4)]),
+        progress=False,
+    )
+    assert re.findall(r">(layers\.[^<]*)</text>", host.sparsify.program.svg()) == ["layers.{0, 2…4}", "layers.1"]
+
+
+def test_two_layers_are_drawn_as_before() -> None:
+    program = sparsify.compile(tiny.llama(), PLAN, progress=False).sparsify.program
+    assert program.svg() == program.svg(fold=False)
 
 
 @pytest.mark.parametrize("name", ["GPT-2", "GPT-NeoX", "T5", "Whisper", "BERT", "ViT", "Mixtral"])
