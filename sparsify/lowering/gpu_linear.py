@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from sparsify.kernels.checked_once import checked_once
 from sparsify.kernels.gpu import launch, operator
 from sparsify.kernels.gpu.codegen import generate
 from sparsify.kernels.gpu.formats import (
@@ -97,6 +98,10 @@ class GpuSparseLinear(KernelModule):
         bias = None if self.bias is None else tensor("bias")
         sizes = {"format": self.format, "rows": self.rows, "cols": self.cols, "gated": self.gated}
         return {"bias": bias, **sizes, "activation": self.activation, "packed": [tensor(name) for name in self.names]}
+
+    def check_numbers(self) -> None:
+        packed = self.packed
+        checked_once(("gpu", self.format, self.rows, self.cols, self.gated), packed.tensors, packed.validate)
 
     def generated(self, tokens: int, dtype: torch.dtype) -> Iterator[GeneratedKernel]:
         packed = self.packed

@@ -39,6 +39,9 @@ class KernelModule(OriginalState):
         tensor of this module that is called so (`masks` → its placeholder)."""
         raise NotImplementedError
 
+    def check_numbers(self) -> None:
+        """Raises FormatError unless the packed tensors are what kernels may read; looked at once per state of the tensors."""
+
     def generated(self, tokens: int, dtype: torch.dtype) -> Iterator[GeneratedKernel]:
         """The kernels that run for x (tokens, in_features) of a type; none where a library multiplies."""
         yield from ()

@@ -149,6 +149,10 @@ class SparseLinear(KernelModule):
         sizes = {"rows": self.packed.rows, "cols": self.packed.cols, "group": self.packed.group}
         return {**held, **sizes, "activation": self.activation, "gated": self.gated, "int8": self.int8}
 
+    def check_numbers(self) -> None:
+        if not self.as_prepared():
+            self.prepare()
+
     def generated(self, tokens: int, dtype: torch.dtype) -> Iterator[GeneratedKernel]:
         if self.kernels is not None and dtype != torch.float64:
             variant, choice = self.kernels.variant, serves(self.choice(tokens), dtype, tokens)
