@@ -29,7 +29,6 @@ from sparsify.plan import Plan, Rule
 from sparsify.program import Program, Stage
 from sparsify.quantized_bases import PackedBase, check_host, check_plan, dense_twin, refuse_packed
 from sparsify.serving import AdapterPaths, name_folders, serving_program
-from sparsify.verify import verify
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -190,24 +189,22 @@ def load(
 
 def compile_for_cpu(source: nn.Module, context: Context, example: Any, options: CpuOptions) -> nn.Module:
     """Prune if the plan says so, then replace linears by generated sparse kernels where they are measured to be faster."""
-    from sparsify.lowering.cpu import lower_model
+    from sparsify.lowering.cpu import lower_program
 
     chosen = {f.name: getattr(options, f.name) for f in fields(options)}
     chosen["compare"] = options.compare and example is not None
-    return compile_for_inference(source, context, example, partial(lower_model, **chosen))
+    return compile_for_inference(source, context, example, partial(lower_program, **chosen))
 
 
 def compile_for_cuda(source: nn.Module, context: Context, example: Any) -> nn.Module:
     """Prune if the plan says so, then replace linears by generated Triton kernels where they read fewer bytes."""
-    from sparsify.lowering.cuda import lower_model
+    from sparsify.lowering.cuda import lower_program
 
-    return compile_for_inference(source, context, example, lower_model)
+    return compile_for_inference(source, context, example, lower_program)
 
 
 def compile_for_inference(source: nn.Module, context: Context, example: Any, lower: Callable[..., Any]) -> nn.Module:
-    """Prune and quantise, put the result into a copy of the host, and lower its linears."""
-    from sparsify.lowering.check_lowered import LoweringCheck
-
+    """Prune and quantise, put the result into a copy of the host, and lower it. lower: `lower_program` of a target."""
     plan = context.plan
     program = run_passes(capture(source, example), up_to_selection(), context)
     wrong = {f for f in program.quantize.values() if f != "int8"}
@@ -221,12 +218,9 @@ def compile_for_inference(source: nn.Module, context: Context, example: Any, low
     host.eval()
     for parameter in host.parameters():
         parameter.requires_grad_(False)
-    check = LoweringCheck(host, program, plan.target) if plan.check == "numeric" else None
-    lowered = lower(host, program, quantize=quantize)
-    program.host, program.tensors = host, {}
-    verify(replace(program, quantize={}))
-    if check is not None:
-        check.compare(host, program)
+    dense = replace(program, host=host, tensors={}, quantize={})
+    report, lowered = lower(host, dense, quantize=quantize, check=plan.check == "numeric")
     flags = {name: p.requires_grad for name, p in source.named_parameters()}
-    host.__dict__["sparsify"] = Handle(host, program, plan, layouts, (), flags, cpu=lowered)
+    done = replace(lowered, quantize=program.quantize)
+    host.__dict__["sparsify"] = Handle(host, done, plan, layouts, (), flags, cpu=report)
     return host

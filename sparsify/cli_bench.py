@@ -130,7 +130,7 @@ def prune_rows(model: Any, sparsity: float) -> None:
     """Zero the smallest `sparsity` of every row of every linear but those whose weight an embedding shares."""
     import torch
 
-    from sparsify.lowering.cpu import is_conv1d
+    from sparsify.lowering.target import is_conv1d
 
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     with torch.no_grad():

@@ -952,10 +952,9 @@ class Handle:
         hooks = self.host.__dict__.get("_sparsify_hooks")
         bare: Any = copy_module_tree(self.host, {id(self): None, id(hooks): None})
         if self.cpu is not None:
-            from sparsify.lowering import restore_cpu, restore_cuda
+            from sparsify.lowering.restore import restore_modules
 
-            restore_cpu.restore_modules(bare)
-            restore_cuda.restore_modules(bare)
+            restore_modules(bare)
         for module in bare.modules():
             for table in (
                 module._state_dict_hooks,

@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 import sparsify.lowrank_ops
 import sparsify.masked  # noqa: F401  (both register the operators named below)
 from sparsify.errors import VerifyError
+from sparsify.lowering.verify_lowered import verify_lowered
 from sparsify.program import Program, Stage
 
 SPARSIFY_OPS = (
@@ -36,6 +37,8 @@ def verify(program: Program) -> None:
         verify_moves(program)
     if program.stage >= Stage.EXPANDED:
         verify_slices(program)
+    if program.stage >= Stage.LOWERED:
+        verify_lowered(program)
 
 
 def verify_structures(program: Program) -> None:

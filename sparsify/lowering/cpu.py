@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sparsify.console import printable
-from sparsify.errors import Refusal, RefusedError
+from sparsify.errors import Refusal
 from sparsify.kernels.cpu import operator as packed_operator
 from sparsify.kernels.cpu.build import BuildError
 from sparsify.kernels.cpu.dispatch import activations, best_isa, bucket, kernels_for, predict_dense
@@ -32,13 +32,15 @@ from sparsify.kernels.cpu.formats import Bitmask, FormatError, pack, pack_int8, 
 from sparsify.kernels.cpu.tune import TUNE_VERSION, Timing, cpu_name, measured
 from sparsify.kernels.fallback import note, switched_on
 from sparsify.lowering.cpu_options import DEFAULT_TOKENS
-from sparsify.lowering.fuse_cpu import Fusion, fuse, set_module
+from sparsify.lowering.driver import Decision, Quantize, lower
+from sparsify.lowering.fuse_cpu import Counted, absorb_activation, join_gated
+from sparsify.lowering.fuse_linears import FusedActivation, GatedProduct
 from sparsify.lowering.prepacked_linear import PrepackedLinear, can_prepack, prepack, prepacked_product
-from sparsify.lowering.restore_cpu import restore_modules
-from sparsify.lowering.rewrite_cpu import rewrite
+from sparsify.lowering.restore import plain_linear
 from sparsify.lowering.sparse_linear import SparseLinear
+from sparsify.lowering.target import Fusion, Joined, Layer, Outcome, Seconds
 from sparsify.lowering.whole_model import WholeModel, example_tokens, time_whole_model
-from sparsify.program import Program, Stage
+from sparsify.program import Program
 
 SLACK = 1.05  # smallest times of equally fast products differ by this much from run to run
 WORTH = 0.95  # a blocked dense weight must take less than this share of torch's time
@@ -56,7 +58,7 @@ class LoweredLinear:
     shape: tuple[int, int]
     sparsity: float
     value: str
-    seconds: dict[int, tuple[str, float, float, float]]
+    seconds: Seconds
     bytes_before: int
     bytes_after: int
     steady: bool = True
@@ -68,7 +70,7 @@ class LoweredLinear:
         return f"{self.name}: {rows} × {cols}, {how}: {timings_text(self.seconds)}{noise}"
 
 
-def timings_text(seconds: Mapping[int, tuple[str, float, float, float]]) -> str:
+def timings_text(seconds: Seconds) -> str:
     """What was measured at each number of tokens: "16 tok stream 40 us (predicted 38, dense 120)"."""
     return ", ".join(
         f"{tokens} tok {kernel} {found * 1e6:.0f} us (predicted {predicted * 1e6:.0f}, dense {dense * 1e6:.0f})"
@@ -79,7 +81,8 @@ def timings_text(seconds: Mapping[int, tuple[str, float, float, float]]) -> str:
 @printable
 @dataclass(frozen=True)
 class CpuReport:
-    """What lowering did: layers packed, layers left dense and why, those of them that lie in oneDNN's layout, what was fused.
+    """What lowering did: layers packed, layers left dense and why, those of them that lie in oneDNN's layout, what was fused, what
+    was not and why.
 
     bytes_before, bytes_after: of the whole model. whole: its times on the user's example, if there is one.
     """
@@ -93,6 +96,7 @@ class CpuReport:
     prepacked: tuple[LoweredLinear, ...] = field(default=())
     fusions: tuple[Fusion, ...] = field(default=())
     whole: WholeModel | None = None
+    not_fused: tuple[Refusal, ...] = ()
 
     def __str__(self) -> str:
         blocked = f" ({len(self.prepacked)} of them in oneDNN's layout)" if self.prepacked else ""
@@ -102,16 +106,12 @@ class CpuReport:
         lines.append(f"memory     {self.bytes_before / 2**20:.1f} → {self.bytes_after / 2**20:.1f} MiB ({saved:.2f} ×)")
         lines += [f"whole      {self.whole}"] if self.whole is not None else []
         lines += [f"packed     {entry}" for entry in self.lowered]
-        lines += [f"{'apart' if fusion.why else 'fused'}      {fusion}" for fusion in self.fusions]
+        lines += [f"fused      {fusion}" for fusion in self.fusions]
+        lines += [f"not fused  {refusal}" for refusal in self.not_fused]
         lines += [f"dense      {refusal}" for refusal in self.refusals]
         lines += [f"blocked    {entry}" for entry in self.prepacked]
         lines += [f"note       {note}" for note in self.notes]
         return "\n".join(lines)
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Hugging Face's Conv1D: a linear whose weight is stored (in, out)."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and isinstance(module.weight, torch.Tensor)
 
 
 def pack_linear(weight: torch.Tensor, quantize: Literal["int8"] | None, group: int = 0) -> Bitmask:
@@ -149,120 +149,131 @@ class DenseProducts:
         return measured(key, self(tokens))
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What to put in a layer's place (None: nothing), what was measured, and why it is not packed."""
+@dataclass(frozen=True, kw_only=True)
+class CpuTarget:
+    """Packed linears with generated kernels where they are measured to be faster, oneDNN's layout where that is, dense elsewhere.
 
-    module: nn.Module | None
-    entry: LoweredLinear | None
-    refusal: Refusal | None = None
+    group: columns that share a scale in int8 (0: a row). int8_activations, mode, tied: see `CpuOptions`. tokens: numbers of tokens to
+    measure; None: the usual ones, and those of the example. example: linear → numbers of tokens that it sees on the user's example.
+    timed: time the whole model on that example.
+    """
 
+    group: int = 0
+    int8_activations: bool = True
+    tokens: Sequence[int] | None = None
+    mode: Literal["fast", "small"] = "fast"
+    tied: Literal["skip", "copy"] = "skip"
+    example: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    timed: bool = False
 
-def try_layer(
-    name: str,
-    module: nn.Module,
-    quantize: Literal["int8"] | None,
-    group: int,
-    int8: bool,
-    tokens: Sequence[int],
-    small: bool,
-) -> Outcome:
-    """Pack one layer and measure it against dense; the better of the two that is nowhere slower than torch's own."""
-    transposed = is_conv1d(module)
-    stored = module.weight
-    assert isinstance(stored, torch.Tensor)
-    weight = stored.detach()
-    if weight.device.type != "cpu":
-        return Outcome(None, None, Refusal(name, f"its weight is on {weight.device}; move the model to the CPU first"))
-    logical = weight.t() if transposed else weight
-    bias = module.bias if isinstance(module.bias, torch.Tensor) else None
-    dense = DenseProducts(logical)
-    try:
-        found = try_packed(name, logical, bias, transposed, quantize, group, int8, tokens, small, dense)
-    except BuildError as error:
-        note(f"cpu lowering: linears stay dense: {error}")
-        found = Refusal(name, str(error))
-    if not isinstance(found, Refusal):
-        return Outcome(*found)
-    return try_prepacked(found, logical, bias, transposed, tokens, dense, small)
+    name = "cpu"
 
+    @property
+    def copies_tied(self) -> bool:
+        return self.tied == "copy"
 
-def try_packed(
-    name: str,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    transposed: bool,
-    quantize: Literal["int8"] | None,
-    group: int,
-    int8: bool,
-    tokens: Sequence[int],
-    small: bool,
-    dense: DenseProducts,
-) -> tuple[SparseLinear, LoweredLinear] | Refusal:
-    """A packed layer that is nowhere slower than torch's dense product and mostly faster than oneDNN's; or why not."""
-    sparsity = 1.0 - int(torch.count_nonzero(weight)) / max(1, weight.numel())
-    if sparsity < 0.2 and quantize is None:
-        return Refusal(name, f"only {sparsity:.0%} of its weights are zero; dense is faster below 20 %")
-    try:
-        packed = pack_linear(weight, quantize, group)
-    except FormatError as error:
-        return Refusal(name, f"its weight cannot be packed: {error}")
-    kernels_for(packed)  # without a compiler: BuildError, before anything is measured
-    sparse = SparseLinear(packed, bias, int8=int8, transposed=transposed)
-    seconds: dict[int, tuple[str, float, float, float]] = {}
-    blocked: dict[int, float] = {}
-    steady = True
-    for count in tokens:
-        choice = sparse.choice(count, measure=True, dense=dense)
-        spent = choice.measured if choice.measured is not None else choice.predicted
-        seconds[bucket(count)] = (choice.kernel, choice.predicted, spent, choice.dense["torch"])
-        blocked[bucket(count)] = choice.dense.get("onednn", choice.dense["torch"])
-        steady &= choice.steady
-    slower = {count: times[2] / times[3] for count, times in seconds.items() if times[2] > SLACK * times[3]}
-    if slower and not small:
-        worst = max(slower, key=slower.__getitem__)
-        return Refusal(
-            name,
-            f"{sparsity:.0%} sparse: torch's dense product is {slower[worst]:.2f} × as fast at {worst} tokens "
-            "(CpuOptions: mode='small' packs it all the same; tokens=… says which numbers of tokens matter)",
-        )
-    ratio = mean_ratio([times[2] / blocked[count] for count, times in seconds.items()])
-    if ratio > 1 and not small:
-        return Refusal(
-            name,
-            f"{sparsity:.0%} sparse: oneDNN's dense product with a blocked weight is {ratio:.2f} × as fast on average",
-        )
-    size = weight.numel() * weight.element_size()
-    shape = (packed.rows, packed.cols)
-    return sparse, LoweredLinear(name, shape, sparsity, packed.value, seconds, size, packed.nbytes, steady)
+    @property
+    def small(self) -> bool:
+        return self.mode == "small"
 
+    def asked(self, name: str | None) -> tuple[int, ...]:
+        """The numbers of tokens to measure for a linear, or (None) for whatever spans several."""
+        return numbers_of_tokens(self.tokens, self.example, name)
 
-def try_prepacked(
-    refusal: Refusal,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    transposed: bool,
-    tokens: Sequence[int],
-    dense: DenseProducts,
-    small: bool,
-) -> Outcome:
-    """For a layer that is not packed: oneDNN's layout where it is nowhere slower than torch's and faster on average."""
-    if small or not can_prepack(weight):
-        return Outcome(None, None, refusal)
-    timings = {bucket(count): dense.timing(bucket(count)) for count in tokens}
-    ratios = [t.seconds["onednn"] / t.seconds["torch"] for t in timings.values()]
-    if max(ratios) > SLACK or mean_ratio(ratios) > WORTH:
-        return Outcome(None, None, refusal)
-    rows, cols = weight.shape
-    seconds = {
-        count: ("onednn", predict_dense(rows, cols, count), t.seconds["onednn"], t.seconds["torch"])
-        for count, t in timings.items()
-    }
-    size = weight.numel() * weight.element_size()
-    sparsity = 1.0 - int(torch.count_nonzero(weight)) / max(1, weight.numel())
-    steady = all(t.steady for t in timings.values())
-    entry = LoweredLinear(refusal.where, (rows, cols), sparsity, "dense", seconds, size, size, steady)
-    return Outcome(PrepackedLinear(weight, bias, transposed=transposed), entry, refusal)
+    def try_layer(self, layer: Layer) -> Outcome:
+        """Pack one layer and measure it against dense; the better of the two that is nowhere slower than torch's own."""
+        if layer.weight.device.type != "cpu":
+            why = f"its weight is on {layer.weight.device}; move the model to the CPU first"
+            return Outcome(None, None, Refusal(layer.name, why))
+        dense = DenseProducts(layer.weight)
+        try:
+            found = self.try_packed(layer, dense)
+        except BuildError as error:
+            note(f"cpu lowering: linears stay dense: {error}")
+            found = Refusal(layer.name, str(error))
+        return self.try_prepacked(layer, found, dense) if isinstance(found, Refusal) else found
+
+    def try_packed(self, layer: Layer, dense: DenseProducts) -> Outcome | Refusal:
+        """A packed layer that is nowhere slower than torch's dense product and mostly faster than oneDNN's; or why not."""
+        weight, sparsity = layer.weight, layer.sparsity
+        if sparsity < 0.2 and layer.quantize is None:
+            return Refusal(layer.name, f"only {sparsity:.0%} of its weights are zero; dense is faster below 20 %")
+        try:
+            packed = pack_linear(weight, layer.quantize, self.group)
+        except FormatError as error:
+            return Refusal(layer.name, f"its weight cannot be packed: {error}")
+        kernels_for(packed)  # without a compiler: BuildError, before anything is measured
+        sparse = SparseLinear(packed, layer.bias, int8=self.int8_activations, transposed=layer.transposed)
+        seconds: dict[int, tuple[str, float, float, float]] = {}
+        blocked: dict[int, float] = {}
+        steady = True
+        for count in self.asked(layer.name):
+            choice = sparse.choice(count, measure=True, dense=dense)
+            spent = choice.measured if choice.measured is not None else choice.predicted
+            seconds[bucket(count)] = (choice.kernel, choice.predicted, spent, choice.dense["torch"])
+            blocked[bucket(count)] = choice.dense.get("onednn", choice.dense["torch"])
+            steady &= choice.steady
+        slower = {count: times[2] / times[3] for count, times in seconds.items() if times[2] > SLACK * times[3]}
+        if slower and not self.small:
+            worst = max(slower, key=slower.__getitem__)
+            return Refusal(
+                layer.name,
+                f"{sparsity:.0%} sparse: torch's dense product is {slower[worst]:.2f} × as fast at {worst} tokens "
+                "(CpuOptions: mode='small' packs it all the same; tokens=… says which numbers of tokens matter)",
+            )
+        ratio = mean_ratio([times[2] / blocked[count] for count, times in seconds.items()])
+        if ratio > 1 and not self.small:
+            return Refusal(
+                layer.name,
+                f"{sparsity:.0%} sparse: oneDNN's dense product with a blocked weight is {ratio:.2f} × as fast on average",
+            )
+        size = weight.numel() * weight.element_size()
+        shape = (packed.rows, packed.cols)
+        entry = LoweredLinear(layer.name, shape, sparsity, packed.value, seconds, size, packed.nbytes, steady)
+        return Outcome(sparse, entry)
+
+    def try_prepacked(self, layer: Layer, refusal: Refusal, dense: DenseProducts) -> Outcome:
+        """For a layer that is not packed: oneDNN's layout where it is nowhere slower than torch's and faster on average."""
+        weight = layer.weight
+        if self.small or not can_prepack(weight):
+            return Outcome(None, None, refusal)
+        timings = {bucket(count): dense.timing(bucket(count)) for count in self.asked(layer.name)}
+        ratios = [t.seconds["onednn"] / t.seconds["torch"] for t in timings.values()]
+        if max(ratios) > SLACK or mean_ratio(ratios) > WORTH:
+            return Outcome(None, None, refusal)
+        rows, cols = weight.shape
+        seconds = {
+            count: ("onednn", predict_dense(rows, cols, count), t.seconds["onednn"], t.seconds["torch"])
+            for count, t in timings.items()
+        }
+        size = weight.numel() * weight.element_size()
+        steady = all(t.steady for t in timings.values())
+        entry = LoweredLinear(layer.name, (rows, cols), layer.sparsity, "dense", seconds, size, size, steady)
+        return Outcome(PrepackedLinear(weight, layer.bias, transposed=layer.transposed), entry, refusal)
+
+    def packs(self, module: nn.Module) -> bool:
+        return type(module) is SparseLinear and module.activation == "none"
+
+    def join(self, found: GatedProduct, linears: Sequence[SparseLinear]) -> Joined | str:
+        return join_gated(found, linears, Counted(self.asked(None), self.small))
+
+    def absorb(self, found: FusedActivation, linear: SparseLinear) -> Joined | str:
+        return absorb_activation(found, linear, Counted(self.asked(None), self.small))
+
+    def compare(self, lowered: Callable[[], nn.Module], dense: nn.Module, program: Program) -> WholeModel | None:
+        return time_whole_model(lowered, dense, program) if self.timed and not self.small else None
+
+    def leave(self, layer: Layer, outcome: Outcome, reason: str) -> Outcome:
+        """Dense again, with rounded weights if they were to be rounded, in oneDNN's layout where that is faster."""
+        rounded = isinstance(outcome.module, SparseLinear) and outcome.module.packed.value == "s8"
+        plain = plain_linear(outcome.module) if rounded else None
+        again = layer if plain is None else replace(layer, module=plain)
+        refusal = outcome.refusal or Refusal(layer.name, reason)
+        kept = self.try_prepacked(again, refusal, DenseProducts(again.weight))
+        return kept if kept.module is not None else Outcome(plain, None, refusal)
+
+    def describe(self, entry: LoweredLinear) -> str:
+        return timings_text(entry.seconds)
 
 
 def isa_text() -> str:
@@ -291,35 +302,38 @@ def numbers_of_tokens(
     return tuple(by_bucket[size] for size in sorted(by_bucket))
 
 
-def replace_module(host: nn.Module, name: str, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` in the place of `old`, with its mode and hooks."""
-    new.train(old.training)
-    for hook_table in ("_forward_hooks", "_forward_pre_hooks"):
-        getattr(new, hook_table).update(getattr(old, hook_table))
-    set_module(host, name, new)
+def cpu_target(program: Program | None, *, compare: bool = False, **options: Any) -> CpuTarget:
+    """The target of a program. compare: its example is the user's; options: fields of `CpuTarget`."""
+    given = options.get("tokens") is not None
+    example = example_tokens(program) if program is not None and compare and not given else {}
+    return CpuTarget(example=example, timed=compare, **options)
 
 
-def restore_dense(
-    host: nn.Module, entries: Sequence[LoweredLinear], reason: str, asked: Callable[[str], Sequence[int]]
-) -> list[LoweredLinear]:
-    """Make every layer of `host` dense again, in oneDNN's layout where that is faster; returns the entries of those."""
-    restore_modules(host)
-    blocked: list[LoweredLinear] = []
-    for entry in entries:
-        module: Any = host.get_submodule(entry.name)
-        transposed = is_conv1d(module)
-        weight = module.weight.detach().t() if transposed else module.weight.detach()
-        refusal = Refusal(entry.name, reason)
-        outcome = try_prepacked(
-            refusal, weight, module.bias, transposed, asked(entry.name), DenseProducts(weight), small=False
-        )
-        if outcome.module is None or outcome.entry is None:
-            continue
-        names = [name for name, other in host.named_modules(remove_duplicate=False) if other is module]
-        for name in names:
-            replace_module(host, name, module, outcome.module)
-        blocked.append(outcome.entry)
-    return blocked
+def make_report(host: nn.Module, decision: Decision, bytes_before: int) -> CpuReport:
+    """What was done to a host that is lowered now."""
+    return CpuReport(
+        machine=cpu_name(),
+        lowered=decision.packed,
+        refusals=decision.refusals,
+        bytes_before=bytes_before,
+        bytes_after=packed_operator.module_bytes(host),
+        notes=(f"kernels for {isa_text()}, {torch.get_num_threads()} threads",),
+        prepacked=decision.rearranged,
+        fusions=tuple(decision.fusions),
+        whole=decision.whole,
+        not_fused=tuple(decision.not_fused),
+    )
+
+
+def lower_program(
+    host: nn.Module, program: Program | None, *, names: Sequence[str] | None = None, quantize: Quantize = None,
+    check: bool = False, compare: bool = False, **options: Any,
+) -> tuple[CpuReport, Program | None]:  # fmt: skip
+    """Lower `host`, in place, and `program`, into a new one; see `driver.lower`. options: see `lower_model`."""
+    before = packed_operator.module_bytes(host)
+    target = cpu_target(program, compare=compare, **options)
+    decision, lowered = lower(host, program, target, names=names, quantize=quantize, check=check)
+    return make_report(host, decision, before), lowered
 
 
 def lower_model(
@@ -327,7 +341,7 @@ def lower_model(
     program: Program | None = None,
     *,
     names: Sequence[str] | None = None,
-    quantize: Literal["int8"] | Mapping[str, Literal["int8"]] | None = None,
+    quantize: Quantize = None,
     group: int = 0,
     int8_activations: bool = True,
     tokens: Sequence[int] | None = None,
@@ -337,7 +351,7 @@ def lower_model(
 ) -> CpuReport:
     """Replace the linears of `host`, in place, by packed ones where that pays; returns what was done and why not.
 
-    program: if given, its history and refusals receive the outcome, and its stage becomes LOWERED.
+    program: if given, shows which linears belong together.
     names: qualified module names that may be replaced (a layer named here that cannot be packed raises RefusedError);
         None: every nn.Linear and Conv1D.
     quantize: "int8" for all of them, or per module name; weights then get one scale per row, or per `group` columns.
@@ -348,70 +362,6 @@ def lower_model(
     tied: a weight that an embedding shares stays dense ("skip"), or is packed beside the embedding's copy ("copy").
     compare: the program's example is the user's: time the whole model on it, and take the dense layers back if they are faster.
     """
-    example = example_tokens(program) if program is not None and compare and tokens is None else {}
-    asked = partial(numbers_of_tokens, tokens, example)
-    before = packed_operator.module_bytes(host)
-    shared: dict[int, list[str]] = {}
-    for module_name, module in host.named_modules(remove_duplicate=False):
-        if isinstance(getattr(module, "weight", None), nn.Parameter):
-            shared.setdefault(id(module.weight), []).append(module_name)
-    lowered: list[LoweredLinear] = []
-    blocked: list[LoweredLinear] = []
-    refusals: list[Refusal] = []
-    done: dict[int, nn.Module] = {}
-    targets = [
-        (name, module)
-        for name, module in host.named_modules(remove_duplicate=False)
-        if (type(module) is nn.Linear or is_conv1d(module)) and (names is None or name in names)
-    ]
-    if names is not None:
-        missing = sorted(set(names) - {name for name, _ in targets})
-        if missing:
-            raise RefusedError(f"lower_model: no linear is called {', '.join(missing)}")
-    for name, module in targets:
-        if id(module) in done:
-            set_module(host, name, done[id(module)])
-            continue
-        how = quantize.get(name) if isinstance(quantize, Mapping) else quantize
-        others = [
-            other
-            for other in shared.get(id(module.weight), [])
-            if other != name and host.get_submodule(other) is not module
-        ]
-        if others and tied == "skip":
-            refusal = Refusal(name, f"its weight is shared with {', '.join(others)}, which needs it dense")
-            outcome = Outcome(None, None, refusal)
-        else:
-            outcome = try_layer(name, module, how, group, int8_activations, asked(name), mode == "small")
-        if outcome.refusal is not None:
-            if names is not None:
-                raise RefusedError(str(outcome.refusal))
-            refusals.append(outcome.refusal)
-        if outcome.module is None:
-            continue
-        replace_module(host, name, module, outcome.module)
-        done[id(module)] = outcome.module
-        if outcome.entry is not None:
-            (lowered if outcome.refusal is None else blocked).append(outcome.entry)
-    fusions = fuse(host, program, asked(None), mode == "small") if program is not None else []
-    whole = None
-    if program is not None and compare and mode == "fast" and names is None and lowered:
-        whole = time_whole_model(host, program)
-        if whole.slower:
-            refusals += [Refusal(entry.name, whole.reason) for entry in lowered]
-            blocked, lowered, fusions = restore_dense(host, [*lowered, *blocked], whole.reason, asked), [], []
-    notes = (f"kernels for {isa_text()}, {torch.get_num_threads()} threads",)
-    after = packed_operator.module_bytes(host)
-    report = CpuReport(
-        cpu_name(), tuple(lowered), tuple(refusals), before, after, notes, tuple(blocked), tuple(fusions), whole
-    )
-    if program is not None:
-        entries = {entry.name: entry for entry in (*lowered, *blocked)}
-        kernels = {name: timings_text(entry.seconds) for name, entry in entries.items()}
-        rewrite(program, host, fusions, kernels)
-        program.history = (*program.history, *(f"lower-cpu: {e}" for e in (*lowered, *blocked, *fusions)))
-        if whole is not None:
-            program.history = (*program.history, f"lower-cpu: whole model {whole}")
-        program.refusals = (*program.refusals, *refusals)
-        program.stage = Stage.LOWERED
+    options = {"group": group, "int8_activations": int8_activations, "tokens": tokens, "mode": mode, "tied": tied}
+    report, _ = lower_program(host, program, names=names, quantize=quantize, compare=compare, **options)
     return report

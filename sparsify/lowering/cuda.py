@@ -10,23 +10,24 @@ smaller than the dense one by enough to be faster at the memory's speed: that is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 
 from sparsify.console import printable
-from sparsify.errors import Refusal, RefusedError
+from sparsify.errors import Refusal
 from sparsify.kernels.cpu.operator import module_bytes
 from sparsify.kernels.gpu import operator, semi_structured
 from sparsify.kernels.gpu.build import can_launch, triton_installed
 from sparsify.kernels.gpu.formats import Blocks, FormatError, Stream
-from sparsify.lowering.fuse_cuda import GpuActivation, GpuFusion, fuse
+from sparsify.lowering.driver import Quantize, lower
+from sparsify.lowering.fuse_cuda import absorb_activation, join_gated
+from sparsify.lowering.fuse_linears import FusedActivation, GatedProduct
 from sparsify.lowering.gpu_linear import GpuSparseLinear, pack_smallest
-from sparsify.lowering.rewrite_cuda import rewrite
-from sparsify.program import Program, Stage
+from sparsify.lowering.target import Fusion, Joined, Layer, Outcome
+from sparsify.program import Program
 
 WORTH = 0.9  # packed bytes over dense bytes from which on a layer stays dense
 
@@ -69,7 +70,8 @@ class GpuReport:
     bytes_before: int
     bytes_after: int
     notes: tuple[str, ...] = ()
-    fusions: tuple[GpuFusion | GpuActivation, ...] = ()
+    fusions: tuple[Fusion, ...] = ()
+    not_fused: tuple[Refusal, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"cuda lowering: {len(self.lowered)} linears packed, {len(self.refusals)} left dense"]
@@ -77,49 +79,59 @@ class GpuReport:
         lines.append(f"memory     {self.bytes_before / 2**20:.1f} → {self.bytes_after / 2**20:.1f} MiB ({saved:.2f} ×)")
         lines += [f"packed     {entry}" for entry in self.lowered]
         lines += [f"fused      {fusion}" for fusion in self.fusions]
+        lines += [f"not fused  {refusal}" for refusal in self.not_fused]
         lines += [f"dense      {refusal}" for refusal in self.refusals]
         lines += [f"note       {note}" for note in self.notes]
         return "\n".join(lines)
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Hugging Face's Conv1D: a linear whose weight is stored (in, out)."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and isinstance(module.weight, torch.Tensor)
+class CudaTarget:
+    """Packed linears with generated Triton kernels where they read fewer bytes, dense elsewhere."""
 
+    name = "cuda"
+    copies_tied = False
 
-def replace_module(host: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where `name` points."""
-    owner, _, leaf = name.rpartition(".")
-    setattr(host.get_submodule(owner), leaf, module)
+    def try_layer(self, layer: Layer) -> Outcome:
+        """Pack one layer; a refusal when it would not be smaller by enough, or cannot be packed."""
+        weight = layer.weight
+        dense_bytes = weight.numel() * weight.element_size()
+        if weight.dtype not in operator.KERNEL_DTYPES:
+            why = f"its weight is {weight.dtype}; the kernels read bfloat16, float16 and float32"
+            return Outcome(None, None, Refusal(layer.name, why))
+        try:
+            packed = pack_smallest(weight, layer.quantize)
+        except FormatError as error:
+            return Outcome(None, None, Refusal(layer.name, f"its weight cannot be packed: {error}"))
+        if packed.nbytes > WORTH * dense_bytes:
+            share = packed.nbytes / dense_bytes
+            why = (
+                f"{layer.sparsity:.0%} sparse: packed it would take {share:.0%} of the dense bytes, so dense is faster"
+            )
+            return Outcome(None, None, Refusal(layer.name, why))
+        form = packed.format if isinstance(packed, Stream) else f"blocks {packed.height}×{packed.width}"
+        form = f"gaps of chunk{packed.width}" if form == "gaps" else form
+        shape = (packed.rows, packed.cols)
+        many = many_tokens(packed)
+        row = GpuLowered(layer.name, shape, layer.sparsity, form, packed.value, dense_bytes, packed.nbytes, many)
+        return Outcome(GpuSparseLinear(packed, layer.bias, transposed=layer.transposed), row)
 
+    def packs(self, module: nn.Module) -> bool:
+        return type(module) is GpuSparseLinear and module.activation == "none"
 
-def try_layer(name: str, module: nn.Module, quantize: Literal["int8"] | None) -> tuple[nn.Module, GpuLowered] | Refusal:
-    """Pack one layer; a Refusal when it would not be smaller by enough, or cannot be packed."""
-    transposed = is_conv1d(module)
-    stored = module.weight
-    assert isinstance(stored, torch.Tensor)
-    weight = stored.detach().t() if transposed else stored.detach()
-    dense_bytes = weight.numel() * weight.element_size()
-    sparsity = 1.0 - int(torch.count_nonzero(weight)) / max(1, weight.numel())
-    if weight.dtype not in operator.KERNEL_DTYPES:
-        return Refusal(name, f"its weight is {weight.dtype}; the kernels read bfloat16, float16 and float32")
-    try:
-        packed = pack_smallest(weight, quantize)
-    except FormatError as error:
-        return Refusal(name, f"its weight cannot be packed: {error}")
-    if packed.nbytes > WORTH * dense_bytes:
-        share = packed.nbytes / dense_bytes
-        return Refusal(
-            name, f"{sparsity:.0%} sparse: packed it would take {share:.0%} of the dense bytes, so dense is faster"
-        )
-    bias = module.bias if isinstance(module.bias, torch.Tensor) else None
-    lowered = GpuSparseLinear(packed, bias, transposed=transposed)
-    form = packed.format if isinstance(packed, Stream) else f"blocks {packed.height}×{packed.width}"
-    form = f"gaps of chunk{packed.width}" if form == "gaps" else form
-    shape = (packed.rows, packed.cols)
-    return lowered, GpuLowered(
-        name, shape, sparsity, form, packed.value, dense_bytes, packed.nbytes, many_tokens(packed)
-    )
+    def join(self, found: GatedProduct, linears: Sequence[GpuSparseLinear]) -> Joined | str:
+        return join_gated(found, linears)
+
+    def absorb(self, found: FusedActivation, linear: GpuSparseLinear) -> Joined | str:
+        return absorb_activation(found, linear)
+
+    def compare(self, lowered: Callable[[], nn.Module], dense: nn.Module, program: Program) -> None:
+        """Nothing is timed: the machine that lowers need not be the one that runs."""
+
+    def leave(self, layer: Layer, outcome: Outcome, reason: str) -> Outcome:
+        return Outcome(None, None, Refusal(layer.name, reason))
+
+    def describe(self, entry: GpuLowered) -> str:
+        return str(entry).partition(": ")[2]
 
 
 def many_tokens(packed: Stream | Blocks) -> str:
@@ -131,66 +143,39 @@ def many_tokens(packed: Stream | Blocks) -> str:
     return f"from {fewest} tokens {f'expanded: {why}' if why else 'on sparse tensor cores'}"
 
 
+def lower_program(
+    host: nn.Module,
+    program: Program | None,
+    *,
+    names: Sequence[str] | None = None,
+    quantize: Quantize = None,
+    check: bool = False,
+) -> tuple[GpuReport, Program | None]:
+    """Lower `host`, in place, and `program`, into a new one; see `driver.lower`."""
+    before = module_bytes(host)
+    decision, lowered = lower(host, program, CudaTarget(), names=names, quantize=quantize, check=check)
+    after, apart = module_bytes(host), tuple(decision.not_fused)
+    report = GpuReport(
+        decision.packed, decision.refusals, before, after, notes(host), tuple(decision.fusions), not_fused=apart
+    )
+    return report, lowered
+
+
 def lower_model(
     host: nn.Module,
     program: Program | None = None,
     *,
     names: Sequence[str] | None = None,
-    quantize: Literal["int8"] | Mapping[str, Literal["int8"]] | None = None,
+    quantize: Quantize = None,
 ) -> GpuReport:
     """Replace the linears of `host`, in place, by packed ones where that pays; returns what was done and why not.
 
-    program: if given, its history and refusals receive the outcome, and its stage becomes LOWERED.
+    program: if given, shows which linears belong together.
     names: qualified module names that may be replaced (a layer named here that cannot be packed raises RefusedError);
         None: every nn.Linear and Conv1D whose weight no other module shares.
     quantize: "int8" for all of them, or per module name; weights then get one scale per row.
     """
-    before = module_bytes(host)
-    shared: dict[int, list[str]] = {}
-    for module_name, module in host.named_modules(remove_duplicate=False):
-        if isinstance(getattr(module, "weight", None), nn.Parameter):
-            shared.setdefault(id(module.weight), []).append(module_name)
-    targets = {
-        name: module
-        for name, module in host.named_modules(remove_duplicate=False)
-        if (type(module) is nn.Linear or is_conv1d(module)) and (names is None or name in names)
-    }
-    missing = sorted(set(names or ()) - set(targets))
-    if missing:
-        raise RefusedError(f"lower_model: no linear is called {', '.join(missing)}")
-    lowered: list[GpuLowered] = []
-    refusals: list[Refusal] = []
-    done: dict[int, nn.Module] = {}
-    for name, module in targets.items():
-        if id(module) in done:
-            replace_module(host, name, done[id(module)])
-            continue
-        others = [n for n in shared.get(id(module.weight), []) if host.get_submodule(n) is not module]
-        how = quantize.get(name) if isinstance(quantize, Mapping) else quantize
-        outcome: tuple[nn.Module, GpuLowered] | Refusal
-        if others:
-            outcome = Refusal(name, f"its weight is shared with {', '.join(others)}, which needs it dense")
-        else:
-            outcome = try_layer(name, module, how)
-        if isinstance(outcome, Refusal):
-            if names is not None:
-                raise RefusedError(str(outcome))
-            refusals.append(outcome)
-            continue
-        packed, entry = outcome
-        packed.train(module.training)
-        for hook_table in ("_forward_hooks", "_forward_pre_hooks"):
-            getattr(packed, hook_table).update(getattr(module, hook_table))
-        replace_module(host, name, packed)
-        done[id(module)] = packed
-        lowered.append(entry)
-    fusions = tuple(fuse(host, program)) if program is not None else ()
-    report = GpuReport(tuple(lowered), tuple(refusals), before, module_bytes(host), notes(host), fusions)
-    if program is not None:
-        rewrite(program, host, fusions, {entry.name: str(entry).partition(": ")[2] for entry in lowered})
-        program.history = (*program.history, *(f"lower-cuda: {e}" for e in (*lowered, *fusions)))
-        program.refusals = (*program.refusals, *refusals)
-        program.stage = Stage.LOWERED
+    report, _ = lower_program(host, program, names=names, quantize=quantize)
     return report
 
 

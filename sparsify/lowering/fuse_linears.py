@@ -7,7 +7,7 @@
 
 An activation is recognised by what it computes: the element-wise operations between two nodes are run on a grid of numbers
 and compared with the activations that the kernels know. A module may only be rewritten if the graph shows everything that
-happens inside it.
+happens inside it. What nearly fits is refused with the reason.
 """
 
 from __future__ import annotations
@@ -20,11 +20,18 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from sparsify.errors import Refusal
 from sparsify.kernels.cpu.dispatch import ACTIVATIONS
 from sparsify.kernels.cpu.operator import epilogue
 from sparsify.program import LinearNode, Program
 
+LONGEST_CHAIN = 12  # operations of an activation written out
 GRID = 64  # fewer numbers would not tell activations apart
+SPLITS = (
+    torch.ops.aten.chunk.default,
+    torch.ops.aten.split.Tensor,
+    torch.ops.aten.split_with_sizes.default,
+)
 CHECKS = ("_assert_tensor_metadata", "sym_constrain_range", "_assert_scalar")  # nodes that compute nothing
 
 
@@ -43,6 +50,15 @@ class GatedProduct:
     product: fx.Node
     x: fx.Node  # as captured
 
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Names of the one linear or the two that it takes."""
+        return tuple(dict.fromkeys((self.gate, self.up)))
+
+    def __str__(self) -> str:
+        leaves = ", ".join(name.rpartition(".")[2] for name in self.linears)
+        return f"{self.owner}: {leaves}, {self.activation} and product"
+
 
 @dataclass(frozen=True, eq=False)
 class FusedActivation:
@@ -53,6 +69,12 @@ class FusedActivation:
     module: str
     source: fx.Node  # the linear's output, or the last view of it
     result: fx.Node  # what the activation makes of it
+
+    def __str__(self) -> str:
+        return f"{self.linear}: {self.activation} and its linear"
+
+
+Join = GatedProduct | FusedActivation
 
 
 def module_of(parameter: str) -> str:
@@ -67,112 +89,139 @@ def linears_read_once(program: Program) -> dict[str, LinearNode]:
     return {module_of(n.weight): n for n in found if count[n.weight] == 1 and n.weight.endswith("weight")}
 
 
-def find_gated_products(program: Program) -> list[GatedProduct]:
-    """Products of an activated linear and a linear over the same input, where one module holds exactly that."""
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """What the detection reads of a program again and again. linears: by module name, those whose weight is read in one place."""
+
+    linears: dict[str, LinearNode]
+    by_node: dict[fx.Node, str]
+    inside: dict[str, set[fx.Node]]
+    place: dict[fx.Node, int]
+
+
+def find_joins(program: Program) -> tuple[list[Join], list[Refusal]]:
+    """What one kernel can compute, in graph order, and for every linear with element-wise work behind it that cannot share, why.
+
+    A linear whose output goes anywhere else (a view into heads, a product of matrices, a sum) offers nothing to join: it is not
+    mentioned. The gate of a gated product may be listed with an activation too, for when the product cannot be joined.
+    """
     linears = linears_read_once(program)
+    place = {node: number for number, node in enumerate(program.graph.nodes)}
     by_node = {linear.node: name for name, linear in linears.items()}
-    inside = nodes_by_module(program.graph)
-    found = []
-    for name, linear in linears.items():
-        chain, product = chain_to_product(linear.node)
-        if product is None:
-            continue
-        others = [n for n in product.args if isinstance(n, fx.Node) and n is not chain[-1]]
-        if len(others) != 1 or others[0] not in by_node or len(others[0].users) != 1:
-            continue
-        up = by_node[others[0]]
-        if linears[up].x is not linear.x:
-            continue
-        activation = activation_of(linear.node, chain)
-        if activation is None:
-            continue
-        body = {linear.node, others[0], *chain, product}
-        last = past(product, is_identity)
-        readers = [by_node[user] for user in last.users if user in by_node]
-        down = readers[0] if len(last.users) == 1 and readers else ""
-        found += [
-            GatedProduct(owner, name, up, activation, reader, product, linear.x)
-            for owner, reader in holders(inside, body, linears, name, up, down)
-        ][:1]
-    return found
+    trace = Trace(linears, by_node, nodes_by_module(program.graph), place)
+    found: list[Join] = []
+    refusals: list[Refusal] = []
+    for linear in program.linears():
+        name = module_of(linear.weight)
+        results = [attempt(trace, name, linear) for attempt in (gated_product, split_product, moved_activation)]
+        if linear.node not in by_node and any(result is not None for result in results):
+            owned = linear.weight.endswith(".weight")
+            results = ["its weight is read in several places" if owned else "no module of its own computes it"]
+        found += [result for result in results if isinstance(result, GatedProduct | FusedActivation)]
+        refusals += [Refusal(name or linear.weight, result) for result in results if isinstance(result, str)]
+    return found, refusals
 
 
-def find_split_products(program: Program) -> list[GatedProduct]:
-    """Products of the activated first half and the second half of one linear, where one module holds exactly that."""
-    linears = linears_read_once(program)
-    by_node = {linear.node: name for name, linear in linears.items()}
-    inside = nodes_by_module(program.graph)
-    found = []
-    for name, linear in linears.items():
-        halves = halves_of(linear.node)
-        if halves is None:
-            continue
-        split, gate, up = halves
-        chain, product = chain_to_product(gate)
-        if product is None or users_of(up) != [product] or set(product.args) != {chain[-1], up}:
-            continue
-        activation = activation_of(gate, chain)
-        if activation is None:
-            continue
-        last = past(product, is_identity)
-        readers = [by_node[user] for user in last.users if user in by_node]
-        down = readers[0] if len(last.users) == 1 and readers else ""
-        body = {linear.node, split, gate, up, *chain, product}
-        found += [
-            GatedProduct(owner, name, name, activation, reader, product, linear.x)
-            for owner, reader in holders(inside, body, linears, name, name, down)
-        ][:1]
-    return found
+def gated_product(trace: Trace, name: str, linear: LinearNode) -> GatedProduct | str | None:
+    """act(linear) · up, where one module holds exactly that; why not; None where no product follows an activation."""
+    chain, product = chain_to_product(linear.node)
+    if product is None or isinstance(product, str):
+        return product
+    (other,) = [n for n in product.all_input_nodes if n is not chain[-1]]
+    if other not in trace.by_node:
+        return f"no gated product: the other factor, %{other.name}, is no linear whose weight is read once"
+    up = trace.by_node[other]
+    if len(other.users) != 1:
+        return f"no gated product: the output of {up} is read elsewhere too"
+    if trace.linears[up].x is not linear.x:
+        return f"no gated product: {up} reads another input"
+    activation = activation_of(linear.node, chain)
+    if activation is None:
+        return f"no gated product: {unknown(linear.node)}"
+    return held(trace, {linear.node, other, *chain, product}, linear, up, activation, product)
 
 
-def halves_of(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
-    """(split, first half, second half) where `node` is only read by a split of its last axis into two equal parts."""
-    aten = torch.ops.aten
-    users = users_of(node)
-    if len(users) != 1 or users[0].target not in (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default):
-        return None
-    split, values = users[0], users[0].meta.get("val")
-    axis = split.args[2] if len(split.args) > 2 else split.kwargs.get("dim", 0)
-    if not isinstance(values, list | tuple) or len(values) != 2 or values[0].shape != values[1].shape:
+def split_product(trace: Trace, name: str, linear: LinearNode) -> GatedProduct | str | None:
+    """act(first half) · second half of one linear, where one module holds exactly that; why not; None where it is not split so."""
+    split = next(iter(users_of(linear.node)), None)
+    if split is None or split.target not in SPLITS or len(users_of(linear.node)) != 1:
         return None
     parts = {user.args[1]: user for user in users_of(split) if user.target is operator.getitem}
-    if axis not in (-1, values[0].dim() - 1) or set(parts) != {0, 1} or len(users_of(split)) != 2:
+    if set(parts) != {0, 1}:
         return None
-    return split, parts[0], parts[1]
+    chain, product = chain_to_product(parts[0])
+    if product is None:
+        _, turned = chain_to_product(parts[1])
+        return None if turned is None else "no gated product: the second half is activated; kernels activate the first"
+    if isinstance(product, str):
+        return product
+    values, axis = split.meta["val"], split.args[2] if len(split.args) > 2 else split.kwargs.get("dim", 0)
+    if len(values) != 2 or values[0].shape != values[1].shape:
+        return "no gated product: it is not split into two equal halves"
+    if axis not in (-1, values[0].dim() - 1):
+        return f"no gated product: it is split along axis {axis}, which is not the last"
+    if len(users_of(split)) != 2 or users_of(parts[1]) != [product] or set(product.args) != {chain[-1], parts[1]}:
+        return "no gated product: its halves are read elsewhere too"
+    activation = activation_of(parts[0], chain)
+    if activation is None:
+        return f"no gated product: {unknown(parts[0])}"
+    return held(trace, {linear.node, split, *parts.values(), *chain, product}, linear, name, activation, product)
 
 
-def holders(
-    inside: dict[str, set[fx.Node]], body: set[fx.Node], linears: dict[str, LinearNode], gate: str, up: str, down: str
-) -> list[tuple[str, str]]:
-    """(module, down or "") of modules whose operations are `body`, or `body` and the linear `down`."""
-    owner = gate.rpartition(".")[0]
-    if not owner or up.rpartition(".")[0] != owner:
-        return []
-    operations = {node for node in inside.get(owner, set()) if not is_identity(node)}
-    if operations == body:
-        return [(owner, "")]
-    if down and down.rpartition(".")[0] == owner and operations == body | {linears[down].node}:
-        return [(owner, down)]
-    return []
+def held(
+    trace: Trace, body: set[fx.Node], linear: LinearNode, up: str, activation: str, product: fx.Node
+) -> GatedProduct | str:
+    """The gated product whose operations are `body`, if the module that owns gate and up does this alone, or this and `down`."""
+    gate = module_of(linear.weight)
+    owner = module_of(gate)
+    if not owner:
+        return "no gated product: it belongs to the model itself, not to a module inside of it"
+    if module_of(up) != owner:
+        return f"no gated product: {up} belongs to another module"
+    last = past(product, is_identity)
+    readers = [trace.by_node[user] for user in last.users if user in trace.by_node]
+    down = readers[0] if len(last.users) == 1 and readers and module_of(readers[0]) == owner else ""
+    operations = {node for node in trace.inside.get(owner, set()) if not is_identity(node)}
+    more = operations - body - ({trace.linears[down].node} if down else set())
+    if more:
+        node = min(more, key=trace.place.__getitem__)
+        return f"no gated product: {owner} does more than that (%{node.name}, {node.target})"
+    if not body <= operations:
+        return f"no gated product: part of it happens outside of {owner}"
+    down = down if down and trace.linears[down].node in operations else ""
+    return GatedProduct(owner, gate, up, activation, down, product, linear.x)
 
 
-def find_activations(program: Program) -> list[FusedActivation]:
-    """Activations that follow a linear and are the whole work of a module of their own."""
-    inside = nodes_by_module(program.graph)
-    place = {node: number for number, node in enumerate(program.graph.nodes)}
-    found = []
-    for name, linear in linears_read_once(program).items():
-        source = past(linear.node, is_view)
-        users = users_of(source)
-        for module in modules_of(users[0])[::-1] if users else []:
-            nodes = sorted(inside.get(module, set()), key=place.__getitem__)
-            if source in nodes or not set(users) <= set(nodes) or not is_elementwise_chain(source, nodes):
-                continue
-            activation = activation_of(source, nodes)
-            if activation is not None:
-                found.append(FusedActivation(name, activation, module, source, nodes[-1]))
-                break
-    return found
+def moved_activation(trace: Trace, name: str, linear: LinearNode) -> FusedActivation | str | None:
+    """An activation behind the linear that is the whole work of a module of its own; why it is not; None where nothing
+    element-wise follows."""
+    source = past(linear.node, is_view)
+    users = users_of(source)
+    if not any(is_elementwise(user) and user.all_input_nodes == [source] for user in users):
+        return None
+    within = set(modules_of(linear.node))
+    nearest = "no activation of its own: the same module computes it that computes the linear"
+    for module in modules_of(users[0])[::-1]:
+        nodes = sorted(trace.inside.get(module, set()), key=trace.place.__getitem__)
+        if source in nodes or module in within:
+            continue
+        if not set(users) <= set(nodes):
+            nearest = f"no activation of its own: its output is read outside of {module} too"
+        elif not is_elementwise_chain(source, nodes):
+            nearest = f"no activation of its own: {module} does more than element-wise work on it"
+        elif (activation := activation_of(source, nodes)) is None:
+            return f"no activation of its own: {unknown(source)}"
+        else:
+            return FusedActivation(name, activation, module, source, nodes[-1])
+    return nearest
+
+
+def unknown(source: fx.Node) -> str:
+    """Why no activation was recognised behind `source`."""
+    count = source.meta["val"].shape.numel()
+    if count < GRID:
+        return f"the example shows {count} numbers of it, and {GRID} are needed to tell activations apart"
+    return f"what follows is none of {', '.join(name for name in ACTIVATIONS if name != 'none')}"
 
 
 def past(node: fx.Node, passes: Callable[[fx.Node], bool]) -> fx.Node:
@@ -212,8 +261,9 @@ def users_of(node: fx.Node) -> list[fx.Node]:
     return [user for user in node.users if not any(word in str(user.target) for word in CHECKS)]
 
 
-def chain_to_product(node: fx.Node) -> tuple[list[fx.Node], fx.Node | None]:
-    """Element-wise operations behind `node` that only it feeds, up to the first product with something else."""
+def chain_to_product(node: fx.Node) -> tuple[list[fx.Node], fx.Node | str | None]:
+    """Element-wise operations behind `node` that only it feeds, and the first product of their result with something else; why they do
+    not reach it, though one is there; None where there is none, or nothing is between."""
     chain: list[fx.Node] = []
     known = {node}
     frontier = users_of(node)
@@ -221,10 +271,15 @@ def chain_to_product(node: fx.Node) -> tuple[list[fx.Node], fx.Node | None]:
         current = min(frontier, key=list(node.graph.nodes).index) if len(frontier) > 1 else frontier[0]
         inputs = set(current.all_input_nodes)
         if not inputs <= known:
-            is_product = current.target is torch.ops.aten.mul.Tensor and chain and set(frontier) == {current}
-            return chain, current if is_product and chain[-1] in inputs else None
-        if not is_elementwise(current) or len(chain) > 12:
+            if current.target is not torch.ops.aten.mul.Tensor or not chain:
+                return chain, None
+            if set(frontier) != {current} or chain[-1] not in inputs:
+                return chain, "no gated product: what is multiplied is read elsewhere too"
+            return chain, current
+        if not is_elementwise(current):
             return chain, None
+        if len(chain) > LONGEST_CHAIN:
+            return chain, f"no gated product: more than {LONGEST_CHAIN} element-wise operations follow"
         chain.append(current)
         known.add(current)
         frontier = list(dict.fromkeys(u for n in known for u in users_of(n) if u not in known))

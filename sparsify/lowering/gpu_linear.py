@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from sparsify.kernels.gpu import operator
+from sparsify.kernels.checked_once import checked_once
+from sparsify.kernels.gpu import launch, operator
+from sparsify.kernels.gpu.codegen import generate
 from sparsify.kernels.gpu.formats import (
     Blocks,
     FormatError,
@@ -19,7 +22,7 @@ from sparsify.kernels.gpu.formats import (
     pack_two_four,
     quantize_int8,
 )
-from sparsify.lowering.original_state import OriginalState
+from sparsify.lowering.kernel_module import GeneratedKernel, KernelModule
 
 NAMES = {
     "stream": ("values", "meta", "base", "start", "order", "scales"),
@@ -27,7 +30,7 @@ NAMES = {
 }
 
 
-class GpuSparseLinear(OriginalState):
+class GpuSparseLinear(KernelModule):
     """`y = act(x Wᵀ + b) (· up) + residual` with a packed weight; x (…, in_features) → (…, out_features), in x's dtype.
 
     packed: a `Stream` or `Blocks`; `validate()` runs here, so that no kernel sees damaged data.
@@ -86,6 +89,30 @@ class GpuSparseLinear(OriginalState):
         """Shape and dtype of the original weight without its data; `packed.unpack()` has the values."""
         shape = (self.rows, self.cols)
         return torch.empty(shape[::-1] if self.transposed else shape, dtype=self.dtype, device="meta")
+
+    @property
+    def operator(self) -> Any:
+        return torch.ops.sparsify.gpu_linear.default
+
+    def arguments(self, tensor: Callable[[str], Any]) -> dict[str, Any]:
+        bias = None if self.bias is None else tensor("bias")
+        sizes = {"format": self.format, "rows": self.rows, "cols": self.cols, "gated": self.gated}
+        return {"bias": bias, **sizes, "activation": self.activation, "packed": [tensor(name) for name in self.names]}
+
+    def check_numbers(self) -> None:
+        packed = self.packed
+        checked_once(("gpu", self.format, self.rows, self.cols, self.gated), packed.tensors, packed.validate)
+
+    def generated(self, tokens: int, dtype: torch.dtype) -> Iterator[GeneratedKernel]:
+        packed = self.packed
+        fits = packed.value == "int8" or self.format != "blocks" or dtype == packed.values.dtype
+        if tokens and dtype in operator.KERNEL_DTYPES and fits:
+            x = packed.values.new_empty((tokens, 0), dtype=dtype)
+            spec = launch.product_spec(packed, x, self.bias is not None, self.activation)
+            source = generate(spec)
+            digest = hashlib.sha256(source.encode()).hexdigest()[:8]
+            name = "_".join(filter(None, (spec.op, spec.format, spec.value, spec.target, digest)))
+            yield GeneratedKernel(name, source, spec.op)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         sizes = (self.format, self.rows, self.cols, self.gated, self.activation)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from sparsify.errors import RefusedError
 from sparsify.kernels.cpu.formats import check
 from sparsify.kernels.cpu.operator import check_one_device
-from sparsify.lowering.original_state import OriginalState
+from sparsify.lowering.kernel_module import KernelModule
 
 PREPACKED_DTYPES = (torch.float32, torch.bfloat16)
 torch.library.define("sparsify::prepacked_linear", "(Tensor x, Tensor? bias, int out_features, int handle) -> Tensor")
@@ -62,7 +62,7 @@ def prepacked_linear_fake(x: torch.Tensor, bias: torch.Tensor | None, out_featur
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-class PrepackedLinear(OriginalState):
+class PrepackedLinear(KernelModule):
     """`y = x Wᵀ + b`; inference, but differentiable in x. transposed: the original weight was stored (in, out)."""
 
     bias: torch.Tensor | None
@@ -81,6 +81,14 @@ class PrepackedLinear(OriginalState):
         """Shape and dtype of the original weight without its data."""
         shape = (self.out_features, self.in_features)
         return torch.empty(shape[::-1] if self.transposed else shape, dtype=self.dtype, device="meta")
+
+    @property
+    def operator(self) -> Any:
+        return torch.ops.sparsify.prepacked_linear.default
+
+    def arguments(self, tensor: Callable[[str], Any]) -> dict[str, Any]:
+        bias = None if self.bias is None else tensor("bias")
+        return {"bias": bias, "out_features": self.out_features, "handle": self.handle}
 
     @property
     def hidden_bytes(self) -> int:

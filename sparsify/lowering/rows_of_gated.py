@@ -9,7 +9,7 @@ In what order the kernel keeps its rows is the gated linear's own affair: it giv
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,22 +17,29 @@ from torch import nn
 from sparsify.lowering.original_state import RowsOfWhole
 
 
-class Gated(Protocol):
-    """A linear `act(gate x) · (up x)` over one packed weight; n outputs, m inputs."""
+class Gated(nn.Module):
+    """Mixin of a linear `act(gate x) · (up x)` over one packed weight; n outputs, m inputs. It is silent in the state dict, where
+    `RowsOfGated` speak for it."""
 
     dtype: torch.dtype
 
     def gate_and_up(self) -> torch.Tensor:
         """A new tensor (2n, m): the rows of gate, then those of up."""
-        ...
+        raise NotImplementedError
 
     def bias_of_both(self) -> torch.Tensor | None:
         """(2n,) in the same order and in the dtype that it had before lowering; zeros where only the other one has a bias."""
-        ...
+        raise NotImplementedError
 
     def take_both(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Compute with another [gate; up] and, unless it is None, another bias from now on."""
-        ...
+        raise NotImplementedError
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        pass
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        pass
 
 
 class RowsOfGated(RowsOfWhole):

@@ -8,18 +8,17 @@ A forward keeps nothing of its input or its result: what a module returns depend
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from sparsify.errors import RefusedError
 from sparsify.kernels.cpu import huge_pages
 from sparsify.kernels.cpu import operator as packed_operator
 from sparsify.kernels.cpu.build import BuildError, Kernels
+from sparsify.kernels.cpu.codegen import generate
 from sparsify.kernels.cpu.dispatch import (
     Choice,
     NonFiniteError,
@@ -32,12 +31,13 @@ from sparsify.kernels.cpu.dispatch import (
 )
 from sparsify.kernels.cpu.formats import Bitmask, FormatError, concatenate, pack, pack_int8, quantize_int8
 from sparsify.kernels.fallback import note
-from sparsify.lowering.original_state import OriginalState
+from sparsify.lowering.kernel_module import GeneratedKernel, KernelModule
+from sparsify.lowering.rows_of_gated import Gated
 
 PACKED = ("masks", "values", "panel_ptr", "scales")
 
 
-class SparseLinear(OriginalState):
+class SparseLinear(KernelModule):
     """`y = act(x Wᵀ + b)` with a packed weight; x (…, in_features) → (…, out_features), in x's dtype.
 
     packed: the weight; `validate()` runs here, so that no kernel sees damaged data.
@@ -141,10 +141,22 @@ class SparseLinear(OriginalState):
         return found
 
     @property
-    def epilogue(self) -> str:
-        """What is fused behind the product, for the program's text: "silu · up", "gelu", or nothing."""
-        name = "" if self.activation == "none" else self.activation
-        return f"{name or '1'} · up" if self.gated else name
+    def operator(self) -> Any:
+        return torch.ops.sparsify.packed_linear.default
+
+    def arguments(self, tensor: Callable[[str], Any]) -> dict[str, Any]:
+        held = {name: None if getattr(self, name) is None else tensor(name) for name in (*PACKED, "row_sums", "bias")}
+        sizes = {"rows": self.packed.rows, "cols": self.packed.cols, "group": self.packed.group}
+        return {**held, **sizes, "activation": self.activation, "gated": self.gated, "int8": self.int8}
+
+    def check_numbers(self) -> None:
+        if not self.as_prepared():
+            self.prepare()
+
+    def generated(self, tokens: int, dtype: torch.dtype) -> Iterator[GeneratedKernel]:
+        if self.kernels is not None and dtype != torch.float64:
+            variant, choice = self.kernels.variant, serves(self.choice(tokens), dtype, tokens)
+            yield GeneratedKernel(f"bitmask_{variant.value}_{variant.isa}", generate(variant), choice.kernel)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         if (
@@ -256,7 +268,7 @@ def joined_bias(linears: Sequence[SparseLinear], interleave: bool = False) -> to
     return torch.stack(vectors, 1).flatten() if interleave else torch.cat(vectors)
 
 
-class GatedLinear(SparseLinear):
+class GatedLinear(Gated, SparseLinear):
     """`act(gate x) · (up x)` as one product; its rows alternate gate and up. `RowsOfGated` speak for it in `state_dict`."""
 
     def __init__(self, gate: SparseLinear, up: SparseLinear, activation: str) -> None:
@@ -276,12 +288,6 @@ class GatedLinear(SparseLinear):
         if bias is not None:
             self.bias = interleaved(bias.to("cpu", torch.float32))
         self.prepare()
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        pass
-
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        pass
 
 
 def interleaved(rows: torch.Tensor) -> torch.Tensor:
@@ -303,32 +309,3 @@ def halves(linear: SparseLinear) -> tuple[SparseLinear, SparseLinear]:
         for place, bias in enumerate(biases)
     )
     return first, second
-
-
-class FusedFeedForward:
-    """Mixin of a feed-forward module whose gate, up, activation and product became `gate_up`; then the rest of it."""
-
-    gate_up: GatedLinear
-    down_name: str
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if args or kwargs:
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        y = self.gate_up(x)
-        return getattr(self, self.down_name)(y) if self.down_name else y
-
-
-@functools.cache
-def fused_class(base: type[nn.Module]) -> type[nn.Module]:
-    """`base` with the fused forward: still an instance of `base`, by isinstance and by name."""
-
-    def reduce(self: Any, protocol: Any) -> Any:
-        return rebuild_fused, (base,), self.__dict__
-
-    body = {"__reduce_ex__": reduce, "__doc__": base.__doc__, "__module__": base.__module__}
-    return type(base.__name__, (FusedFeedForward, base), body)
-
-
-def rebuild_fused(base: type[nn.Module]) -> nn.Module:
-    cls = fused_class(base)
-    return cls.__new__(cls)

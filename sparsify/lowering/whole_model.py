@@ -3,13 +3,13 @@
     lowered host (packed, fused, blocked)  ─┐
     the same with plain dense linears      ─┴─ run the example in turn ──▶ the slower of the two is given up
 
-The dense copy shares every tensor that lowering left alone; the unpacked weights live while the two are timed.
+The lowered one is a copy that shares every tensor that lowering left alone; both live while they are timed.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -17,8 +17,6 @@ from torch import nn
 
 from sparsify.console import printable
 from sparsify.kernels.cpu.tune import time_in_turn
-from sparsify.lowering.restore_cpu import restore_modules
-from sparsify.module_tree import copy_module_tree
 from sparsify.program import Program
 
 SLACK = 1.03  # smallest times of equally fast models differ by this much from run to run
@@ -79,14 +77,12 @@ def example_tokens(program: Program) -> dict[str, tuple[int, ...]]:
     return {name: tuple(sorted(counts)) for name, counts in found.items()}
 
 
-def time_whole_model(host: nn.Module, program: Program) -> WholeModel:
-    """Run the captured example through `host`, as it was lowered, and through a dense copy of it."""
+def time_whole_model(lowered: Callable[[], nn.Module], dense: nn.Module, program: Program) -> WholeModel:
+    """Run the captured example through the host that `lowered` makes, and through the dense one."""
     counts = tuple(sorted(set(itertools.chain(*example_tokens(program).values()))))
     args, kwargs = program.example
-    memo = {id(tensor): tensor for tensor in (*host.parameters(), *host.buffers())}
     try:
-        dense = copy_module_tree(host, memo)
-        restore_modules(dense)
+        host = lowered()
         with torch.inference_mode():
             calls = {"lowered": lambda: host(*args, **kwargs), "dense": lambda: dense(*args, **kwargs)}
             timing = time_in_turn(calls, BUDGET)

@@ -15,7 +15,7 @@ from sparsify import CpuOptions, LoRA, Plan, Prune, Quantize, VerifyError
 from sparsify.kernels import fallback
 from sparsify.kernels.cpu import build, dispatch, skinny, tune
 from sparsify.kernels.gpu.operator import kernels_take
-from sparsify.lowering import cpu, cuda, fuse_cpu, fuse_cuda, fuse_linears, gpu_linear, sparse_linear
+from sparsify.lowering import cpu, cuda, driver, fuse_cpu, fuse_cuda, fuse_linears, gpu_linear, sparse_linear
 
 WIDTH = 40
 OPTIONS = CpuOptions(tokens=(1,), mode="small")
@@ -153,15 +153,17 @@ def test_a_wrong_activation_is_the_passs_mistake(target: str, monkeypatch: pytes
 
 
 def test_a_wrong_graph_is_the_passs_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
-    rewrite = cpu.rewrite
+    """The graph obeys the grammar, and computes something else."""
+    rewrite = driver.rewrite
 
-    def wrong(program: Any, *rest: Any) -> None:
-        rewrite(program, *rest)
-        node = next(n for n in program.graph.nodes if n.target is torch.ops.sparsify.packed_linear.default)
-        node.args = (*node.args[:11], "relu", *node.args[12:])
+    def wrong(*args: Any) -> Any:
+        program = rewrite(*args)
+        node = next(n for n in program.graph.nodes if "sigmoid" in str(n.target))
+        node.target = torch.ops.aten.tanh.default
         program.graph_module.recompile()
+        return program
 
-    monkeypatch.setattr(cpu, "rewrite", wrong)
+    monkeypatch.setattr(driver, "rewrite", wrong)
     with pytest.raises(VerifyError, match="in pass 'lower-cpu': the lowered program: output 0 drifted"):
         lowered("cpu")
 

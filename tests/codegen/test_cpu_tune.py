@@ -15,7 +15,7 @@ from sparsify import CpuOptions, Plan
 from sparsify.kernels.cpu import build, dispatch, tune
 from sparsify.kernels.cpu.formats import pack
 from sparsify.kernels.cpu.tune import Timing
-from sparsify.lowering import cpu, fuse_cpu, whole_model
+from sparsify.lowering import cpu, fuse_cpu, fused_modules, whole_model
 from sparsify.lowering.cpu import lower_model, numbers_of_tokens
 from sparsify.lowering.prepacked_linear import PrepackedLinear
 from sparsify.lowering.sparse_linear import SparseLinear
@@ -306,7 +306,7 @@ def test_a_whole_model_that_is_slower_becomes_dense_again(
     assert any(key.split("/")[-2] == "512" for key in fast_layers if key.startswith("kernel/"))  # what the example has
     report, slower = str(host.sparsify.report), lowered > 1.03
     assert type(host[0]) is (PrepackedLinear if slower else SparseLinear)
-    assert type(host[1]) is (nn.ReLU if slower else fuse_cpu.MovedActivation)
+    assert type(host[1]) is (nn.ReLU if slower else fused_modules.MovedActivation)
     speed = f"lowered {lowered * 1e3:.2f} ms, dense 1000.00 ms ({1 / lowered:.2f} ×)"
     assert f"whole      on the example (300 tokens): {speed}" in report
     assert ("its layers became dense again" in report) == slower

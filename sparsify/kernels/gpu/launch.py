@@ -124,13 +124,14 @@ def stream_product(
     return y
 
 
-def expand_stream(packed: Stream, out: torch.dtype | None = None) -> Tensor:
-    """The dense weight (rows, cols) of a stream, in a fresh tensor; int8 values are scaled. For GEMMs with many tokens."""
-    out = out or packed.dtype
-    stored = out if packed.scales is not None else packed.values.dtype
-    dense = torch.zeros(packed.rows, packed.cols, dtype=stored, device=packed.values.device)
-    target = target_of(dense.device)
-    spec = KernelSpec(
+def stored_type(packed: Stream, out: torch.dtype) -> torch.dtype:
+    """What the expansion kernel writes for a dense weight in `out`."""
+    return out if packed.scales is not None else packed.values.dtype
+
+
+def expand_spec(packed: Stream, stored: torch.dtype) -> KernelSpec:
+    target = target_of(packed.values.device)
+    return KernelSpec(
         op="expand",
         target=target,
         tile=choose_tile("expand", 1, target),
@@ -141,6 +142,14 @@ def expand_stream(packed: Stream, out: torch.dtype | None = None) -> Tensor:
         width=packed.width,
         group=packed.group,
     )
+
+
+def expand_stream(packed: Stream, out: torch.dtype | None = None) -> Tensor:
+    """The dense weight (rows, cols) of a stream, in a fresh tensor; int8 values are scaled. For GEMMs with many tokens."""
+    out = out or packed.dtype
+    stored = stored_type(packed, out)
+    dense = torch.zeros(packed.rows, packed.cols, dtype=stored, device=packed.values.device)
+    spec = expand_spec(packed, stored)
     arguments = {"values_ptr": packed.values, "meta_ptr": packed.meta}
     if packed.format == "gaps":
         arguments["base_ptr"] = packed.base
@@ -158,6 +167,22 @@ def blocks_tile(tokens: int, target: str, height: int, width: int) -> Tile:
     return replace(tile, unroll=max(1, 4096 // (height * width))) if tokens == 1 else tile
 
 
+def blocks_spec(packed: Blocks, x: Tensor, out: torch.dtype, epilogue: Epilogue) -> KernelSpec:
+    target = target_of(x.device)
+    return KernelSpec(
+        op="blocks",
+        target=target,
+        tile=blocks_tile(x.shape[0], target, packed.height, packed.width),
+        value=packed.value,
+        x=x_type(x),
+        out=VALUES[out],
+        width=packed.width,
+        group=packed.height,
+        tokens=1 if x.shape[0] == 1 else 16,
+        epilogue=epilogue,
+    )
+
+
 def blocks_product(
     packed: Blocks,
     x: Tensor,
@@ -167,22 +192,11 @@ def blocks_product(
     out: torch.dtype | None = None,
 ) -> Tensor:
     """x (t, cols), any t ≥ 1 → (t, rows). Float tiles must be in x's dtype."""
-    count, target = x.shape[0], target_of(x.device)
+    count = x.shape[0]
     if packed.value != "int8" and packed.values.dtype != x.dtype:
         raise TritonError(f"blocks: values are {packed.values.dtype}, x is {x.dtype}")
-    tile = blocks_tile(count, target, packed.height, packed.width)
-    spec = KernelSpec(
-        op="blocks",
-        target=target,
-        tile=tile,
-        value=packed.value,
-        x=x_type(x),
-        out=VALUES[out or x.dtype],
-        width=packed.width,
-        group=packed.height,
-        tokens=1 if count == 1 else 16,
-        epilogue=Epilogue(bias=bias is not None, activation=activation, residual=residual is not None),
-    )
+    epilogue = Epilogue(bias=bias is not None, activation=activation, residual=residual is not None)
+    spec = blocks_spec(packed, x, out or x.dtype, epilogue)
     y = torch.empty(count, packed.rows, dtype=out or x.dtype, device=x.device)
     arguments = {"x_ptr": x.contiguous(), "values_ptr": packed.values}
     arguments |= {"column_ptr": packed.column, "start_ptr": packed.start}
@@ -193,8 +207,18 @@ def blocks_product(
     if residual is not None:
         arguments["residual_ptr"] = residual.to(x.dtype).contiguous()
     arguments |= {"y_ptr": y, "cols": packed.cols, "outputs": packed.rows, "tokens": count}
-    launch(spec, (packed.rows // packed.height, 1 if count == 1 else -(-count // tile.cols)), arguments)
+    launch(spec, (packed.rows // packed.height, 1 if count == 1 else -(-count // spec.tile.cols)), arguments)
     return y
+
+
+def product_spec(packed: Stream | Blocks, x: Tensor, bias: bool, activation: str) -> KernelSpec:
+    """The kernel that `operator.packed_product` launches for x (t, cols): a product, or the expansion before a library's."""
+    if isinstance(packed, Blocks):
+        return blocks_spec(packed, x, x.dtype, Epilogue(bias=bias, activation=activation))
+    if x.shape[0] > MAX_TOKENS:
+        return expand_spec(packed, stored_type(packed, x.dtype))
+    epilogue = Epilogue(bias=bias, activation=activation, gated=packed.gated)
+    return stream_spec(packed, x, x.dtype, power_above(x.shape[0]), epilogue, None)
 
 
 def quantized_product(

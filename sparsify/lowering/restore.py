@@ -1,4 +1,4 @@
-"""Undo lowering for the CPU: packed, blocked and fused modules become what the user had, with weights unpacked."""
+"""Undo lowering: packed, blocked and fused modules become what the user had, with weights unpacked."""
 
 from __future__ import annotations
 
@@ -6,30 +6,37 @@ from typing import Any
 
 from torch import nn
 
-from sparsify.lowering.fuse_cpu import MovedActivation, set_module
-from sparsify.lowering.prepacked_linear import PrepackedLinear
-from sparsify.lowering.rows_of_gated import RowsOfGated
-from sparsify.lowering.sparse_linear import FusedFeedForward, GatedLinear, SparseLinear
+from sparsify.lowering.fused_modules import FusedFeedForward, MovedActivation, unfuse_feed_forward
+from sparsify.lowering.original_state import OriginalState
+from sparsify.lowering.rows_of_gated import Gated
+
+
+def set_module(host: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where `name` points."""
+    owner, _, last = name.rpartition(".")
+    setattr(host.get_submodule(owner), last, module)
+
+
+def take_over(new: nn.Module, old: nn.Module) -> nn.Module:
+    """`new` in the mode and with the hooks of `old`, whose place it takes."""
+    for hook_table in ("_forward_hooks", "_forward_pre_hooks"):
+        getattr(new, hook_table).update(getattr(old, hook_table))
+    return new.train(old.training)
 
 
 def restore_modules(host: nn.Module) -> None:
     """Put plain linears (Conv1D where the weight was stored transposed) and activations back into `host`, in place."""
-    for module in list(host.modules()):
-        if isinstance(module, FusedFeedForward):
-            assert isinstance(module, nn.Module)
-            module.__class__ = type(module).__mro__[2]
     done: dict[int, nn.Module] = {}
     for name, module in list(host.named_modules(remove_duplicate=False)):
         if isinstance(module, MovedActivation):
             set_module(host, name, module.original)
-        elif isinstance(module, SparseLinear | RowsOfGated | PrepackedLinear) and not isinstance(module, GatedLinear):
+        elif isinstance(module, OriginalState) and not isinstance(module, Gated):
             if id(module) not in done:
                 done[id(module)] = plain_linear(module)
             set_module(host, name, done[id(module)])
     for module in list(host.modules()):
-        if isinstance(module._modules.get("gate_up"), GatedLinear):
-            del module.gate_up
-            module.__dict__.pop("down_name", None)
+        if isinstance(module, FusedFeedForward):
+            unfuse_feed_forward(module)
 
 
 def plain_linear(module: Any) -> nn.Module:
@@ -47,6 +54,7 @@ def plain_linear(module: Any) -> nn.Module:
         linear.in_features, linear.out_features = weight.shape[1], weight.shape[0]
     linear.weight = nn.Parameter(weight, requires_grad=False)
     linear.bias = nn.Parameter(bias, requires_grad=False) if bias is not None else None
-    for hook_table in ("_forward_hooks", "_forward_pre_hooks"):
-        getattr(linear, hook_table).update(getattr(module, hook_table))
-    return linear.train(module.training)
+    return take_over(linear, module)
+
+
+__all__ = ["plain_linear", "restore_modules", "set_module", "take_over"]
