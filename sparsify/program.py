@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from sparsify.console import printable
 from sparsify.errors import Refusal, SparsifyError
 from sparsify.names import LONGEST, identifier, is_safe
+from sparsify.operator_schema import arguments
 from sparsify.permutation import Permutation
 from sparsify.structure import Declined, Structure
 
@@ -49,7 +50,7 @@ class Input:
 class LinearNode:
     """One matrix product with a weight: `y = x Wᵀ + b`, tied to its parameter's qualified name.
 
-    transposed: the stored weight is `(in, out)` (Conv1D) instead of `(out, in)`.
+    transposed: the stored weight is `(in, out)` (Conv1D) instead of `(out, in)`. bias_node: what is added, named or computed.
     """
 
     node: fx.Node
@@ -57,6 +58,7 @@ class LinearNode:
     weight: str
     bias: str | None
     transposed: bool
+    bias_node: fx.Node | None = None
 
     @property
     def in_axis(self) -> int:
@@ -348,21 +350,22 @@ class Program:
         for node in self.graph.nodes:
             if node.op != "call_function":
                 continue
-            if node.target is aten.linear.default:
-                x, weight, bias = node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else None
-                swapped = False
-            elif node.target is aten.addmm.default:
-                bias, x, weight = node.args[:3]
-                swapped = True
-            elif node.target in (aten.mm.default, aten.matmul.default):
-                (x, weight), bias = node.args[:2], None
-                swapped = True
-            else:
+            if node.target not in (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default):
                 continue
+            given = arguments(node)
+            if node.target is aten.linear.default:
+                x, weight, bias, swapped = given["input"], given["weight"], given["bias"], False
+            elif node.target is aten.addmm.default:
+                x, weight, bias, swapped = given["mat1"], given["mat2"], given["self"], True
+            elif node.target is aten.mm.default:
+                x, weight, bias, swapped = given["self"], given["mat2"], None, True
+            else:
+                x, weight, bias, swapped = given["self"], given["other"], None, True
             weight, flipped = through_transpose(weight)
             if isinstance(weight, fx.Node) and weight.name in names and isinstance(x, fx.Node):
-                bias_name = names.get(bias.name) if isinstance(bias, fx.Node) else None
-                yield LinearNode(node, x, names[weight.name], bias_name, transposed=swapped != flipped)
+                bias = bias if isinstance(bias, fx.Node) else None
+                bias_name = names.get(bias.name) if bias is not None else None
+                yield LinearNode(node, x, names[weight.name], bias_name, swapped != flipped, bias)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph. Inputs must have the structure and shapes of the captured example."""

@@ -18,12 +18,12 @@ from torch import fx
 
 from sparsify.adapter import tensor_hash
 from sparsify.errors import VerifyError
+from sparsify.graph_editor import GraphEditor, copied_inputs, fake_like  # noqa: F401  (used by lowerings)
 from sparsify.masked import pack_bits
-from sparsify.names import placeholder
 from sparsify.passes.assign_rules import is_conv1d, owner_name
 from sparsify.passes.base import Context
 from sparsify.permutation import invert_index
-from sparsify.program import Input, Packed, Program, SparseLowRank, Support, TrainedSlice, UnitChoice
+from sparsify.program import Input, LinearNode, Packed, Program, SparseLowRank, Support, TrainedSlice, UnitChoice
 from sparsify.quantized import pack, packed_bytes, unpack
 from sparsify.selection import generator, index_dtype, unit_channels
 from sparsify.structure import Site, Structure
@@ -265,160 +265,109 @@ def can_mask(program: Program, param: str) -> bool:
 
 def rewrite(program: Program, survivors: list[str]) -> tuple[fx.GraphModule, tuple[Input, ...]]:
     """A copy of the graph in which every linear over a changed weight is the sparsify operator that stands for it."""
-    graph = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(program.graph, mapping))
+    editor = GraphEditor(program)
     pieces = {s.param: s for s in program.slices}
     parts = {p.param: p for p in program.lowranks}
-    inputs = copied_inputs(program, mapping)
-    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
-    added: dict[str, fx.Node] = {}
-
-    def tensor_input(name: str, value: torch.Tensor) -> fx.Node:
-        nonlocal last
-        if name not in added:
-            with graph.inserting_after(last):
-                last = placeholder(graph, f"p_{name}")
-            last.meta["val"] = fake_like(program, value)
-            inputs.append(Input(last.name, "parameter" if value.is_floating_point() else "buffer", name))
-            added[name] = last
-        return added[name]
-
-    def optional(param: str, leaf: str) -> fx.Node | None:
-        name = f"{owner_name(param)}.{leaf}"
-        return tensor_input(name, program.tensors[name]) if name in program.tensors else None
-
-    def masked_block(param: str) -> fx.Node | None:
-        """The trained block; over a pruned base its pruned entries are held at zero."""
-        block = optional(param, f"{param.rpartition('.')[2]}_slice")
-        bits = optional(param, "slice_mask_bits")
-        if bits is None or block is None:
-            return block
-        with graph.inserting_before(node):
-            kept = graph.call_function(torch.ops.sparsify.apply_mask.default, (block, bits))
-        kept.meta["val"] = block.meta["val"]
-        return kept
-
     for linear in list(program.linears()):
         param = linear.weight
-        piece, part, format = pieces.get(param), parts.get(param), program.quantize.get(param)
-        masked = param in survivors and format is None
-        if piece is None and part is None and format is None and not masked:
-            continue
-        node = mapping[linear.node]
-        if node.target is torch.ops.aten.addmm.default:
-            bias, x, weight = node.args[:3]
-        else:
-            x, weight = node.args[:2]
-            bias = node.args[2] if len(node.args) > 2 else None
-        stored = stored_input(weight)
-        leaves = ("sparse_values", "sparse_index", "lora_A", "lora_B")
-        values = tuple(optional(param, leaf) if part is not None else None for leaf in leaves)
-        if part is not None and part.index is None:
-            values = (None, None, *values[2:])
-        scale = part.scale if part is not None else 1.0
-        target: Any
-        if format is not None:
-            shape = list(stored.meta["val"].shape)
-            packed = [tensor_input(f"{owner_name(param)}.packed_{i}", t) for i, t in enumerate(program.packed[param])]
-            block = masked_block(param) if piece is not None else None
-            channels, axis = None, 1
-            if piece is not None:
-                name = f"{owner_name(param)}.slice_channels"
-                places = piece.places or tuple(range(piece.start, piece.start + piece.length))
-                program.tensors.setdefault(name, torch.tensor(places))
-                channels, axis = tensor_input(name, program.tensors[name]), piece.logical_axis
-            target = torch.ops.sparsify.quantized_linear.default
-            layout = (format, *shape, linear.transposed)
-            args: tuple[Any, ...] = (x, *layout, bias, block, channels, axis, *values, scale, packed)
-        elif masked:
-            bits = optional(param, "weight_mask_bits")
-            target = torch.ops.sparsify.masked_linear.default
-            args = (x, stored, bits, bias, *([True] if linear.transposed else []))
+        piece, part = pieces.get(param), parts.get(param)
+        if param in program.quantize:
+            insert_packed(editor, linear, piece, part)
         elif part is not None:
-            target = torch.ops.sparsify.sparse_lowrank_linear.default
-            args = (x, stored, bias, *values, scale, linear.transposed)
-        else:
-            assert piece is not None
-            block = masked_block(param)
-            where: Any = piece.start
-            target = torch.ops.sparsify.partial_linear.default
-            if piece.places:
-                target = torch.ops.sparsify.partial_linear_at.default
-                where = optional(param, "slice_channels")
-            logical = stored
-            if linear.transposed:
-                with graph.inserting_before(node):
-                    logical = graph.call_function(torch.ops.aten.t.default, (stored,))
-            args = (x, logical, bias, block, where, piece.logical_axis)
-        with graph.inserting_before(node):
-            new = graph.call_function(target, args)
-        new.meta = dict(node.meta)
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
-        above: Any = weight
-        while above is not stored and not above.users:  # a transpose that nobody reads any more
-            dead, above = above, above.args[0]
-            graph.erase_node(dead)
+            insert_lowrank(editor, linear, part)
+        elif piece is not None:
+            insert_slice(editor, linear, piece)
+        elif param in survivors:
+            insert_mask(editor, linear)
     for name in program.quantize:  # the dense weight is no input any more
-        drop_input(graph, inputs, name)
-    graph_module = fx.GraphModule(program.graph_module, graph)
-    graph_module.meta = dict(program.graph_module.meta)
-    return graph_module, tuple(inputs)
+        editor.drop_input(name)
+    return editor.finish()
+
+
+def tensor_of(editor: GraphEditor, param: str, leaf: str) -> fx.Node | None:
+    """The input for a tensor beside a weight; None where the program has no such tensor."""
+    name = f"{owner_name(param)}.{leaf}"
+    tensors = editor.program.tensors
+    return editor.tensor_input(name, tensors[name]) if name in tensors else None
+
+
+def masked_block(editor: GraphEditor, linear: LinearNode, piece: TrainedSlice) -> fx.Node | None:
+    """The trained block; over a pruned base its pruned entries are held at zero."""
+    block = tensor_of(editor, piece.param, piece.block_name.rpartition(".")[2])
+    bits = tensor_of(editor, piece.param, "slice_mask_bits")
+    if bits is None or block is None:
+        return block
+    return editor.call(torch.ops.sparsify.apply_mask.default, linear.node, block, t=block, bits=bits)
+
+
+def lowrank_arguments(editor: GraphEditor, part: SparseLowRank) -> dict[str, Any]:
+    """What both operators take of a sparse and a low-rank part; an open mask keeps the sparse one silent."""
+    leaves = {"values": "sparse_values", "index": "sparse_index", "a": "lora_A", "b": "lora_B"}
+    found: dict[str, Any] = {name: tensor_of(editor, part.param, leaf) for name, leaf in leaves.items()}
+    if part.index is None:
+        found |= {"values": None, "index": None}
+    return found | {"scale": part.scale}
+
+
+def insert_slice(editor: GraphEditor, linear: LinearNode, piece: TrainedSlice) -> None:
+    read = editor.read(linear)
+    block = masked_block(editor, linear, piece)
+    weight = read.weight
+    if linear.transposed:
+        weight = editor.call(torch.ops.aten.t.default, linear.node, self=weight)
+    given = {"x": read.x, "weight": weight, "bias": read.bias, "block": block, "axis": piece.logical_axis}
+    if piece.places:
+        index = tensor_of(editor, piece.param, "slice_channels")
+        editor.replace(linear.node, torch.ops.sparsify.partial_linear_at.default, index=index, **given)
+    else:
+        editor.replace(linear.node, torch.ops.sparsify.partial_linear.default, start=piece.start, **given)
+
+
+def insert_lowrank(editor: GraphEditor, linear: LinearNode, part: SparseLowRank) -> None:
+    read = editor.read(linear)
+    given = {"x": read.x, "weight": read.weight, "bias": read.bias, "transposed": linear.transposed}
+    op = torch.ops.sparsify.sparse_lowrank_linear.default
+    editor.replace(linear.node, op, **given, **lowrank_arguments(editor, part))
+
+
+def insert_mask(editor: GraphEditor, linear: LinearNode) -> None:
+    read = editor.read(linear)
+    bits = tensor_of(editor, linear.weight, "weight_mask_bits")
+    given = {"x": read.x, "weight": read.weight, "bits": bits, "bias": read.bias, "transposed": linear.transposed}
+    editor.replace(linear.node, torch.ops.sparsify.masked_linear.default, **given)
+
+
+def insert_packed(
+    editor: GraphEditor, linear: LinearNode, piece: TrainedSlice | None, part: SparseLowRank | None
+) -> None:
+    program, param, owner = editor.program, linear.weight, owner_name(linear.weight)
+    read = editor.read(linear)
+    rows, columns = read.weight.meta["val"].shape
+    given: dict[str, Any] = dict.fromkeys(("block", "channels", "values", "index", "a", "b"))
+    given |= {"axis": 1, "scale": 1.0}
+    packed = [editor.tensor_input(f"{owner}.packed_{i}", t) for i, t in enumerate(program.packed[param])]
+    if piece is not None:
+        places = piece.places or tuple(range(piece.start, piece.start + piece.length))
+        program.tensors.setdefault(f"{owner}.slice_channels", torch.tensor(places))
+        given["block"] = masked_block(editor, linear, piece)
+        given |= {"channels": tensor_of(editor, param, "slice_channels"), "axis": piece.logical_axis}
+    if part is not None:
+        given |= lowrank_arguments(editor, part)
+    given |= {"format": program.quantize[param], "rows": rows, "columns": columns, "transposed": linear.transposed}
+    given |= {"x": read.x, "bias": read.bias, "packed": packed}
+    editor.replace(linear.node, torch.ops.sparsify.quantized_linear.default, **given)
 
 
 def activate_support(program: Program, param: str) -> Program:
     """The program once an open mask is chosen: the operator of `param` reads its sparse values and index."""
-    graph = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(program.graph, mapping))
+    editor = GraphEditor(program)
     owner = owner_name(param)
-    inputs = copied_inputs(program, mapping)
-    by_target = {i.target: i.name for i in inputs}
-    nodes = {n.name: n for n in graph.nodes if n.op == "placeholder"}
-    values, index = (nodes[by_target[f"{owner}.{leaf}"]] for leaf in ("sparse_values", "sparse_index"))
-    places = {
-        torch.ops.sparsify.sparse_lowrank_linear.default: (1, 3),
-        torch.ops.sparsify.quantized_linear.default: (14, 9),
-    }
-    own = {by_target.get(param), by_target.get(f"{owner}.packed_0")}
-    for node in graph.nodes:
-        if node.op == "call_function" and node.target in places:
-            weight, first = places[node.target]
-            source = node.args[weight][0] if isinstance(node.args[weight], list | tuple) else node.args[weight]
-            if source.name in own:
-                node.args = (*node.args[:first], values, index, *node.args[first + 2 :])
-    graph_module = fx.GraphModule(program.graph_module, graph)
-    return replace(program, graph_module=graph_module, inputs=tuple(inputs))
-
-
-def copied_inputs(program: Program, mapping: dict[fx.Node, fx.Node]) -> list[Input]:
-    """The table of inputs of a copied graph: a copy may rename a placeholder that is called like a Python builtin."""
-    names = {node.name: mapping[node].name for node in program.graph.nodes if node.op == "placeholder"}
-    return [replace(i, name=names[i.name]) for i in program.inputs]
-
-
-def stored_input(weight: Any) -> fx.Node:
-    """The placeholder under a transposed weight."""
-    while isinstance(weight, fx.Node) and weight.op == "call_function":
-        weight = weight.args[0]
-    assert isinstance(weight, fx.Node)
-    return weight
-
-
-def drop_input(graph: fx.Graph, inputs: list[Input], target: str) -> None:
-    found = next(i for i in inputs if i.target == target)
-    node = next(n for n in graph.nodes if n.op == "placeholder" and n.name == found.name)
-    for user in list(node.users):  # a transposed view that nobody reads any more
-        if not user.users:
-            graph.erase_node(user)
-    if node.users:
-        raise VerifyError(f"{target} is packed, but node {next(iter(node.users)).name} still reads it whole")
-    graph.erase_node(node)
-    inputs.remove(found)
-
-
-def fake_like(program: Program, tensor: torch.Tensor) -> torch.Tensor:
-    value = next((n.meta["val"] for n in program.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)), None)
-    mode = getattr(value, "fake_mode", None)
-    return mode.from_tensor(tensor, static_shapes=True) if mode is not None else torch.empty_like(tensor, device="meta")
+    packed = f"{owner}.packed_0"
+    values, index = (editor.input(f"{owner}.{leaf}") for leaf in ("sparse_values", "sparse_index"))
+    weight = editor.input(packed if packed in editor.sources else param)
+    ops = torch.ops.sparsify
+    for node in editor.nodes(ops.sparse_lowrank_linear.default, ops.quantized_linear.default):
+        if weight in node.all_input_nodes:
+            editor.change(node, values=values, index=index)
+    graph_module, inputs = editor.finish()
+    return replace(program, graph_module=graph_module, inputs=inputs)
