@@ -66,6 +66,13 @@ class GraphEditor:
         self.sources[target] = self._last = node
         return node
 
+    def beside(self, param: str, leaf: str) -> fx.Node | None:
+        """The input for a tensor of the program that lies beside a weight, by leaf; None where it has no such tensor."""
+        owner = param.rpartition(".")[0]
+        name = f"{owner}.{leaf}" if owner else leaf
+        tensors = self.program.tensors
+        return self.tensor_input(name, tensors[name]) if name in tensors else None
+
     def drop_input(self, target: str) -> None:
         """Take out an input that no operator reads any more. Raises VerifyError while one does."""
         node = self.sources.pop(target)

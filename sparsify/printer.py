@@ -19,16 +19,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from sparsify.console import one_line
 from sparsify.names import printable as without_controls
-from sparsify.program import Packed, Program, SparseLowRank, TrainedSlice
+from sparsify.program import Packed, Program
 from sparsify.sharded import class_name
 from sparsify.structure import Site, Structure
+
+if TYPE_CHECKING:
+    from sparsify.methods.channels import TrainedSlice
 
 NOISE = frozenset({"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size", "_guards_fn"})
 """Operations that compute nothing: checks that torch.export leaves behind."""
@@ -66,8 +69,7 @@ def print_program(program: Program, *, noise: bool = False, ids: int = 8) -> str
     lines += _section(f"refused: {len(program.refusals)}", (str(r) for r in program.refusals))
     lines += _choices(program, ids)
     lines += _permuted(program, ids)
-    lines += _trained(program, ids)
-    lines += _section(f"sparse and low-rank: {len(program.lowranks)}", (lowrank_text(p) for p in program.lowranks))
+    lines += _parts(program, ids)
     lines += _section(f"quantised: {len(program.packings)}", (packed_text(p) for p in program.packings))
     lines += _graph(program, noise)
     return "\n".join(without_controls(line) for line in lines)
@@ -107,17 +109,6 @@ def range_text(trained: TrainedSlice) -> str:
     if trained.places:
         return f"{{{ids_text(trained.places, 4)}}}"
     return f"{trained.start}:{trained.start + trained.length}"
-
-
-def lowrank_text(part: SparseLowRank) -> str:
-    """`@w + S (1,204 entries by gradient) + 2·BA (rank 8)`."""
-    text = f"@{part.param}"
-    if part.count:
-        text += f" + S ({part.count:,} entries by {part.mask}{', not chosen yet' if part.index is None else ''})"
-    if part.rank:
-        scale = "" if part.scale == 1 else f"{part.scale:g}·"
-        text += f" + {scale}BA (rank {part.rank}{f', dropout {part.dropout:g}' if part.dropout else ''})"
-    return text
 
 
 def packed_text(packed: Packed) -> str:
@@ -211,15 +202,13 @@ def _permuted(program: Program, ids: int) -> list[str]:
     return _section(f"permuted: {len(lines)}, {len(program.moves)} moves", lines)
 
 
-def _trained(program: Program, ids: int) -> list[str]:
-    lines, total = [], 0
-    for trained in program.slices:
-        tensor, block = program.tensor(trained.param), program.tensor(trained.block_name)
-        total += block.numel()
-        where = f"@{slice_text(trained, tensor.dim())} {tensor_text(block)}"
-        lines.append(f"{where} {trained.side} block, channels {ids_text(trained.channels, ids)}")
-    count = f"{len(lines)} slice{'s' if len(lines) != 1 else ''}"
-    return _section(f"trained: {count}, {total:,} parameters", lines)
+def _parts(program: Program, ids: int) -> list[str]:
+    """One section for every kind of trained part."""
+    kinds: dict[type, list[Any]] = {}
+    for part in program.parts:
+        kinds.setdefault(type(part), []).append(part)
+    sections = [kind.section(parts, program, lambda values: ids_text(values, ids)) for kind, parts in kinds.items()]
+    return [line for title, body in sections for line in _section(title, body)]
 
 
 def _graph(program: Program, noise: bool) -> list[str]:
@@ -302,9 +291,7 @@ def _node(node: fx.Node, tensors: dict[str, str], notes: dict[str, str], noise: 
 def _notes(program: Program) -> dict[str, str]:
     """What an operation of ours does, as a comment behind it, by the tensor that gives it away."""
     notes = {}
-    for trained in program.slices:
-        side = "input" if trained.side == "column" else "output"
-        notes[trained.block_name] = f"  # trains {trained.length} {side} channels [{range_text(trained)}]"
-    for part in program.lowranks:
-        notes[part.param] = f"  # {lowrank_text(part).partition(' ')[2]}"
+    for part in program.parts:
+        name, text = part.note()
+        notes[name] = f"  # {text}"
     return notes
