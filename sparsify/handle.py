@@ -23,6 +23,7 @@ from sparsify.adapter import Adapter, Delta
 from sparsify.anchors import Anchor, anchors_of
 from sparsify.capture import evaluating
 from sparsify.console import printable
+from sparsify.delta_kinds import known_kind
 from sparsify.errors import AdapterError, SparsifyError
 from sparsify.exact import changed, sum_dtype
 from sparsify.files.atomic import check_target, reported
@@ -588,6 +589,7 @@ class Handle:
                 part.mix(weighted)
                 continue
             low = [(w, d) for w, d in weighted if d.kind == "lora"]
+            others = [(w, d) for w, d in weighted if known_kind(d.kind) is not None]
             beside = part is not None and "lora" in part.takes
             for kind in ("column", "row", "sparse"):
                 same_kind = [(w, d) for w, d in weighted if d.kind == kind]
@@ -595,6 +597,8 @@ class Handle:
                     self.add_to(param, same_kind)
             if low and not beside:
                 self.add_dense(param, low)
+            if others:
+                self.add_dense(param, others)
             if part is not None:
                 part.read_back()
             if low and beside:
@@ -649,14 +653,20 @@ class Handle:
         self.backups.append((param, axis, places, old))
 
     def add_dense(self, param: str, parts: list[tuple[float, Delta]]) -> None:
-        """Add low-rank products to a stored dense weight that has no factors beside it."""
+        """Add low-rank products, or changes of registered kinds, to a stored dense weight that has none of their parts beside it."""
         weight, layout = self.own(param), self.layout(param)
         inner = sum_dtype(weight, *(d.values for _, d in parts))
         total = torch.zeros(tuple(weight.shape), dtype=inner)
         for scale, delta in parts:
-            assert delta.a is not None
-            product = float(scale) * delta.scale * (delta.values.to(inner) @ delta.a.to(inner))
-            total += product.t() if delta.transposed else product
+            kind = known_kind(delta.kind)
+            if kind is None:
+                assert delta.a is not None
+                change = float(scale) * delta.scale * (delta.values.to(inner) @ delta.a.to(inner))
+            else:
+                base = self.base_original(param).detach().cpu().to(inner)
+                base = base.t() if delta.transposed else base
+                change = float(scale) * (kind.change(base, delta).to(inner) - base)
+            total += change.t() if delta.transposed else change
         total = layout.to_current(param.rpartition(".")[2], total).to(weight.device)
         self.backups.append((param, -1, torch.empty(0), weight.data.clone()))
         weight.detach().copy_(changed(weight.data, total, None, weight.dtype))

@@ -278,11 +278,10 @@ def _node(node: fx.Node, tensors: dict[str, str], notes: dict[str, str], noise: 
         return f"    %{node.name} = attribute {node.target}"
     args = [text(a) for a in node.args]
     args += [f"{k}={text(v)}" for k, v in node.kwargs.items() if noise or k not in NOISY_KEYWORDS]
-    ours = name.startswith("sparsify.")
     kernel = node.meta.get("kernel", "")
-    note = (
-        next((notes[n] for n in (tensors.get(i.name) for i in node.all_input_nodes) if n in notes), "") if ours else ""
-    )
+    note = next((notes[n] for n in (tensors.get(i.name) for i in node.all_input_nodes) if n in notes), "")
+    note = "" if name.startswith("aten.") else note
+    ours = name.startswith("sparsify.") or bool(note)
     result = f"%{node.name}: {tensor_text(node.meta['val'])}" if node.meta.get("val") is not None else f"%{node.name}"
     kernel = f"  # {kernel}" if kernel else ""
     return one_line(f"  {'»' if ours else ' '} {result} = {name}({', '.join(args)}){note}{kernel}")

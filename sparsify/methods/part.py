@@ -146,6 +146,27 @@ class TrainedPart(ABC):
         """The part beside its host module, whose values are the base's now."""
 
 
+class OutsidePart(TrainedPart):
+    """A part of a method from outside the package, see `sparsify.methods.register`.
+
+    Its plan rule chooses linears one by one; `from_rule` makes the part of each, in original coordinates.
+    """
+
+    @classmethod
+    def why_not(cls, rule: Any, program: Program, linear: LinearNode) -> str | None:
+        """Why a linear that the rule matches cannot have the part; None if it can. Called before `from_rule`."""
+        if linear.weight in program.quantize:
+            return f"{type(rule).__name__} needs the dense weight, and this one is packed ({program.quantize[linear.weight]})"
+        if linear.weight in program.masks:
+            return f"{type(rule).__name__} does not keep a mask, and entries of this weight are pruned"
+        return None
+
+    @classmethod
+    @abstractmethod
+    def from_rule(cls, rule: Any, index: int, program: Program, linear: LinearNode) -> OutsidePart:
+        """The part that the plan's rule number `index` asks for. Raises PlanError for a rule that does not say enough."""
+
+
 class LivePart(ABC):
     """A trained part beside its module. Values enter and leave as deltas in original coordinates.
 
@@ -226,4 +247,4 @@ class LivePart(ABC):
         """Undo `detach`."""
 
 
-__all__ = ["LivePart", "Snapshot", "TrainedPart", "beside", "leaf_of", "master_dtype", "owner_of"]
+__all__ = ["LivePart", "OutsidePart", "Snapshot", "TrainedPart", "beside", "leaf_of", "master_dtype", "owner_of"]

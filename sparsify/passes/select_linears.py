@@ -16,6 +16,7 @@ from tqdm import tqdm
 from sparsify.calibration import batch_count, given, gradient_statistics, input_squares, need_batches
 from sparsify.calibration_checks import check_weights, column_squares, squares_of
 from sparsify.errors import PlanError, Refusal, RefusedError
+from sparsify.methods.registry import method_of
 from sparsify.methods.sparse_lowrank import SparseLowRank
 from sparsify.passes.assign_rules import WHOLE, is_conv1d, owner_name, unmatched_patterns, why_not_trainable
 from sparsify.passes.base import Context
@@ -123,6 +124,9 @@ def why_not_fitting(program: Program, linear: LinearNode, rule: LinearRule) -> s
         kept = program.masks.get(linear.weight)
         if isinstance(rule, RoSA) and not rank and kept is not None and not bool(kept.any()):
             return "every entry of the weight is pruned, so no entry can train"
+    method = method_of(rule)
+    if method is not None:
+        return method.part.why_not(rule, program, linear)
     return why_not_packed(program, linear.weight, weight, rule.format) if isinstance(rule, Quantize) else None
 
 
@@ -151,6 +155,11 @@ def select_linears(
 ) -> dict[str, Any]:
     """What one linear rule adds to the program; `taken` learns its weights."""
     linears = first_linears(program)
+    if method_of(rule) is None and not isinstance(rule, PaCA | RoSA | LoRA | Quantize):
+        name = type(rule).__name__
+        raise PlanError(
+            f"rule {index}, {rule}: no method is registered for {name}; call sparsify.methods.register({name}, …)"
+        )
     served, refusals = serve(program, index, rule, linears, taken)
     changes: dict[str, Any] = {"refusals": refusals}
     if isinstance(rule, Quantize):
@@ -162,6 +171,10 @@ def select_linears(
         changes["choices"], changes["channel_choices"] = units, channels
     elif isinstance(rule, RoSA | LoRA):
         changes["parts"] = choose_supports(program, context, index, rule, served, refusals)
+    else:
+        method = method_of(rule)
+        assert method is not None
+        changes["parts"] = [method.part.from_rule(rule, index, program, linears[param]) for param in served]
     return changes
 
 
