@@ -21,15 +21,17 @@ import hashlib
 import json
 import math
 import os
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparsify.delta_kinds import REGISTERED, known_kind
 from sparsify.errors import AdapterError, SparsifyError
 from sparsify.files import kinds, strict_json
 from sparsify.files.atomic import committing, shown
@@ -41,7 +43,6 @@ FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
 TENSORS, DOCUMENT = "adapter.safetensors", "adapter.json"
 HASH_SAMPLES = 65536
-Kind = Literal["column", "row", "sparse", "lora", "full", "buffer"]
 VALUE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 KINDS = ("column", "row", "sparse", "lora", "full", "buffer")
 
@@ -53,20 +54,26 @@ class Delta:
     kind: "column" or "row": whole logical channels `channels (s,)`, `values (n, s)` or `(s, m)`, added to the base; "sparse":
         entries `channels (k,)`, flat in the stored weight, `values (k,)` added; "lora": `scale · values (n, r) · a (r, m)` added;
         "full": a parameter that trained as a whole, `values` replace it; "buffer": a buffer that moved while training (running
-        statistics, counters; any dtype), likewise. `channels` is empty for "lora", "full" and "buffer".
+        statistics, counters; any dtype), likewise. `channels` is empty for "lora", "full" and "buffer". Any other is a kind of a
+        registered method (`sparsify.delta_kinds`): `values` is its tensor "delta", `more` holds the others by name.
     transposed: the stored weight is `(in, out)` (Conv1D).
     exact: for "column", "row" and "sparse", of the shape of `values`: the trained value itself where base + values rounds to another
         one, NaN elsewhere (`sparsify.exact`); None where nothing does. It belongs to the base that `Adapter.bases` names.
     """
 
     param: str
-    kind: Kind
+    kind: str
     channels: Tensor
     values: Tensor
     transposed: bool = False
     a: Tensor | None = None
     scale: float = 1.0
     exact: Tensor | None = None
+    more: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def tensor(self, name: str) -> Tensor | None:
+        """A tensor of a registered kind by its name in files."""
+        return self.values if name == "delta" else self.more.get(name)
 
     @property
     def axis(self) -> int:
@@ -93,7 +100,8 @@ class Adapter:
     info: dict[str, Any] = field(default_factory=dict)
 
     def nbytes(self) -> int:
-        return sum(d.values.numel() * d.values.element_size() + d.channels.numel() * 8 for d in self.deltas)
+        held = [t for d in self.deltas for t in (d.values, *d.more.values())]
+        return sum(t.nbytes for t in held) + sum(d.channels.numel() * 8 for d in self.deltas)
 
 
 def tensor_hash(tensor: Tensor) -> str:
@@ -146,6 +154,8 @@ def save(adapter: Adapter, directory: str | os.PathLike[str]) -> Path:
     for delta in adapter.deltas:
         tensors[f"{delta.param}::{delta.kind}::channels"] = delta.channels.to("cpu", torch.int64).contiguous()
         tensors[f"{delta.param}::{delta.kind}::delta"] = delta.values.detach().cpu().contiguous()
+        for name, tensor in delta.more.items():
+            tensors[f"{delta.param}::{delta.kind}::{name}"] = tensor.detach().cpu().contiguous()
         if delta.a is not None:
             tensors[f"{delta.param}::{delta.kind}::A"] = delta.a.detach().cpu().contiguous()
         if delta.exact is not None:
@@ -223,15 +233,25 @@ def read_document(text: str | None, file: Path) -> dict[str, Any]:
 
 
 def read_deltas(document: dict[str, Any], opened: TensorFile) -> Iterator[Delta]:
+    from sparsify.methods.registry import find
+
     file, keys = shown(opened.path), opened.parts
     seen: set[str] = set()
     kinds_of: dict[str, set[str]] = {}
     for entry in document["entries"]:
         param, kind, transposed = entry.get("param"), entry.get("kind"), entry.get("transposed")
-        if not isinstance(param, str) or kind not in KINDS or not isinstance(transposed, bool):
+        if not isinstance(param, str) or not isinstance(kind, str) or not isinstance(transposed, bool):
             raise AdapterError(f"{file}: malformed entry {short(entry, 200)}")
+        own = known_kind(kind)
+        if kind not in KINDS and own is None:
+            find(kind)
+            own = known_kind(kind)
+        if kind not in KINDS and own is None:
+            raise AdapterError(unknown_kind(file, param, kind, document))
         names = [f"{param}::{kind}::channels", f"{param}::{kind}::delta"]
         names += [f"{param}::{kind}::A"] if kind == "lora" else []
+        others = [name for name in own.tensors if name != "delta"] if own is not None else []
+        names += [f"{param}::{kind}::{name}" for name in others]
         corrected = "exact" in entry
         names += [f"{param}::{kind}::exact_places", f"{param}::{kind}::exact"] if corrected else []
         scale = entry.get("scale", 1.0)
@@ -275,15 +295,32 @@ def read_deltas(document: dict[str, Any], opened: TensorFile) -> Iterator[Delta]
             channels.numel() == 0 or int(channels.min()) < 0 or channels.unique().numel() != channels.numel()
         ):
             raise AdapterError(f"{file}: {param}: channels must be distinct and not negative")
-        if kind in ("lora", "full", "buffer") and channels.numel():
+        if kind not in ("column", "row", "sparse") and channels.numel():
             raise AdapterError(
                 f"{file}: {param}: a change of kind {kind} has no channels, but {channels.numel()} are there"
             )
         exact = read_exact(opened, names[-2], names[-1], entry, values, file) if corrected else None
-        yield Delta(param, kind, channels, values, transposed, factor, float(scale), exact)
+        more = {name: opened.read(f"{param}::{kind}::{name}") for name in others}
+        delta = Delta(param, kind, channels, values, transposed, factor, float(scale), exact, more)
+        wrong = own.check(delta) if own is not None else None
+        if wrong is not None:
+            raise AdapterError(f"{file}: {param}: a change of kind {kind}: {wrong}")
+        yield delta
     extra = set(keys) - seen
     if extra:
         raise AdapterError(f"{file}: unexpected tensor {sorted(extra)[0]!r}")
+
+
+def unknown_kind(file: str, param: str, kind: str, document: dict[str, Any]) -> str:
+    """Why a kind that no method of this process has is refused, and what would make it known."""
+    plan = document.get("info", {}).get("plan")
+    found = re.findall(r'"rule": "(\w{1,60})"', plan) if isinstance(plan, str) else []
+    rules = f" (its plan has the rules {', '.join(dict.fromkeys(found))})" if found else ""
+    known = f"; registered here: {', '.join(sorted(REGISTERED))}" if REGISTERED else ""
+    return (
+        f"{file}: {short(param)}: a change of kind {short(kind)}, which neither sparsify nor a registered method knows{known}. "
+        f"Import the module that calls sparsify.methods.register for it{rules}, then read the adapter again"
+    )
 
 
 def read_exact(opened: Any, places_name: str, name: str, entry: dict[str, Any], values: Tensor, file: str) -> Tensor:
@@ -319,7 +356,15 @@ def check_fits(
         if len(shape) != 2:
             raise AdapterError(f"{where}: {delta.param} has {len(shape)} dimensions here, expected 2")
         logical = (shape[1], shape[0]) if delta.transposed else (shape[0], shape[1])
-        if delta.kind == "lora":
+        own = known_kind(delta.kind)
+        if own is not None:
+            sizes = own.sizes(delta)
+            wrong = {w: s for w, s in zip(("out", "in"), logical, strict=True) if sizes.get(w, s) != s}
+            if wrong:
+                raise AdapterError(
+                    f"{where}: {delta.param} is {logical} (out, in) here; the file's tensors are for {sizes}"
+                )
+        elif delta.kind == "lora":
             assert delta.a is not None
             if (delta.values.shape[0], delta.a.shape[1]) != logical:
                 raise AdapterError(

@@ -70,7 +70,7 @@ def adapter(
             "full": "in full",
             "buffer": "whole buffer",
         }
-        count = "" if delta.kind in ("full", "buffer") else f"{delta.rank} "
+        count = f"{delta.rank} " if delta.rank else ""
         typer.echo(one_line(f"{delta.param}: {count}{what.get(delta.kind, delta.kind)}, {size:,} numbers"))
     made = one_line(str(loaded.info.get("sparsify", "?")))
     typer.echo(f"{len(loaded.deltas)} weights, {loaded.nbytes() / 1024:.1f} KiB, made by sparsify {made}")

@@ -24,9 +24,10 @@ import torch
 
 from sparsify.console import markup as escape
 from sparsify.files.atomic import write_text as write_atomically
+from sparsify.methods.channels import TrainedSlice
 from sparsify.names import printable as without_controls
-from sparsify.printer import ids_text, lowrank_text, slice_text
-from sparsify.program import Program, TrainedSlice
+from sparsify.printer import ids_text, slice_text
+from sparsify.program import Program
 from sparsify.repeats import FEWEST, layer_of, numbers_text, replace_layer
 from sparsify.structure import Declined, Site, Structure
 
@@ -132,10 +133,7 @@ def count_parameters(program: Program) -> tuple[int, int]:
         for i, node in zip(program.inputs, program.graph.find_nodes(op="placeholder"), strict=True)
         if i.kind == "parameter" and i.target is not None and isinstance(node.meta.get("val"), torch.Tensor)
     }
-    names = {piece.block_name for piece in program.slices}
-    for part in program.lowranks:
-        owner = part.param.rpartition(".")[0]
-        names |= {f"{owner}.{leaf}" for leaf in ("sparse_values", "lora_A", "lora_B")}
+    names = {name for part in program.parts for name in part.trained_names()}
     trained = sum(size for name, size in sizes.items() if name in names)
     handle = program.host.__dict__.get("sparsify")
     if handle is None:
@@ -323,7 +321,7 @@ def _header(program: Program, width: int) -> list[str]:
         _text(MARGIN, 62, " · ".join(facts), SOFT, 13),
     ]
     lines.append(_text(width - MARGIN, 40, f"stage: {program.stage.name.lower()}", SOFT, 12, anchor="end"))
-    extras = program.lowranks or program.quantize
+    extras = any(part.mark() for part in program.parts) or program.quantize
     x, y = float(MARGIN), 88
     ramp = "".join(f'<rect x="{MARGIN + i * 7}" y="78" width="7" height="12" fill="{_shade(i, 8)}"/>' for i in range(8))
     lines.append(ramp)
@@ -504,7 +502,7 @@ def _chips(program: Program, structure: Structure, x: float, y: float, width: in
 
 def _extras(program: Program, param: str) -> str:
     """What else was done to a weight, besides reordering and slicing."""
-    parts = [lowrank_text(p).partition(" ")[2] for p in program.lowranks if p.param == param]
+    parts = [part.mark() for part in program.parts if part.param == param and part.mark()]
     parts += [f"stored as {program.quantize[param]}"] if param in program.quantize else []
     return "".join(f", {part}" for part in parts)
 

@@ -23,23 +23,25 @@ from sparsify.adapter import Adapter, Delta
 from sparsify.anchors import Anchor, anchors_of
 from sparsify.capture import evaluating
 from sparsify.console import printable
+from sparsify.delta_kinds import known_kind
 from sparsify.errors import AdapterError, SparsifyError
 from sparsify.exact import changed, sum_dtype
 from sparsify.files.atomic import check_target, reported
 from sparsify.files.kinds import refuse_two_adapters
 from sparsify.files.ranks import on_first_rank
 from sparsify.install import save_again
-from sparsify.layout import ADDED, MARKER, Layout, layout_of
+from sparsify.layout import MARKER, Layout, layout_of
 from sparsify.live_state import LoadHook, OnHost, RootHook, SaveHook, Unshare
 from sparsify.live_state import original as in_original_names
 from sparsify.masked import MaskedModule, bits_name, masked_parameters
+from sparsify.methods.packed import QuantizedMixin
+from sparsify.methods.part import LivePart, Snapshot
+from sparsify.methods.sparse_lowrank import LowRankPart, activate_support, current_index
 from sparsify.module_tree import copy_module_tree
-from sparsify.modules import AdaptedMixin, QuantizedMixin, add_low_rank, make_plain, write_parts
+from sparsify.modules import AdaptedMixin, effective_weight, make_plain, take_leaves, write_folded
 from sparsify.moved_buffers import Buffers, mix_buffer
 from sparsify.parameter_count import count_parameters
-from sparsify.parts import LowRankPart, Part, SlicePart, Snapshot
 from sparsify.passes.assign_rules import is_conv1d, owner_name
-from sparsify.passes.insert_partial import activate_support, current_index
 from sparsify.plan import Plan, nearest
 from sparsify.program import Program
 from sparsify.quantized import pack, packs_again, unpack
@@ -136,7 +138,7 @@ class Handle:
     flags: dict[str, bool]
     hashes: dict[str, str] = field(default_factory=dict)
     cpu: Any = None
-    parts: dict[str, Part] = field(default_factory=dict)
+    parts: dict[str, LivePart] = field(default_factory=dict)
     base_full: dict[str, Tensor] = field(default_factory=dict)
     adapters: dict[str, Adapter] = field(default_factory=dict)
     active: Mix = field(default_factory=lambda: Mix({DEFAULT: 1.0}, trainable=True))
@@ -152,22 +154,13 @@ class Handle:
     lock: SwitchLock = field(init=False)
 
     def __post_init__(self) -> None:
-        for piece in self.program.slices:
-            module: Any = self.module(piece.param)
-            source = module.dense() if isinstance(module, QuantizedMixin) else module.weight.detach()
-            base = piece.read(source).clone()
-            self.parts[piece.param] = SlicePart(piece, module, self.layout(piece.param), base)
-        for part in self.program.lowranks:
-            module = self.module(part.param)
-            found = LowRankPart(part, module, self.layout(part.param), None, self.plan.seed)
-            if part.index is not None:
-                found.base = module.sparse_values.detach().to(module.weight.dtype).clone()
-            self.parts[part.param] = found
-            if part.count:
-                self.layout(part.param).adopt = Adopt(self, part.param)
-        for param, part in self.parts.items():
-            if isinstance(part, SlicePart) or part.part.count or self.is_packed(param):
-                self.layout(param).base_loaded = OtherBase(part)
+        for part in self.program.parts:
+            layout = self.layout(part.param)
+            live = self.parts[part.param] = part.live(self.module(part.param), layout, self.plan.seed)
+            if isinstance(live, LowRankPart) and live.part.count:
+                layout.adopt = Adopt(self, part.param)
+            if live.keeps_base or self.is_packed(part.param):
+                layout.base_loaded = OtherBase(live)
         for name in self.train:
             self.base_full[name] = self.stored(name).detach().clone()
         self.buffers = Buffers.of(self.host)
@@ -227,9 +220,8 @@ class Handle:
         named: dict[str, list[nn.Parameter]] = {"sparse": [], "lora": [], "rest": []}
         for name, parameter in self.host.named_parameters():
             if parameter.requires_grad:
-                leaf = name.rpartition(".")[2]
-                group = "sparse" if leaf == "sparse_values" else "lora" if leaf in ("lora_A", "lora_B") else "rest"
-                named[group].append(parameter)
+                rates = getattr(self.module(name), "rates", {})
+                named[rates.get(name.rpartition(".")[2], "rest")].append(parameter)
         rates = {"sparse": sparse_lr, "lora": lora_lr, "rest": sparse_lr if lr is None else lr}
         return [{"params": ps, "lr": rates[g], "name": g} for g, ps in named.items() if ps]
 
@@ -508,7 +500,7 @@ class Handle:
             write_whole(self.stored(name), base)
         self.buffers.reset(self.host)
 
-    def need_base(self, part: Part, verb: str) -> None:
+    def need_base(self, part: LivePart, verb: str) -> None:
         if not part.base_known:
             raise AdapterError(
                 f"{verb}: a state dict that was loaded brought another base for {part.param}, and what that base holds where this "
@@ -597,18 +589,21 @@ class Handle:
                 part.mix(weighted)
                 continue
             low = [(w, d) for w, d in weighted if d.kind == "lora"]
-            beside = isinstance(part, LowRankPart) and part.part.rank > 0
+            others = [(w, d) for w, d in weighted if known_kind(d.kind) is not None]
+            beside = part is not None and "lora" in part.takes
             for kind in ("column", "row", "sparse"):
                 same_kind = [(w, d) for w, d in weighted if d.kind == kind]
                 if same_kind:
                     self.add_to(param, same_kind)
             if low and not beside:
                 self.add_dense(param, low)
+            if others:
+                self.add_dense(param, others)
             if part is not None:
                 part.read_back()
             if low and beside:
-                assert isinstance(part, LowRankPart)
-                part.mix_factors(low)
+                assert part is not None
+                part.mix_beside(low)
         return conflicts
 
     def add_to(self, param: str, parts: list[tuple[float, Delta]]) -> None:
@@ -658,14 +653,20 @@ class Handle:
         self.backups.append((param, axis, places, old))
 
     def add_dense(self, param: str, parts: list[tuple[float, Delta]]) -> None:
-        """Add low-rank products to a stored dense weight that has no factors beside it."""
+        """Add low-rank products, or changes of registered kinds, to a stored dense weight that has none of their parts beside it."""
         weight, layout = self.own(param), self.layout(param)
         inner = sum_dtype(weight, *(d.values for _, d in parts))
         total = torch.zeros(tuple(weight.shape), dtype=inner)
         for scale, delta in parts:
-            assert delta.a is not None
-            product = float(scale) * delta.scale * (delta.values.to(inner) @ delta.a.to(inner))
-            total += product.t() if delta.transposed else product
+            kind = known_kind(delta.kind)
+            if kind is None:
+                assert delta.a is not None
+                change = float(scale) * delta.scale * (delta.values.to(inner) @ delta.a.to(inner))
+            else:
+                base = self.base_original(param).detach().cpu().to(inner)
+                base = base.t() if delta.transposed else base
+                change = float(scale) * (kind.change(base, delta).to(inner) - base)
+            total += change.t() if delta.transposed else change
         total = layout.to_current(param.rpartition(".")[2], total).to(weight.device)
         self.backups.append((param, -1, torch.empty(0), weight.data.clone()))
         weight.detach().copy_(changed(weight.data, total, None, weight.dtype))
@@ -710,18 +711,7 @@ class Handle:
                 )
 
     def place_support(self, part: LowRankPart, index: Tensor, original: Tensor) -> None:
-        module = part.module
-        if part.base is not None:
-            part.reset_sparse()
-        stored = module.dense() if isinstance(module, QuantizedMixin) else module.weight.detach()
-        base = stored.reshape(-1)[index.long().to(stored.device)].clone()
-        part.part = replace(part.part, index=index, original=original)
-        part.base = base
-        module.sparse_values.detach().copy_(base)
-        module.sparse_index.data = index.to(module.sparse_index.device, module.sparse_index.dtype)
-        module.mask_open = False
-        lowranks = tuple(part.part if p.param == part.param else p for p in self.program.lowranks)
-        self.program = activate_support(replace(self.program, lowranks=lowranks), part.param)
+        self.program = activate_support(self.program, part.place(index, original))
 
     @writes
     def reset_lowrank(self) -> None:
@@ -759,17 +749,13 @@ class Handle:
                 f"merge: {fixed} came packed as {self.module(fixed).format}, and sparsify cannot pack a changed weight so: save_adapter "
                 "keeps what trained beside the base exactly, and save_pretrained writes the dense model"
             )
-        low = [p for p, part in self.parts.items() if isinstance(part, LowRankPart) and part.part.rank]
-        masked = [p for p in low if p in self.program.masks]
+        masked = [p for p, part in self.parts.items() if part.fills_pruned and p in self.program.masks]
         before = self.example_outputs() if packed or masked else None
         moved: dict[str, float] = {}
         for param, part in self.parts.items():
             module = part.module
             if isinstance(module, QuantizedMixin):
-                dense = module.dense()
-                _, _, a, _ = module.parts()
-                if a is not None:
-                    dense = add_low_rank(module, dense)
+                dense = effective_weight(module)
                 exact = dense.float()
                 if param in self.program.masks:
                     self.keep_mask(param, dense := dense.clone())
@@ -780,12 +766,12 @@ class Handle:
                 for name, tensor in zip(module.packed_names, fresh, strict=True):
                     setattr(module, name, tensor)
                 part.detach()
-                module.scale, module.dropout, module.mask_open = 1.0, 0.0, False
+                module.without_part()
                 continue
-            if isinstance(part, LowRankPart):
+            if part.overwrites_base:
                 self.merge_backups[param] = [module.weight.data.clone()]
-            write_parts(module)
-            if param in self.program.masks and isinstance(part, LowRankPart) and part.part.rank:
+            write_folded(module)
+            if param in masked:
                 moved[param] = self.keep_mask(param, module.weight)
             part.detach()
             make_plain(module)
@@ -900,7 +886,7 @@ class Handle:
         self.let_go()
         for name, parameter in self.host.named_parameters():
             parameter.requires_grad_(self.flags.get(name, parameter.requires_grad))
-        save_again(self.host, {s.block_name for s in self.program.slices})
+        save_again(self.host, {name for part in self.program.parts for name in part.trained_names()})
         return self.host
 
     def let_go(self) -> None:
@@ -944,7 +930,7 @@ class Handle:
                 setattr(bare.get_submodule(owner), leaf, bare.get_parameter(first))
         for name, parameter in bare.named_parameters():
             parameter.requires_grad_(self.flags.get(name, True))
-        save_again(bare, {s.block_name for s in self.program.slices})
+        save_again(bare, {name for part in self.program.parts for name in part.trained_names()})
         return bare
 
     def bare_copy(self) -> Any:
@@ -1085,23 +1071,12 @@ def forget(host: nn.Module) -> None:
 def strip(module: Any) -> None:
     """Take every trained or packed tensor from an adapted module and give it an (empty) dense weight again."""
     shape, dtype = module.stored_shape(), module.weight.dtype
-    packed = getattr(module, "packed_names", ())
-    for leaf in (*ADDED, *packed):
-        module._parameters.pop(leaf, None)
+    module._buffers.pop(MARKER, None)
+    for leaf in module.__dict__.pop("packed_names", ()):
         module._buffers.pop(leaf, None)
-        module._non_persistent_buffers_set.discard(leaf)
-    for leaf in (
-        "slice_start",
-        "slice_axis",
-        "scale",
-        "dropout",
-        "mask_open",
-        "packed_names",
-        "format",
-        "shape",
-        "compute_dtype",
-    ):
-        module.__dict__.pop(leaf, None)
+    take_leaves(module)
+    for name in ("format", "shape", "compute_dtype"):
+        module.__dict__.pop(name, None)
     module.weight = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
     make_plain(module)
 
@@ -1142,12 +1117,12 @@ class Adopt:
 class OtherBase:
     """Called while a state dict with another base is loaded, with that base's weight as it lies here (None: not known)."""
 
-    part: Part
+    part: LivePart
 
     def __call__(self, weight: Tensor | None) -> None:
         self.part.base_known = weight is not None
-        if weight is not None and isinstance(self.part, SlicePart):
-            self.part.base = self.part.piece.read(weight).to(self.part.base.dtype).clone()
+        if weight is not None:
+            self.part.take_base(weight)
 
 
 def put_back(tensor: Tensor, axis: int | None, places: Tensor, values: Tensor) -> None:

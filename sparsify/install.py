@@ -18,12 +18,13 @@ from sparsify.errors import PlanError
 from sparsify.layout import Layout
 from sparsify.live_state import LoadHook, RootHook, SaveHook, SavePretrained, Unshare
 from sparsify.masked import mask_modules
+from sparsify.methods.part import TrainedPart, beside
 from sparsify.module_tree import copy_module_tree
-from sparsify.modules import attach_parts, attach_slice, become, make_linear
+from sparsify.modules import become, make_linear
 from sparsify.name_patterns import matches
 from sparsify.passes.assign_rules import owner_name
 from sparsify.plan import nearest
-from sparsify.program import Program, TrainedSlice
+from sparsify.program import Program
 from sparsify.quantized_bases import StandIn
 
 
@@ -53,7 +54,7 @@ def trained_in_full(program: Program, patterns: tuple[str, ...]) -> set[str]:
                 f"Plan(train=[{pattern!r}]) matches no parameter or module{nearest(pattern, sorted(modules | set(names)))}"
             )
         found |= hits
-    changed = {x.param for things in (program.slices, program.moves, program.lowranks) for x in things}
+    changed = {x.param for things in (program.parts, program.moves) for x in things}
     clash = found & (changed | set(program.quantize))
     if clash:
         raise PlanError(
@@ -103,21 +104,19 @@ def names_of(program: Program, param: str) -> list[str]:
 
 
 def changed_weights(program: Program) -> list[str]:
-    """Weights whose module is swapped: sliced, with a sparse or low-rank part, or packed."""
-    pieces = [s.param for s in program.slices] + [p.param for p in program.lowranks]
-    return list(dict.fromkeys([*pieces, *program.quantize]))
+    """Weights whose module is swapped: with a trained part, or packed."""
+    return list(dict.fromkeys([*(p.param for p in program.parts), *program.quantize]))
 
 
 def swap_modules(program: Program, host: nn.Module) -> list[str]:
     """Turn the owners of changed weights into adapted modules. Returns the names of tensors that DDP need not send."""
-    pieces = {s.param: s for s in program.slices}
-    parts = {p.param: p for p in program.lowranks}
+    parts = {p.param: p for p in program.parts}
     shapes = {p.param: p.shape for p in program.packings}
     fixed: list[str] = []
     for param in changed_weights(program):
         owner = owner_name(param)
         module: Any = host.get_submodule(owner)
-        piece, part = pieces.get(param), parts.get(param)
+        part = parts.get(param)
         packed = program.packed.get(param)
         if packed is not None:
             casts = isinstance(module, StandIn)
@@ -130,17 +129,14 @@ def swap_modules(program: Program, host: nn.Module) -> list[str]:
             module.packed_names = tuple(f"packed_{i}" for i in range(len(packed)))
             for name, tensor in zip(module.packed_names, packed, strict=True):
                 module.register_buffer(name, tensor)
-                fixed.append(f"{owner}.{name}")
-        else:
-            become(module, "SparseLowRank" if part is not None else "Partial")
-        if piece is not None:
-            bits = program.tensors.get(f"{owner}.slice_mask_bits")
-            attach_slice(module, piece, program.tensors[piece.block_name], bits)
-        if part is not None or packed is not None:
-            leaves = ("sparse_values", "sparse_index", "lora_A", "lora_B")
-            found = {n: program.tensors[f"{owner}.{n}"] for n in leaves if part and f"{owner}.{n}" in program.tensors}
-            attach_parts(module, part, found)
-        fixed += [f"{owner}.{n}" for n in ("sparse_index", "slice_channels", "slice_mask_bits") if n in module._buffers]
+                fixed.append(beside(param, name))
+            module.without_part()
+        if part is not None:
+            if packed is None:
+                become(module, part.module_kind)
+            names = {leaf: beside(param, leaf) for leaf in part.mixin.trained_leaves + part.mixin.part_buffers}
+            part.attach(module, {leaf: program.tensors[n] for leaf, n in names.items() if n in program.tensors})
+            fixed += [beside(param, leaf) for leaf in part.mixin.part_buffers if leaf in module._buffers]
     return fixed
 
 
@@ -175,7 +171,7 @@ def install(
             shared.setdefault(owner_name(name), set()).add(name.rpartition(".")[2])
     for owner, leaves in shared.items():
         handles.append(host.get_submodule(owner).register_load_state_dict_pre_hook(Unshare(leaves)))
-    implied = [s.block_name for s in program.slices if follows_from_weight(program, s)]
+    implied = [name for part in program.parts if follows_from_weight(program, part) for name in part.trained_names()]
     if implied:
         ignore_on_save(host, implied)
     if found and callable(getattr(type(host), "save_pretrained", None)):
@@ -209,8 +205,8 @@ def save_again(host: nn.Module, names: set[str]) -> None:
             module._keys_to_ignore_on_save = [k for k in ignored if start + k not in names] or None
 
 
-def follows_from_weight(program: Program, piece: TrainedSlice) -> bool:
-    """Whether the folded weight holds every bit of the block, so that `save_pretrained` need not write it again."""
-    if piece.param in program.quantize:
+def follows_from_weight(program: Program, part: TrainedPart) -> bool:
+    """Whether the folded weight holds every bit of what trains, so that `save_pretrained` need not write it again."""
+    if part.param in program.quantize or not part.mixin.follows_from_weight:
         return False
-    return program.tensors[piece.block_name].dtype == program.tensors[piece.param].dtype
+    return all(program.tensors[name].dtype == program.tensors[part.param].dtype for name in part.trained_names())

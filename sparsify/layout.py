@@ -17,16 +17,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from sparsify.lowrank_ops import write_values
-from sparsify.modules import AdaptedMixin, PartialMixin, QuantizedMixin, SparseLowRankMixin, add_low_rank
-from sparsify.ops import write_block, write_block_at
+from sparsify.modules import AdaptedMixin, effective_weight
 from sparsify.permutation import invert_index
 from sparsify.sharded import whole
 
 MARKER = "sparsify_layout"
-TRAINED = ("weight_slice", "sparse_values", "lora_A", "lora_B")
-#: leaves that an adapted module has and the user's module has not; packed tensors come on top
-ADDED = (*TRAINED, "sparse_index", "slice_channels", "slice_mask_bits", MARKER)
 
 
 class Adopts(Protocol):
@@ -79,29 +74,36 @@ class Layout:
             tensor = tensor.index_select(axis, index.to(tensor.device))
         return tensor
 
+    def logical_moves(self, leaf: str, transposed: bool) -> dict[int, tuple[Tensor, Tensor]]:
+        """Logical axis (0 = out, 1 = in) → `(index, inverse)` of a weight's moves."""
+        pairs = zip(self.moves.get(leaf, []), self.inverses.get(leaf, []), strict=True)
+        return {(1 - axis if transposed else axis): (index, inverse) for (axis, index), (_, inverse) in pairs}
+
+    def factors_to_original(self, param: str, transposed: bool, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Low-rank factors `a (r, in)`, `b (out, r)` of a weight, from current to original coordinates."""
+        moves = self.logical_moves(param.rpartition(".")[2], transposed)
+        a = a.index_select(1, moves[1][1].to(a.device)) if 1 in moves else a
+        return a, b.index_select(0, moves[0][1].to(b.device)) if 0 in moves else b
+
+    def factors_to_current(self, param: str, transposed: bool, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of `factors_to_original`."""
+        moves = self.logical_moves(param.rpartition(".")[2], transposed)
+        a = a.index_select(1, moves[1][0].to(a.device)) if 1 in moves else a
+        return a, b.index_select(0, moves[0][0].to(b.device)) if 0 in moves else b
+
     def digest(self, module: nn.Module) -> bytes:
         """SHA-256 over the moves, the places of the trained channels, the shapes and scale of the parts, and the packed format."""
-        found: Any = module
-        placed = [module._buffers.get(n) for n in ("slice_channels", "slice_mask_bits")]
+        placed = [module._buffers.get(n) for n in getattr(module, "placing_buffers", ())]
         if self.last_digest and any(t is not None and t.is_meta for t in placed):
             return self.last_digest  # of the same module before it went to the meta device
-        placed = [None if t is None or t.is_meta else t for t in placed]
         digest = hashlib.sha256()
         for leaf, moves in sorted(self.moves.items()):
             for axis, index in moves:
                 digest.update(f"{leaf} {axis} ".encode() + bytes_of(index))
         if isinstance(module, AdaptedMixin):
-            shapes = {
-                n: tuple(p.shape) for n, p in sorted(module._parameters.items()) if n in TRAINED and p is not None
-            }
-            digest.update(str(shapes).encode())
-            if "weight_slice" in shapes:
-                digest.update(f"{found.slice_start} {found.slice_axis}".encode())
-                digest.update(b"".join(bytes_of(t) for t in placed if t is not None))
-            if "lora_A" in shapes:
-                digest.update(f"{float(found.scale)!r}".encode())
-            if isinstance(module, QuantizedMixin):
-                digest.update(f"{found.format} {tuple(found.shape)}".encode())
+            held = {n: p for n, p in sorted(module._parameters.items()) if p is not None}
+            digest.update(str({n: tuple(p.shape) for n, p in held.items() if n in module.trained_leaves}).encode())
+            digest.update(module.part_digest())
         self.last_digest = digest.digest()
         return self.last_digest
 
@@ -121,6 +123,11 @@ class Layout:
 
 def bytes_of(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().numpy().tobytes()
+
+
+def added_leaves(module: nn.Module) -> tuple[str, ...]:
+    """Leaves that a module of a host has and the user's module has not, packed tensors left out."""
+    return (*module.added_leaves(), MARKER) if isinstance(module, AdaptedMixin) else (MARKER,)
 
 
 def layout_of(module: nn.Module) -> Layout | None:
@@ -146,32 +153,3 @@ def fold(module: nn.Module, tensors: Mapping[str, Any]) -> Tensor:
     if "sparse_index" in twin._buffers:
         twin.__dict__["mask_open"] = bool((twin.sparse_index < 0).any())  # that of the tensors, not of the module
     return effective_weight(twin)
-
-
-def read_slice(module: Any, stored: Tensor) -> Tensor:
-    """The trained channels in a tensor laid out like the module's stored weight; logical `(out, in)` layout."""
-    logical = stored.t() if module.conv1d else stored
-    if module.slice_start < 0:
-        return logical.index_select(module.slice_axis, module.slice_channels.to(stored.device))
-    return logical.narrow(module.slice_axis, module.slice_start, module.weight_slice.shape[module.slice_axis])
-
-
-def effective_weight(module: Any) -> Tensor:
-    """A fresh tensor: the weight that an adapted module computes with, stored layout, all trained parts folded in."""
-    if isinstance(module, QuantizedMixin):
-        weight = module.dense()
-    else:
-        weight = module.weight.detach().clone()
-        if isinstance(module, PartialMixin):
-            logical = weight.t() if module.conv1d else weight
-            block = module.trained_block().detach()
-            if module.slice_start < 0:
-                write_block_at(logical, block, module.slice_channels, module.slice_axis)
-            else:
-                write_block(logical, block, module.slice_start, module.slice_axis)
-    if isinstance(module, SparseLowRankMixin):
-        values, index, a, b = module.parts()
-        write_values(weight, None if values is None else values.detach(), index)
-        if a is not None and b is not None:
-            weight = add_low_rank(module, weight)
-    return weight.detach()

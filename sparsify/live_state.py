@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import SparsifyError, StateError
-from sparsify.layout import ADDED, MARKER, TRAINED, Layout, fold, layout_of, read_slice
-from sparsify.modules import AdaptedMixin, QuantizedMixin, SparseLowRankMixin
+from sparsify.layout import MARKER, Layout, added_leaves, fold, layout_of
+from sparsify.methods.packed import QuantizedMixin
+from sparsify.modules import AdaptedMixin
 from sparsify.sharded import cut_like, is_sharded, local, replicated, whole, whole_parameters
 
 State = dict[str, Any]
@@ -46,9 +47,9 @@ class SaveHook:
         self.layout.mark(module)
         reference = next((p for p in module._parameters.values() if is_sharded(p)), None)
         if reference is not None:
-            own = (MARKER, "sparse_index", *getattr(module, "packed_names", ()))
+            own = (*added_leaves(module), *getattr(module, "packed_names", ()))
             for name in (prefix + leaf for leaf in own):
-                if isinstance(state.get(name), Tensor):
+                if name.rpartition(".")[2] in module._buffers and isinstance(state.get(name), Tensor):
                     state[name] = replicated(state[name], reference)
 
 
@@ -86,9 +87,9 @@ def original(host: nn.Module, state: Mapping[str, Any], *, with_parts: bool = Fa
                     current = fold(module, leaves) if folded else whole(value.detach())
                     done[key] = layout.to_original(leaf, current)
                 found[prefix + leaf] = done[key]
-        added = (*ADDED, *getattr(module, "packed_names", ()))
-        kept = (*TRAINED, "sparse_index") if with_parts else ()
-        for leaf in set(leaves) & set(added) - set(kept):
+        added = (*added_leaves(module), *getattr(module, "packed_names", ()))
+        kept = set(module.added_leaves()) if with_parts and isinstance(module, AdaptedMixin) else set()
+        for leaf in set(leaves) & set(added) - kept:
             del found[prefix + leaf]
     return found
 
@@ -193,7 +194,8 @@ class LoadHook:
                         state[prefix + leaf] = whole(piece)
                 reorder(module, layout, state, prefix)
         weight = state.get(prefix + "weight")
-        scratch = {"weight_slice", "sparse_values"} & set(module._parameters) and (live or "weight" not in layout.moves)
+        entries = set(getattr(module, "entries_of_weight", ())) & set(module._parameters)
+        scratch = entries and (live or "weight" not in layout.moves)
         assigned = bool(metadata.get("assign_to_params_buffers"))
         if scratch and assigned and isinstance(weight, Tensor) and not is_sharded(weight):
             state[prefix + "weight"] = weight.clone()  # what trains is written over it, and it is the caller's
@@ -232,7 +234,7 @@ def holds_originals(host: nn.Module, state: State, prefix: str) -> bool:
     present: dict[tuple[int, str], bool] = {}
     for path, module, _ in modules_with_layout(host):
         for leaf, parameter in module._parameters.items():
-            if parameter is not None and leaf not in ADDED:
+            if parameter is not None and leaf not in added_leaves(module):
                 name = prefix + path + leaf
                 present[id(parameter), leaf] = present.get((id(parameter), leaf), False) or name in state
     return all(present.values())
@@ -276,29 +278,34 @@ def judge(module: nn.Module, layout: Layout, state: State, prefix: str, complete
     if bool(only_live) != bool(only_original):
         return bool(only_live)
     if neither or only_live:
-        if only_live or not (complete or isinstance(module, SparseLowRankMixin)):
+        if only_live or not (complete or keeps_base(module)):
             raise StateError(
                 f"{prefix[:-1] or 'the model'}: these tensors are neither this host's nor, in the original order, those of the model "
                 f"that it was compiled from, and {MARKER}, which would say how they lie, is missing. Load a complete live state "
                 "dict (host.state_dict(), buffers included) or a complete checkpoint of the original model"
             )
         return False
-    if not adapted or not isinstance(weight, Tensor) or any(prefix + n in state for n in TRAINED):
+    if not adapted or not isinstance(weight, Tensor) or any(prefix + n in state for n in module.trained_leaves):
         return True  # both readings are the same: nothing moved, and the parts come beside an unchanged base
-    if isinstance(module, SparseLowRankMixin):
+    if keeps_base(module):
         return not complete
-    own = whole(module.weight).detach()  # type: ignore[arg-type]
+    own = whole(module.weight).detach()
     return not complete and torch.equal(whole(weight).to(own.device, own.dtype), own)
 
 
-def trained_places(module: Any, state: State, prefix: str) -> list[Tensor]:
+def keeps_base(module: nn.Module) -> bool:
+    """Whether the frozen base stays when a folded weight is loaded, because what trained does not follow from it."""
+    return isinstance(module, AdaptedMixin) and not module.follows_from_weight
+
+
+def trained_places(module: AdaptedMixin, state: State, prefix: str) -> list[Tensor]:
     """Supports of sparse parts, the module's own and the dict's: the base is written over there."""
-    found = [module._buffers.get("sparse_index"), state.get(prefix + "sparse_index")]
-    return [
-        whole(t).flatten().long()
-        for t in found
-        if isinstance(t, Tensor) and not t.is_meta and not bool((whole(t) < 0).any())
-    ]
+    own = {leaf: t for leaf, t in module._buffers.items() if t is not None}
+    brought = {leaf: state.get(prefix + leaf) for leaf in module.part_buffers}
+    found = []
+    for tensors in (own, {leaf: t for leaf, t in brought.items() if isinstance(t, Tensor)}):
+        found += module.supports({leaf: whole(t) for leaf, t in tensors.items()})
+    return found
 
 
 def same_frozen(module: nn.Module, value: Tensor, own: Tensor, places: list[Tensor] | None) -> bool:
@@ -318,13 +325,7 @@ def clear_trained(module: Any, stored: Tensor, places: list[Tensor]) -> None:
     """Zeros at the trained channels and entries of a contiguous stored weight: what lies there is scratch."""
     for index in places:
         stored.view(-1).index_fill_(0, index.to(stored.device), 0)
-    if "weight_slice" not in module._parameters:
-        return
-    logical = stored.t() if module.conv1d else stored
-    if module.slice_start < 0:
-        logical.index_fill_(module.slice_axis, module.slice_channels.to(stored.device), 0)
-    else:
-        logical.narrow(module.slice_axis, module.slice_start, module.weight_slice.shape[module.slice_axis]).zero_()
+    module.clear_trained(stored)
 
 
 def check_entries(module: nn.Module, layout: Layout, state: State, prefix: str, live: bool) -> None:
@@ -352,18 +353,17 @@ def check_entries(module: nn.Module, layout: Layout, state: State, prefix: str, 
     if weight.shape != module.stored_shape():
         return  # torch says so itself
     current = layout.to_current("weight", whole(weight))
-    if isinstance(module, SparseLowRankMixin):
+    if keeps_base(module):
         check_parts(module, state, prefix, current)
-    elif prefix + "weight_slice" in state and not (found.slice_start < 0 and found.slice_channels.is_meta):
-        block, region = whole(state[prefix + "weight_slice"]), read_slice(module, current)
-        if (
-            block.shape == region.shape
-            and not block.is_meta
-            and not region.is_meta
-            and not near(masked(module, block), region)
-        ):
+        return
+    for leaf, region in module.read_from(current).items():
+        if prefix + leaf not in state:
+            continue
+        value = whole(state[prefix + leaf])
+        known = value.shape == region.shape and not value.is_meta and not region.is_meta
+        if known and not near(masked(module, value), region):
             raise StateError(
-                f"{prefix}weight_slice is not what {prefix}weight holds in the trained channels: these two do not come from one "
+                f"{prefix}{leaf} is not what {prefix}weight holds in the trained channels: these two do not come from one "
                 f"checkpoint of a host with this selection, and {MARKER}, which would say how a live state dict lies, is missing"
             )
 
@@ -382,7 +382,7 @@ def near(a: Tensor, b: Tensor) -> bool:
 
 def check_parts(module: Any, state: State, prefix: str, current: Tensor) -> None:
     """Sparse and low-rank parts do not follow from the folded weight: they must be there, and belong to this base."""
-    own = [n for n in TRAINED if n in module._parameters]
+    own = [n for n in module.trained_leaves if n in module._parameters]
     missing = [n for n in own if prefix + n not in state]
     if missing:
         raise StateError(
@@ -393,10 +393,10 @@ def check_parts(module: Any, state: State, prefix: str, current: Tensor) -> None
     if any(parts[n].shape != module._parameters[n].shape for n in own):
         return  # torch says so itself
     without_base = module.weight.is_meta and not hasattr(module, "packed_names")
-    if without_base and "lora_B" in own and not current.is_meta and bool(parts["lora_B"].any()):
+    if without_base and not current.is_meta and not module.base_follows(parts):
         raise StateError(
             f"{prefix}weight: the model is on the meta device and has no base, and the checkpoint's weight has a trained "
-            "low-rank part folded in, from which the base does not follow exactly; load it into a model that has its base "
+            "part folded in, from which the base does not follow exactly; load it into a model that has its base "
             "(accelerate: fsdp_cpu_ram_efficient_loading: false)"
         )
     held = (module.weight, *(module._parameters[n] for n in own), *parts.values(), *module._buffers.values(), current)
@@ -433,11 +433,12 @@ def note_base(module: Any, layout: Layout, state: State, prefix: str, live: bool
         return
     weight = whole(weight).detach()
     if not live:
-        if isinstance(module, SparseLowRankMixin):
+        if keeps_base(module):
             return  # the base stays
         weight = layout.to_current("weight", weight)
     if not same_frozen(module, weight, module.weight, trained_places(module, state, prefix)):
-        layout.base_loaded(None if live or prefix + "weight_slice" in state else weight)
+        held = live or any(prefix + leaf in state for leaf in module.entries_of_weight)
+        layout.base_loaded(None if held else weight)
 
 
 def take_support(module: Any, layout: Layout, state: State, prefix: str) -> None:
@@ -462,24 +463,17 @@ def reorder(module: Any, layout: Layout, state: State, prefix: str) -> None:
     weight = state.get(prefix + "weight")
     if not isinstance(module, AdaptedMixin) or not isinstance(weight, Tensor) or weight.shape != module.stored_shape():
         return
-    if not isinstance(module, SparseLowRankMixin):
-        take_slice(module, state, prefix, weight)
+    if not keeps_base(module):
+        for leaf, region in module.read_from(weight).items():  # from the file, or else from what its weight holds there
+            own, value = module._parameters[leaf], state.get(prefix + leaf)
+            if own is not None and (not isinstance(value, Tensor) or value.shape != own.shape):
+                state[prefix + leaf] = region.to(own.dtype, copy=True).contiguous()
         return
     take_support(module, layout, state, prefix)
     if not module.weight.is_meta:
         state[prefix + "weight"] = module.weight.detach()  # the frozen base stays; the parts carry the training
     elif isinstance(module, QuantizedMixin):
         state[prefix + "weight"] = weight.new_empty(0)
-
-
-def take_slice(module: Any, state: State, prefix: str, weight: Tensor) -> None:
-    """The block from the file, or, in a checkpoint of the original model, what its weight holds in these channels."""
-    if module.slice_start < 0 and module.slice_channels.is_meta:
-        return  # which channels they are is not known yet; the block is taken as it comes
-    block = state.get(prefix + "weight_slice")
-    if not isinstance(block, Tensor) or block.shape != module.weight_slice.shape:
-        region = read_slice(module, weight)
-        state[prefix + "weight_slice"] = region.to(module.weight_slice.dtype, copy=True).contiguous()
 
 
 # --- memory shared with the user's model -------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ from sparsify.operator_checks import (
     require_within,
 )
 from sparsify.operator_library import LIBRARY, recorded
-from sparsify.ops import _autocast, effective_weight, flat
+from sparsify.ops import effective_weight, flat
 from sparsify.quantized import FORMATS, check_packed, unpack
 from sparsify.saved_input import input_link, restored_input, saved_input
 
@@ -875,8 +875,7 @@ torch.library.register_autograd(
 torch.library.register_autograd("sparsify::skinny_products", _backward_skinny, setup_context=_setup_skinny, lib=LIBRARY)
 
 for _name in ("sparse_lowrank_linear", "quantized_linear"):
-    for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-        LIBRARY.impl(_name, _autocast(getattr(torch.ops.sparsify, _name).default, _device), _key)
+    LIBRARY.autocast(_name)
 
 __all__ = [
     "dense_weight",

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparsify.layout import ADDED
+from sparsify.layout import added_leaves
 from sparsify.masked import MaskedModule, bits_name
 
 #: what modules keep in non-persistent buffers and compute anew
@@ -44,7 +44,7 @@ def user_buffers(host: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]
     """`(qualified name, module, leaf, buffer)` of the buffers that may move with training, each tensor once."""
     seen: set[int] = set()
     for path, module in host.named_modules():
-        own = {*ADDED, *getattr(module, "packed_names", ())}
+        own = {*added_leaves(module), *getattr(module, "packed_names", ())}
         if isinstance(module, MaskedModule):
             own |= {bits_name(leaf) for leaf in module.masked_leaves}
         for leaf, buffer in module._buffers.items():

@@ -66,10 +66,13 @@ def _fresh(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class OperatorLibrary(torch.library.Library):
-    """A fragment of the `sparsify` namespace; `define`, `impl`, `register_fake` and `register_autograd` as for any library."""
+    """A fragment of a namespace; `define`, `impl`, `register_fake` and `register_autograd` as for any library.
 
-    def __init__(self) -> None:
-        super().__init__("sparsify", "FRAGMENT")
+    namespace: of the operators; a method from outside has one of its own.
+    """
+
+    def __init__(self, namespace: str = "sparsify") -> None:
+        super().__init__(namespace, "FRAGMENT")
         self._forms: dict[str, Callable[..., Any]] = {}
         self._kernels: dict[str, Callable[..., Any]] = {}
 
@@ -78,6 +81,12 @@ class OperatorLibrary(torch.library.Library):
         self._forms[name] = form
         super().impl(name, form, "FuncTorchBatched")
         super().impl(name, form, "Batched")  # the older vmap, behind `is_grads_batched`
+
+    def autocast(self, name: str) -> None:
+        """The rule of `F.linear`: the first argument goes to the autocast dtype (fp64 stays), the others keep their own."""
+        op = getattr(getattr(torch.ops, self.ns), name).default
+        for device in ("cpu", "cuda"):
+            super().impl(name, autocast_rule(op, device), f"Autocast{device.upper()}")
 
     def impl(self, op_name: Any, fn: Any, dispatch_key: str = "", **options: Any) -> None:
         if dispatch_key == "CompositeExplicitAutograd":
@@ -100,12 +109,23 @@ class OperatorLibrary(torch.library.Library):
             form = self._forms.get(name)
             if form is None:
                 raise RefusedError(
-                    f"sparsify::{name} is an inference operator: it has no derivative under torch.func transforms or "
+                    f"{self.ns}::{name} is an inference operator: it has no derivative under torch.func transforms or "
                     "forward-mode differentiation; run the model as it was before sparsify.compile for that"
                 )
             return form(*args)
 
         return run
+
+
+def autocast_rule(op: Any, device: str) -> Callable[..., Any]:
+    """`x` goes to the autocast dtype, as in `F.linear`; what trains keeps its precision, so its gradient arrives in it."""
+    key = {"cpu": _C.DispatchKey.AutocastCPU, "cuda": _C.DispatchKey.AutocastCUDA}[device]
+
+    def rule(x: Tensor, *rest: Any) -> Any:
+        with _C._ExcludeDispatchKeyGuard(_C.DispatchKeySet(key)):
+            return op(x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device)), *rest)
+
+    return rule
 
 
 LIBRARY = OperatorLibrary()

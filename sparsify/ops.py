@@ -297,17 +297,5 @@ for _name in ("partial_linear", "partial_linear_at"):
     torch.library.register_autograd(f"sparsify::{_name}_dx", _backward_dx, setup_context=_setup_dx, lib=LIBRARY)
 
 
-def _autocast(op: Any, device: str) -> Any:
-    """`x` goes to the autocast dtype, as in `F.linear`; the block keeps its precision, so its gradient arrives in it."""
-    key = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}[device]
-
-    def rule(x: Tensor, *rest: Any) -> Tensor:
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-            return op(x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device)), *rest)
-
-    return rule
-
-
 for _name in ("partial_linear", "partial_linear_at"):
-    for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-        LIBRARY.impl(_name, _autocast(getattr(torch.ops.sparsify, _name).default, _device), _key)
+    LIBRARY.autocast(_name)

@@ -16,9 +16,8 @@ from torch import nn
 
 from sparsify.lowering.original_state import OriginalState, RowsOfWhole
 from sparsify.masked import SurvivorLinear, masked_parameters, unpack_bits
-from sparsify.modules import QuantizedMixin
-
-PARTS_OF_A_WEIGHT = ("weight_slice", "sparse_values")
+from sparsify.methods.packed import QuantizedMixin
+from sparsify.modules import AdaptedMixin
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,10 @@ def count_parameters(host: nn.Module) -> ParameterCount:
     """Count every weight once, tied ones too, as the dense model has it."""
     named = dict(host.named_parameters())
     trainable = sum(p.numel() for p in named.values() if p.requires_grad)
-    total = sum(p.numel() for name, p in named.items() if name.rpartition(".")[2] not in PARTS_OF_A_WEIGHT)
     modules: list[Any] = list(host.modules())
+    adapted = [module for module in modules if isinstance(module, AdaptedMixin)]
+    counted = {id(module._parameters.get(leaf)) for module in adapted for leaf in module.entries_of_weight}
+    total = sum(p.numel() for p in named.values() if id(p) not in counted)
     wholes = {id(module.whole) for module in modules if isinstance(module, RowsOfWhole)}  # counted by their parts
     for module in modules:
         if isinstance(module, QuantizedMixin):

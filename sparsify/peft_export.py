@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.adapter import Adapter, Delta
+from sparsify.delta_kinds import PeftLayer, known_kind
 from sparsify.errors import AdapterError
 from sparsify.files import kinds
 from sparsify.files.atomic import committing
@@ -51,6 +52,15 @@ def lora_factors(delta: Delta, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     onehot = torch.zeros(delta.rank, size)
     onehot[torch.arange(delta.rank), delta.channels] = 1.0
     return (onehot, values) if delta.kind == "column" else (values, onehot.t().contiguous())
+
+
+def peft_layer(delta: Delta, shape: tuple[int, int]) -> PeftLayer:
+    """What PEFT holds of a change of a weight `shape (out, in)`."""
+    kind = known_kind(delta.kind)
+    if kind is None:
+        return PeftLayer(*lora_factors(delta, shape))
+    assert not isinstance(kind.peft, str)
+    return kind.peft(delta)
 
 
 @dataclass(frozen=True)
@@ -89,7 +99,10 @@ def export(
     if not adapter.deltas:
         raise AdapterError("export_lora: the adapter is empty")
     for delta in adapter.deltas:
-        if delta.kind not in LOW_RANK + WHOLE:
+        kind = known_kind(delta.kind)
+        if kind is not None and isinstance(kind.peft, str):
+            raise AdapterError(f"export_lora: {delta.param} has a change of kind {delta.kind!r}: {kind.peft}")
+        if kind is None and delta.kind not in LOW_RANK + WHOLE:
             raise AdapterError(
                 f"export_lora: {delta.param} has a change of kind {delta.kind!r}, which PEFT does not know"
             )
@@ -108,10 +121,11 @@ class Export:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
     saved: set[str] = field(default_factory=set)
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     bias: Literal["none", "lora_only", "all"] = "none"
 
     def make(self, base: str | None) -> Exported:
-        low = [d for d in self.adapter.deltas if d.kind in LOW_RANK]
+        low = [d for d in self.adapter.deltas if d.kind not in WHOLE]
         if not low:
             raise AdapterError(
                 "export_lora: nothing low-rank was trained, and PEFT's LoRA needs a linear to adapt; save_adapter keeps what trained"
@@ -132,12 +146,16 @@ class Export:
             )
         stored = tuple(self.shapes[delta.param])
         logical = (stored[1], stored[0]) if delta.transposed else (stored[0], stored[1])
-        a, b = lora_factors(delta, logical)
+        layer = peft_layer(delta, logical)
+        a, b = layer.a, layer.b
+        for setting, value in layer.config.items():
+            self.settings.setdefault(setting, {})[module] = value
         name = f"{PREFIX}{module}."
         if name + "lora_A.weight" in self.tensors:
             a = torch.cat([self.tensors[name + "lora_A.weight"], a])
             b = torch.cat([self.tensors[name + "lora_B.weight"], b], dim=1)
         self.tensors[name + "lora_A.weight"], self.tensors[name + "lora_B.weight"] = a.contiguous(), b.contiguous()
+        self.tensors |= {name + leaf: tensor.contiguous() for leaf, tensor in layer.tensors.items()}
         self.ranks[module] = a.shape[0]
 
     # --- what trained in full ------------------------------------------------------------------------------------------------
@@ -215,7 +233,20 @@ class Export:
             "init_lora_weights": True,
             "use_rslora": False,
             "use_dora": False,
+            **self.common_settings(),
         }
+
+    def common_settings(self) -> dict[str, Any]:
+        """Settings of registered kinds, which hold for the whole folder. Raises AdapterError where a linear is without."""
+        for setting, values in self.settings.items():
+            without = sorted(set(self.ranks) - set(values))
+            if without or len({repr(value) for value in values.values()}) > 1:
+                other = without[0] if without else next(iter(values))
+                raise AdapterError(
+                    f"export_lora: {setting!r} holds for every linear of a PEFT folder, and {other} trained otherwise than "
+                    f"{next(reversed(values))}; train them in two adapters, or merge() and save the whole model"
+                )
+        return {setting: next(iter(values.values())) for setting, values in self.settings.items()}
 
     def targets(self) -> list[str] | str:
         """The adapted modules by name; one regular expression where the end of another module's name is the same."""

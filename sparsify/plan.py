@@ -538,6 +538,10 @@ class Plan:
                 raise PlanError(f'rules[{number}]: expected an object with a "rule" name, got {short(entry)}')
             name = entry.pop("rule")
             if name not in RULES:
+                from sparsify.methods.registry import find
+
+                find(name)
+            if name not in RULES:
                 raise PlanError(f"rules[{number}]: unknown rule {short(name)}{nearest(name, RULES)}")
             values = {field: as_tuple(value) for field, value in entry.items()}
             rules.append(make_rule(RULES[name], values, f"rules[{number}] ({name})"))

@@ -19,17 +19,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from sparsify.console import one_line
 from sparsify.names import printable as without_controls
-from sparsify.program import Packed, Program, SparseLowRank, TrainedSlice
+from sparsify.program import Packed, Program
 from sparsify.repeats import OWN, Block, Line, Run, find_runs, fold_lines, numbers_text, replace_layer, split_blocks
 from sparsify.sharded import class_name
 from sparsify.structure import Site, Structure
+
+if TYPE_CHECKING:
+    from sparsify.methods.channels import TrainedSlice
 
 NOISE = frozenset({"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size", "_guards_fn"})
 """Operations that compute nothing: checks that torch.export leaves behind."""
@@ -75,10 +78,8 @@ def print_program(program: Program, *, fold: bool = True, noise: bool = False, i
     permuted = _permuted(program, ids)
     lines += _section(f"permuted: {len(permuted)}, {len(program.moves)} moves", permuted, fold)
     lines += _section(f"pruned: {len(program.pruned)}", (pruned_line(p) for p in program.pruned), fold)
-    title, trained = _trained(program, ids)
-    lines += _section(title, trained, fold)
-    lowranks = (Line.about(p.param, lowrank_text(p)) for p in program.lowranks)
-    lines += _section(f"sparse and low-rank: {len(program.lowranks)}", lowranks, fold)
+    for title, body in _parts(program, ids):
+        lines += _section(title, body, fold)
     lines += _section(f"quantised: {len(program.packings)}", map(packed_text, program.packings), fold)
     lines += GraphText(program, noise, fold).lines()
     return "\n".join(without_controls(line) for line in lines)
@@ -118,17 +119,6 @@ def range_text(trained: TrainedSlice) -> str:
     if trained.places:
         return f"{{{ids_text(trained.places, 4)}}}"
     return f"{trained.start}:{trained.start + trained.length}"
-
-
-def lowrank_text(part: SparseLowRank) -> str:
-    """`@w + S (1,204 entries by gradient) + 2·BA (rank 8)`."""
-    text = f"@{part.param}"
-    if part.count:
-        text += f" + S ({part.count:,} entries by {part.mask}{', not chosen yet' if part.index is None else ''})"
-    if part.rank:
-        scale = "" if part.scale == 1 else f"{part.scale:g}·"
-        text += f" + {scale}BA (rank {part.rank}{f', dropout {part.dropout:g}' if part.dropout else ''})"
-    return text
 
 
 def packed_text(packed: Packed) -> Line:
@@ -237,17 +227,12 @@ def _permuted(program: Program, ids: int) -> list[str]:
     return lines
 
 
-def _trained(program: Program, ids: int) -> tuple[str, list[Line]]:
-    lines, total = [], 0
-    for trained in program.slices:
-        tensor, block = program.tensor(trained.param), program.tensor(trained.block_name)
-        total += block.numel()
-        place = range_text(trained)
-        before, after = f"@{slice_text(trained, tensor.dim())}".rsplit(place, 1)
-        kind = f"{after} {tensor_text(block)} {trained.side} block, channels "
-        lines.append(Line.about(trained.param, before, place, kind, ids_text(trained.channels, ids)))
-    count = f"{len(lines)} slice{'s' if len(lines) != 1 else ''}"
-    return f"trained: {count}, {total:,} parameters", lines
+def _parts(program: Program, ids: int) -> list[tuple[str, list[str]]]:
+    """Title and lines for every kind of trained part."""
+    kinds: dict[type, list[Any]] = {}
+    for part in program.parts:
+        kinds.setdefault(type(part), []).append(part)
+    return [kind.section(parts, program, lambda values: ids_text(values, ids)) for kind, parts in kinds.items()]
 
 
 class GraphText:
@@ -329,7 +314,7 @@ class GraphText:
 
     def note(self, node: fx.Node) -> tuple[str, str, str]:
         """What an operation of ours does, as text that equal layers share, the layer's own, and shared again."""
-        if node.op == "output" or not op_name(node).startswith("sparsify."):
+        if node.op != "call_function" or op_name(node).startswith("aten."):
             return "", "", ""
         names = (self.tensors.get(i.name) for i in node.all_input_nodes)
         return next((self.notes[n] for n in names if n in self.notes), ("", "", ""))
@@ -384,8 +369,8 @@ def _node(node: fx.Node, tensors: dict[str, str], note: str, noise: bool) -> str
         return f"    %{node.name} = attribute {node.target}"
     args = [text(a) for a in node.args]
     args += [f"{k}={text(v)}" for k, v in node.kwargs.items() if noise or k not in NOISY_KEYWORDS]
-    ours = name.startswith("sparsify.")
     kernel = node.meta.get("kernel", "")
+    ours = name.startswith("sparsify.") or bool(note)
     result = f"%{node.name}: {tensor_text(node.meta['val'])}" if node.meta.get("val") is not None else f"%{node.name}"
     kernel = f"  # {kernel}" if kernel else ""
     return one_line(f"  {'»' if ours else ' '} {result} = {name}({', '.join(args)}){note}{kernel}")
@@ -394,9 +379,8 @@ def _node(node: fx.Node, tensors: dict[str, str], note: str, noise: bool) -> str
 def _notes(program: Program) -> dict[str, tuple[str, str, str]]:
     """What an operation of ours does, as a comment behind it, by the tensor that gives it away; the layer's own in the middle."""
     notes = {}
-    for trained in program.slices:
-        side = "input" if trained.side == "column" else "output"
-        notes[trained.block_name] = (f"  # trains {trained.length} {side} channels [", range_text(trained), "]")
-    for part in program.lowranks:
-        notes[part.param] = (f"  # {lowrank_text(part).partition(' ')[2]}", "", "")
+    for part in program.parts:
+        name, text = part.note()
+        before, own, after = (*(text.pieces if isinstance(text, Line) else (text,)), "", "")[:3]
+        notes[name] = (f"  # {before}", own, after)
     return notes

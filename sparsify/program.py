@@ -21,11 +21,16 @@ from torch.utils import _pytree as pytree
 from sparsify.console import printable
 from sparsify.errors import Refusal, SparsifyError
 from sparsify.names import LONGEST, identifier, is_safe
+from sparsify.operator_schema import arguments
 from sparsify.permutation import Permutation
 from sparsify.structure import Declined, Structure
 
 if TYPE_CHECKING:
     import networkx as nx
+
+    from sparsify.methods.channels import TrainedSlice
+    from sparsify.methods.part import TrainedPart
+    from sparsify.methods.sparse_lowrank import SparseLowRank
 
 
 class Stage(enum.IntEnum):
@@ -52,7 +57,7 @@ class Input:
 class LinearNode:
     """One matrix product with a weight: `y = x Wᵀ + b`, tied to its parameter's qualified name.
 
-    transposed: the stored weight is `(in, out)` (Conv1D) instead of `(out, in)`.
+    transposed: the stored weight is `(in, out)` (Conv1D) instead of `(out, in)`. bias_node: what is added, named or computed.
     """
 
     node: fx.Node
@@ -60,6 +65,7 @@ class LinearNode:
     weight: str
     bias: str | None
     transposed: bool
+    bias_node: fx.Node | None = None
 
     @property
     def in_axis(self) -> int:
@@ -68,108 +74,6 @@ class LinearNode:
     @property
     def out_axis(self) -> int:
         return 1 - self.in_axis
-
-
-@dataclass(frozen=True)
-class TrainedSlice:
-    """Whole channels of one weight that train: positions [start, start + length) on `axis`, or scattered ones.
-
-    channels: the same channels in *original* coordinates, in the order in which they stand in the block.
-    axis: of the stored tensor. side: "column" when the block lies on the linear's input axis, "row" on its output axis.
-    places: positions of scattered channels (PaCA on an input that no structure can reorder); empty when contiguous.
-    structure: the structure that owns the channels, or "".
-    """
-
-    param: str
-    axis: int
-    start: int
-    length: int
-    side: Literal["column", "row"]
-    channels: tuple[int, ...]
-    structure: str = ""
-    places: tuple[int, ...] = ()
-    rule: int = 0
-
-    @property
-    def logical_axis(self) -> int:
-        """Axis in the logical `(out, in)` weight: 1 for columns, 0 for rows."""
-        return 1 if self.side == "column" else 0
-
-    @property
-    def transposed(self) -> bool:
-        """Whether the stored weight is `(in, out)`."""
-        return self.axis != self.logical_axis
-
-    def read(self, stored: torch.Tensor) -> torch.Tensor:
-        """The channels of a tensor laid out like the stored weight, in logical layout; a view when contiguous."""
-        if self.places:
-            region = stored.index_select(self.axis, torch.tensor(self.places, device=stored.device))
-        else:
-            region = stored.narrow(self.axis, self.start, self.length)
-        return region.t() if self.transposed else region
-
-    def write(self, stored: torch.Tensor, block: torch.Tensor) -> None:
-        """Put a block in logical layout into its channels of `stored`."""
-        block = (block.t() if self.transposed else block).to(stored.dtype)
-        if self.places:
-            stored.index_copy_(self.axis, torch.tensor(self.places, device=stored.device), block)
-        else:
-            stored.narrow(self.axis, self.start, self.length).copy_(block)
-
-    @property
-    def spans(self) -> str:
-        """Positions of the channels as ranges: `0:12`, or `8:16, 40:48` where they lie scattered."""
-        if not self.places:
-            return f"{self.start}:{self.start + self.length}"
-        found: list[list[int]] = []
-        for place in self.places:
-            if found and found[-1][1] == place:
-                found[-1][1] += 1
-            else:
-                found.append([place, place + 1])
-        shown = [f"{a}:{b}" if b > a + 1 else str(a) for a, b in found[:6]]
-        return ", ".join(shown) + (f", … {len(found) - 6} more" if len(found) > 6 else "")
-
-    @property
-    def block_name(self) -> str:
-        """Qualified name of the trained parameter in the host."""
-        owner, _, leaf = self.param.rpartition(".")
-        return f"{owner}.{leaf}_slice" if owner else f"{leaf}_slice"
-
-
-@dataclass(frozen=True, eq=False)
-class SparseLowRank:
-    """One weight with a sparse part, a low-rank part, or both: `W + S + scale · B A`.
-
-    index: support of S, flat in the *stored* weight as it lies now, sorted; None while an open mask waits for collection.
-    original: the same entries in original coordinates, in the same order. count: number of entries (also when open).
-    mask: how the entries are chosen. rank 0: no low-rank part. count 0: no sparse part.
-    """
-
-    param: str
-    rule: int
-    rank: int
-    scale: float
-    dropout: float
-    count: int
-    mask: str
-    transposed: bool
-    index: torch.Tensor | None = None
-    original: torch.Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Support:
-    """Which entries of a weight train (`index` flat in the stored weight, *original* coordinates, sorted), or an open mask."""
-
-    param: str
-    rule: int
-    rank: int
-    scale: float
-    dropout: float
-    count: int
-    mask: str
-    index: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -243,10 +147,8 @@ class Program:
     choices: tuple[UnitChoice, ...] = ()
     permutations: dict[str, tuple[Permutation, Permutation | None]] = field(default_factory=dict)
     moves: tuple[Move, ...] = ()
-    slices: tuple[TrainedSlice, ...] = ()
+    parts: tuple[TrainedPart, ...] = ()
     channel_choices: tuple[ChannelChoice, ...] = ()
-    supports: tuple[Support, ...] = ()
-    lowranks: tuple[SparseLowRank, ...] = ()
     quantize: dict[str, str] = field(default_factory=dict)
     packed: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     packings: tuple[Packed, ...] = ()
@@ -318,6 +220,30 @@ class Program:
         """Placeholder name → qualified name, for parameters, buffers and constants."""
         return {i.name: i.target for i in self.inputs if i.target is not None}
 
+    @property
+    def slices(self) -> tuple[TrainedSlice, ...]:
+        """The parts that are whole channels (S2FT, PaCA)."""
+        from sparsify.methods.channels import TrainedSlice
+
+        return tuple(part for part in self.parts if isinstance(part, TrainedSlice))
+
+    @property
+    def lowranks(self) -> tuple[SparseLowRank, ...]:
+        """The sparse and low-rank parts (RoSA, LoRA)."""
+        from sparsify.methods.sparse_lowrank import SparseLowRank
+
+        return tuple(part for part in self.parts if isinstance(part, SparseLowRank))
+
+    def part_at(self, node: fx.Node) -> TrainedPart | None:
+        """The trained part of the weight, dense or packed, that an operator reads."""
+        names = self.tensor_names
+        read = {names.get(through_transpose(source)[0].name) for source in node.all_input_nodes}
+        return next((p for p in self.parts if p.param in read or f"{p.owner}.packed_0" in read), None)
+
+    def moved_index(self, param: str, axis: int) -> torch.Tensor | None:
+        """How a tensor was reordered on an axis, `current = original.index_select(axis, index)`; None where it was not."""
+        return next((m.index for m in self.moves if m.param == param and m.axis == axis), None)
+
     def placeholder(self, target: str) -> fx.Node | None:
         """The graph input that stands for the tensor `target`."""
         names = {i.target: i.name for i in self.inputs}
@@ -351,21 +277,22 @@ class Program:
         for node in self.graph.nodes:
             if node.op != "call_function":
                 continue
-            if node.target is aten.linear.default:
-                x, weight, bias = node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else None
-                swapped = False
-            elif node.target is aten.addmm.default:
-                bias, x, weight = node.args[:3]
-                swapped = True
-            elif node.target in (aten.mm.default, aten.matmul.default):
-                (x, weight), bias = node.args[:2], None
-                swapped = True
-            else:
+            if node.target not in (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default):
                 continue
+            given = arguments(node)
+            if node.target is aten.linear.default:
+                x, weight, bias, swapped = given["input"], given["weight"], given["bias"], False
+            elif node.target is aten.addmm.default:
+                x, weight, bias, swapped = given["mat1"], given["mat2"], given["self"], True
+            elif node.target is aten.mm.default:
+                x, weight, bias, swapped = given["self"], given["mat2"], None, True
+            else:
+                x, weight, bias, swapped = given["self"], given["other"], None, True
             weight, flipped = through_transpose(weight)
             if isinstance(weight, fx.Node) and weight.name in names and isinstance(x, fx.Node):
-                bias_name = names.get(bias.name) if isinstance(bias, fx.Node) else None
-                yield LinearNode(node, x, names[weight.name], bias_name, transposed=swapped != flipped)
+                bias = bias if isinstance(bias, fx.Node) else None
+                bias_name = names.get(bias.name) if bias is not None else None
+                yield LinearNode(node, x, names[weight.name], bias_name, swapped != flipped, bias)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph. Inputs must have the structure and shapes of the captured example."""

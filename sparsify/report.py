@@ -13,6 +13,7 @@ from sparsify.console import in_full, one_line, printable
 from sparsify.errors import Refusal
 from sparsify.kernels.fallback import notes
 from sparsify.names import printable as without_controls
+from sparsify.operator_schema import argument
 from sparsify.parameter_count import count_parameters
 from sparsify.plan import Plan
 from sparsify.printer import pruned_line
@@ -20,7 +21,7 @@ from sparsify.program import Program
 from sparsify.repeats import Line, fold_lines
 from sparsify.sharded import class_name
 from sparsify.sparse_checkpoint import stored_bytes
-from sparsify.verify import SPARSIFY_OPS
+from sparsify.verify import operators
 
 
 @printable
@@ -97,12 +98,9 @@ def make_report(program: Program, plan: Plan, host: nn.Module, cpu: Any = None) 
     for group in program.channel_choices:
         how = f"{len(group.channels)} input columns, gathered ({group.method}, rule {group.rule})"
         chosen.append(Line.about(group.params[0], f"{', '.join(group.params)}: {how}"))
-    for part in program.lowranks:
-        texts = [f"rank {part.rank}, scale {part.scale:g}"] if part.rank else []
-        if part.count:
-            open_mask = ", still to be collected" if part.index is None else ""
-            texts.append(f"{part.count:,} entries ({part.mask}{open_mask})")
-        chosen.append(Line.about(part.param, f"{part.param}: {' + '.join(texts)} (rule {part.rule})"))
+    for part in program.parts:
+        row = part.row()
+        chosen += [Line.about(part.param, row)] if row is not None else []
     if program.pruned:
         zeros = sum(float((~m).sum()) for m in program.masks.values()) / sum(m.numel() for m in program.masks.values())
         chosen.append(f"{len(program.pruned)} weights pruned: {zeros:.1%} zeros")
@@ -153,24 +151,17 @@ def backward_bytes(program: Program) -> tuple[int, int]:
     Column slices keep a copy of their columns each; whole inputs (rows, sparse, low-rank) are kept once however many read them.
     """
     saved, whole, inputs = 0, {}, {}
-    ops = torch.ops.sparsify
+    ops, known = torch.ops.sparsify, operators(program)
     for node in program.graph.nodes:
-        if node.op != "call_function" or node.target not in SPARSIFY_OPS or node.target is ops.apply_mask.default:
+        if node.op != "call_function" or node.target not in known or node.target is ops.apply_mask.default:
             continue
-        x = node.args[0]
+        x, part = argument(node, "x"), program.part_at(node)
         inputs[x.name] = node_bytes(x)
-        if node.target in (ops.partial_linear.default, ops.partial_linear_at.default):
-            block, axis, rest = node.args[3], node.args[5], ()
-        elif node.target is ops.masked_linear.default:
-            block, axis, rest = None, 1, (node.args[1],)
-        elif node.target is ops.sparse_lowrank_linear.default:
-            block, axis, rest = None, 1, (node.args[3], node.args[5])
-        else:
-            block, axis, rest = node.args[6], node.args[8], (node.args[9], node.args[11])
-        if any(part is not None for part in rest) or (block is not None and axis == 0):
+        own = part.saved_bytes(x.meta["val"]) if part is not None else None
+        if own is not None:
+            saved += own
+        elif part is not None or node.target is ops.masked_linear.default:
             whole[x.name] = node_bytes(x)
-        elif block is not None:
-            saved += node_bytes(x) // x.meta["val"].shape[-1] * block.meta["val"].shape[1]
     for linear in program.linears():
         inputs[linear.x.name] = node_bytes(linear.x)
     return saved + sum(whole.values()), sum(inputs.values())

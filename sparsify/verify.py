@@ -8,19 +8,25 @@ import torch
 from torch.utils import _pytree as pytree
 
 import sparsify.lowrank_ops
-import sparsify.masked  # noqa: F401  (both register the operators named below)
+import sparsify.masked  # noqa: F401  (both register operators named below)
 from sparsify.errors import VerifyError
 from sparsify.lowering.verify_lowered import verify_lowered
 from sparsify.program import Program, Stage
 
-SPARSIFY_OPS = (
-    torch.ops.sparsify.partial_linear.default,
-    torch.ops.sparsify.partial_linear_at.default,
-    torch.ops.sparsify.sparse_lowrank_linear.default,
-    torch.ops.sparsify.quantized_linear.default,
-    torch.ops.sparsify.masked_linear.default,
-    torch.ops.sparsify.apply_mask.default,
-)
+#: operators that belong to no part → what computes them when no kernel is chosen
+OPERATORS = {
+    torch.ops.sparsify.masked_linear.default: "reference: one GEMM over exact zeros, gradient masked",
+    torch.ops.sparsify.apply_mask.default: "reference: element-wise",
+    torch.ops.sparsify.quantized_linear.default: "reference: unpacked to a temporary, one GEMM",
+}
+
+
+def operators(program: Program) -> dict[Any, str]:
+    """Operators of ours that may stand in a program, with what computes them: those of its parts, of masks and packed weights."""
+    found = dict(OPERATORS)
+    for kind in dict.fromkeys(type(part) for part in program.parts):
+        found |= kind.operators
+    return found
 
 
 def verify(program: Program) -> None:
@@ -36,7 +42,7 @@ def verify(program: Program) -> None:
     if program.stage >= Stage.PERMUTED:
         verify_moves(program)
     if program.stage >= Stage.EXPANDED:
-        verify_slices(program)
+        verify_parts(program)
     if program.stage >= Stage.LOWERED:
         verify_lowered(program)
 
@@ -82,32 +88,20 @@ def verify_moves(program: Program) -> None:
             raise VerifyError(f"{move.param} was moved, but has no new tensor")
 
 
-def verify_slices(program: Program) -> None:
-    """Every trained tensor is read by a sparsify operator, has the shape its part says, and no linear reads its weight whole."""
-    names = program.tensor_names
-    read = {
-        names[source.name]
-        for node in program.graph.nodes
-        if node.op == "call_function" and node.target in SPARSIFY_OPS
-        for source in node.all_input_nodes
-        if source.name in names
-    }
-    for piece in program.slices:
-        if piece.block_name not in read:
-            raise VerifyError(f"{piece.param}: the trained slice is read by no sparsify operator")
-        block = program.tensor(piece.block_name)
-        if block.shape[piece.logical_axis] != piece.length or not block.is_contiguous():
-            raise VerifyError(
-                f"{piece.param}: the trained block is {tuple(block.shape)}, expected {piece.length} channels"
-            )
-    for part in program.lowranks:
-        owner = part.param.rpartition(".")[0]
-        wanted = ["lora_A", "lora_B"] if part.rank else []
-        wanted += ["sparse_values", "sparse_index"] if part.index is not None else []
-        for leaf in wanted:
-            if f"{owner}.{leaf}" not in read:
-                raise VerifyError(f"{owner}: {leaf} is read by no sparsify operator")
-    changed = {s.param for s in program.slices} | {p.param for p in program.lowranks} | set(program.quantize)
+def verify_parts(program: Program) -> None:
+    """Every trained tensor is read by an operator of its part, is as the part says, and no linear reads its weight whole."""
+    names, known = program.tensor_names, operators(program)
+    read: set[str] = set()
+    for node in program.graph.nodes:
+        if node.op != "call_function" or node.target not in known:
+            continue
+        read |= {names[source.name] for source in node.all_input_nodes if source.name in names}
+        part = program.part_at(node)
+        if part is not None:
+            part.check_node(node)
+    for part in program.parts:
+        part.check(program, read)
+    changed = {p.param for p in program.parts} | set(program.quantize)
     for linear in program.linears():
         if linear.weight in changed:
             raise VerifyError(f"node {linear.node.name} still reads {linear.weight} whole, beside its trained part")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import sparsify.modules  # noqa: F401  registers the operators
+import sparsify.methods  # noqa: F401  registers the operators
 from sparsify.masked import pack_bits
 from sparsify.quantized import pack, unpack
 

@@ -34,6 +34,7 @@ from sparsify.lowering.decompositions import decompositions
 from sparsify.lowering.prepacked_linear import alive
 from sparsify.module_tree import copy_module_tree
 from sparsify.names import placeholder, with_safe_targets
+from sparsify.operator_schema import arguments, positional
 from sparsify.untouched import untouched
 
 aten = torch.ops.aten
@@ -102,12 +103,13 @@ class Editor:
         self.lifted.append(node)
         return node
 
-    def call(self, target: Any, *args: Any) -> fx.Node:
-        """A call at the graph's insertion point, with its fake value."""
-        node = self.graph.call_function(target, args)
-        values = pytree.tree_map(lambda a: a.meta["val"] if isinstance(a, fx.Node) else a, args)
+    def call(self, target: Any, /, **given: Any) -> fx.Node:
+        """A call at the graph's insertion point, with arguments by the names of the operator's schema, and its fake value."""
+        args, kwargs = positional(target, given)
+        node = self.graph.call_function(target, args, kwargs)
+        values, named = pytree.tree_map(lambda a: a.meta["val"] if isinstance(a, fx.Node) else a, (args, kwargs))
         with enable_python_dispatcher():  # composite operators may meet symbolic sizes
-            node.meta["val"] = target(*values)
+            node.meta["val"] = target(*values, **named)
         return node
 
     def drop_unused(self) -> None:
@@ -225,14 +227,6 @@ def bytes_of(tensor: Tensor) -> int:
 # --- packed weights ------------------------------------------------------------------------------------------------------------
 
 
-def arguments(node: fx.Node) -> dict[str, Any]:
-    """A node's arguments by name, defaults filled in."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    names = [a.name for a in schema.arguments]
-    defaults = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-    return {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
-
-
 def replace_by_dense(editor: Editor, node: fx.Node, hint: str, weight: Tensor, interleaved: bool = True) -> None:
     """`node` as a dense product with its epilogue, in ATen. interleaved: gated rows alternate gate and up, else they are halves."""
     given = arguments(node)
@@ -241,30 +235,30 @@ def replace_by_dense(editor: Editor, node: fx.Node, hint: str, weight: Tensor, i
     place = editor.add_constant(hint, weight.to(dtype).contiguous(), x)
     with editor.graph.inserting_before(node):
         if bias is not None and bias.meta["val"].dtype != dtype:
-            bias = editor.call(aten.to.dtype, bias, dtype)
-        y = editor.call(aten.linear.default, x, place, bias)
+            bias = editor.call(aten.to.dtype, self=bias, dtype=dtype)
+        y = editor.call(aten.linear.default, input=x, weight=place, bias=bias)
         second = None
         if given.get("gated"):
             width, half = weight.shape[0], weight.shape[0] // 2
             parts = ((0, width, 2), (1, width, 2)) if interleaved else ((0, half, 1), (half, width, 1))
-            y, second = (editor.call(aten.slice.Tensor, y, -1, *part) for part in parts)
+            y, second = (
+                editor.call(aten.slice.Tensor, self=y, dim=-1, start=start, end=end, step=step)
+                for start, end, step in parts
+            )
         y = activate(editor, activation, y)
         if second is not None:
-            y = editor.call(aten.mul.Tensor, y, second)
+            y = editor.call(aten.mul.Tensor, self=y, other=second)
         if given.get("residual") is not None:
-            y = editor.call(aten.add.Tensor, y, given["residual"])
+            y = editor.call(aten.add.Tensor, self=y, other=given["residual"])
     node.replace_all_uses_with(y)
     editor.graph.erase_node(node)
 
 
 def activate(editor: Editor, activation: str, y: fx.Node) -> fx.Node:
     if activation in ("gelu", "gelu_tanh"):
-        node = editor.call(aten.gelu.default, y)
-        if activation == "gelu_tanh":
-            node.kwargs = {"approximate": "tanh"}
-        return node
+        return editor.call(aten.gelu.default, self=y, approximate="tanh" if activation == "gelu_tanh" else "none")
     calls = {"relu": aten.relu.default, "silu": aten.silu.default}
-    return editor.call(calls[activation], y) if activation in calls else y
+    return editor.call(calls[activation], self=y) if activation in calls else y
 
 
 def unpack_prepacked(editor: Editor, node: fx.Node) -> None:

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-
 from sparsify.passes.base import Context
 from sparsify.program import Program
-from sparsify.verify import SPARSIFY_OPS
-
-KERNELS = {
-    torch.ops.sparsify.partial_linear.default: "reference: block copied into the weight, one GEMM",
-    torch.ops.sparsify.partial_linear_at.default: "reference: channels copied into the weight, one GEMM",
-    torch.ops.sparsify.sparse_lowrank_linear.default: "reference: values scattered into the weight, one GEMM, two small ones",
-    torch.ops.sparsify.masked_linear.default: "reference: one GEMM over exact zeros, gradient masked",
-    torch.ops.sparsify.apply_mask.default: "reference: element-wise",
-    torch.ops.sparsify.quantized_linear.default: "reference: unpacked to a temporary, one GEMM",
-}
+from sparsify.verify import operators
 
 
 def lower_reference(program: Program, context: Context) -> Program:
     """EXPANDED → LOWERED: name the implementation of each operator on its node (`meta["kernel"]`)."""
-    count = 0
+    count, known = 0, operators(program)
     for node in program.graph.nodes:
-        if node.op == "call_function" and node.target in SPARSIFY_OPS:
-            node.meta["kernel"] = KERNELS[node.target]
+        if node.op == "call_function" and node.target in known:
+            node.meta["kernel"] = known[node.target]
             count += 1
     return program.evolve(f"lower: {count} sparsify operators to the reference")

@@ -1,7 +1,7 @@
 """Select for single linears: PaCA's shared column sets, RoSA's supports, LoRA's ranks, and which weights are quantised.
 
 PaCA(rank=16)  over q, k, v of one layer   ──▶  ChannelChoice((q, k, v), channels=(3, 17, …))
-RoSA(…)        over down_proj              ──▶  Support(down_proj, index=(…), rank=16)
+RoSA(…)        over down_proj              ──▶  SparseLowRank(down_proj, index=(…), rank=16)
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from tqdm import tqdm
 from sparsify.calibration import batch_count, given, gradient_statistics, input_squares, need_batches
 from sparsify.calibration_checks import check_weights, column_squares, squares_of
 from sparsify.errors import PlanError, Refusal, RefusedError
+from sparsify.methods.registry import method_of
+from sparsify.methods.sparse_lowrank import SparseLowRank
 from sparsify.passes.assign_rules import WHOLE, is_conv1d, owner_name, unmatched_patterns, why_not_trainable
 from sparsify.passes.base import Context
 from sparsify.plan import LinearRule, LoRA, PaCA, Quantize, RoSA, nearest, pattern_value
-from sparsify.program import ChannelChoice, LinearNode, Program, Support, UnitChoice
+from sparsify.program import ChannelChoice, LinearNode, Program, UnitChoice
 from sparsify.ranks import sum_over_ranks
 from sparsify.selection import choose, generator, index_dtype, random_scores, unit_channels
 from sparsify.task_heads import head_parameters, output_parameters
@@ -122,6 +124,9 @@ def why_not_fitting(program: Program, linear: LinearNode, rule: LinearRule) -> s
         kept = program.masks.get(linear.weight)
         if isinstance(rule, RoSA) and not rank and kept is not None and not bool(kept.any()):
             return "every entry of the weight is pruned, so no entry can train"
+    method = method_of(rule)
+    if method is not None:
+        return method.part.why_not(rule, program, linear)
     return why_not_packed(program, linear.weight, weight, rule.format) if isinstance(rule, Quantize) else None
 
 
@@ -150,6 +155,11 @@ def select_linears(
 ) -> dict[str, Any]:
     """What one linear rule adds to the program; `taken` learns its weights."""
     linears = first_linears(program)
+    if method_of(rule) is None and not isinstance(rule, PaCA | RoSA | LoRA | Quantize):
+        name = type(rule).__name__
+        raise PlanError(
+            f"rule {index}, {rule}: no method is registered for {name}; call sparsify.methods.register({name}, …)"
+        )
     served, refusals = serve(program, index, rule, linears, taken)
     changes: dict[str, Any] = {"refusals": refusals}
     if isinstance(rule, Quantize):
@@ -160,7 +170,11 @@ def select_linears(
         units, channels = choose_columns(program, context, index, rule, served, linears)
         changes["choices"], changes["channel_choices"] = units, channels
     elif isinstance(rule, RoSA | LoRA):
-        changes["supports"] = choose_supports(program, context, index, rule, served, refusals)
+        changes["parts"] = choose_supports(program, context, index, rule, served, refusals)
+    else:
+        method = method_of(rule)
+        assert method is not None
+        changes["parts"] = [method.part.from_rule(rule, index, program, linears[param]) for param in served]
     return changes
 
 
@@ -258,7 +272,7 @@ def column_scores(
 
 def choose_supports(
     program: Program, context: Context, index: int, rule: RoSA | LoRA, served: list[str], refusals: list[Refusal]
-) -> list[Support]:
+) -> list[SparseLowRank]:
     """Ranks and entries of every served weight; what a table leaves without either goes to `refusals`."""
     settings: dict[str, tuple[int, int]] = {}
     for param in served:
@@ -293,8 +307,9 @@ def choose_supports(
             continue
         entries = found[param].to(index_dtype(program.tensor(param).shape)) if param in found else None
         scale = rule.scale(rank) if rank else 1.0
-        support = Support(param, index, rank, scale, rule.dropout, count, mask, entries)
-        supports.append(support)
+        conv1d = is_conv1d(program.host.get_submodule(owner_name(param)))
+        part = SparseLowRank(param, index, rank, scale, rule.dropout, count, mask, conv1d, entries, entries)
+        supports.append(part)
     return supports
 
 

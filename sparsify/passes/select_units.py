@@ -51,7 +51,7 @@ def select_units(program: Program, context: Context) -> Program:
     parts = [f"{len(program.choices)} structures, {units} consumer units"]
     for things, what in (
         (program.channel_choices, "shared column sets"),
-        (program.supports, "sparse or low-rank linears"),
+        (program.lowranks, "sparse or low-rank linears"),
         (program.quantize, "weights to quantise"),
     ):
         parts += [f"{len(things)} {what}"] if things else []

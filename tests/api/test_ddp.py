@@ -110,7 +110,7 @@ def chosen(host: torch.nn.Module) -> dict[str, object]:
     return {
         "units": [(c.structure, c.consumers, c.producers) for c in program.choices],
         "columns": [c.channels for c in program.channel_choices],
-        "entries": [None if s.index is None else s.index.tolist() for s in program.supports],
+        "entries": [None if s.index is None else s.index.tolist() for s in program.lowranks],
     }
 
 

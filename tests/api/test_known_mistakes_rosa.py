@@ -20,8 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sparsify
 from sparsify import Plan, RoSA
 from sparsify.lowrank_ops import sampled_by_tile
-from sparsify.passes.insert_partial import initial_parts
-from sparsify.program import SparseLowRank
+from sparsify.methods.sparse_lowrank import SparseLowRank, initial_parts
 from sparsify.train.rosa import collect_masks
 
 RANDOM = RoSA(rank=3, density=0.04, mask="random")

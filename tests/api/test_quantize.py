@@ -17,7 +17,7 @@ import sparsify
 import sparsify.lowrank_ops as ops
 from sparsify import S2FT, LoRA, PaCA, PlanError, Quantize, RoSA
 from sparsify.errors import AdapterError, SparsifyError
-from sparsify.modules import QuantizedMixin
+from sparsify.methods.packed import QuantizedMixin
 from sparsify.quantized import FORMATS, pack, unpack
 
 METHODS = {

@@ -1,0 +1,56 @@
+"""Kinds of trained parts, each in one file: its tensors, its node, its fold, its deltas, its words; and methods from outside.
+
+    part              the protocol                  channels          S2FT, PaCA
+    registry          `register`                    sparse_lowrank    RoSA, LoRA
+                                                    packed            any of these over a packed base
+
+What a method from outside needs is listed in `__all__`; `examples/dora` is one.
+"""
+
+from sparsify.adapter import Delta
+from sparsify.delta_kinds import DeltaKind, PeftLayer
+from sparsify.graph_editor import GraphEditor
+from sparsify.layout import Layout
+from sparsify.methods import channels, packed, sparse_lowrank
+from sparsify.methods.part import LivePart, OutsidePart, Snapshot, TrainedPart, beside, master_dtype
+from sparsify.methods.registry import register
+from sparsify.methods.sparse_lowrank import kaiming_a
+from sparsify.modules import AdaptedMixin, as_parameter, become, take_leaves
+from sparsify.operator_checks import require, require_floats, require_shape, require_together
+from sparsify.operator_library import OperatorLibrary
+from sparsify.operator_schema import argument, arguments
+from sparsify.plan import LinearRule
+from sparsify.program import LinearNode, Program
+
+__all__ = [
+    "AdaptedMixin",
+    "Delta",
+    "DeltaKind",
+    "GraphEditor",
+    "Layout",
+    "LinearNode",
+    "LinearRule",
+    "LivePart",
+    "OperatorLibrary",
+    "OutsidePart",
+    "PeftLayer",
+    "Program",
+    "Snapshot",
+    "TrainedPart",
+    "argument",
+    "arguments",
+    "as_parameter",
+    "become",
+    "beside",
+    "channels",
+    "kaiming_a",
+    "master_dtype",
+    "packed",
+    "register",
+    "require",
+    "require_floats",
+    "require_shape",
+    "require_together",
+    "sparse_lowrank",
+    "take_leaves",
+]

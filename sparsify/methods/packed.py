@@ -1,0 +1,98 @@
+"""Linears over a packed base (Quantize), with any part of our own kinds beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.lowrank_ops import dense_weight
+from sparsify.methods.channels import PartialMixin, describe_slice
+from sparsify.methods.sparse_lowrank import SparseLowRankMixin, describe_parts
+from sparsify.modules import carries
+
+
+class QuantizedMixin(SparseLowRankMixin, PartialMixin):
+    """A linear over a packed base, with any trained part beside it. `weight` is empty and only carries dtype and device."""
+
+    packed_names: tuple[str, ...]
+    format: str
+    shape: torch.Size
+    compute_dtype: torch.dtype | None = None  # of a base that computes in it whatever the input has (bitsandbytes)
+    trained_leaves = (*PartialMixin.trained_leaves, *SparseLowRankMixin.trained_leaves)
+    part_buffers = (*SparseLowRankMixin.part_buffers, *PartialMixin.part_buffers)
+    placing_buffers = PartialMixin.placing_buffers
+    part_settings = (*PartialMixin.part_settings, *SparseLowRankMixin.part_settings)
+    entries_of_weight = (*PartialMixin.entries_of_weight, *SparseLowRankMixin.entries_of_weight)
+    follows_from_weight = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.compute_dtype is None or x.dtype == self.compute_dtype:
+            return super().forward(x)
+        return super().forward(x.to(self.compute_dtype)).to(x.dtype)
+
+    def stored_shape(self) -> torch.Size:
+        return self.shape
+
+    def packed(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self.packed_names]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """`.to(dtype)`, `.half()`: scales of the packed base keep their precision, or the base would move."""
+        kept = {name: self._buffers.pop(name) for name in self.packed_names}
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        for name, tensor in kept.items():
+            moved = fn(tensor)
+            self._buffers[name] = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+        return self
+
+    def block_parts(self) -> tuple[Tensor | None, Tensor | None, int]:
+        """`(block, channels, axis)` of the trained channels; `(None, None, 1)` without any."""
+        if not hasattr(self, "weight_slice"):
+            return None, None, 1
+        return self.trained_block(), getattr(self, "slice_channels", None), self.slice_axis
+
+    def multiply(
+        self, x: Tensor, values: Tensor | None, index: Tensor | None, a: Tensor | None, b: Tensor | None
+    ) -> Tensor:
+        block, channels, axis = self.block_parts()
+        return torch.ops.sparsify.quantized_linear(
+            x, self.format, self.shape[0], self.shape[1], self.conv1d, self.bias, block, channels, axis, values, index, a, b,
+            self.scale, self.packed(),
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def dense(self) -> Tensor:
+        """The weight that the packed base and its trained channels and entries stand for (no low-rank part)."""
+        values, index, _, _ = self.parts()
+        parts = (*self.block_parts(), values, index)
+        return dense_weight(self.packed(), self.format, list(self.shape), self.conv1d, self.weight.dtype, *parts)
+
+    def base_weight(self) -> Tensor:
+        return self.dense()
+
+    def clear_trained(self, stored: Tensor) -> None:
+        if "weight_slice" in self._parameters:
+            super().clear_trained(stored)
+
+    def part_digest(self) -> bytes:
+        block = PartialMixin.part_digest(self) if "weight_slice" in self._parameters else b""
+        low = SparseLowRankMixin.part_digest(self)
+        return block + low + f"{self.format} {tuple(self.shape)}".encode()
+
+    def without_part(self) -> None:
+        """Settings of a packed base that nothing trains beside."""
+        self.scale, self.dropout, self.mask_open = 1.0, 0.0, False
+
+    def extra_repr(self) -> str:
+        extra = [describe_slice(self)] if hasattr(self, "weight_slice") else []
+        extra += [describe_parts(self)] if hasattr(self, "sparse_values") or hasattr(self, "lora_A") else []
+        return ", ".join([self.described(), f"format={self.format}", *extra])
+
+
+class QuantizedLinear(QuantizedMixin, nn.Linear):
+    """`nn.Linear` over a packed base."""
+
+
+carries("Quantized", QuantizedMixin, QuantizedLinear)
