@@ -199,7 +199,8 @@ def join(host: nn.Module, program: Program, target: Target, decision: Decision) 
             result = move_activation(host, candidate, target, decision, count)
         if isinstance(result, str):
             where, _, what = str(candidate).partition(": ")
-            decision.not_fused.append(Refusal(where, f"{what} stay apart: {result}"))
+            stay = "stay apart" if isinstance(candidate, GatedProduct) else "stays apart"
+            decision.not_fused.append(Refusal(where, f"{what} {stay}: {result}"))
         else:
             decision.fusions.append(result)
 

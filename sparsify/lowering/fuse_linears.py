@@ -71,7 +71,7 @@ class FusedActivation:
     result: fx.Node  # what the activation makes of it
 
     def __str__(self) -> str:
-        return f"{self.linear}: {self.activation} and its linear"
+        return f"{self.linear}: {self.activation}"
 
 
 Join = GatedProduct | FusedActivation
