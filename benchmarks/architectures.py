@@ -268,6 +268,14 @@ TIMM = {
 }
 
 
+def disturbed(model: nn.Module) -> nn.Module:
+    """Some heads and layer scales begin at zero, and so would every gradient."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return model
+
+
 def timm_architectures() -> Iterator[Architecture]:
     with contextlib.suppress(ImportError, RuntimeError):
         need_torchvision()
@@ -278,10 +286,7 @@ def timm_architectures() -> Iterator[Architecture]:
                 torch.manual_seed(0)
                 size = options.get("img_size", 32)
                 model = timm.create_model(name, num_classes=5, **{"img_size": size, **options})
-                with torch.no_grad():  # some heads and layer scales begin at zero, and so would every gradient
-                    for parameter in model.parameters():
-                        parameter.add_(0.02 * torch.randn_like(parameter))
-                return model.eval(), {"": torch.randn(2, 3, size, size)}
+                return disturbed(model).eval(), {"": torch.randn(2, 3, size, size)}
 
             return build
 
@@ -296,7 +301,7 @@ def torchvision_architectures() -> Iterator[Architecture]:
         def model_of(make: Callable[[], nn.Module]) -> Callable[[], tuple[nn.Module, dict[str, Any]]]:
             def build() -> tuple[nn.Module, dict[str, Any]]:
                 torch.manual_seed(0)
-                return make().eval(), {"": torch.randn(2, 3, 32, 32)}
+                return disturbed(make()).eval(), {"": torch.randn(2, 3, 32, 32)}
 
             return build
 

@@ -191,17 +191,23 @@ def rules_table(arguments: Any) -> None:
     )
 
 
+def newest_rules() -> Path:
+    """The newest record of `--rules`."""
+    records = sorted((ROOT / "benchmarks" / "results").glob("coverage-rules-*.json"), key=lambda p: p.stem[-10:])
+    if not records:
+        raise SystemExit("no record of `coverage.py --rules --save --label rules` in benchmarks/results")
+    return records[-1]
+
+
 def write_document() -> None:
     """`docs/coverage.md` from the newest record of `--rules`."""
     from benchmarks import families_by_rules as rules
 
-    records = sorted((ROOT / "benchmarks" / "results").glob("coverage-rules-*.json"), key=lambda p: p.stem[-10:])
-    if not records:
-        raise SystemExit("no record of `coverage.py --rules --save --label rules` in benchmarks/results")
+    record = newest_rules()
     target = ROOT / "docs" / "coverage.md"
     target.parent.mkdir(exist_ok=True)
-    target.write_text(rules.document(json.loads(records[-1].read_text(encoding="utf-8"))), encoding="utf-8")
-    print(f"wrote docs/coverage.md from {records[-1].name}")
+    target.write_text(rules.document(json.loads(record.read_text(encoding="utf-8"))), encoding="utf-8")
+    print(f"wrote docs/coverage.md from {record.name}")
 
 
 def main() -> None:

@@ -142,6 +142,9 @@ def judge(architecture: Architecture, answers: Any) -> None:
 
     try:
         model, batch = architecture.build()
+        for module in model.modules():  # a mask of dropout falls on other units where these were reordered
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
         with torch.no_grad():
             call(model, batch)
     except Exception as error:

@@ -26,6 +26,7 @@ from sparsify.console import printable
 from sparsify.delta_kinds import known_kind
 from sparsify.errors import AdapterError, SparsifyError
 from sparsify.exact import changed, sum_dtype
+from sparsify.fast_paths import open_fast_paths
 from sparsify.files.atomic import check_target, reported
 from sparsify.files.kinds import refuse_two_adapters
 from sparsify.files.ranks import on_first_rank
@@ -1063,6 +1064,7 @@ def forget(host: nn.Module) -> None:
         host.__dict__.pop(name, None)
     for name in [n for n, value in host.__dict__.items() if isinstance(value, OnHost)]:
         del host.__dict__[name]
+    open_fast_paths(host)
     for module in host.modules():
         module.__dict__.pop("_sparsify_layout", None)
         module._buffers.pop(MARKER, None)

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from sparsify.errors import PlanError
+from sparsify.fast_paths import close_fast_paths
 from sparsify.layout import Layout
 from sparsify.live_state import LoadHook, RootHook, SaveHook, SavePretrained, Unshare
 from sparsify.masked import mask_modules
@@ -150,6 +151,7 @@ def install(
     whole = whole and bool(program.masks) and not program.quantize
     host: Any = copy_host(program, trained_in_full(program, train), whole)
     fixed = swap_modules(program, host)
+    close_fast_paths(host, map(owner_name, changed_weights(program)))
     if whole:
         mask_modules(host, program.masks)
     if fixed:  # equal on all ranks by construction, and large

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from sparsify.errors import Refusal, RefusedError, VerifyError
+from sparsify.fast_paths import close_fast_paths
 from sparsify.lowering.check_lowered import LoweringCheck
 from sparsify.lowering.fuse_linears import FusedActivation, GatedProduct, Join, find_joins
 from sparsify.lowering.fused_modules import MovedActivation, fuse_feed_forward
@@ -292,6 +293,7 @@ def install(host: nn.Module, decision: Decision) -> None:
     for name, found in fused.items():
         module: Any = decision.modules[name]
         fuse_feed_forward(host.get_submodule(found.owner), module, found.down.rpartition(".")[2])
+    close_fast_paths(host, decision.modules)
 
 
 def lowered_copy(host: nn.Module, decision: Decision) -> nn.Module:

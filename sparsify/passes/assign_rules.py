@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from sparsify.errors import PlanError, Refusal, RefusedError
+from sparsify.passes.direct_reads import read_past
 from sparsify.plan import S2FT, Rule, nearest
 from sparsify.program import LinearNode, Program, through_transpose
 from sparsify.selection import selectable_units
@@ -95,7 +96,7 @@ def why_not_trainable(program: Program, param: str, linears: dict[str, list[Line
             return (
                 f"the weight is read by the forward of '{innermost}' directly, not by its own module (node {node.name})"
             )
-    return None
+    return read_past(program, param)
 
 
 def assign_rule(program: Program, index: int, rule: S2FT, taken: dict[str, int]) -> tuple[Assignment, list[Refusal]]:
