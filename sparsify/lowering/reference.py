@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sparsify.passes.base import Context
+from sparsify.passes.base import Context, PassResult
 from sparsify.program import Program
 from sparsify.verify import SPARSIFY_OPS
 
@@ -18,11 +18,11 @@ KERNELS = {
 }
 
 
-def lower_reference(program: Program, context: Context) -> Program:
+def lower_reference(program: Program, context: Context) -> PassResult:
     """EXPANDED → LOWERED: name the implementation of each operator on its node (`meta["kernel"]`)."""
     count = 0
     for node in program.graph.nodes:
         if node.op == "call_function" and node.target in SPARSIFY_OPS:
             node.meta["kernel"] = KERNELS[node.target]
             count += 1
-    return program.evolve(f"lower: {count} sparsify operators to the reference")
+    return PassResult(program.evolve(f"lower: {count} sparsify operators to the reference"), changed=count > 0)

@@ -21,7 +21,7 @@ from sparsify.errors import VerifyError
 from sparsify.masked import pack_bits
 from sparsify.names import placeholder
 from sparsify.passes.assign_rules import is_conv1d, owner_name
-from sparsify.passes.base import Context
+from sparsify.passes.base import Context, PassResult
 from sparsify.permutation import invert_index
 from sparsify.program import Input, Packed, Program, SparseLowRank, Support, TrainedSlice, UnitChoice
 from sparsify.quantized import pack, packed_bytes, unpack
@@ -31,7 +31,7 @@ from sparsify.structure import Site, Structure
 OPEN = -1  # every entry of the index of a mask that is still to be collected
 
 
-def insert_partial(program: Program, context: Context) -> Program:
+def insert_partial(program: Program, context: Context) -> PassResult:
     """PERMUTED → EXPANDED."""
     by_name = {s.name: s for s in program.structures}
     slices: list[TrainedSlice] = []
@@ -94,7 +94,10 @@ def insert_partial(program: Program, context: Context) -> Program:
     if packings:
         saved = sum(p.dense_bytes - p.packed_bytes for p in packings)
         notes.append(f"{len(packings)} weights packed, {saved / 2**20:.1f} MiB saved")
-    return program.evolve(
+    rounded = (
+        program.quantize.keys() - program.bases.keys()
+    )  # packing changes the outputs, and the report says by how much
+    inserted = program.evolve(
         "insert: " + (", ".join(notes) or "nothing"),
         graph_module=graph_module,
         inputs=inputs,
@@ -102,6 +105,7 @@ def insert_partial(program: Program, context: Context) -> Program:
         packings=tuple(packings),
         hashes=hashes,
     )
+    return PassResult(inserted, changed=bool(notes), preserves="nothing" if rounded else None)
 
 
 def base_hash(program: Program, param: str) -> str:
