@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def clocks(now: Callable[[], float]) -> Iterator[dict[str, float]]:
     originals = {name: getattr(api, name) for name in ("capture", "install", "Handle", "PIPELINE")}
     for name in ("capture", "install", "Handle"):
         setattr(api, name, timed(name.lower(), originals[name]))
-    api.PIPELINE = tuple(type(p)(p.name, p.reads, p.writes, timed(p.name, p.run)) for p in originals["PIPELINE"])
+    api.PIPELINE = tuple(replace(p, run=timed(p.name, p.run)) for p in originals["PIPELINE"])
     try:
         yield spent
     finally:

@@ -181,7 +181,7 @@ def counts(sparsify: Any, program: Any) -> str:
     from sparsify.api import find_pass
     from sparsify.passes.base import Context
 
-    found = find_pass(program, Context(sparsify.Plan([sparsify.LoRA()])))
+    found = find_pass(program, Context(sparsify.Plan([sparsify.LoRA()]))).program
     kinds = [s.kind for s in found.structures]
     return f"{kinds.count('attention')} attention, {kinds.count('ffn')} ffn"
 

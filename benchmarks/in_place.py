@@ -28,18 +28,19 @@ from benchmarks.train_step import DTYPES, PRESETS, Case
 from sparsify import S2FT, Plan
 from sparsify.api import PIPELINE, compile_for_training
 from sparsify.capture import capture
-from sparsify.passes.base import Context, Pass
+from sparsify.passes.base import Context, Pass, PassResult, insert_after
 from sparsify.program import Program, Stage
 
 FRACTION = 0.12
 
 
-def brought_together(program: Program, _context: Context) -> Program:
+def brought_together(program: Program, _context: Context) -> PassResult:
     """The choices without their reason to stay in place."""
-    return program.evolve("bring together", choices=tuple(replace(c, in_place="") for c in program.choices))
+    choices = tuple(replace(c, in_place="") for c in program.choices)
+    return PassResult(program.evolve("bring together", choices=choices), changed=choices != program.choices)
 
 
-PERMUTED = (*PIPELINE[:4], Pass("bring-together", Stage.SELECTED, Stage.SELECTED, brought_together), *PIPELINE[4:])
+PERMUTED = insert_after(PIPELINE, "select", Pass("bring-together", Stage.SELECTED, Stage.SELECTED, brought_together))
 
 
 def host_of(case: Case, rule: S2FT, together: bool) -> nn.Module:

@@ -18,7 +18,7 @@ from sparsify.handle import Handle, Mix
 from sparsify.install import install, trained_in_full
 from sparsify.lowering.cpu_options import CpuOptions
 from sparsify.lowering.reference import lower_reference
-from sparsify.passes.base import Context, Pass, run_passes
+from sparsify.passes.base import Context, Pass, PassResult, run_passes
 from sparsify.passes.find_structures import find_structures
 from sparsify.passes.insert_partial import insert_partial
 from sparsify.passes.permute_weights import permute_weights
@@ -33,35 +33,34 @@ from sparsify.serving import AdapterPaths, name_folders, serving_program
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def find_pass(program: Program, context: Context) -> Program:
+def find_pass(program: Program, context: Context) -> PassResult:
     """CAPTURED → STRUCTURED."""
     detection = find_structures(program.graph, program.tensor_names)
     note = f"find-structures: {len(detection.structures)} found, {len(detection.declined)} declined"
-    return program.evolve(note, structures=detection.structures, declined=detection.declined)
+    found = program.evolve(note, structures=detection.structures, declined=detection.declined)
+    return PassResult(found, changed=bool(detection.structures or detection.declined))
 
 
 PIPELINE = (
     Pass("find-structures", Stage.CAPTURED, Stage.STRUCTURED, find_pass),
     Pass("prove-units", Stage.STRUCTURED, Stage.STRUCTURED, prove_units),
-    Pass("prune", Stage.STRUCTURED, Stage.STRUCTURED, prune),
+    Pass("prune", Stage.STRUCTURED, Stage.STRUCTURED, prune, preserves="nothing"),
     Pass("select", Stage.STRUCTURED, Stage.SELECTED, select_units),
-    Pass("permute-weights", Stage.SELECTED, Stage.PERMUTED, permute_weights),
-    Pass("insert", Stage.PERMUTED, Stage.EXPANDED, insert_partial),
+    Pass("permute-weights", Stage.SELECTED, Stage.PERMUTED, permute_weights, preserves="rounding"),
+    Pass("insert", Stage.PERMUTED, Stage.EXPANDED, insert_partial, preserves="rounding"),
     Pass("lower", Stage.EXPANDED, Stage.LOWERED, lower_reference),
 )
 
 
-def up_to_selection() -> tuple[Pass, ...]:
-    """The passes that look and choose, without those that move and insert."""
-    return tuple(step for step in PIPELINE if step.writes <= Stage.SELECTED)
+def up_to_selection(pipeline: Sequence[Pass] | None = None) -> tuple[Pass, ...]:
+    """The passes that look and choose, without those that move and insert (of PIPELINE unless given)."""
+    return tuple(step for step in (PIPELINE if pipeline is None else pipeline) if step.writes <= Stage.SELECTED)
 
 
 def analyse(model: nn.Module, example: Any = None) -> Program:
     """Capture a model and find its coupled structures, without a plan and without changing anything."""
     program = capture(model, example)
-    program = find_pass(program, Context(Plan([Rule()])))
-    program.stage = Stage.STRUCTURED
-    return program
+    return replace(find_pass(program, Context(Plan([Rule()]))).program, stage=Stage.STRUCTURED)
 
 
 def compile(
@@ -75,6 +74,7 @@ def compile(
     progress: bool = True,
     resume_dir: str | Path | None = None,
     cpu: CpuOptions | None = None,
+    pipeline: Sequence[Pass] | None = None,
 ) -> Model:
     """Apply a plan to a model: a new host of the same class, in which only what the plan names trains.
 
@@ -84,6 +84,8 @@ def compile(
     loss: `loss(outputs, batch)` for gradient scores (default `outputs.loss`).
     resume_dir: a folder in which an interrupted pruning is kept and continued.
     cpu: with `Plan(target="cpu")`: the numbers of tokens that must be fast, and whether speed or memory matters.
+    pipeline: the passes to run, PIPELINE unless given; `insert_after(PIPELINE, "select", Pass(…))` of `sparsify.passes.base` adds one
+        of your own (`examples/write_a_pass.py`). For inference, those up to the selection run.
     donate: free the model's tensors as they are replaced (peak memory = model + one tensor); `model` is unusable afterwards.
 
     Returns the host; `host.sparsify` has `report`, `program`, and the adapter verbs.
@@ -103,15 +105,15 @@ def compile(
     check_plan(plan, bases)
     context = Context(plan, repeatable(calibration), loss, donate, progress, resume_dir)
     if plan.target == "cpu":
-        return compile_for_cpu(source, context, example, cpu or CpuOptions())  # type: ignore[return-value]
+        return compile_for_cpu(source, context, example, cpu or CpuOptions(), pipeline)  # type: ignore[return-value]
     if cpu is not None:
         raise PlanError(
             f"compile: cpu=CpuOptions(…) belongs to Plan(target='cpu'), this plan's target is {plan.target!r}"
         )
     if plan.for_inference:
-        return compile_for_cuda(source, context, example)  # type: ignore[return-value]
+        return compile_for_cuda(source, context, example, pipeline)  # type: ignore[return-value]
     captured = with_bases(capture(source, example), bases)
-    return compile_for_training(captured, source, context)  # type: ignore[return-value]
+    return compile_for_training(captured, source, context, pipeline)  # type: ignore[return-value]
 
 
 def with_bases(program: Program, bases: dict[str, PackedBase]) -> Program:
@@ -126,6 +128,8 @@ def compile_for_training(
     """Run a pipeline (PIPELINE unless given) over a captured program and install the result into a copy of the host."""
     plan = context.plan
     program = run_passes(captured, PIPELINE if pipeline is None else pipeline, context)
+    if program.stage is not Stage.LOWERED:
+        raise PlanError(f"compile: the pipeline ends at stage {program.stage.name}; a host is made from LOWERED")
     flags = {name: p.requires_grad for name, p in source.named_parameters()}
     train = tuple(sorted(trained_in_full(program, tuple(plan.train))))
     host, layouts = install(program, tuple(plan.train), whole=not plan.adapts)
@@ -187,26 +191,40 @@ def load(
     return host  # type: ignore[return-value]
 
 
-def compile_for_cpu(source: nn.Module, context: Context, example: Any, options: CpuOptions) -> nn.Module:
+def compile_for_cpu(
+    source: nn.Module,
+    context: Context,
+    example: Any,
+    options: CpuOptions,
+    pipeline: Sequence[Pass] | None = None,
+) -> nn.Module:
     """Prune if the plan says so, then replace linears by generated sparse kernels where they are measured to be faster."""
     from sparsify.lowering.cpu import lower_program
 
     chosen = {f.name: getattr(options, f.name) for f in fields(options)}
     chosen["compare"] = options.compare and example is not None
-    return compile_for_inference(source, context, example, partial(lower_program, **chosen))
+    return compile_for_inference(source, context, example, partial(lower_program, **chosen), pipeline)
 
 
-def compile_for_cuda(source: nn.Module, context: Context, example: Any) -> nn.Module:
+def compile_for_cuda(
+    source: nn.Module, context: Context, example: Any, pipeline: Sequence[Pass] | None = None
+) -> nn.Module:
     """Prune if the plan says so, then replace linears by generated Triton kernels where they read fewer bytes."""
     from sparsify.lowering.cuda import lower_program
 
-    return compile_for_inference(source, context, example, lower_program)
+    return compile_for_inference(source, context, example, lower_program, pipeline)
 
 
-def compile_for_inference(source: nn.Module, context: Context, example: Any, lower: Callable[..., Any]) -> nn.Module:
+def compile_for_inference(
+    source: nn.Module,
+    context: Context,
+    example: Any,
+    lower: Callable[..., Any],
+    pipeline: Sequence[Pass] | None = None,
+) -> nn.Module:
     """Prune and quantise, put the result into a copy of the host, and lower it. lower: `lower_program` of a target."""
     plan = context.plan
-    program = run_passes(capture(source, example), up_to_selection(), context)
+    program = run_passes(capture(source, example), up_to_selection(pipeline), context)
     wrong = {f for f in program.quantize.values() if f != "int8"}
     if wrong:
         raise PlanError(

@@ -363,16 +363,17 @@ class RoSA(LinearRule):
     rank: of the low-rank part, or a mapping from glob to rank; 0 gives pure sparse adaptation.
     alpha: the low-rank part is scaled by `alpha / rank` (rsLoRA: `alpha / √rank`); None for `rank` (scale 1, or √rank).
     density: trained share of the weight's entries, or a mapping from glob to share; 0 gives LoRA.
-    mask: which entries: "gradient" mean over calibration batches of dW² (the diagonal Fisher; the paper's default),
-        "gradient_abs" |mean dW|, "magnitude" |W|, or "random". A gradient mask without calibration batches is left open: the
-        low-rank part trains alone until `sparsify.train.rosa` collects it (the paper's schedule).
+    mask: which entries: "gradient" mean over calibration batches of dW² (the diagonal Fisher with one sample per batch; the paper's
+        default), "fisher" mean over samples of each sample's own dW², whatever the batch size (`torch.func`; models that vmap
+        cannot trace are refused), "gradient_abs" |mean dW|, "magnitude" |W|, or "random". The first three, without calibration
+        batches, are left open: the low-rank part trains alone until `sparsify.train.rosa` collects them (the paper's schedule).
     dropout: on the input of the low-rank part only; at 0 no mask is made or kept.
     """
 
     rank: int | Mapping[str, int] = field(default=16, kw_only=False)
     alpha: float | None = None
     density: float | Mapping[str, float] = 0.006
-    mask: Literal["gradient", "gradient_abs", "magnitude", "random"] = "gradient"
+    mask: Literal["gradient", "fisher", "gradient_abs", "magnitude", "random"] = "gradient"
     dropout: float = 0.0
     rslora: bool = False
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from sparsify.passes.base import Context
+from sparsify.passes.base import Context, PassResult
 from sparsify.program import Program
 from sparsify.verify import operators
 
 
-def lower_reference(program: Program, context: Context) -> Program:
+def lower_reference(program: Program, context: Context) -> PassResult:
     """EXPANDED → LOWERED: name the implementation of each operator on its node (`meta["kernel"]`)."""
     count, known = 0, operators(program)
     for node in program.graph.nodes:
         if node.op == "call_function" and node.target in known:
             node.meta["kernel"] = known[node.target]
             count += 1
-    return program.evolve(f"lower: {count} sparsify operators to the reference")
+    return PassResult(program.evolve(f"lower: {count} sparsify operators to the reference"), changed=count > 0)

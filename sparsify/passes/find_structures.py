@@ -519,32 +519,30 @@ class Finder:
 
     def components(self, leaf: Axis) -> list[tuple[list[Value], list[Contraction], list[Contraction]]]:
         """Connected activations that carry `leaf`, with the products that make them and those that read them."""
-        values = [v for v in self.carriers[leaf] if v.active]
-        parent = {id(v): id(v) for v in values}
+        import networkx as nx
 
-        def root(key: int) -> int:
-            while parent[key] != key:
-                parent[key] = key = parent[parent[key]]
-            return key
-
-        for value in values:
+        values = {id(v): v for v in self.carriers[leaf] if v.active}
+        flow = nx.Graph()
+        flow.add_nodes_from(values)
+        for key, value in values.items():
             swallowed = {
-                id(activation_of(c)) for c in self.products.get(id(value), []) if leaf in self.leaf_set(c.contracted)
+                id(activation_of(c)) for c in self.products.get(key, []) if leaf in self.leaf_set(c.contracted)
             }
-            for source in value.inputs:
-                if id(source) in parent and id(source) not in swallowed:
-                    parent[root(id(value))] = root(id(source))
-        groups: dict[int, tuple[list[Value], list[Contraction], list[Contraction]]] = {}
-        for value in values:
-            groups.setdefault(root(id(value)), ([], [], []))[0].append(value)
+            sources = {id(source) for source in value.inputs} - swallowed
+            flow.add_edges_from((key, source) for source in sources if source in values)
+        groups: list[tuple[list[Value], list[Contraction], list[Contraction]]] = []
+        home: dict[int, int] = {}
+        for number, part in enumerate(nx.connected_components(flow)):  # in the order of their first values
+            home.update(dict.fromkeys(part, number))
+            groups.append(([value for key, value in values.items() if key in part], [], []))
         for contraction in self.producers.get(leaf, []):
-            if id(contraction.out) in parent:
-                groups[root(id(contraction.out))][1].append(contraction)
+            if id(contraction.out) in home:
+                groups[home[id(contraction.out)]][1].append(contraction)
         for contraction in self.consumers.get(leaf, []):
             activation = activation_of(contraction)
-            if id(activation) in parent:
-                groups[root(id(activation))][2].append(contraction)
-        return [g for g in groups.values() if g[1] or g[2]]
+            if id(activation) in home:
+                groups[home[id(activation)]][2].append(contraction)
+        return [g for g in groups if g[1] or g[2]]
 
     def judge(
         self, leaf: Axis, values: list[Value], producers: list[Contraction], consumers: list[Contraction]

@@ -23,13 +23,13 @@ from sparsify.masked import pack_bits
 from sparsify.methods.channels import slice_at, slices_of
 from sparsify.methods.part import TrainedPart, beside
 from sparsify.passes.assign_rules import is_conv1d, owner_name
-from sparsify.passes.base import Context
+from sparsify.passes.base import Context, PassResult
 from sparsify.permutation import invert_index
 from sparsify.program import Input, LinearNode, Packed, Program
 from sparsify.quantized import pack, packed_bytes, unpack
 
 
-def insert_partial(program: Program, context: Context) -> Program:
+def insert_partial(program: Program, context: Context) -> PassResult:
     """PERMUTED → EXPANDED."""
     parts = placed_parts(program)
     tensors, packed, packings = dict(program.tensors), dict(program.packed), []
@@ -76,7 +76,10 @@ def insert_partial(program: Program, context: Context) -> Program:
     if packings:
         saved = sum(p.dense_bytes - p.packed_bytes for p in packings)
         notes.append(f"{len(packings)} weights packed, {saved / 2**20:.1f} MiB saved")
-    return program.evolve(
+    rounded = (
+        program.quantize.keys() - program.bases.keys()
+    )  # packing changes the outputs, and the report says by how much
+    inserted = program.evolve(
         "insert: " + (", ".join(notes) or "nothing"),
         graph_module=graph_module,
         inputs=inputs,
@@ -84,6 +87,7 @@ def insert_partial(program: Program, context: Context) -> Program:
         packings=tuple(packings),
         hashes=hashes,
     )
+    return PassResult(inserted, changed=bool(notes), preserves="nothing" if rounded else None)
 
 
 def placed_parts(program: Program) -> list[TrainedPart]:

@@ -11,13 +11,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sparsify.passes.base import Context
+from sparsify.passes.base import Context, PassResult
 from sparsify.permutation import Permutation
 from sparsify.program import Move, Program
 from sparsify.selection import arrange
 
 
-def permute_weights(program: Program, context: Context) -> Program:
+def permute_weights(program: Program, context: Context) -> PassResult:
     """SELECTED → PERMUTED."""
     by_name = {s.name: s for s in program.structures}
     permutations: dict[str, tuple[Permutation, Permutation | None]] = {}
@@ -51,7 +51,8 @@ def permute_weights(program: Program, context: Context) -> Program:
         if context.donate:
             release(program, param)
     note = f"permute-weights: {len(permutations)} structures, {len(moves)} tensors reordered"
-    return program.evolve(note, permutations=permutations, moves=tuple(moves), tensors=tensors, masks=masks)
+    moved = program.evolve(note, permutations=permutations, moves=tuple(moves), tensors=tensors, masks=masks)
+    return PassResult(moved, changed=bool(permutations))
 
 
 def release(program: Program, param: str) -> None:

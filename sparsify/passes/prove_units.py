@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from sparsify.capture import capture_training, evaluating, shadow_of
 from sparsify.passes.axes import words
-from sparsify.passes.base import Context
+from sparsify.passes.base import Context, PassResult
 from sparsify.passes.find_structures import find_structures
 from sparsify.passes.observe import (
     FrameLog,
@@ -87,19 +87,19 @@ FRAMEWORK = (
 )
 
 
-def prove_units(program: Program, context: Context) -> Program:
+def prove_units(program: Program, context: Context) -> PassResult:
     """STRUCTURED → STRUCTURED, with the reason for every feed-forward structure that must not be permuted."""
     rules = [r for r in context.plan.rules if isinstance(r, S2FT | PaCA) and r.permute]
     if not any(isinstance(r, PaCA) or r.structure != "attention" for r in rules):
-        return program
+        return PassResult(program, changed=False)
     structures = tuple(s for s in program.structures if s.kind == "ffn")
     if not structures:
-        return program
+        return PassResult(program, changed=False)
     unproven = why_not_everywhere(program, structures)
     note = (
         f"prove-units: {len(structures) - len(unproven)} of {len(structures)} feed-forward structures may be permuted"
     )
-    return program.evolve(note, unproven=unproven)
+    return PassResult(program.evolve(note, unproven=unproven), changed=unproven != program.unproven)
 
 
 def why_not_everywhere(program: Program, structures: tuple[Structure, ...]) -> dict[str, str]:

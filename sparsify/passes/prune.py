@@ -14,7 +14,7 @@ from torch import nn
 from sparsify.errors import PlanError, Refusal, RefusedError
 from sparsify.module_tree import copy_module_tree
 from sparsify.passes.assign_rules import unmatched_patterns
-from sparsify.passes.base import Context
+from sparsify.passes.base import Context, PassResult
 from sparsify.plan import Plan
 from sparsify.program import Program
 from sparsify.rules_prune import Prune
@@ -55,12 +55,12 @@ def names_of(program: Program, param: str) -> list[str]:
     return [name for name, canonical in program.aliases.items() if canonical == param]
 
 
-def prune(program: Program, context: Context) -> Program:
+def prune(program: Program, context: Context) -> PassResult:
     """STRUCTURED → STRUCTURED."""
     plan = context.plan
     wanted, refusals = assign_prune_rules(program, plan, masked=not plan.adapts and not plan.for_inference)
     if not wanted:
-        return program
+        return PassResult(program, changed=False)
     check_memory(program, wanted)
     from sparsify.pruning.sequential import prune_model
     from sparsify.sparse_checkpoint import model_hash
@@ -78,7 +78,7 @@ def prune(program: Program, context: Context) -> Program:
         resume_dir=context.resume_dir,
     )
     note = f"prune: {len(result.masks)} weights, {result.sparsity:.1%} zeros"
-    return program.evolve(
+    pruned = program.evolve(
         note,
         host=host,
         masks=dict(result.masks),
@@ -86,6 +86,7 @@ def prune(program: Program, context: Context) -> Program:
         dense_hash=dense_hash,
         refusals=(*program.refusals, *refusals, *result.refusals),
     )
+    return PassResult(pruned, changed=True)
 
 
 def check_memory(program: Program, wanted: dict[str, Prune]) -> None:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from sparsify.calibration import batch_count, given, gradient_statistics, input_squares, need_batches
 from sparsify.calibration_checks import check_weights, column_squares, squares_of
 from sparsify.errors import PlanError, Refusal, RefusedError
+from sparsify.fisher import sample_squares
 from sparsify.methods.registry import method_of
 from sparsify.methods.sparse_lowrank import SparseLowRank
 from sparsify.passes.assign_rules import WHOLE, is_conv1d, owner_name, unmatched_patterns, why_not_trainable
@@ -270,6 +271,10 @@ def column_scores(
 # --- RoSA, LoRA ----------------------------------------------------------------------------------------------------------
 
 
+GRADIENT_MASKS = ("gradient", "fisher", "gradient_abs")
+"""Masks that need calibration batches, and stay open without them."""
+
+
 def choose_supports(
     program: Program, context: Context, index: int, rule: RoSA | LoRA, served: list[str], refusals: list[Refusal]
 ) -> list[SparseLowRank]:
@@ -286,7 +291,7 @@ def choose_supports(
         settings[param] = (rank, min(survivors, max(1, round(density * size))) if density else 0)
     mask = rule.mask if isinstance(rule, RoSA) else "none"
     sparse = [p for p in served if settings[p][1]]
-    gradient = mask.startswith("gradient")
+    gradient = mask in GRADIENT_MASKS
     found: dict[str, Tensor] = {}
     if gradient and sparse and given(context.calibration):
         batches = need_batches(context.calibration, f"rule {index}, mask={mask!r},")
@@ -342,17 +347,19 @@ def gradient_supports(
     context: Context,
     survivors: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Top-k entries by mean of dW² ("gradient") or |mean dW| ("gradient_abs"), fp32, one dense gradient alive at a time.
+    """Top-k entries by mean over batches of dW² ("gradient"), of dW itself ("gradient_abs"), or over samples of dW² ("fisher").
 
+    In fp32; one dense gradient is alive at a time, of "fisher" as many as `sparsify.fisher.BUDGET` allows.
     The accumulators live on the CPU; entries are flat in the *stored* weight, sorted.
     """
     sums: dict[str, Tensor] = {}
 
     def reduce(name: str, gradient: Tensor) -> None:
-        part = (gradient if mask == "gradient_abs" else squares_of(gradient)).cpu()
+        part = (squares_of(gradient) if mask == "gradient" else gradient).cpu()
         sums[name] = sums[name] + part if name in sums else part.clone()  # (fp64 where fp32 squares would not fit)
 
-    gradient_statistics(model, modules, batches, reduce, context.loss, context.progress)
+    measure = sample_squares if mask == "fisher" else gradient_statistics
+    measure(model, modules, batches, reduce, context.loss, context.progress)
     found = {}
     for name in modules:  # one order on every rank
         own = sums.pop(name)

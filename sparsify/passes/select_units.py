@@ -16,7 +16,7 @@ from sparsify.calibration import batch_count, gradient_statistics, input_squares
 from sparsify.calibration_checks import check_weights, column_squares
 from sparsify.install import trained_in_full
 from sparsify.passes.assign_rules import WHOLE, Assignment, assign_rule, owner_name
-from sparsify.passes.base import Context
+from sparsify.passes.base import Context, PassResult
 from sparsify.passes.select_linears import select_linears
 from sparsify.plan import DATA_DRIVEN, S2FT, LinearRule, PaCA, Quantize, RoSA
 from sparsify.program import Program, UnitChoice
@@ -25,11 +25,12 @@ from sparsify.selection import choose, random_scores, selectable_units, unit_cha
 from sparsify.structure import Site, Structure
 
 
-def select_units(program: Program, context: Context) -> Program:
+def select_units(program: Program, context: Context) -> PassResult:
     """STRUCTURED → SELECTED: every rule in the plan's order; the first that takes a weight keeps it.
 
     `Quantize` comes first wherever it stands, and what trains is scored on the weights that the packed ones stand for.
     """
+    given = program
     taken = dict.fromkeys(trained_in_full(program, tuple(context.plan.train)), WHOLE)
     quantized: dict[str, int] = {}
     rules = list(enumerate(context.plan.rules))
@@ -55,7 +56,9 @@ def select_units(program: Program, context: Context) -> Program:
         (program.quantize, "weights to quantise"),
     ):
         parts += [f"{len(things)} {what}"] if things else []
-    return program.evolve("select: " + ", ".join(parts))
+    fields = ("choices", "channel_choices", "supports", "quantize", "refusals")
+    changed = any(len(getattr(program, name)) > len(getattr(given, name)) for name in fields)
+    return PassResult(program.evolve("select: " + ", ".join(parts)), changed)
 
 
 def extend(program: Program, added: Mapping[str, Any]) -> Program:

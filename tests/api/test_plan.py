@@ -15,8 +15,8 @@ from torch import fx
 
 import sparsify
 from sparsify import S2FT, LoRA, Plan, PlanError, RefusedError, VerifyError
-from sparsify import api as pipeline
-from sparsify.passes.base import Pass
+from sparsify.api import PIPELINE
+from sparsify.passes.base import Pass, PassResult
 
 
 def exactly(text: str) -> str:
@@ -244,13 +244,17 @@ def test_compiling_twice_or_without_a_plan_is_an_error():
 # --- verification --------------------------------------------------------------------------------------------------------
 
 
-def sabotage(monkeypatch: pytest.MonkeyPatch, name: str, spoil: Any) -> None:
-    """Replace a pass by itself followed by `spoil(program)`."""
+def sabotaged(name: str, spoil: Any) -> tuple[Pass, ...]:
+    """The pipeline with one pass replaced by itself followed by `spoil(program)`."""
 
     def wrap(step: Pass) -> Pass:
-        return dataclasses.replace(step, run=lambda p, c: spoil(step.run(p, c))) if step.name == name else step
+        def run(program: Any, context: Any) -> PassResult:
+            result = step.run(program, context)
+            return dataclasses.replace(result, program=spoil(result.program))
 
-    monkeypatch.setattr(pipeline, "PIPELINE", tuple(wrap(s) for s in pipeline.PIPELINE))
+        return dataclasses.replace(step, run=run) if step.name == name else step
+
+    return tuple(map(wrap, PIPELINE))
 
 
 def drop_a_move(program: Any) -> Any:
@@ -260,13 +264,13 @@ def drop_a_move(program: Any) -> Any:
     return dataclasses.replace(program, moves=tuple(m for m in program.moves if m is not move))
 
 
-def test_numeric_check_names_the_pass_that_drifted(monkeypatch):
-    sabotage(monkeypatch, "permute-weights", drop_a_move)
-    tiny.lower(tiny.llama(), S2FT(units=3))  # unchecked, the mistake goes through
+def test_numeric_check_names_the_pass_that_drifted():
+    pipeline = sabotaged("permute-weights", drop_a_move)
+    tiny.lower(tiny.llama(), S2FT(units=3), pipeline=pipeline)  # unchecked, the mistake goes through
     with pytest.raises(
         VerifyError, match=r"(?s)^in pass 'permute-weights' \(\d/\d+\): output 0 drifted by .*rounding explains"
     ):
-        tiny.lower(tiny.llama(), S2FT(units=3), check="numeric")
+        tiny.lower(tiny.llama(), S2FT(units=3), check="numeric", pipeline=pipeline)
 
 
 def test_numeric_check_passes_on_every_family():
@@ -274,24 +278,22 @@ def test_numeric_check_passes_on_every_family():
         tiny.lower(tiny.build(name), check="numeric")
 
 
-def test_grammar_names_the_pass_and_prints_the_program(monkeypatch):
+def test_grammar_names_the_pass_and_prints_the_program():
     def spoil(program: Any) -> Any:
         node: fx.Node = next(iter(program.linears())).node
         node.replace_all_uses_with(node.args[0])
         program.graph.erase_node(next(n for n in program.graph.nodes if n.op == "placeholder" and not n.users))
         return program
 
-    sabotage(monkeypatch, "permute-weights", spoil)
     with pytest.raises(
         VerifyError, match=r"(?s)^in pass 'permute-weights' \(\d/\d+\): the graph's inputs .*LlamaForCausalLM"
     ):
-        tiny.lower(tiny.llama(), S2FT(units=3))
+        tiny.lower(tiny.llama(), S2FT(units=3), pipeline=sabotaged("permute-weights", spoil))
 
 
-def test_a_pass_that_reads_another_stage_is_refused(monkeypatch):
-    monkeypatch.setattr(pipeline, "PIPELINE", (pipeline.PIPELINE[0], pipeline.PIPELINE[0]))
+def test_a_pass_that_reads_another_stage_is_refused():
     with pytest.raises(VerifyError, match="reads stage CAPTURED, but the program is at STRUCTURED"):
-        tiny.lower(tiny.llama(), S2FT(units=3))
+        tiny.lower(tiny.llama(), S2FT(units=3), pipeline=(PIPELINE[0], PIPELINE[0]))
 
 
 def test_seed_changes_the_selection_and_repeats_it():

@@ -21,6 +21,17 @@ SCRIPTS: dict[str, tuple[list[str], list[str]]] = {
     "tiny_decoder.py": (["--fast"], ["trained on code: loss", "adapter on:", "off is the base again"]),
     "trainer.py": (["--fast", "--out", "{tmp}"], ["before:", "after:", "saved and read back as a plain model"]),
     "inspect_graph.py": (["llama", "--svg", "{tmp}/graph.svg"], ["found      2 attention, 2 ffn", "» %", "drawn in"]),
+    "write_a_pass.py": (
+        [],
+        [
+            "prove-units → prune → select → budget → permute-weights",
+            "budget: 3 of 6 structures dropped",
+            "the budget of 400 trained parameters is spent on later layers",
+            "360 parameters train, the budget is 400",
+            "the outputs are the model's: True",
+            "in pass 'careless' (5/8): output 0 drifted by ",
+        ],
+    ),
     "prune_and_distil.py": (
         ["--fast", "--out", "{tmp}"],
         [
