@@ -298,8 +298,10 @@ def keeps_base(module: nn.Module) -> bool:
     return isinstance(module, AdaptedMixin) and not module.follows_from_weight
 
 
-def trained_places(module: AdaptedMixin, state: State, prefix: str) -> list[Tensor]:
+def trained_places(module: nn.Module, state: State, prefix: str) -> list[Tensor]:
     """Supports of sparse parts, the module's own and the dict's: the base is written over there."""
+    if not isinstance(module, AdaptedMixin):
+        return []  # merged
     own = {leaf: t for leaf, t in module._buffers.items() if t is not None}
     brought = {leaf: state.get(prefix + leaf) for leaf in module.part_buffers}
     found = []
@@ -325,7 +327,8 @@ def clear_trained(module: Any, stored: Tensor, places: list[Tensor]) -> None:
     """Zeros at the trained channels and entries of a contiguous stored weight: what lies there is scratch."""
     for index in places:
         stored.view(-1).index_fill_(0, index.to(stored.device), 0)
-    module.clear_trained(stored)
+    if isinstance(module, AdaptedMixin):
+        module.clear_trained(stored)
 
 
 def check_entries(module: nn.Module, layout: Layout, state: State, prefix: str, live: bool) -> None:
@@ -437,7 +440,7 @@ def note_base(module: Any, layout: Layout, state: State, prefix: str, live: bool
             return  # the base stays
         weight = layout.to_current("weight", weight)
     if not same_frozen(module, weight, module.weight, trained_places(module, state, prefix)):
-        held = live or any(prefix + leaf in state for leaf in module.entries_of_weight)
+        held = live or any(prefix + leaf in state for leaf in getattr(module, "entries_of_weight", ()))
         layout.base_loaded(None if held else weight)
 
 

@@ -65,6 +65,10 @@ def _fresh(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+#: operators of methods from outside → the same in ATen, for compilers that are to see through them
+OUTSIDE: dict[Any, Callable[..., Any]] = {}
+
+
 class OperatorLibrary(torch.library.Library):
     """A fragment of a namespace; `define`, `impl`, `register_fake` and `register_autograd` as for any library.
 
@@ -79,6 +83,8 @@ class OperatorLibrary(torch.library.Library):
     def in_aten(self, name: str, form: Callable[..., Any]) -> None:
         """Say what an operator means in differentiable ATen; it must not write to its arguments."""
         self._forms[name] = form
+        if self.ns != "sparsify":
+            OUTSIDE[getattr(getattr(torch.ops, self.ns), name).default] = form
         super().impl(name, form, "FuncTorchBatched")
         super().impl(name, form, "Batched")  # the older vmap, behind `is_grads_batched`
 

@@ -238,7 +238,7 @@ class Program:
         """The trained part of the weight, dense or packed, that an operator reads."""
         names = self.tensor_names
         read = {names.get(through_transpose(source)[0].name) for source in node.all_input_nodes}
-        return next((p for p in self.parts if p.param in read or f"{p.owner}.packed_0" in read), None)
+        return next((p for p in self.parts if p.param in read or f"{p.owner}.packed_0".lstrip(".") in read), None)
 
     def moved_index(self, param: str, axis: int) -> torch.Tensor | None:
         """How a tensor was reordered on an axis, `current = original.index_select(axis, index)`; None where it was not."""
@@ -265,8 +265,9 @@ class Program:
         its shape, filled with NaN and without memory)."""
         target = self.aliases.get(target, target)
         owner, _, leaf = target.rpartition(".")
-        if leaf.startswith("packed_") and f"{owner}.weight" in self.packed:  # before `install` gives them to the host
-            return self.packed[f"{owner}.weight"][int(leaf.removeprefix("packed_"))]
+        weight = f"{owner}.weight".lstrip(".")
+        if leaf.startswith("packed_") and weight in self.packed:  # before `install` gives them to the host
+            return self.packed[weight][int(leaf.removeprefix("packed_"))]
         base = self.bases.get(target)
         return self.tensor(target) if base is None or target in self.tensors else base.dense()
 

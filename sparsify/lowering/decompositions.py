@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsify.masked import expand_survivors
+from sparsify.operator_library import OUTSIDE
 from sparsify.quantized import BLOCK, NESTED_BLOCK, unpack
 
 Table = dict[Any, Callable[..., Any]]
@@ -144,6 +145,7 @@ def decompositions(*, fold: bool = True) -> Table:
         ops.masked_linear.default: masked_linear,
         ops.survivor_linear.default: survivor_linear,
         ops.apply_mask.default: apply_mask,
+        **OUTSIDE,
     }
 
 

@@ -46,6 +46,7 @@ SCRIPTS: dict[str, tuple[list[str], list[str]]] = {
         ["--fast", "--out", "{tmp}"],
         ["packaged:", "the base's package equals the host", "adapter exchanged"],
     ),
+    "write_a_method.py": ([], ["2.weight: DoRA (rank 4, scale 2)", "restored: the base, bit for bit: True"]),
     "serve_adapters.py": (
         ["--fast", "--out", "{tmp}"],
         ["mean shift", "merged into plain", "restored, bit for bit: True"],
