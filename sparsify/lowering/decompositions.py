@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsify.masked import expand_survivors
+from sparsify.masked_modules import expand_survivors
 from sparsify.quantized import BLOCK, NESTED_BLOCK, unpack
 
 Table = dict[Any, Callable[..., Any]]
