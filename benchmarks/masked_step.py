@@ -22,7 +22,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.harness import allocations, begin, interleave, mib, parser, report, storage_bytes
-from sparsify.masked import SurvivorLinear, mask_modules
+from sparsify.masked_modules import SurvivorLinear, mask_modules
 
 
 def variant(kind: str, size: int, mask: torch.Tensor, device: str) -> nn.Module:

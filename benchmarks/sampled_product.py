@@ -8,7 +8,7 @@
     csr0     the same, fp32 only, with the CSR tensor kept from call to call (what caching the structure could gain at most)
 
 All compute the same numbers (checked on the first call). The last lines give, per token count, the density below which
-each of the others beats the dense tile; `KERNEL_DENSITY`, `CSR_DENSITY` and `PER_ENTRY_DENSITY` in `sparsify/lowrank_ops.py` are set from that, and
+each of the others beats the dense tile; `KERNEL_DENSITY`, `CSR_DENSITY` and `PER_ENTRY_DENSITY` in `sparsify/ops/dispatch.py` are set from that, and
 `sparsify/kernels/README.md` holds what was measured.
 
     python benchmarks/sampled_product.py --threads 1 --clock cpu --save
@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.harness import Timing, begin, interleave, parser, report
 from sparsify.kernels.cpu.dispatch import best_isa
 from sparsify.kernels.cpu.sampled import VALUES, load_sampled, sampled_by_kernel
-from sparsify.lowrank_ops import csr_support, sampled_by_tile, sampled_csr, sampled_per_entry
+from sparsify.ops.sparse_lowrank_linear import csr_support, sampled_by_tile, sampled_csr, sampled_per_entry
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHAPES = ((1024, 1024), (4096, 1024))

@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.harness import begin, parser, report
 from sparsify.capture import capture
-from sparsify.masked import check_masks, mask_modules
+from sparsify.masked_modules import check_masks, mask_modules
 from sparsify.pruning.sequential import prune_model
 from sparsify.rules_prune import Prune
 from sparsify.train.squarehead import Distiller

@@ -19,7 +19,7 @@ Trainable sizes are made equal: `--rank` is LoRA's, everybody else's size follow
 tenth remains; the table has the counts). AdamW is the fused one for all, as in Hugging Face's Trainer.
 Memory: see harness.py; `saved` is counted by hooks, which a compiled graph hides, so there and for its bar `held` counts:
 what the allocator still holds after the forward. Under hooks our low-rank parts save a product's input whole instead of its
-factors (`sparsify/saved_input.py`), so for them too `held` is what a step keeps. `peak` is weights + optimizer state + the allocator's peak in a step.
+factors (`sparsify/ops/saved_input.py`), so for them too `held` is what a step keeps. `peak` is weights + optimizer state + the allocator's peak in a step.
 A method is one entry of METHODS; one that fails is shown with its reason.
 
     python benchmarks/train_step.py --compile --save

@@ -19,7 +19,7 @@ from torch import fx
 
 from sparsify.errors import VerifyError
 from sparsify.names import placeholder
-from sparsify.operator_schema import argument, arguments, positional
+from sparsify.ops.schema import argument, arguments, positional
 from sparsify.program import Input, LinearNode, Program, through_transpose
 
 

@@ -34,7 +34,7 @@ from sparsify.install import save_again
 from sparsify.layout import MARKER, Layout, layout_of
 from sparsify.live_state import LoadHook, OnHost, RootHook, SaveHook, Unshare
 from sparsify.live_state import original as in_original_names
-from sparsify.masked import MaskedModule, bits_name, masked_parameters
+from sparsify.masked_modules import MaskedModule, bits_name, masked_parameters
 from sparsify.methods.packed import QuantizedMixin
 from sparsify.methods.part import LivePart, Snapshot
 from sparsify.methods.sparse_lowrank import LowRankPart, activate_support, current_index

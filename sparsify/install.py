@@ -18,7 +18,7 @@ from sparsify.errors import PlanError
 from sparsify.fast_paths import close_fast_paths
 from sparsify.layout import Layout
 from sparsify.live_state import LoadHook, RootHook, SaveHook, SavePretrained, Unshare
-from sparsify.masked import mask_modules
+from sparsify.masked_modules import mask_modules
 from sparsify.methods.part import TrainedPart, beside
 from sparsify.module_tree import copy_module_tree
 from sparsify.modules import become, make_linear

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.layout import added_leaves
-from sparsify.masked import MaskedModule, bits_name
+from sparsify.masked_modules import MaskedModule, bits_name
 
 #: what modules keep in non-persistent buffers and compute anew
 DERIVED = (

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from sparsify.lowering.original_state import OriginalState, RowsOfWhole
-from sparsify.masked import SurvivorLinear, masked_parameters, unpack_bits
+from sparsify.masked_modules import SurvivorLinear, masked_parameters, unpack_bits
 from sparsify.methods.packed import QuantizedMixin
 from sparsify.modules import AdaptedMixin
 

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from sparsify.console import printable
 from sparsify.errors import Refusal, SparsifyError
 from sparsify.names import LONGEST, identifier, is_safe
-from sparsify.operator_schema import arguments
+from sparsify.ops.schema import arguments
 from sparsify.permutation import Permutation
 from sparsify.structure import Declined, Structure
 

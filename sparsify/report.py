@@ -13,7 +13,7 @@ from sparsify.console import in_full, one_line, printable
 from sparsify.errors import Refusal
 from sparsify.kernels.fallback import notes
 from sparsify.names import printable as without_controls
-from sparsify.operator_schema import argument
+from sparsify.ops.schema import argument
 from sparsify.parameter_count import count_parameters
 from sparsify.plan import Plan
 from sparsify.printer import pruned_line

@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-import sparsify.lowrank_ops
-import sparsify.masked  # noqa: F401  (both register operators named below)
 from sparsify.errors import VerifyError
 from sparsify.lowering.verify_lowered import verify_lowered
 from sparsify.program import Program, Stage

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import sparsify.methods  # noqa: F401  registers the operators
-from sparsify.masked import pack_bits
+from sparsify.masked_modules import pack_bits
 from sparsify.quantized import pack, unpack
 
 N, M, RANK, SCALE = 5, 7, 2, 0.7

@@ -19,8 +19,8 @@ from torch import nn
 from sparsify.console import printable
 from sparsify.errors import Refusal
 from sparsify.kernels.cpu.operator import module_bytes
-from sparsify.kernels.gpu import operator, semi_structured
-from sparsify.kernels.gpu.build import can_launch, triton_installed
+from sparsify.kernels.gpu import semi_structured
+from sparsify.kernels.gpu.build import KERNEL_DTYPES, can_launch, triton_installed
 from sparsify.kernels.gpu.formats import Blocks, FormatError, Stream
 from sparsify.lowering.driver import Quantize, lower
 from sparsify.lowering.fuse_cuda import absorb_activation, join_gated
@@ -95,7 +95,7 @@ class CudaTarget:
         """Pack one layer; a refusal when it would not be smaller by enough, or cannot be packed."""
         weight = layer.weight
         dense_bytes = weight.numel() * weight.element_size()
-        if weight.dtype not in operator.KERNEL_DTYPES:
+        if weight.dtype not in KERNEL_DTYPES:
             why = f"its weight is {weight.dtype}; the kernels read bfloat16, float16 and float32"
             return Outcome(None, None, Refusal(layer.name, why))
         try:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsify.masked import expand_survivors
-from sparsify.operator_library import OUTSIDE
+from sparsify.masked_modules import expand_survivors
+from sparsify.ops.library import OUTSIDE
 from sparsify.quantized import BLOCK, NESTED_BLOCK, unpack
 
 Table = dict[Any, Callable[..., Any]]

@@ -34,7 +34,7 @@ from sparsify.lowering.decompositions import decompositions
 from sparsify.lowering.prepacked_linear import alive
 from sparsify.module_tree import copy_module_tree
 from sparsify.names import placeholder, with_safe_targets
-from sparsify.operator_schema import arguments, positional
+from sparsify.ops.schema import arguments, positional
 from sparsify.untouched import untouched
 
 aten = torch.ops.aten

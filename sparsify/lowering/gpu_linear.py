@@ -12,6 +12,7 @@ import torch
 
 from sparsify.kernels.checked_once import checked_once
 from sparsify.kernels.gpu import launch, operator
+from sparsify.kernels.gpu.build import KERNEL_DTYPES
 from sparsify.kernels.gpu.codegen import generate
 from sparsify.kernels.gpu.formats import (
     Blocks,
@@ -106,7 +107,7 @@ class GpuSparseLinear(KernelModule):
     def generated(self, tokens: int, dtype: torch.dtype) -> Iterator[GeneratedKernel]:
         packed = self.packed
         fits = packed.value == "int8" or self.format != "blocks" or dtype == packed.values.dtype
-        if tokens and dtype in operator.KERNEL_DTYPES and fits:
+        if tokens and dtype in KERNEL_DTYPES and fits:
             x = packed.values.new_empty((tokens, 0), dtype=dtype)
             spec = launch.product_spec(packed, x, self.bias is not None, self.activation)
             source = generate(spec)

@@ -16,9 +16,9 @@ from sparsify.methods.part import LivePart, OutsidePart, Snapshot, TrainedPart, 
 from sparsify.methods.registry import register
 from sparsify.methods.sparse_lowrank import kaiming_a
 from sparsify.modules import AdaptedMixin, as_parameter, become, take_leaves
-from sparsify.operator_checks import require, require_floats, require_shape, require_together
-from sparsify.operator_library import OperatorLibrary
-from sparsify.operator_schema import argument, arguments
+from sparsify.ops.checks import require, require_floats, require_shape, require_together
+from sparsify.ops.library import OperatorLibrary
+from sparsify.ops.schema import argument, arguments
 from sparsify.plan import LinearRule
 from sparsify.program import LinearNode, Program
 

@@ -22,11 +22,11 @@ from sparsify.errors import VerifyError
 from sparsify.exact import change_of, changed, correction_of
 from sparsify.graph_editor import GraphEditor
 from sparsify.layout import Layout, bytes_of
-from sparsify.masked import pack_bits
+from sparsify.masked_modules import pack_bits
 from sparsify.methods.part import LivePart, TrainedPart, beside, leaf_of, master_dtype
 from sparsify.modules import AdaptedMixin, as_parameter, become_part, carries, take_leaves
-from sparsify.operator_schema import argument
-from sparsify.ops import write_block, write_block_at
+from sparsify.ops.partial_linear import write_block, write_block_at
+from sparsify.ops.schema import argument
 from sparsify.permutation import invert_index
 from sparsify.printer import range_text, slice_text, tensor_text
 from sparsify.program import LinearNode, Program, UnitChoice

@@ -21,10 +21,10 @@ from sparsify.errors import VerifyError
 from sparsify.exact import change_of, changed, correction_of, sum_dtype
 from sparsify.graph_editor import GraphEditor
 from sparsify.layout import Layout
-from sparsify.lowrank_ops import write_values
 from sparsify.methods.part import LivePart, Snapshot, TrainedPart, beside, master_dtype
 from sparsify.modules import AdaptedMixin, as_parameter, become_part, carries, take_leaves
-from sparsify.operator_schema import argument
+from sparsify.ops.schema import argument
+from sparsify.ops.sparse_lowrank_linear import write_values
 from sparsify.permutation import invert_index
 from sparsify.program import LinearNode, Program
 from sparsify.repeats import Line

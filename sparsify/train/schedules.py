@@ -27,7 +27,14 @@ from sparsify.files import strict_json
 from sparsify.files.atomic import committing, shown
 from sparsify.files.ranks import on_first_rank
 from sparsify.files.tensors import TensorFile, write_tensors
-from sparsify.masked import MaskedModule, load_mask_state, local_fill, mask_modules, mask_state, masked_parameters
+from sparsify.masked_modules import (
+    MaskedModule,
+    load_mask_state,
+    local_fill,
+    mask_modules,
+    mask_state,
+    masked_parameters,
+)
 from sparsify.pruning.patterns import NM, Pattern, keep_largest, mask_from_scores, parse_pattern
 from sparsify.pruning.sequential import stored_transposed
 from sparsify.sharded import whole

@@ -14,7 +14,7 @@ import sparsify
 from sparsify import CpuOptions, LoRA, Plan, Prune, Quantize, VerifyError
 from sparsify.kernels import fallback
 from sparsify.kernels.cpu import build, dispatch, skinny, tune
-from sparsify.kernels.gpu.operator import kernels_take
+from sparsify.kernels.gpu.build import kernels_take
 from sparsify.lowering import cpu, cuda, driver, fuse_cpu, fuse_cuda, fuse_linears, gpu_linear, sparse_linear
 
 WIDTH = 40
@@ -226,7 +226,7 @@ def test_kernels_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(1)
         return by_kernel(*args)
 
-    monkeypatch.setattr("sparsify.lowrank_ops.skinny_by_kernel", counted)
+    monkeypatch.setattr("sparsify.ops.sparse_lowrank_linear.skinny_by_kernel", counted)
     outputs = []
     for word in ("on", "off"):
         monkeypatch.setenv("SPARSIFY_KERNELS", word)

@@ -35,7 +35,7 @@ from sparsify import S2FT, LoRA, PaCA, Plan, Prune, Quantize, RoSA, SparsifyErro
 from sparsify.adapter import load
 from sparsify.errors import StateError
 from sparsify.live_state import original
-from sparsify.masked import check_masks, masked_parameters
+from sparsify.masked_modules import check_masks, masked_parameters
 from sparsify.sharded import whole_parameters
 from sparsify.train.rosa import collect_masks
 from sparsify.train.schedules import CubicSchedule, GradualPruner

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import sparsify
 from sparsify import CpuOptions, Plan, Prune
-from sparsify.masked import check_masks, masked_parameters
+from sparsify.masked_modules import check_masks, masked_parameters
 from sparsify.sparse_checkpoint import open_sparse
 from sparsify.train.schedules import CubicSchedule, GradualPruner
 from sparsify.train.squarehead import Distiller

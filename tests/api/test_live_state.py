@@ -53,7 +53,7 @@ def host_of(method: str, name: str = "Llama", disturbed: bool = True, **fields: 
 
 
 def masks_kept(host: nn.Module) -> Any:
-    from sparsify.masked import rezero
+    from sparsify.masked_modules import rezero
 
     rezero(host)  # a disturbed pruned host has entries that no optimizer leaves
     return host

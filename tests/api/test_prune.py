@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import sparsify
 from sparsify import S2FT, LoRA, PaCA, Plan, PlanError, Prune, Quantize, RefusedError, RoSA, SparsifyError
 from sparsify.html_report import Section, render_html
-from sparsify.masked import check_masks, masked_parameters
+from sparsify.masked_modules import check_masks, masked_parameters
 from sparsify.pruning import sequential
 from sparsify.pruning.sequential import prune_model
 from sparsify.report import human

@@ -11,7 +11,7 @@ from torch import nn
 
 import sparsify
 from sparsify import S2FT, CpuOptions, LoRA, PaCA, Plan, Prune, Quantize
-from sparsify.masked import SurvivorLinear
+from sparsify.masked_modules import SurvivorLinear
 from sparsify.parameter_count import count_parameters
 from sparsify.structure import Site, Structure
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparsify.errors import SparsifyError
 from sparsify.files.tensors import CONTENT, write_tensors
-from sparsify.masked import check_masks, mask_modules, masked_parameters
+from sparsify.masked_modules import check_masks, mask_modules, masked_parameters
 from sparsify.sparse_checkpoint import (
     BITMASK,
     VALUES,

@@ -10,7 +10,7 @@ import sparsify
 from sparsify.capture import capture
 from sparsify.errors import VerifyError
 from sparsify.graph_editor import GraphEditor
-from sparsify.operator_schema import argument, arguments, positional
+from sparsify.ops.schema import argument, arguments, positional
 
 ops = torch.ops.sparsify
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sparsify.errors import SparsifyError
-from sparsify.masked import (
+from sparsify.masked_modules import (
     MaskedLinear,
     MaskedModule,
     SurvivorLinear,
@@ -107,7 +107,7 @@ def test_opcheck_and_second_derivatives() -> None:
 
 
 def test_the_gradient_is_masked_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparsify.masked.PIECE", 16)
+    monkeypatch.setattr("sparsify.masked_modules.PIECE", 16)
     mask = torch.rand(7, 13) > 0.5
     g, x = torch.randn(5, 7), torch.randn(5, 13)
     found = torch.ops.sparsify.masked_grad(g, x, pack_bits(mask))

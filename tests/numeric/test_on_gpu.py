@@ -8,8 +8,8 @@ import torch
 
 import sparsify
 from sparsify import S2FT, LoRA, PaCA, Plan, RoSA
-from sparsify.lowrank_ops import oracle_weight
-from sparsify.ops import oracle_partial_linear, oracle_partial_linear_backward
+from sparsify.ops.partial_linear import oracle_partial_linear, oracle_partial_linear_backward
+from sparsify.ops.sparse_lowrank_linear import oracle_weight
 
 pytestmark = [
     pytest.mark.gpu,

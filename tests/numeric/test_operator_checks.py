@@ -11,10 +11,10 @@ import torch
 from operator_cases import CASES, ONE_OF_EACH, M, N, OperatorCase, case_of
 from torch import Tensor
 
-import sparsify.lowrank_ops as lowrank_ops
+import sparsify.ops.sparse_lowrank_linear as lowrank_ops
 from sparsify.errors import OperatorError, PositionError, SparsifyError
 from sparsify.kernels.cpu import sampled, skinny
-from sparsify.operator_checks import ascending, require_together
+from sparsify.ops.checks import ascending, require_together
 from sparsify.quantized import check_packed, pack, unpack
 
 needs_compiler = pytest.mark.skipif(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from sparsify.ops import oracle_partial_linear, oracle_partial_linear_backward
+from sparsify.ops.partial_linear import oracle_partial_linear, oracle_partial_linear_backward
 
 N, M, START = 11, 17, 3
 SIZE = {0: 4, 1: 5}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-import sparsify.lowrank_ops as ops
+import sparsify.ops.sparse_lowrank_linear as ops
 from sparsify.errors import PlanError
 from sparsify.quantized import FORMATS, pack, packed_bytes, unpack
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import sparsify.lowrank_ops as ops
+import sparsify.ops.sparse_lowrank_linear as ops
 from sparsify.kernels import fallback
 from sparsify.kernels.cpu import sampled
-from sparsify.lowrank_ops import oracle_sampled_product, sampled_by_tile, sampled_csr, sampled_per_entry
+from sparsify.ops.sparse_lowrank_linear import oracle_sampled_product, sampled_by_tile, sampled_csr, sampled_per_entry
 
 VARIANTS = [sampled_by_tile, sampled_per_entry, sampled_csr, torch.ops.sparsify.sampled_product]
 SHAPES = [(5, 7, 9), (1, 1, 1), (0, 4, 3), (13, 1, 33), (6, 40, 2)]
@@ -175,7 +175,7 @@ def test_the_kernel_takes_over_from_some_work_on_and_where_there_is_a_compiler(m
 
 def test_first_use_of_the_sparse_kernel_warns_nobody():
     code = (
-        "import warnings, torch; warnings.simplefilter('error'); import sparsify.lowrank_ops\n"
+        "import warnings, torch; warnings.simplefilter('error'); import sparsify.ops.sparse_lowrank_linear\n"
         "torch.ops.sparsify.sampled_product(torch.ones(2, 50), torch.ones(2, 40), torch.tensor([3, 9]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

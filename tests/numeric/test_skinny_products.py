@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import sparsify.lowrank_ops as ops
+import sparsify.ops.sparse_lowrank_linear as ops
 from sparsify.kernels.cpu import skinny
 
 needs_compiler = pytest.mark.skipif(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-import sparsify.lowrank_ops as ops
+import sparsify.ops.sparse_lowrank_linear as ops
 
 N, M, RANK, COUNT, SCALE = 11, 17, 3, 20, 0.7
 SHAPES = [(7, M), (2, 3, M), (2, 1, 3, M), (M,), (0, M), (2, 0, M)]

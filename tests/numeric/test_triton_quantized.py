@@ -16,7 +16,8 @@ pytest.importorskip("triton")
 pytest.importorskip("bitsandbytes")
 
 import sparsify
-from sparsify import Plan, Quantize, RoSA, lowrank_ops
+import sparsify.ops.sparse_lowrank_linear as lowrank_ops
+from sparsify import Plan, Quantize, RoSA
 from sparsify.kernels.gpu import launch
 from sparsify.kernels.gpu.build import TritonError
 from sparsify.quantized import FORMATS, pack, unpack

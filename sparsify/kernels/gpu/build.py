@@ -30,6 +30,7 @@ from sparsify.kernels.gpu.codegen import generate, parameters
 from sparsify.kernels.gpu.spec import KernelSpec
 from sparsify.kernels.source import write_once
 
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 POINTER_DTYPES = {
     "*bf16": torch.bfloat16,
     "*fp16": torch.float16,
@@ -79,6 +80,13 @@ def can_launch(device: torch.device) -> bool:
     if device.type != "cuda" or not triton_installed():
         return False
     return torch.version.hip is not None or device_capability(device) >= (8, 0)
+
+
+def kernels_take(*tensors: Tensor) -> bool:
+    """Whether generated kernels can run on these tensors: device and types. The interpreter's bf16 is not to be trusted."""
+    device = tensors[0].device
+    types = KERNEL_DTYPES if device.type == "cuda" else KERNEL_DTYPES[1:]
+    return all(t.dtype in types for t in tensors) and can_launch(device)
 
 
 @cache

@@ -21,11 +21,11 @@ from sparsify.kernels.checked_once import checked_once
 from sparsify.kernels.cpu.formats import check
 from sparsify.kernels.cpu.operator import check_one_device, check_residual, epilogue, sum_to
 from sparsify.kernels.gpu import launch, semi_structured
-from sparsify.kernels.gpu.build import can_launch
+from sparsify.kernels.gpu.build import kernels_take
 from sparsify.kernels.gpu.formats import Blocks, Stream
 from sparsify.kernels.gpu.spec import ACTIVATIONS
-from sparsify.operator_checks import require, require_floats, require_index, require_together, require_within
-from sparsify.operator_library import LIBRARY
+from sparsify.ops.checks import require, require_floats, require_index, require_together, require_within
+from sparsify.ops.library import LIBRARY
 
 LIBRARY.define(
     "gpu_linear(Tensor x, Tensor? bias, Tensor? residual, str format, int rows, int cols, bool gated, str activation, "
@@ -34,14 +34,6 @@ LIBRARY.define(
 LIBRARY.define("channel_grad(Tensor g, Tensor x, Tensor? rows) -> Tensor")
 
 FORMATS = ("gaps", "two_four", "blocks")
-KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def kernels_take(*tensors: Tensor) -> bool:
-    """Whether generated kernels can run on these tensors: device and types. The interpreter's bf16 is not to be trusted."""
-    device = tensors[0].device
-    types = KERNEL_DTYPES if device.type == "cuda" else KERNEL_DTYPES[1:]
-    return all(t.dtype in types for t in tensors) and can_launch(device)
 
 
 def rebuild(

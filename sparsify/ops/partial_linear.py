@@ -28,8 +28,8 @@ from torch import Tensor
 
 import sparsify.kernels.gpu.operator  # noqa: F401  registers channel_grad
 from sparsify.kernels.gpu.build import can_launch
-from sparsify.operator_checks import require, require_floats, require_index, require_together, require_within
-from sparsify.operator_library import LIBRARY, recorded
+from sparsify.ops.checks import require, require_floats, require_index, require_together, require_within
+from sparsify.ops.library import LIBRARY, recorded
 
 LIBRARY.define("partial_linear(Tensor x, Tensor weight, Tensor? bias, Tensor block, int start, int axis) -> Tensor")
 LIBRARY.define("partial_linear_dx(Tensor g, Tensor weight, Tensor block, int start, int axis) -> Tensor")

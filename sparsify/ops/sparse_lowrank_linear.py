@@ -9,7 +9,7 @@
 that forward and dX stay one dense GEMM each and no dense `W + S` is ever allocated. As in `sparsify.ops`, those entries of the
 weight are scratch that only the operator reads. `index` is flat in the stored weight (int32 where that is wide enough).
 
-Saved for backward: `x` once (or its factors, see `sparsify.saved_input`), which serves `dS`, `dA` and `dB`; `x Aᵀ (T, r)` is
+Saved for backward: `x` once (or its factors, see `sparsify.ops.saved_input`), which serves `dS`, `dA` and `dB`; `x Aᵀ (T, r)` is
 computed again, and `low = g B (T, r)` once for `dX` and `dA`. Each product of the backward is an operator with a formula of its own,
 made of the same operators, so derivatives of any order are right.
 A quantised base is unpacked inside the operator, forward and backward, and dropped: at most one dense layer is alive. On a
@@ -30,8 +30,8 @@ from torch import Tensor
 from sparsify.kernels.cpu.sampled import kernel_serves, kernel_writes, sampled_by_kernel, write_by_kernel
 from sparsify.kernels.cpu.skinny import skinny_by_kernel, skinny_serves, update_by_kernel, update_serves
 from sparsify.kernels.gpu import launch
-from sparsify.kernels.gpu.operator import kernels_take
-from sparsify.operator_checks import (
+from sparsify.kernels.gpu.build import kernels_take
+from sparsify.ops.checks import (
     ascending,
     require,
     require_floats,
@@ -40,10 +40,10 @@ from sparsify.operator_checks import (
     require_together,
     require_within,
 )
-from sparsify.operator_library import LIBRARY, recorded
-from sparsify.ops import effective_weight, flat
+from sparsify.ops.library import LIBRARY, recorded
+from sparsify.ops.partial_linear import effective_weight, flat
+from sparsify.ops.saved_input import input_link, restored_input, saved_input
 from sparsify.quantized import FORMATS, check_packed, unpack
-from sparsify.saved_input import input_link, restored_input, saved_input
 
 LIBRARY.define(
     "sparse_lowrank_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? values, Tensor? index, Tensor? a, Tensor? b, "

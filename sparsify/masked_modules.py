@@ -42,7 +42,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sparsify.errors import SparsifyError
-from sparsify.operator_checks import (
+from sparsify.ops.checks import (
     require,
     require_floats,
     require_index,
@@ -50,7 +50,7 @@ from sparsify.operator_checks import (
     require_together,
     require_within,
 )
-from sparsify.operator_library import LIBRARY
+from sparsify.ops.library import LIBRARY
 from sparsify.sharded import local, piece_of, refuse_sharded, whole
 
 LIBRARY.define("masked_linear(Tensor x, Tensor weight, Tensor bits, Tensor? bias, bool transposed=False) -> Tensor")
@@ -669,4 +669,6 @@ def check_masks(host: nn.Module) -> None:
     for name, module, leaf in masked_parameters(host):
         count = int((whole(getattr(module, leaf).detach()).masked_fill(module.mask(leaf), 0) != 0).sum())
         if count:
-            raise SparsifyError(f"{name}: {count} pruned entries are not zero; call sparsify.masked.rezero(model)")
+            raise SparsifyError(
+                f"{name}: {count} pruned entries are not zero; call sparsify.masked_modules.rezero(model)"
+            )
