@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+import sparsify.masked_modules
+import sparsify.ops  # noqa: F401  (both register operators named below)
 from sparsify.errors import VerifyError
 from sparsify.lowering.verify_lowered import verify_lowered
 from sparsify.program import Program, Stage
