@@ -466,7 +466,7 @@ def reorder(module: Any, layout: Layout, state: State, prefix: str) -> None:
     weight = state.get(prefix + "weight")
     if not isinstance(module, AdaptedMixin) or not isinstance(weight, Tensor) or weight.shape != module.stored_shape():
         return
-    if not keeps_base(module):
+    if module.follows_from_weight:
         for leaf, region in module.read_from(weight).items():  # from the file, or else from what its weight holds there
             own, value = module._parameters[leaf], state.get(prefix + leaf)
             if own is not None and (not isinstance(value, Tensor) or value.shape != own.shape):

@@ -103,9 +103,7 @@ KINDS: dict[str, tuple[type, type[nn.Module]]] = {}
 
 def carries(kind: str, mixin: type, linear: type[nn.Module] | None = None) -> None:
     """Make a kind of adapted module known. linear: its class for `nn.Linear`, made here if not given."""
-    if linear is None:
-        linear = made_class(kind, mixin, nn.Linear)
-    KINDS[kind] = (mixin, linear)
+    KINDS[kind] = (mixin, made_class(kind, mixin, nn.Linear) if linear is None else linear)
     conv1d_class.cache_clear()
 
 

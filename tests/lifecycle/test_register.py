@@ -198,7 +198,7 @@ def damaged(folder: Path, target: Path, change: Any) -> Path:
 
 
 BROKEN = {
-    "sizes": (lambda t: t[:-1].contiguous(), "expected|tensors are for|has rank|has in"),
+    "sizes": (lambda t: t[:-1].contiguous(), r"has (rank|out) = \d+, another tensor \d+"),
     "nan": (lambda t: torch.full_like(t, float("nan")), "not finite"),
     "integers": (lambda t: t.long(), "expected a floating type"),
     "dimensions": (lambda t: t[None].contiguous(), "expected"),
