@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING
 
+from sparsify.console import printable
 from sparsify.structure import Declined, Site, Structure
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 STRUCTURE, TENSOR = "structure", "tensor"
 
 
+@printable
 @dataclass(frozen=True)
 class Conflict:
     """Two structures that lie on the same channels of one axis of one tensor, so that the one cannot move without the other.

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from sparsify.console import printable
 from sparsify.errors import Refusal
 from sparsify.kernels.cpu.dispatch import ACTIVATIONS
 from sparsify.kernels.cpu.operator import epilogue
@@ -35,6 +36,7 @@ SPLITS = (
 CHECKS = ("_assert_tensor_metadata", "sym_constrain_range", "_assert_scalar")  # nodes that compute nothing
 
 
+@printable
 @dataclass(frozen=True, eq=False)
 class GatedProduct:
     """act(gate x) · (up x) inside module `owner`, which does this and nothing else, but for `down` behind it (or "").
@@ -60,6 +62,7 @@ class GatedProduct:
         return f"{self.owner}: {leaves}, {self.activation} and product"
 
 
+@printable
 @dataclass(frozen=True, eq=False)
 class FusedActivation:
     """An activation behind a linear, computed by the module `module`, which does nothing else."""

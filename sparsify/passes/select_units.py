@@ -56,7 +56,7 @@ def select_units(program: Program, context: Context) -> PassResult:
         (program.quantize, "weights to quantise"),
     ):
         parts += [f"{len(things)} {what}"] if things else []
-    fields = ("choices", "channel_choices", "supports", "quantize", "refusals")
+    fields = ("choices", "channel_choices", "parts", "quantize", "refusals")
     changed = any(len(getattr(program, name)) > len(getattr(given, name)) for name in fields)
     return PassResult(program.evolve("select: " + ", ".join(parts)), changed)
 

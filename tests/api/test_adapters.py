@@ -536,7 +536,7 @@ TAMPER: dict[str, tuple[Callable[[File], Any], str]] = {
     "extra tensor": (lambda f: f.tensors.update(surprise=torch.zeros(3)), "unexpected tensor 'surprise'"),
     "path as tensor name": (lambda f: f.tensors.update({"../../etc/passwd": torch.zeros(3)}), "unexpected tensor"),
     "entry listed twice": (lambda f: f.document["entries"].append(dict(f.entry())), "is listed twice"),
-    "unknown kind": (lambda f: f.entry().update(kind="diagonal"), "malformed entry"),
+    "unknown kind": (lambda f: f.entry().update(kind="diagonal"), "neither sparsify nor a registered method knows"),
     "kind that is no text": (lambda f: f.entry().update(kind=["column"]), "malformed entry"),
     "param that is no text": (lambda f: f.entry().update(param=3), "malformed entry"),
     "transposed by mistake": (lambda f: f.entry().update(transposed=True), "stored in another orientation"),

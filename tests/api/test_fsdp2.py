@@ -584,7 +584,7 @@ def test_a_host_on_the_meta_device_takes_its_base_from_a_checkpoint_that_has_it(
         steps(expected, batch("Llama"))
         tiny.assert_same(trained(host), trained(expected))
     for name, message in (
-        ("lora", "has no base, and the checkpoint's weight has a trained low-rank part"),
+        ("lora", "has no base, and the checkpoint's weight has a trained part folded in"),
         ("rosa", "its support there cannot be compared with the checkpoint's"),
     ):
         host = build("Llama", PLANS[name])

@@ -177,7 +177,7 @@ def test_a_pass_of_ones_own_runs_where_it_was_put() -> None:
     seen = []
 
     def look(program: Program, context: Context) -> PassResult:
-        seen.append((program.stage, len(program.supports)))
+        seen.append((program.stage, len(program.parts)))
         return PassResult(program.evolve("look: here"), changed=False)
 
     mine = Pass("look", Stage.SELECTED, Stage.SELECTED, look)
