@@ -34,7 +34,7 @@ HINTS = {
     "layers_to_transform": "write the layers into match: 'model.layers.[0-3].*' or a list of patterns",
     "layers_pattern": "write the layers into match: 'model.layers.[0-3].*' or a list of patterns",
     "target_parameters": "packed experts cannot train in part; write Plan([…], train=[…]) to train a parameter in full",
-    "use_dora": "DoRA is not implemented",
+    "use_dora": "DoRA is a method from outside: examples/write_a_method.py has it, a rule of its own",
     "init_lora_weights": "A is drawn as Kaiming does and B is zero; other beginnings are not implemented",
     "task_type": "leave it out: the model says what it is",
     "inference_mode": "leave it out; sparsify.load gives a model that does not train",

@@ -4,7 +4,7 @@
     registry          `register`                    sparse_lowrank    RoSA, LoRA
                                                     packed            any of these over a packed base
 
-What a method from outside needs is listed in `__all__`; `examples/dora` is one.
+What a method from outside needs is listed in `__all__`; `examples/write_a_method.py` is one.
 """
 
 from sparsify.adapter import Delta
