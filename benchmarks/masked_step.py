@@ -1,8 +1,7 @@
-"""One training step of a pruned linear: what do masks cost, and does optimizer state for survivors only save memory?
+"""One training step of a pruned linear: what do masks cost?
 
     dense       nn.Linear, no mask: fp32 weight, gradient, two Adam moments: 16 bytes per weight
     masked      MaskedLinear: the same and one bit per weight; the gradient is masked in the operator, zeros rewritten after the step
-    survivors   SurvivorLinear: value, gradient, two moments and an int32 position per *survivor*; the dense weight lives for one GEMM
 
 `held` is what stays between steps (parameter, gradient, optimizer state, mask), `peak` the allocator's maximum inside one step.
 
@@ -22,13 +21,11 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.harness import allocations, begin, interleave, mib, parser, report, storage_bytes
-from sparsify.masked_modules import SurvivorLinear, mask_modules
+from sparsify.masked_modules import mask_modules
 
 
 def variant(kind: str, size: int, mask: torch.Tensor, device: str) -> nn.Module:
     linear = nn.Linear(size, size, bias=False, device=device)
-    if kind == "survivors":
-        return nn.Sequential(SurvivorLinear.from_dense(linear, mask))
     net = nn.Sequential(linear)
     if kind == "masked":
         mask_modules(net, {"0.weight": mask})
@@ -50,7 +47,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for sparsity in arguments.sparsity:
         mask = torch.rand(size, size, device=device) >= sparsity
-        nets = {kind: variant(kind, size, mask, device) for kind in ("dense", "masked", "survivors")}
+        nets = {kind: variant(kind, size, mask, device) for kind in ("dense", "masked")}
         optimizers = {kind: torch.optim.AdamW(net.parameters(), 1e-4, fused=True) for kind, net in nets.items()}
 
         def step_of(kind: str, nets: Any = nets, optimizers: Any = optimizers) -> Callable[[], None]:

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.harness import Timing, begin, interleave, parser, report
 from sparsify.kernels.cpu.dispatch import best_isa
 from sparsify.kernels.cpu.sampled import VALUES, load_sampled, sampled_by_kernel
-from sparsify.ops.sparse_lowrank_linear import csr_support, sampled_by_tile, sampled_csr, sampled_per_entry
+from sparsify.ops.sampled_product import csr_support, sampled_by_tile, sampled_csr, sampled_per_entry
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHAPES = ((1024, 1024), (4096, 1024))

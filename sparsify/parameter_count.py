@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from sparsify.lowering.original_state import OriginalState, RowsOfWhole
-from sparsify.masked_modules import SurvivorLinear, masked_parameters, unpack_bits
+from sparsify.masked_modules import masked_parameters
 from sparsify.methods.packed import QuantizedMixin
 from sparsify.modules import AdaptedMixin
+from sparsify.ops.bits import unpack_bits
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,6 @@ def count_parameters(host: nn.Module) -> ParameterCount:
         elif isinstance(module, OriginalState) and id(module) not in wholes:
             bias = module.original_bias()
             total += module.out_features * module.in_features + (0 if bias is None else bias.numel())
-        elif isinstance(module, SurvivorLinear):
-            total += module.out_features * module.in_features - module.weight_values.numel()
     pruned = pruned_entries(host)
     return ParameterCount(trainable - pruned, total, pruned)
 

@@ -5,7 +5,7 @@
 
 Header metadata: `format` = "sparsify-sparse", `version`, `base` (hash of the dense model that was pruned, optional), `entries`: for each
 compressed tensor its shape, dtype and number of survivors, and (since version 2) a content hash of every tensor. A file is complete:
-it opens without its base, whose hash is there to be checked. Bits are flat and little-endian as in `sparsify.masked_modules`. A tensor
+it opens without its base, whose hash is there to be checked. Bits are flat and little-endian as in `sparsify.ops.bits`. A tensor
 is compressed when that makes it smaller; all others are stored as they are. Values keep their bits exactly, in any dtype.
 
 A file is checked completely before anything is built from it: names, dtypes, shapes, content hashes, the number of set bits against the
@@ -35,7 +35,8 @@ from sparsify.errors import SparsifyError
 from sparsify.files import kinds, strict_json
 from sparsify.files.atomic import shown, write_bytes
 from sparsify.files.tensors import TensorFile
-from sparsify.masked_modules import MaskedModule, bits_name, mask_modules, masked_parameters, pack_bits, unpack_bits
+from sparsify.masked_modules import MaskedModule, bits_name, mask_modules, masked_parameters
+from sparsify.ops.bits import pack_bits, unpack_bits
 from sparsify.tensor_file import DTYPE_NAMES, INDEX, FolderTensors, Part, PartWriter, tensor_file
 
 FORMAT, VERSION = "sparsify-sparse", 2

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import sparsify.methods  # noqa: F401  registers the operators
-from sparsify.masked_modules import pack_bits
+from sparsify.ops.bits import pack_bits
 from sparsify.quantized import pack, unpack
 
 N, M, RANK, SCALE = 5, 7, 2, 0.7
@@ -203,19 +203,6 @@ def masked_linear(shape: Shape, bias: bool, transposed: bool) -> OperatorCase:
     return OperatorCase(torch.ops.sparsify.masked_linear.default, arguments, leaves, twin)
 
 
-def survivor_linear(shape: Shape, bias: bool) -> OperatorCase:
-    index = support(N * M, 11)
-    arguments = [randn(*shape, M), randn(11), index, randn(N) if bias else None, N]
-    zero = torch.zeros(N, M, dtype=torch.float64)
-    leaves = (0, 1, 3) if bias else (0, 1)
-    return OperatorCase(
-        torch.ops.sparsify.survivor_linear.default,
-        arguments,
-        leaves,
-        lambda x, v, i, b, _: linear(x, put(zero, v, i), b),
-    )
-
-
 def tokens_of(shape: Shape) -> int:
     count = 1
     for size in shape:
@@ -290,7 +277,6 @@ def _cases() -> dict[str, Build]:
                 found[name] = lambda s, b, o=(format, side, sparse, lora, dx, turned): quantized(s, b, *o)
     for turned in (False, True):
         found[f"masked{'_turned' if turned else ''}"] = lambda s, b, t=turned: masked_linear(s, b, t)
-    found["survivor"] = survivor_linear
     for product in PRODUCTS:
         found[product] = lambda s, b, n=product: products(s, n)
     return found
@@ -302,7 +288,7 @@ CASES = _cases()
 ONE_OF_EACH = [
     "partial_columns", "partial_at_rows_turned", "partial_dx_rows", "partial_at_dx_columns", "sparse_lowrank_sparse+lora",
     "sparse_lowrank_dx_sparse+lora_turned", "quantized_nf4_rows+lora", "quantized_int8_columns+sparse+lora",
-    "quantized_int8_dx_rows+sparse_turned", "quantized_int4_columns", "masked", "masked_turned", "survivor", "apply_mask",
+    "quantized_int8_dx_rows+sparse_turned", "quantized_int4_columns", "masked", "masked_turned", "apply_mask",
     "masked_grad", "sampled_product", "channel_grad", "channel_grad_all", "skinny_rows", "skinny_factor", "skinny_both",
 ]  # fmt: skip
 

@@ -2,7 +2,7 @@
 
     partial_linear(x, W, b, block, start, axis)   ──▶ linear(x, slice_scatter(W, block), b)
     sparse_lowrank_linear(x, W, b, v, i, A, B)    ──▶ linear(x, W[i ← v], b) + s (x Aᵀ) Bᵀ, or linear(x, W[i ← v] + s B A, b)
-    masked_linear, survivor_linear, apply_mask    ──▶ linear; the mask's bits by shifts
+    masked_linear, apply_mask                     ──▶ linear; the mask's bits by shifts
     quantized_linear                              ──▶ unpacking in integer arithmetic, then as above
 
 Forward only. Everything that does not depend on `x` is computed first, from parameters alone, so that it can be folded.
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsify.masked_modules import expand_survivors
 from sparsify.ops.library import OUTSIDE
 from sparsify.quantized import BLOCK, NESTED_BLOCK, unpack
 
@@ -127,10 +126,6 @@ def masked_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, 
     return F.linear(x, weight.t() if transposed else weight, bias)
 
 
-def survivor_linear(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-    return F.linear(x, expand_survivors(values, index.long(), rows, x.shape[-1]), bias)
-
-
 def decompositions(*, fold: bool = True) -> Table:
     """ATen forms of the operators that hold trained, masked or quantised weights, for `run_decompositions` and Inductor.
 
@@ -143,7 +138,6 @@ def decompositions(*, fold: bool = True) -> Table:
         ops.sparse_lowrank_linear.default: sparse_lowrank_linear(fold),
         ops.quantized_linear.default: quantized_linear,
         ops.masked_linear.default: masked_linear,
-        ops.survivor_linear.default: survivor_linear,
         ops.apply_mask.default: apply_mask,
         **OUTSIDE,
     }

@@ -22,9 +22,9 @@ from sparsify.errors import VerifyError
 from sparsify.exact import change_of, changed, correction_of
 from sparsify.graph_editor import GraphEditor
 from sparsify.layout import Layout, bytes_of
-from sparsify.masked_modules import pack_bits
 from sparsify.methods.part import LivePart, TrainedPart, beside, leaf_of, master_dtype
 from sparsify.modules import AdaptedMixin, as_parameter, become_part, carries, take_leaves
+from sparsify.ops.bits import pack_bits
 from sparsify.ops.partial_linear import write_block, write_block_at
 from sparsify.ops.schema import argument
 from sparsify.permutation import invert_index

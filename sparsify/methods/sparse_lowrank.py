@@ -23,8 +23,8 @@ from sparsify.graph_editor import GraphEditor
 from sparsify.layout import Layout
 from sparsify.methods.part import LivePart, Snapshot, TrainedPart, beside, master_dtype
 from sparsify.modules import AdaptedMixin, as_parameter, become_part, carries, take_leaves
+from sparsify.ops.added_parts import write_values
 from sparsify.ops.schema import argument
-from sparsify.ops.sparse_lowrank_linear import write_values
 from sparsify.permutation import invert_index
 from sparsify.program import LinearNode, Program
 from sparsify.repeats import Line

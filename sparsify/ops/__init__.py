@@ -1,8 +1,45 @@
-"""The operators of the `sparsify` namespace, one a file: schema, oracle, checks, fake, autograd formula, autocast rule.
+"""The operators of the `sparsify` namespace, one a file: schema, oracle, checks, fake, eager code, ATen form, autograd, autocast.
 
-Importing this package registers them all.
+    partial_linear           y = x W'ᵀ + b,  a block of channels of W replaced; `partial_linear_at`: channels at an index
+    sparse_lowrank_linear    y = x W'ᵀ + s (x Aᵀ) Bᵀ + b,  entries of W replaced at a support
+    quantized_linear         both, over a packed base
+    masked_linear            y = x (W∘M)ᵀ + b,  the gradient masked
+    apply_mask               t∘M
+    masked_grad              (gᵀ x)∘M                 weight gradients: under a mask,
+    sampled_product          (aᵀ b)[index]            on a support,
+    channel_grad             (g[:, rows])ᵀ x          of some channels,
+    skinny_products          (x rowsᵀ, factorᵀ x)     of low-rank factors
+
+The three that hold trained parts each have a `_dx` beside them. Every formula is made of ATen and of these operators, so
+derivatives of any order are right. Importing this package registers them all, and the inference operators of
+`sparsify.kernels`.
+
+    library.py  checks.py  schema.py      how an operator is registered, what it refuses, its arguments by name
+    shapes.py  bits.py  saved_input.py    tokens and turned weights, masks as bits, what is saved of an input
+    added_parts.py                        sparse values and low-rank factors, beside a dense or a packed base
+    dispatch.py                           which kernel serves; no other file here imports `sparsify.kernels`
 """
 
-from sparsify.ops import partial_linear, sparse_lowrank_linear
+from sparsify.ops import (
+    apply_mask,
+    channel_grad,
+    masked_grad,
+    masked_linear,
+    partial_linear,
+    quantized_linear,
+    sampled_product,
+    skinny_products,
+    sparse_lowrank_linear,
+)
 
-__all__ = ["partial_linear", "sparse_lowrank_linear"]
+__all__ = [
+    "apply_mask",
+    "channel_grad",
+    "masked_grad",
+    "masked_linear",
+    "partial_linear",
+    "quantized_linear",
+    "sampled_product",
+    "skinny_products",
+    "sparse_lowrank_linear",
+]

@@ -1,4 +1,4 @@
-"""The operators of the `sparsify` namespace: schema, eager oracle, fake, autograd formula, autocast rule.
+"""A linear of which a block of channels trains.
 
     partial_linear(x, weight, bias, block, start, axis)        y = x W'ᵀ + b,  W' = W with a contiguous block of channels replaced
     partial_linear_at(x, weight, bias, block, index, axis)     the same with channels at `index` (PaCA without co-permutation)
@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import sparsify.kernels.gpu.operator  # noqa: F401  registers channel_grad
-from sparsify.kernels.gpu.build import can_launch
+from sparsify.ops import dispatch
 from sparsify.ops.checks import require, require_floats, require_index, require_together, require_within
 from sparsify.ops.library import LIBRARY, recorded
+from sparsify.ops.shapes import flat
 
 LIBRARY.define("partial_linear(Tensor x, Tensor weight, Tensor? bias, Tensor block, int start, int axis) -> Tensor")
 LIBRARY.define("partial_linear_dx(Tensor g, Tensor weight, Tensor block, int start, int axis) -> Tensor")
@@ -194,11 +194,6 @@ for _name in ("partial_linear", "partial_linear_at"):
     torch.library.register_fake(f"sparsify::{_name}_dx", _dx_fake(f"{_name}_dx"), lib=LIBRARY)
 
 
-def flat(t: Tensor) -> Tensor:
-    """`(T, c)` of `(..., c)`."""
-    return t.reshape(-1, t.shape[-1])
-
-
 def _columns(x: Tensor, where: int | Tensor, count: int) -> Tensor:
     """A copy of the channels of `x` that an axis-1 block multiplies."""
     if isinstance(where, Tensor):
@@ -212,7 +207,7 @@ def _block_gradient(g: Tensor, kept: Tensor, rows: Tensor | slice | None) -> Ten
     tokens_g, tokens_x = flat(g), flat(kept)
     if isinstance(rows, slice):
         tokens_g, rows = tokens_g[:, rows], None
-    if g.is_cuda or can_launch(g.device):
+    if dispatch.channel_grad_serves(g.device):
         return torch.ops.sparsify.channel_grad(tokens_g, tokens_x, rows)
     return (tokens_g if rows is None else tokens_g.index_select(1, rows)).t().mm(tokens_x)
 

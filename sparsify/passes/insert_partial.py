@@ -19,9 +19,9 @@ from torch import fx
 
 from sparsify.adapter import tensor_hash
 from sparsify.graph_editor import GraphEditor, copied_inputs, fake_like  # noqa: F401  (used by lowerings)
-from sparsify.masked_modules import pack_bits
 from sparsify.methods.channels import slice_at, slices_of
 from sparsify.methods.part import TrainedPart, beside
+from sparsify.ops.bits import pack_bits
 from sparsify.passes.assign_rules import is_conv1d, owner_name
 from sparsify.passes.base import Context, PassResult
 from sparsify.permutation import invert_index

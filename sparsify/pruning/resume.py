@@ -24,7 +24,7 @@ from sparsify.errors import PlanError
 from sparsify.files import kinds, strict_json
 from sparsify.files.atomic import shown, sweep, write_bytes
 from sparsify.files.tensors import TensorFile, write_tensors
-from sparsify.masked_modules import pack_bits, unpack_bits
+from sparsify.ops.bits import pack_bits, unpack_bits
 from sparsify.pruning.collect import View
 
 STATE_VERSION = 2

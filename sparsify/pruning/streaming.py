@@ -32,7 +32,7 @@ from sparsify.errors import PlanError, SparsifyError
 from sparsify.files import kinds, strict_json
 from sparsify.files.atomic import copy_file, is_temporary, sweep, write_bytes
 from sparsify.files.tensors import TensorFile, write_tensors
-from sparsify.masked_modules import pack_bits, unpack_bits
+from sparsify.ops.bits import pack_bits, unpack_bits
 from sparsify.program import canonical_names
 from sparsify.pruning.collect import Watcher
 from sparsify.pruning.resume import parsed_stats, stats_text

@@ -226,7 +226,7 @@ def test_kernels_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(1)
         return by_kernel(*args)
 
-    monkeypatch.setattr("sparsify.ops.sparse_lowrank_linear.skinny_by_kernel", counted)
+    monkeypatch.setattr("sparsify.ops.dispatch.skinny_by_kernel", counted)
     outputs = []
     for word in ("on", "off"):
         monkeypatch.setenv("SPARSIFY_KERNELS", word)

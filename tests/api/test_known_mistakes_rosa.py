@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sparsify
 from sparsify import Plan, RoSA
 from sparsify.methods.sparse_lowrank import SparseLowRank, initial_parts
-from sparsify.ops.sparse_lowrank_linear import sampled_by_tile
+from sparsify.ops.sampled_product import sampled_by_tile
 from sparsify.train.rosa import collect_masks
 
 RANDOM = RoSA(rank=3, density=0.04, mask="random")

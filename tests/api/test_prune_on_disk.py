@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import nn
 
 from sparsify import LoRA, Plan, PlanError, Prune, SparsifyError
-from sparsify.masked_modules import unpack_bits
+from sparsify.ops.bits import unpack_bits
 from sparsify.pruning import sequential, streaming
 from sparsify.pruning.on_disk import prune_on_disk
 

@@ -14,7 +14,7 @@ from methods import compiled, logits, model_of
 from torch import nn
 
 import sparsify
-import sparsify.ops.sparse_lowrank_linear as ops
+import sparsify.ops.quantized_linear as ops
 from sparsify import S2FT, LoRA, PaCA, PlanError, Quantize, RoSA
 from sparsify.errors import AdapterError, SparsifyError
 from sparsify.methods.packed import QuantizedMixin

@@ -6,13 +6,10 @@ from typing import Any
 
 import pytest
 import tiny
-import torch
 from torch import nn
 
 import sparsify
 from sparsify import S2FT, CpuOptions, LoRA, PaCA, Plan, Prune, Quantize
-from sparsify.masked_modules import SurvivorLinear
-from sparsify.parameter_count import count_parameters
 from sparsify.structure import Site, Structure
 
 
@@ -95,13 +92,6 @@ def test_a_slice_of_a_pruned_weight_trains_its_survivors() -> None:
 
 def test_without_a_mask_nothing_is_said_of_survivors() -> None:
     assert "survivors" not in str(tiny.lower(tiny.llama(), S2FT(units=2)).sparsify.report)
-
-
-def test_values_of_survivors_count_as_their_weight() -> None:
-    linear = nn.Linear(6, 4)
-    mask = torch.arange(24).view(4, 6) % 3 == 0
-    count = count_parameters(nn.Sequential(SurvivorLinear.from_dense(linear, mask)))
-    assert (count.trainable, count.total) == (8 + 4, 24 + 4)
 
 
 # --- units ---

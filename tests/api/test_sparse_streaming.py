@@ -18,7 +18,8 @@ from torch import Tensor
 
 from sparsify import Plan, Prune, SparsifyError, sparse_checkpoint
 from sparsify.files.tensors import CONTENT
-from sparsify.masked_modules import check_masks, unpack_bits
+from sparsify.masked_modules import check_masks
+from sparsify.ops.bits import unpack_bits
 from sparsify.pruning.on_disk import prune_on_disk
 from sparsify.sparse_checkpoint import SparseCheckpoint, SparseCheckpointError, model_hash, open_sparse, save_sparse
 from sparsify.tensor_file import DTYPES, FolderTensors, Part, tensor_file

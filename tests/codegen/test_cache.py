@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import sparsify.ops.sparse_lowrank_linear  # noqa: F401  (registers the operators of a training step)
+import sparsify.ops  # noqa: F401  (registers the operators of a training step)
 from sparsify.kernels import cache, fallback
 from sparsify.kernels.cpu import build, compiler, dispatch, sampled, skinny, tune
 from sparsify.kernels.source import write_once

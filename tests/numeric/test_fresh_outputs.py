@@ -15,7 +15,7 @@ import sparsify
 from sparsify import S2FT, LoRA, PaCA, Plan, Prune, Quantize, RoSA
 
 FORWARD = ["partial_columns", "partial_at_rows_turned", "sparse_lowrank_frozen", "sparse_lowrank_sparse+lora_turned",
-           "quantized_nf4_rows+lora", "quantized_int8_columns+sparse+lora", "masked", "masked_turned", "survivor"]  # fmt: skip
+           "quantized_nf4_rows+lora", "quantized_int8_columns+sparse+lora", "masked", "masked_turned"]  # fmt: skip
 SHAPES = [(4,), (2, 3), (2, 1, 3), (2, 0)]
 
 

@@ -17,19 +17,16 @@ from sparsify.errors import SparsifyError
 from sparsify.masked_modules import (
     MaskedLinear,
     MaskedModule,
-    SurvivorLinear,
     check_masks,
     load_mask_state,
     mask_modules,
     mask_state,
     masked_class,
     masked_parameters,
-    oracle_masked_linear,
-    oracle_masked_linear_backward,
-    pack_bits,
     rezero,
-    unpack_bits,
 )
+from sparsify.ops.bits import pack_bits, unpack_bits
+from sparsify.ops.masked_linear import oracle_masked_linear, oracle_masked_linear_backward
 
 SHAPES = [(5,), (2, 3), (0,), (2, 1, 4), ()]
 
@@ -87,8 +84,6 @@ def test_the_operator_is_its_oracle(shape: tuple[int, ...], transposed: bool) ->
 def test_opcheck_and_second_derivatives() -> None:
     x, weight, mask, bias = operands((2, 3))
     ops, bits = torch.ops.sparsify, pack_bits(mask)
-    index = mask.flatten().nonzero().flatten().int()
-    values = weight.detach().flatten()[index.long()].clone().requires_grad_()
     torch.library.opcheck(ops.masked_linear.default, (x, weight, bits, bias))
     torch.library.opcheck(ops.masked_linear.default, (x, weight, bits, None))
     torch.library.opcheck(ops.apply_mask.default, (weight, bits))
@@ -98,16 +93,14 @@ def test_opcheck_and_second_derivatives() -> None:
     )
     torch.library.opcheck(ops.masked_grad.default, (g, flat, bits))
     assert torch.autograd.gradcheck(lambda a, b: ops.masked_grad(a, b, bits), (g, flat))
-    torch.library.opcheck(ops.survivor_linear.default, (x, values, index, bias, 7))
     # gradcheck moves pruned entries of a plain weight, which breaks the precondition: go through apply_mask
     through = lambda x, w, b: ops.masked_linear(x, ops.apply_mask(w, bits), bits, b)  # noqa: E731
     assert torch.autograd.gradcheck(through, (x, weight, bias))
     assert torch.autograd.gradgradcheck(through, (x, weight, bias))
-    assert torch.autograd.gradcheck(lambda v: ops.survivor_linear(x, v, index, bias, 7), (values,))
 
 
 def test_the_gradient_is_masked_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparsify.masked_modules.PIECE", 16)
+    monkeypatch.setattr("sparsify.ops.masked_grad.PIECE", 16)
     mask = torch.rand(7, 13) > 0.5
     g, x = torch.randn(5, 7), torch.randn(5, 13)
     found = torch.ops.sparsify.masked_grad(g, x, pack_bits(mask))
@@ -446,35 +439,3 @@ def test_masked_classes_are_cached_and_nest() -> None:
     assert masked_class(Mine) is masked_class(Mine)
     assert issubclass(masked_class(Mine), Mine)
     assert issubclass(masked_class(Mine), MaskedModule)
-
-
-def test_survivor_linear_is_the_dense_layer_with_less_state() -> None:
-    dense = nn.Linear(13, 11)
-    mask = torch.rand(11, 13) > 0.75
-    made = SurvivorLinear.from_dense(dense, mask)
-    reference = copy.deepcopy(dense)
-    mask_modules(holder := nn.Sequential(reference), {"0.weight": mask})
-    assert made.weight_values.numel() == int(mask.sum())
-    assert [n for n, _ in made.named_parameters()] == ["bias", "weight_values"]
-    assert set(made.state_dict()) == {"weight", "bias"}
-    one, two = torch.optim.AdamW(made.parameters(), 0.1), torch.optim.AdamW(holder.parameters(), 0.1)
-    for seed in range(3):
-        torch.manual_seed(seed)
-        x = torch.randn(4, 13)
-        for net, optimizer in ((made, one), (holder, two)):
-            optimizer.zero_grad()
-            net(x).square().sum().backward()
-            optimizer.step()
-    assert torch.allclose(made.weight, holder[0].weight, atol=1e-5)
-    assert bool((made.weight[~mask] == 0).all())
-    other = SurvivorLinear.from_dense(nn.Linear(13, 11), mask)
-    other.load_state_dict(made.state_dict())
-    assert torch.equal(other.weight, made.weight)
-    plain = nn.Linear(13, 11)
-    plain.load_state_dict(made.state_dict())
-    assert torch.allclose(plain(x), made(x), atol=1e-6)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert made(x).dtype == torch.bfloat16
-    torch._dynamo.reset()
-    compiled = torch.compile(made, backend="aot_eager", fullgraph=True)
-    assert torch.allclose(compiled(x), made(x), atol=1e-6)

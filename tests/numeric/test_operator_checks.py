@@ -11,7 +11,7 @@ import torch
 from operator_cases import CASES, ONE_OF_EACH, M, N, OperatorCase, case_of
 from torch import Tensor
 
-import sparsify.ops.sparse_lowrank_linear as lowrank_ops
+import sparsify.ops.sampled_product as sampled_product
 from sparsify.errors import OperatorError, PositionError, SparsifyError
 from sparsify.kernels.cpu import sampled, skinny
 from sparsify.ops.checks import ascending, require_together
@@ -114,11 +114,6 @@ WRONG: list[tuple[str, int, Any, str]] = [
     ("masked_grad", 0, long, "tokens"),
     ("apply_mask", 1, lambda t: t[:2], "do not describe 35 entries"),
     ("apply_mask", 1, lambda t: t[None], "one dimension"),
-    ("survivor", 1, lambda t: t[:1], "positions"),
-    ("survivor", 2, lambda t: t.short(), "int32 or int64"),
-    ("survivor", 2, lambda t: t - 35, "outside the weight of 35"),
-    ("survivor", 2, lambda t: t + 35, "outside the weight of 35"),
-    ("survivor", 4, lambda _: 2, "bias"),
     ("sampled_product", 0, long, "b is float64"),
     ("sampled_product", 1, lambda t: t.float(), "cast one"),
     ("sampled_product", 2, lambda t: t + 35, "outside the product of 35"),
@@ -195,8 +190,8 @@ def test_positions_in_any_order_and_repeated(density, monkeypatch):
     index = torch.randint(0, 1200, (int(1200 * density),))
     expected = (a.t() @ b).flatten()[index]
     assert not ascending(index)
-    for tile_bytes in (1, lowrank_ops.TILE_BYTES):
-        monkeypatch.setattr(lowrank_ops, "TILE_BYTES", tile_bytes)
+    for tile_bytes in (1, sampled_product.TILE_BYTES):
+        monkeypatch.setattr(sampled_product, "TILE_BYTES", tile_bytes)
         torch.testing.assert_close(torch.ops.sparsify.sampled_product(a, b, index), expected)
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-import sparsify.ops.sparse_lowrank_linear as ops
+import sparsify.ops.quantized_linear as ops
 from sparsify.errors import PlanError
+from sparsify.ops.skinny_products import reduced
 from sparsify.quantized import FORMATS, pack, packed_bytes, unpack
 
 N, M, RANK, COUNT, SCALE = 12, 18, 3, 20, 0.7
@@ -161,7 +162,7 @@ def test_operators_pass_opcheck(parts, format, transposed):
     torch.library.opcheck(torch.ops.sparsify.quantized_linear.default, args)
     block, channels, values, index, a, b = frozen
     g = torch.randn(2, 3, N)
-    low = None if b is None else ops.reduced(g, b.t())
+    low = None if b is None else reduced(g, b.t())
     args = (g, *head, block, channels, case.axis, values, index, low, a, SCALE, case.packed)
     torch.library.opcheck(torch.ops.sparsify.quantized_linear_dx.default, args)
 

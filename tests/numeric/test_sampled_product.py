@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import sparsify.ops.sparse_lowrank_linear as ops
+import sparsify.ops.sampled_product as ops
 from sparsify.kernels import fallback
 from sparsify.kernels.cpu import sampled
-from sparsify.ops.sparse_lowrank_linear import oracle_sampled_product, sampled_by_tile, sampled_csr, sampled_per_entry
+from sparsify.ops import dispatch
+from sparsify.ops.added_parts import write_values
+from sparsify.ops.sampled_product import oracle_sampled_product, sampled_by_tile, sampled_csr, sampled_per_entry
 
 VARIANTS = [sampled_by_tile, sampled_per_entry, sampled_csr, torch.ops.sparsify.sampled_product]
 SHAPES = [(5, 7, 9), (1, 1, 1), (0, 4, 3), (13, 1, 33), (6, 40, 2)]
@@ -69,8 +71,8 @@ def test_strided_factors():
 )
 def test_density_and_build_decide_which_one_runs(per_entry, csr, works, expected, monkeypatch):
     seen = []
-    monkeypatch.setitem(ops.PER_ENTRY_DENSITY, "cpu", per_entry)
-    monkeypatch.setitem(ops.CSR_DENSITY, "cpu", csr)
+    monkeypatch.setitem(dispatch.PER_ENTRY_DENSITY, "cpu", per_entry)
+    monkeypatch.setitem(dispatch.CSR_DENSITY, "cpu", csr)
     monkeypatch.setattr(ops, "csr_works", lambda: works)
     for name, function in (("tile", sampled_by_tile), ("per_entry", sampled_per_entry), ("csr", sampled_csr)):
         spy = f"sampled_{'by_tile' if name == 'tile' else name}"
@@ -156,13 +158,13 @@ def test_a_machine_without_a_compiler_hears_of_it_once(monkeypatch):
 def test_the_kernel_takes_over_from_some_work_on_and_where_there_is_a_compiler(monkeypatch):
     a, b, index = torch.randn(600, 40), torch.randn(600, 50), torch.arange(0, 2000, 20)
     calls = []
-    monkeypatch.setattr(ops, "sampled_by_kernel", lambda *t: calls.append(1) or sampled.sampled_by_kernel(*t))
+    monkeypatch.setattr(dispatch, "sampled_by_kernel", lambda *t: calls.append(1) or sampled.sampled_by_kernel(*t))
     expected = oracle_sampled_product(a, b, index)
     monkeypatch.setattr(sampled, "load_sampled", lambda isa, value: None)
     torch.testing.assert_close(torch.ops.sparsify.sampled_product(a, b, index), expected)
     assert not calls
     monkeypatch.undo()
-    monkeypatch.setattr(ops, "sampled_by_kernel", lambda *t: calls.append(1) or expected)
+    monkeypatch.setattr(dispatch, "sampled_by_kernel", lambda *t: calls.append(1) or expected)
     monkeypatch.setattr(sampled, "load_sampled", lambda isa, value: True)
     torch.ops.sparsify.sampled_product(a, b, index)
     assert len(calls) == (sampled.SMALLEST <= 600 * 100)
@@ -175,7 +177,7 @@ def test_the_kernel_takes_over_from_some_work_on_and_where_there_is_a_compiler(m
 
 def test_first_use_of_the_sparse_kernel_warns_nobody():
     code = (
-        "import warnings, torch; warnings.simplefilter('error'); import sparsify.ops.sparse_lowrank_linear\n"
+        "import warnings, torch; warnings.simplefilter('error'); import sparsify.ops\n"
         "torch.ops.sparsify.sampled_product(torch.ones(2, 50), torch.ones(2, 40), torch.tensor([3, 9]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -214,7 +216,7 @@ def test_the_generated_write_equals_index_copy(dtype, wide, monkeypatch):
     expected = weight.view(-1).index_copy(0, index.long(), values.to(dtype)).view_as(weight)
     assert sampled.kernel_writes(weight, values, index)
     version = weight._version
-    ops.write_values(weight, values, index)
+    write_values(weight, values, index)
     torch.testing.assert_close(weight, expected, rtol=0, atol=0, equal_nan=True)
     assert weight._version == version
 
@@ -225,7 +227,7 @@ def test_the_generated_write_refuses_a_position_outside(wrong):
     weight, index = torch.zeros(128, 128), torch.arange(4096, dtype=torch.int32)
     index[77] = wrong
     with pytest.raises(IndexError, match="outside the weight of 16384"):
-        ops.write_values(weight, torch.ones(4096), index)
+        write_values(weight, torch.ones(4096), index)
 
 
 def test_what_the_generated_write_does_not_take():

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import sparsify.ops.sparse_lowrank_linear as ops
+import sparsify.ops.skinny_products as ops
 from sparsify.kernels.cpu import skinny
+from sparsify.ops import dispatch
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None and "CXX" not in os.environ, reason="needs a C++ compiler"
@@ -116,7 +117,7 @@ def test_the_operator(serves, dtype, monkeypatch):
     if serves:
         monkeypatch.setattr(skinny, "SMALLEST", 1)
     else:
-        monkeypatch.setattr(ops, "skinny_serves", lambda x, rank: False)
+        monkeypatch.setattr(dispatch, "skinny_serves", lambda x, rank: False)
     x, rows, factor = (t.to(dtype) for t in make(9, 20, 3))
     low, product = torch.ops.sparsify.skinny_products(x, rows, factor)
     assert low.dtype == product.dtype == dtype

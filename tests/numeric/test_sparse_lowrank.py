@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import sparsify.ops.sparse_lowrank_linear as ops
+from sparsify.ops.skinny_products import reduced
 
 N, M, RANK, COUNT, SCALE = 11, 17, 3, 20, 0.7
 SHAPES = [(7, M), (2, 3, M), (2, 1, 3, M), (M,), (0, M), (2, 0, M)]
@@ -141,7 +142,7 @@ def test_operators_pass_opcheck(parts, transposed, dtype):
     frozen = tuple(v.detach() if isinstance(v, Tensor) else v for v in rest)
     g = torch.randn(2, 3, N, dtype=dtype)
     values, index, a, b, *plain = frozen
-    low = None if b is None else ops.reduced(g, b.t())
+    low = None if b is None else reduced(g, b.t())
     torch.library.opcheck(
         torch.ops.sparsify.sparse_lowrank_linear_dx.default, (g, case.stored, values, index, low, a, *plain)
     )

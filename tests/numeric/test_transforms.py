@@ -19,7 +19,7 @@ from sparsify.kernels.gpu.formats import pack_stream
 SOME = [
     "partial_columns", "partial_at_rows_turned", "partial_dx_columns", "sparse_lowrank_sparse+lora_turned",
     "sparse_lowrank_dx_sparse+lora", "quantized_nf4_rows+lora", "quantized_int8_columns+sparse+lora_turned",
-    "quantized_int4_dx_columns", "masked", "masked_turned", "survivor", "apply_mask", "masked_grad", "sampled_product",
+    "quantized_int4_dx_columns", "masked", "masked_turned", "apply_mask", "masked_grad", "sampled_product",
     "channel_grad", "skinny_both",
 ]  # fmt: skip
 

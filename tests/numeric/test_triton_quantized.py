@@ -16,10 +16,10 @@ pytest.importorskip("triton")
 pytest.importorskip("bitsandbytes")
 
 import sparsify
-import sparsify.ops.sparse_lowrank_linear as lowrank_ops
 from sparsify import Plan, Quantize, RoSA
 from sparsify.kernels.gpu import launch
 from sparsify.kernels.gpu.build import TritonError
+from sparsify.ops import dispatch
 from sparsify.quantized import FORMATS, pack, unpack
 
 SCALE = 0.7
@@ -29,7 +29,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}
 @pytest.fixture(autouse=True)
 def _any_density(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny weights have dense supports; the choice by density has a test of its own."""
-    monkeypatch.setattr(lowrank_ops, "ONE_PASS_DENSITY", {64: 1.0})
+    monkeypatch.setattr(dispatch, "ONE_PASS_DENSITY", {64: 1.0})
 
 
 @pytest.fixture
@@ -235,8 +235,8 @@ def test_dense_supports_are_unpacked_for_several_tokens(
         (64, 0.006, False), (64, 0.0, True),
     ):  # fmt: skip
         x, index = torch.randn(tokens, 256), torch.arange(round(density * 1000 * 256))
-        assert lowrank_ops.fits_one_pass(x, 1000, 256, False, index) == serves, (tokens, density)
-    assert lowrank_ops.fits_one_pass(torch.randn(64, 256), 1000, 256, False, None)
+        assert dispatch.quantized_serves(x, 1000, 256, False, index) == serves, (tokens, density)
+    assert dispatch.quantized_serves(torch.randn(64, 256), 1000, 256, False, None)
 
 
 def test_a_model_over_nf4_decodes_in_one_launch_per_linear(

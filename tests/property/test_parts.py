@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import sparsify
-import sparsify.ops.sparse_lowrank_linear as ops
+import sparsify.ops.sampled_product as ops
 from sparsify import PaCA, Plan, RoSA
-from sparsify.ops.sparse_lowrank_linear import oracle_sampled_product, sampled_by_tile, sampled_csr, sampled_per_entry
+from sparsify.ops.sampled_product import oracle_sampled_product, sampled_by_tile, sampled_csr, sampled_per_entry
 
 SIZES = st.integers(1, 9)
 LEADING = st.lists(st.integers(0, 4), max_size=3).map(tuple)

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsify.masked_modules import mask_modules, pack_bits, unpack_bits
+from sparsify.masked_modules import mask_modules
+from sparsify.ops.bits import pack_bits, unpack_bits
 from sparsify.pruning.allocate import by_sensitivity, saliency_curve
 from sparsify.pruning.patterns import NM, Block, Pattern, Unstructured, fits_pattern, mask_from_scores, parse_pattern
 from sparsify.pruning.scores import magnitude_prune

@@ -1,7 +1,8 @@
-"""Operators over packed weights and for trained channels, one node each for torch.compile and export.
+"""`sparsify::gpu_linear`: a product with a packed weight as one node for torch.compile and export.
 
-    gpu_linear     y = act(x Wᵀ + b) (· up) + residual, W packed      inference; differentiable in x without an activation
-    channel_grad   (g[:, rows])ᵀ x in fp32                            the weight gradient of some channels
+    y = act(x Wᵀ + b) (· up) + residual, W packed
+
+Inference only, but differentiable in x when there is no activation.
 
 On a CUDA device the generated kernels run; elsewhere, and without triton, the same result is computed by unpacking. Up to 16
 tokens go through the stream kernel; more are worth one expansion of the weight and a library GEMM, and from 64 on a 2:4 weight
@@ -24,14 +25,12 @@ from sparsify.kernels.gpu import launch, semi_structured
 from sparsify.kernels.gpu.build import kernels_take
 from sparsify.kernels.gpu.formats import Blocks, Stream
 from sparsify.kernels.gpu.spec import ACTIVATIONS
-from sparsify.ops.checks import require, require_floats, require_index, require_together, require_within
 from sparsify.ops.library import LIBRARY
 
 LIBRARY.define(
     "gpu_linear(Tensor x, Tensor? bias, Tensor? residual, str format, int rows, int cols, bool gated, str activation, "
     "Tensor[] packed) -> Tensor"
 )
-LIBRARY.define("channel_grad(Tensor g, Tensor x, Tensor? rows) -> Tensor")
 
 FORMATS = ("gaps", "two_four", "blocks")
 
@@ -155,63 +154,6 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     return (dx, d_bias, d_residual, *[None] * 5, [None] * len(packed))
 
 
-def _check_channels(g: Tensor, x: Tensor, rows: Tensor | None) -> None:
-    name = "channel_grad"
-    require(g.dim() == 2 and x.dim() == 2, lambda: f"{name}: g and x are matrices, not {g.dim()}-D and {x.dim()}-D")
-    require(g.shape[0] == x.shape[0], lambda: f"{name}: g has {g.shape[0]} tokens, x {x.shape[0]}")
-    require(g.dtype == x.dtype, lambda: f"{name}: g is {g.dtype}, x {x.dtype}; cast one")
-    if rows is not None:
-        require_index(name, "rows", rows)
-
-
-def _channel_grad(g: Tensor, x: Tensor, rows: Tensor | None) -> Tensor:
-    _check_channels(g, x, rows)
-    require_together("channel_grad", g, x, rows)
-    require_floats("channel_grad", g=g, x=x)
-    if rows is not None:
-        require_within("channel_grad", "rows", rows, g.shape[1], "gradient's channels")
-    if rows is not None and kernels_take(g, x):
-        return launch.partial_grad(g, x, rows)
-    return launch.contiguous_grad(g if rows is None else g.index_select(1, rows), x)
-
-
-def _sum_type(g: Tensor) -> torch.dtype:
-    return torch.float32 if g.dtype in (torch.float16, torch.bfloat16) else g.dtype
-
-
-def _channel_grad_fake(g: Tensor, x: Tensor, rows: Tensor | None) -> Tensor:
-    _check_channels(g, x, rows)
-    return g.new_empty((g.shape[1] if rows is None else rows.shape[0], x.shape[1]), dtype=_sum_type(g))
-
-
-def _channel_grad_in_aten(g: Tensor, x: Tensor, rows: Tensor | None) -> Tensor:
-    return (g if rows is None else g.index_select(1, rows)).t().mm(x).to(_sum_type(g))
-
-
-def _setup_channel_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward_channel_grad(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
-    g, x, rows = ctx.saved_tensors
-    outer = outer.to(g.dtype)
-    dg = dx = None
-    if ctx.needs_input_grad[0]:
-        dg = x.mm(outer.t())
-        dg = dg if rows is None else torch.zeros_like(g).index_add(1, rows, dg)
-    if ctx.needs_input_grad[1]:
-        dx = (g if rows is None else g.index_select(1, rows)).mm(outer)
-    return dg, dx, None
-
-
-for _name, _function, _fake in (
-    ("gpu_linear", _gpu_linear, _gpu_linear_fake),
-    ("channel_grad", _channel_grad, _channel_grad_fake),
-):
-    LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"sparsify::{_name}", _fake, lib=LIBRARY)
-LIBRARY.in_aten("channel_grad", _channel_grad_in_aten)
+LIBRARY.impl("gpu_linear", _gpu_linear, "CompositeExplicitAutograd")
+torch.library.register_fake("sparsify::gpu_linear", _gpu_linear_fake, lib=LIBRARY)
 torch.library.register_autograd("sparsify::gpu_linear", _backward, setup_context=_setup_context, lib=LIBRARY)
-torch.library.register_autograd(
-    "sparsify::channel_grad", _backward_channel_grad, setup_context=_setup_channel_grad, lib=LIBRARY
-)

@@ -1,0 +1,50 @@
+"""A tensor with its pruned entries at zero.
+
+    apply_mask(t, bits)     t∘M
+
+Its gradient is the operator itself, so a masked weight stays masked in every derivative.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify.ops.bits import check_bits, unpack_bits, unpack_by_shifts
+from sparsify.ops.checks import require_together
+from sparsify.ops.library import LIBRARY
+
+LIBRARY.define("apply_mask(Tensor t, Tensor bits) -> Tensor")
+
+
+def _apply_mask(t: Tensor, bits: Tensor) -> Tensor:
+    check_bits("apply_mask", bits, t.numel())
+    require_together("apply_mask", t, bits)
+    return t.masked_fill(~unpack_bits(bits, t.shape), 0).contiguous()
+
+
+def _apply_mask_fake(t: Tensor, bits: Tensor) -> Tensor:
+    check_bits("apply_mask", bits, t.numel())
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+def _keep_bits(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _apply_mask_backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+    (bits,) = ctx.saved_tensors
+    return torch.ops.sparsify.apply_mask(g, bits), None
+
+
+def apply_mask_in_aten(t: Tensor, bits: Tensor) -> Tensor:
+    check_bits("apply_mask", bits, t.numel())
+    return t.masked_fill(~unpack_by_shifts(bits)[: t.numel()].view(t.shape), 0)
+
+
+LIBRARY.impl("apply_mask", _apply_mask, "CompositeExplicitAutograd")
+LIBRARY.in_aten("apply_mask", apply_mask_in_aten)
+torch.library.register_fake("sparsify::apply_mask", _apply_mask_fake, lib=LIBRARY)
+torch.library.register_autograd("sparsify::apply_mask", _apply_mask_backward, setup_context=_keep_bits, lib=LIBRARY)
