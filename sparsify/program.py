@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import fx, nn
@@ -23,6 +23,9 @@ from sparsify.errors import Refusal, SparsifyError
 from sparsify.names import LONGEST, identifier, is_safe
 from sparsify.permutation import Permutation
 from sparsify.structure import Declined, Structure
+
+if TYPE_CHECKING:
+    from sparsify.lowering.kernel_texts import KernelText
 
 
 class Stage(enum.IntEnum):
@@ -387,6 +390,19 @@ class Program:
         from sparsify.printer import print_program
 
         return print_program(self)
+
+    def text(self, *, kernels: bool = False, noise: bool = False, ids: int = 8) -> str:
+        """The program as text, as `print` shows it. kernels: with the source of every generated kernel behind it, each once; noise,
+        ids: see `sparsify.printer.print_program`."""
+        from sparsify.printer import print_program
+
+        return print_program(self, noise=noise, ids=ids, kernels=kernels)
+
+    def kernels(self, tokens: int | None = None) -> tuple[KernelText, ...]:
+        """The generated kernels of a lowered program: name, source, and the nodes that run it. tokens: per call; None: the example's."""
+        from sparsify.lowering.kernel_texts import kernel_texts
+
+        return kernel_texts(self, tokens)
 
     def svg(self, path: str | None = None) -> str:
         """Draw structures, permuted sites and trainable slices; returns the SVG text, and writes it to `path`."""
