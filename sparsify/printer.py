@@ -10,6 +10,8 @@
     graph(%input_ids: i64[2, 7]):
       # model.layers.0.mlp.down_proj
     » %down: f32[2, 7, 64] = sparsify.partial_linear(%mul_4, @model.layers.0.mlp.down_proj.weight, None, …)
+    kernels: 1 generated; program.text(kernels=True) prints their source          (of a program lowered for "cpu" or "cuda")
+      bitmask_f32_avx2: 400 lines, for %packed_linear (stream)
 
 Made to be read by people and matched by tests (`torch.testing.FileCheck`): the order is fixed, values are named as in
 the graph, tensors by their qualified names, and nothing depends on memory addresses or on the run.
@@ -26,7 +28,7 @@ from torch import fx
 
 from sparsify.console import one_line
 from sparsify.names import printable as without_controls
-from sparsify.program import Packed, Program
+from sparsify.program import Packed, Program, Stage
 from sparsify.repeats import OWN, Block, Line, Run, find_runs, fold_lines, numbers_text, replace_layer, split_blocks
 from sparsify.sharded import class_name
 from sparsify.structure import Site, Structure
@@ -57,12 +59,15 @@ _DTYPES = {
 }
 
 
-def print_program(program: Program, *, fold: bool = True, noise: bool = False, ids: int = 8) -> str:
+def print_program(
+    program: Program, *, fold: bool = True, noise: bool = False, ids: int = 8, kernels: bool = False
+) -> str:
     """The program as text; works at every stage.
 
     fold: layers that are equal stand there once, with "× 30" and what differs between them (`sparsify.repeats`); False prints all.
     noise: also print operations that compute nothing (`NOISE`) and storage keywords. Their number is always printed.
     ids: at most this many unit or channel ids of a selection are spelled out.
+    kernels: print the source of every generated kernel too, each once; they are named in any case.
     """
     lines = [f"program {one_line(class_name(program.host))}, stage {program.stage.name}"]
     lines += _section("history:", program.history)
@@ -82,6 +87,7 @@ def print_program(program: Program, *, fold: bool = True, noise: bool = False, i
         lines += _section(title, body, fold)
     lines += _section(f"quantised: {len(program.packings)}", map(packed_text, program.packings), fold)
     lines += GraphText(program, noise, fold).lines()
+    lines += _kernels(program, kernels)
     return "\n".join(without_controls(line) for line in lines)
 
 
@@ -323,6 +329,24 @@ class GraphText:
         """What two operations must also share to be the same."""
         before, _, after = self.note(node)
         return f"{op_name(node)} {tensor_text(node.meta.get('val'))} {before}{after} {node.meta.get('kernel', '')}"
+
+
+def _kernels(program: Program, sources: bool) -> list[str]:
+    """One line per generated kernel of a lowered program, or its source."""
+    found = program.kernels() if program.stage is Stage.LOWERED else ()
+    hint = "" if sources or not found else "; program.text(kernels=True) prints their source"
+    lines = _section(
+        f"kernels: {len(found)} generated{hint}", (f"{k.name}: {k.lines} lines, {_runs(k.nodes)}" for k in found)
+    )
+    for kernel in found if sources else ():
+        lines += ["", f"kernel {one_line(kernel.name)}, {_runs(kernel.nodes)}:", *kernel.source.splitlines()]
+    return lines
+
+
+def _runs(nodes: Sequence[str]) -> str:
+    """`for %q (gemv), %k (gemv), … 30 more`."""
+    shown = ", ".join(f"%{name}" for name in nodes[:6])
+    return one_line(f"for {shown}" + (f", … {len(nodes) - 6} more" if len(nodes) > 6 else ""))
 
 
 def op_name(node: fx.Node) -> str:

@@ -28,6 +28,7 @@ from sparsify.structure import Declined, Structure
 if TYPE_CHECKING:
     import networkx as nx
 
+    from sparsify.lowering.kernel_texts import KernelText
     from sparsify.methods.channels import TrainedSlice
     from sparsify.methods.part import TrainedPart
     from sparsify.methods.sparse_lowrank import SparseLowRank
@@ -327,15 +328,21 @@ class Program:
     def __str__(self) -> str:
         return self.text()
 
-    def text(self, *, fold: bool = True, noise: bool = False, ids: int = 8) -> str:
-        """The program as text (`sparsify.printer`).
+    def text(self, *, fold: bool = True, kernels: bool = False, noise: bool = False, ids: int = 8) -> str:
+        """The program as text, as `print` shows it (`sparsify.printer.print_program`).
 
         fold: equal layers once, with "× 30" and what differs between them; False prints every layer.
-        noise: also operations that compute nothing. ids: at most so many ids of a selection are spelled out.
+        kernels: with the source of every generated kernel of a lowered program behind it, each once.
         """
         from sparsify.printer import print_program
 
-        return print_program(self, fold=fold, noise=noise, ids=ids)
+        return print_program(self, fold=fold, noise=noise, ids=ids, kernels=kernels)
+
+    def kernels(self, tokens: int | None = None) -> tuple[KernelText, ...]:
+        """The generated kernels of a lowered program: name, source, and the nodes that run it. tokens: per call; None: the example's."""
+        from sparsify.lowering.kernel_texts import kernel_texts
+
+        return kernel_texts(self, tokens)
 
     def svg(self, path: str | None = None, *, fold: bool = True) -> str:
         """Draw structures, permuted sites and trainable slices; returns the SVG text, and writes it to `path`.

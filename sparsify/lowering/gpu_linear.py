@@ -23,6 +23,7 @@ from sparsify.kernels.gpu.formats import (
     pack_two_four,
     quantize_int8,
 )
+from sparsify.kernels.gpu.spec import TARGETS
 from sparsify.lowering.kernel_module import GeneratedKernel, KernelModule
 
 NAMES = {
@@ -107,7 +108,7 @@ class GpuSparseLinear(KernelModule):
     def generated(self, tokens: int, dtype: torch.dtype) -> Iterator[GeneratedKernel]:
         packed = self.packed
         fits = packed.value == "int8" or self.format != "blocks" or dtype == packed.values.dtype
-        if tokens and dtype in KERNEL_DTYPES and fits:
+        if tokens and dtype in KERNEL_DTYPES and fits and launch.target_of(packed.values.device) in TARGETS:
             x = packed.values.new_empty((tokens, 0), dtype=dtype)
             spec = launch.product_spec(packed, x, self.bias is not None, self.activation)
             source = generate(spec)

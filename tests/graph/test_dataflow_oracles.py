@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import sparsify
-from sparsify.lowering.fuse_linears import find_gated_products, users_of
+from sparsify.lowering.fuse_linears import GatedProduct, find_joins, users_of
 from sparsify.passes.select_linears import VIEWS, first_linears, input_root
 from sparsify.program import Program
 
@@ -19,6 +19,10 @@ from sparsify.program import Program
 def program_of(name: str) -> Program:
     model = tiny.build(name)
     return sparsify.analyse(model, tiny.inputs_of(model, name))
+
+
+def gated_products(program: Program) -> list[GatedProduct]:
+    return [join for join in find_joins(program)[0] if isinstance(join, GatedProduct)]
 
 
 def post_dominators(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
@@ -43,7 +47,7 @@ def test_a_gated_product_is_where_gate_and_up_meet(name: str) -> None:
     program = program_of(name)
     parents = post_dominators(program.graph)
     linears = {n.removesuffix(".weight"): linear.node for n, linear in first_linears(program).items()}
-    found = find_gated_products(program)
+    found = gated_products(program)
     assert len(found) == sum(s.kind == "ffn" for s in program.structures)
     for gated in found:
         ups = set(chain(parents, linears[gated.up]))
@@ -67,7 +71,7 @@ def test_a_gate_that_is_read_elsewhere_is_not_fused() -> None:
     gate = next(linear.node for name, linear in first_linears(program).items() if "gate" in name)
     product = next(n for n in program.graph.nodes if n.target is torch.ops.aten.mul.Tensor)
     assert product not in chain(post_dominators(program.graph), gate)
-    assert not find_gated_products(program)
+    assert not gated_products(program)
 
 
 @pytest.mark.parametrize("name", ["Llama", "GPT-2", "BERT (classifier)", "ViT"])
