@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING
 
-from sparsify.console import printable
+from sparsify.console import one_line, printable
 from sparsify.structure import Declined, Site, Structure
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ STRUCTURE, TENSOR = "structure", "tensor"
 
 @printable
 @dataclass(frozen=True)
-class Conflict:
+class SharedChannels:
     """Two structures that lie on the same channels of one axis of one tensor, so that the one cannot move without the other.
 
     channels: how many channels of the axis belong to both.
@@ -40,7 +40,9 @@ class Conflict:
     channels: int
 
     def __str__(self) -> str:
-        return f"{self.param}, axis {self.axis}: {self.first} and {self.second} share {self.channels} channels"
+        return one_line(
+            f"{self.param}, axis {self.axis}: {self.first} and {self.second} share {self.channels} channels"
+        )
 
 
 def coupling_graph(program: Program, *, declined: bool = False) -> nx.Graph:
@@ -53,7 +55,7 @@ def coupling_graph(program: Program, *, declined: bool = False) -> nx.Graph:
     ("structure", name)   bipartite=0, kind, units, structure (the `Structure` or `Declined`), reason (why it was declined; "" else)
     ("tensor", name)      bipartite=1, shape and dtype (None where the graph does not know it), names (all qualified names of the
                           tensor; more than one: tied), tied, readers (operations of the graph that read it; more than one: shared),
-                          conflicts (tuple of `Conflict`)
+                          conflicts (tuple of `SharedChannels`)
 
     An edge has sites (tuple of `Site`, offset order: a packed weight has several), inner (under grouped-query attention, sites of the
     query heads inside their KV group), roles (tuple of str) and axes (tuple of int). `graph.graph["conflicts"]` lists all conflicts.
@@ -115,7 +117,7 @@ def coupling_graph(program: Program, *, declined: bool = False) -> nx.Graph:
     return graph
 
 
-def find_conflicts(structures: tuple[Structure, ...]) -> tuple[Conflict, ...]:
+def find_conflicts(structures: tuple[Structure, ...]) -> tuple[SharedChannels, ...]:
     """Pairs of structures that claim the same channels of a tensor; side by side on one axis (packed weights) is no conflict."""
     claims: dict[tuple[str, int], dict[str, set[int]]] = {}
     for structure in structures:
@@ -126,7 +128,7 @@ def find_conflicts(structures: tuple[Structure, ...]) -> tuple[Conflict, ...]:
     for (param, axis), owners in claims.items():
         for (first, left), (second, right) in combinations(owners.items(), 2):
             if left & right:
-                found.append(Conflict(param, axis, first, second, len(left & right)))
+                found.append(SharedChannels(param, axis, first, second, len(left & right)))
     return tuple(found)
 
 

@@ -119,7 +119,7 @@ def run_passes(program: Program, passes: Sequence[Pass], context: Context) -> Pr
 
 
 def weaker(declared: Preserves, found: Preserves | None) -> Preserves:
-    return declared if found is None or WEAKEST_LAST.index(found) < WEAKEST_LAST.index(declared) else found
+    return declared if found is None else WEAKEST_LAST[max(map(WEAKEST_LAST.index, (declared, found)))]
 
 
 def check_preserved(start: Any, last: Any, program: Program, preserves: Preserves) -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import sparsify
 from sparsify.capture import capture
-from sparsify.coupling import Conflict, find_conflicts
+from sparsify.coupling import SharedChannels, find_conflicts
 from sparsify.structure import Declined, Site, Structure
 
 
@@ -132,7 +132,7 @@ def test_two_structures_on_the_same_channels_are_a_conflict() -> None:
     clash = made("clash", Site(weight, 0, 2, offset=6, role="up"))
     assert find_conflicts((first, near, other_axis)) == ()
     graph = program.evolve("by hand", structures=(first, near, other_axis, clash)).coupling()
-    expected = (Conflict(weight, 0, "first", "clash", 2), Conflict(weight, 0, "beside", "clash", 6))
+    expected = (SharedChannels(weight, 0, "first", "clash", 2), SharedChannels(weight, 0, "beside", "clash", 6))
     assert graph.graph["conflicts"] == graph.nodes[tensor(weight)]["conflicts"] == expected
     assert str(expected[0]) == f"{weight}, axis 0: first and clash share 2 channels"
 
