@@ -12,6 +12,7 @@ shows a model. `nn.TransformerEncoderLayer` has such a branch too, which `sparsi
 from __future__ import annotations
 
 import functools
+import itertools
 import types
 
 from torch import nn
@@ -87,13 +88,17 @@ def reads(code: types.CodeType, child: str, leaf: str) -> bool:
         after = steps[number + 1] if number + 1 < len(steps) else None
         if after is not None and after.opname in ("LOAD_ATTR", "LOAD_METHOD") and after.argval in LOOKS:
             continue
-        if [str(i.argval) for i in steps[number + 1 : number + 3]][-1:] == [
-            "Tensor"
-        ]:  # isinstance(self.up.weight, torch.Tensor)
+        if is_type(steps[number + 1 : number + 3]):  # isinstance(self.up.weight, torch.Tensor)
             continue
         if belongs(steps[:number], child):
             return True
     return False
+
+
+def is_type(after: list) -> bool:
+    """Whether what is loaded next is the type of tensors: `Tensor`, `torch.Tensor`, `nn.Parameter`."""
+    loads = itertools.takewhile(lambda i: i.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_ATTR"), after)
+    return any(i.argval in ("Tensor", "Parameter") for i in loads)
 
 
 def belongs(before: list, child: str) -> bool:

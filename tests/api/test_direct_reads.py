@@ -125,6 +125,8 @@ class OnlyLooks(Reads):
     def at_once(self, x: Tensor) -> Tensor:
         if isinstance(self.up.weight, torch.Tensor) and x.dtype != self.up.weight.dtype:
             x = x.to(self.up.weight.dtype)
+        if not isinstance(self.up.weight, Tensor) or not isinstance(self.up.weight, nn.Parameter):
+            raise TypeError("packed")
         return x.reshape(-1, self.up.weight.shape[1]).to(self.up.weight.device).view_as(x)
 
     def reset_parameters(self) -> None:

@@ -137,7 +137,7 @@ def test_settings_out_of_range_are_refused():
         ({"density": {"*": -0.1}}, "out of range"),
         ({"rank": 0, "density": 0.0}, "leave nothing to train"),
         ({"dropout": 1.0}, "0 ≤ dropout < 1"),
-        ({"mask": "fisher"}, "expected one of 'gradient'"),
+        ({"mask": "hessian"}, "expected one of 'gradient'"),
     ):
         with pytest.raises(PlanError, match=words):
             RoSA(**fields)
