@@ -184,10 +184,14 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     return dx, dw, db, da, d_b, dm, None, None
 
 
-LIBRARY.impl("linear", _forward, "CompositeExplicitAutograd")
-LIBRARY.in_aten("linear", _in_aten)
-torch.library.register_fake("dora::linear", _fake, lib=LIBRARY)
-torch.library.register_autograd("dora::linear", _backward, setup_context=_setup, lib=LIBRARY)
+LIBRARY.implement(
+    "linear",
+    kernel=_forward,
+    fake=_fake,
+    aten=_in_aten,
+    backward=_backward,
+    setup=_setup,
+)
 LIBRARY.autocast("linear")
 OPERATOR = torch.ops.dora.linear.default
 

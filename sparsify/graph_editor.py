@@ -66,6 +66,13 @@ class GraphEditor:
         self.sources[target] = self._last = node
         return node
 
+    def buffer_input(self, target: str, value: torch.Tensor) -> fx.Node:
+        """The input for `target`, which is a buffer that holds `value` from now on, whatever it was."""
+        node = self.tensor_input(target, value)
+        node.meta["val"] = fake_like(self.program, value)
+        self.table = [replace(i, kind="buffer") if i.name == node.name else i for i in self.table]
+        return node
+
     def beside(self, param: str, leaf: str) -> fx.Node | None:
         """The input for a tensor of the program that lies beside a weight, by leaf; None where it has no such tensor."""
         owner = param.rpartition(".")[0]
@@ -112,13 +119,18 @@ class GraphEditor:
         old = self.copied(node)
         new = self.call(op, old, **given)
         new.meta = dict(old.meta)
-        old.replace_all_uses_with(new)
-        self._replaced[old] = new
+        self.redirect(old, new)
         sources = old.all_input_nodes
         self.graph.erase_node(old)
         for source in sources:
             self.erase_unread(source)
         return new
+
+    def redirect(self, node: fx.Node, to: fx.Node) -> None:
+        """Let what reads `node`, and what is added later and would, read `to`; the node itself stays, perhaps unread."""
+        old, new = self.copied(node), self.copied(to)
+        old.replace_all_uses_with(new)
+        self._replaced[old] = new
 
     def change(self, node: fx.Node, /, **given: Any) -> None:
         """Other values for some arguments of a node."""

@@ -99,7 +99,8 @@ class GpuSparseLinear(KernelModule):
     def arguments(self, tensor: Callable[[str], Any]) -> dict[str, Any]:
         bias = None if self.bias is None else tensor("bias")
         sizes = {"format": self.format, "rows": self.rows, "cols": self.cols, "gated": self.gated}
-        return {"bias": bias, **sizes, "activation": self.activation, "packed": [tensor(name) for name in self.names]}
+        epilogue = {"residual": None, "activation": self.activation}
+        return {"bias": bias, **sizes, **epilogue, "packed": [tensor(name) for name in self.names]}
 
     def check_numbers(self) -> None:
         packed = self.packed

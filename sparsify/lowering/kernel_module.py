@@ -35,7 +35,7 @@ class KernelModule(OriginalState):
         raise NotImplementedError
 
     def arguments(self, tensor: Callable[[str], Any]) -> dict[str, Any]:
-        """The operator's arguments by the names of its schema, without `x` and `residual`. tensor: what stands in the node for the
+        """The operator's arguments by the names of its schema, without `x`. tensor: what stands in the node for the
         tensor of this module that is called so (`masks` → its placeholder)."""
         raise NotImplementedError
 

@@ -11,17 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import fx, nn
 
+from sparsify.graph_editor import GraphEditor
 from sparsify.lowering.fuse_linears import CHECKS, FusedActivation, GatedProduct, module_of
 from sparsify.lowering.kernel_module import KernelModule
-from sparsify.lowering.operator_nodes import positional
 from sparsify.lowering.target import Fusion
-from sparsify.names import placeholder
-from sparsify.passes.insert_partial import copied_inputs, fake_like
 from sparsify.program import Input, Program
 
 
@@ -30,58 +27,38 @@ def rewrite(
 ) -> Program:
     """The program with a node for every `KernelModule` of `modules` (qualified name → module) that its graph reaches, and with that
     module's tensors. texts: module name → what is printed beside its node."""
-    graph = fx.Graph()
-    mapping: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(program.graph, mapping))
-    call = Calls(program, graph, copied_inputs(program, mapping))
+    editor = GraphEditor(program)
+    tensors: dict[str, torch.Tensor] = {}
+
+    def put(node: fx.Node, name: str, module: KernelModule, x: fx.Node, text: str) -> None:
+        """The call that `module` is, in the place of `node`; `text` is printed beside it."""
+
+        def tensor(leaf: str) -> fx.Node:
+            tensors[f"{name}.{leaf}"] = held = getattr(module, leaf)
+            return editor.buffer_input(f"{name}.{leaf}", held)
+
+        old = editor.copied(node)
+        new = editor.call(module.operator, old, x=x, **module.arguments(tensor))
+        new.meta = {**old.meta, "kernel": text}
+        editor.redirect(old, new)
+
     for fusion in fusions:
         if isinstance(fusion.found, FusedActivation):
-            mapping[fusion.found.result].replace_all_uses_with(mapping[fusion.found.source])
-    inputs_of: dict[str, Any] = {}
+            editor.redirect(fusion.found.result, fusion.found.source)
+    inputs_of: dict[str, fx.Node] = {}
     for linear in list(program.linears()):
-        name, node = module_of(linear.weight), mapping[linear.node]
-        inputs_of[name] = node.args[1] if node.target is torch.ops.aten.addmm.default else node.args[0]
-        module = modules.get(name)
+        name = module_of(linear.weight)
+        inputs_of[name], module = linear.x, modules.get(name)
         if isinstance(module, KernelModule):
-            call.replace(node, name, module, inputs_of[name], texts.get(name, ""))
+            put(linear.node, name, module, linear.x, texts.get(name, ""))
     for fusion in fusions:
         module = modules[fusion.module]
         if isinstance(fusion.found, GatedProduct) and isinstance(module, KernelModule):
-            product, x = mapping[fusion.found.product], inputs_of[fusion.found.gate]
-            call.replace(product, fusion.module, module, x, str(fusion).partition(": ")[2])
-    erase_dead(graph, call.inputs)
-    rewritten = fx.GraphModule(program.graph_module, graph)
-    rewritten.meta = dict(program.graph_module.meta)
-    tensors = {**program.tensors, **call.tensors}
-    return replace(program, graph_module=rewritten, inputs=tuple(call.inputs), tensors=tensors)
-
-
-class Calls:
-    """Nodes of modules in a graph. inputs: the graph's table of inputs, which grows; tensors: what its new entries hold."""
-
-    def __init__(self, program: Program, graph: fx.Graph, inputs: list[Input]) -> None:
-        self.program, self.graph, self.inputs = program, graph, inputs
-        self.tensors: dict[str, torch.Tensor] = {}
-        self.places: dict[str, fx.Node] = {}
-        self.last = [n for n in graph.nodes if n.op == "placeholder"][-1]
-
-    def placeholder(self, name: str, tensor: torch.Tensor) -> fx.Node:
-        """The input that stands for the tensor of this qualified name, made when it is first asked for."""
-        if name not in self.places:
-            with self.graph.inserting_after(self.last):
-                self.last = placeholder(self.graph, f"b_{name}")
-            self.last.meta["val"] = fake_like(self.program, tensor)
-            self.inputs.append(Input(self.last.name, "buffer", name))
-            self.tensors[name], self.places[name] = tensor, self.last
-        return self.places[name]
-
-    def replace(self, node: fx.Node, name: str, module: KernelModule, x: Any, text: str) -> None:
-        """Put the call that `module` is in the place of `node`; `text` is printed beside it."""
-        named = module.arguments(lambda leaf: self.placeholder(f"{name}.{leaf}", getattr(module, leaf)))
-        with self.graph.inserting_before(node):
-            new = self.graph.call_function(module.operator, positional(module.operator, {"x": x, **named}))
-        new.meta = {**node.meta, "kernel": text}
-        node.replace_all_uses_with(new)
+            x, text = inputs_of[fusion.found.gate], str(fusion).partition(": ")[2]
+            put(fusion.found.product, fusion.module, module, x, text)
+    erase_dead(editor.graph, editor.table)
+    graph_module, inputs = editor.finish()
+    return replace(program, graph_module=graph_module, inputs=inputs, tensors={**program.tensors, **tensors})
 
 
 def erase_dead(graph: fx.Graph, inputs: list[Input]) -> None:

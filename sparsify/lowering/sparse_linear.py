@@ -147,7 +147,8 @@ class SparseLinear(KernelModule):
     def arguments(self, tensor: Callable[[str], Any]) -> dict[str, Any]:
         held = {name: None if getattr(self, name) is None else tensor(name) for name in (*PACKED, "row_sums", "bias")}
         sizes = {"rows": self.packed.rows, "cols": self.packed.cols, "group": self.packed.group}
-        return {**held, **sizes, "activation": self.activation, "gated": self.gated, "int8": self.int8}
+        epilogue = {"residual": None, "activation": self.activation, "gated": self.gated}
+        return {**held, **sizes, **epilogue, "int8": self.int8}
 
     def check_numbers(self) -> None:
         if not self.as_prepared():

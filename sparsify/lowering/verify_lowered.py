@@ -21,9 +21,9 @@ from torch.utils import _pytree as pytree
 from sparsify.errors import VerifyError
 from sparsify.kernels.cpu.formats import FormatError
 from sparsify.lowering.kernel_module import KernelModule
-from sparsify.lowering.operator_nodes import arguments_of
 from sparsify.lowering.original_state import OriginalState
 from sparsify.lowering.rows_of_gated import Gated
+from sparsify.ops.schema import checked_arguments
 from sparsify.program import Program
 
 PACKED_OPERATORS = ("sparsify::packed_linear", "sparsify::prepacked_linear", "sparsify::gpu_linear")
@@ -36,7 +36,7 @@ def verify_lowered(program: Program) -> None:
     for node in program.graph.nodes:
         if node.op != "call_function" or not isinstance(node.target, OpOverload) or node.target.namespace != "sparsify":
             continue
-        given = arguments_of(node)
+        given = checked_arguments(node)
         if node.target._schema.name in PACKED_OPERATORS:
             owner, module = owner_of(program, node, given)
             verify_statement(program, node, given, owner, module)

@@ -27,7 +27,6 @@ from sparsify.ops.added_parts import write_values
 from sparsify.ops.schema import argument
 from sparsify.permutation import invert_index
 from sparsify.program import LinearNode, Program
-from sparsify.repeats import Line
 from sparsify.selection import generator, index_dtype
 
 ops = torch.ops.sparsify
@@ -225,9 +224,7 @@ class SparseLowRank(TrainedPart):
     def section(
         cls, parts: Sequence[Any], program: Program, ids: Callable[[Sequence[int]], str]
     ) -> tuple[str, list[str]]:
-        return f"sparse and low-rank: {len(parts)}", [
-            Line.about(part.param, f"@{part.param} {part.text()}") for part in parts
-        ]
+        return f"sparse and low-rank: {len(parts)}", super().section(parts, program, ids)[1]
 
     @classmethod
     def counted(cls, count: int) -> str:

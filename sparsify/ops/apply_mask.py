@@ -44,7 +44,11 @@ def apply_mask_in_aten(t: Tensor, bits: Tensor) -> Tensor:
     return t.masked_fill(~unpack_by_shifts(bits)[: t.numel()].view(t.shape), 0)
 
 
-LIBRARY.impl("apply_mask", _apply_mask, "CompositeExplicitAutograd")
-LIBRARY.in_aten("apply_mask", apply_mask_in_aten)
-torch.library.register_fake("sparsify::apply_mask", _apply_mask_fake, lib=LIBRARY)
-torch.library.register_autograd("sparsify::apply_mask", _apply_mask_backward, setup_context=_keep_bits, lib=LIBRARY)
+LIBRARY.implement(
+    "apply_mask",
+    kernel=_apply_mask,
+    fake=_apply_mask_fake,
+    aten=apply_mask_in_aten,
+    backward=_apply_mask_backward,
+    setup=_keep_bits,
+)

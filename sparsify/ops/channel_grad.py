@@ -66,9 +66,11 @@ def _backward_channel_grad(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]
     return dg, dx, None
 
 
-LIBRARY.impl("channel_grad", _channel_grad, "CompositeExplicitAutograd")
-LIBRARY.in_aten("channel_grad", _channel_grad_in_aten)
-torch.library.register_fake("sparsify::channel_grad", _channel_grad_fake, lib=LIBRARY)
-torch.library.register_autograd(
-    "sparsify::channel_grad", _backward_channel_grad, setup_context=_setup_channel_grad, lib=LIBRARY
+LIBRARY.implement(
+    "channel_grad",
+    kernel=_channel_grad,
+    fake=_channel_grad_fake,
+    aten=_channel_grad_in_aten,
+    backward=_backward_channel_grad,
+    setup=_setup_channel_grad,
 )

@@ -70,7 +70,7 @@ OUTSIDE: dict[Any, Callable[..., Any]] = {}
 
 
 class OperatorLibrary(torch.library.Library):
-    """A fragment of a namespace; `define`, `impl`, `register_fake` and `register_autograd` as for any library.
+    """A fragment of a namespace; `define`, then `implement` for operators of training, or `impl` and the like as for any library.
 
     namespace: of the operators; a method from outside has one of its own.
     """
@@ -79,6 +79,22 @@ class OperatorLibrary(torch.library.Library):
         super().__init__(namespace, "FRAGMENT")
         self._forms: dict[str, Callable[..., Any]] = {}
         self._kernels: dict[str, Callable[..., Any]] = {}
+
+    def implement(
+        self,
+        name: str,
+        *,
+        kernel: Callable[..., Any],
+        fake: Callable[..., Any],
+        aten: Callable[..., Any],
+        backward: Callable[..., Any],
+        setup: Callable[..., Any],
+    ) -> None:
+        """All that a training operator is, once it is defined: what runs, on shapes alone, in differentiable ATen, and its formula."""
+        self.impl(name, kernel, "CompositeExplicitAutograd")
+        self.in_aten(name, aten)
+        torch.library.register_fake(f"{self.ns}::{name}", fake, lib=self)
+        torch.library.register_autograd(f"{self.ns}::{name}", backward, setup_context=setup, lib=self)
 
     def in_aten(self, name: str, form: Callable[..., Any]) -> None:
         """Say what an operator means in differentiable ATen; it must not write to its arguments."""

@@ -62,9 +62,11 @@ def _masked_grad_backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, Tenso
     return x.mm(kept.t()) if need[0] else None, g.mm(kept) if need[1] else None, None
 
 
-LIBRARY.impl("masked_grad", _masked_grad, "CompositeExplicitAutograd")
-LIBRARY.in_aten("masked_grad", _masked_grad_in_aten)
-torch.library.register_fake("sparsify::masked_grad", _masked_grad_fake, lib=LIBRARY)
-torch.library.register_autograd(
-    "sparsify::masked_grad", _masked_grad_backward, setup_context=_save_factors, lib=LIBRARY
+LIBRARY.implement(
+    "masked_grad",
+    kernel=_masked_grad,
+    fake=_masked_grad_fake,
+    aten=_masked_grad_in_aten,
+    backward=_masked_grad_backward,
+    setup=_save_factors,
 )

@@ -105,11 +105,13 @@ def _autocast(op: Any, device: str) -> Any:
     return rule
 
 
-LIBRARY.impl("masked_linear", _masked_linear, "CompositeExplicitAutograd")
-LIBRARY.in_aten("masked_linear", _masked_linear_in_aten)
-torch.library.register_fake("sparsify::masked_linear", _masked_linear_fake, lib=LIBRARY)
-torch.library.register_autograd(
-    "sparsify::masked_linear", _masked_linear_backward, setup_context=_save_linear, lib=LIBRARY
+LIBRARY.implement(
+    "masked_linear",
+    kernel=_masked_linear,
+    fake=_masked_linear_fake,
+    aten=_masked_linear_in_aten,
+    backward=_masked_linear_backward,
+    setup=_save_linear,
 )
 for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
     LIBRARY.impl("masked_linear", _autocast(torch.ops.sparsify.masked_linear.default, _device), _key)

@@ -185,15 +185,6 @@ def _dx_in_aten(g: Tensor, weight: Tensor, block: Tensor, where: Any, axis: int)
     return g.matmul(_replaced(weight, block, where, axis).to(g.dtype))
 
 
-for _name in ("partial_linear", "partial_linear_at"):
-    LIBRARY.impl(_name, _forward_kernel(_name), "CompositeExplicitAutograd")
-    LIBRARY.impl(f"{_name}_dx", _dx_kernel(f"{_name}_dx"), "CompositeExplicitAutograd")
-    LIBRARY.in_aten(_name, _forward_in_aten)
-    LIBRARY.in_aten(f"{_name}_dx", _dx_in_aten)
-    torch.library.register_fake(f"sparsify::{_name}", _forward_fake(_name), lib=LIBRARY)
-    torch.library.register_fake(f"sparsify::{_name}_dx", _dx_fake(f"{_name}_dx"), lib=LIBRARY)
-
-
 def _columns(x: Tensor, where: int | Tensor, count: int) -> Tensor:
     """A copy of the channels of `x` that an axis-1 block multiplies."""
     if isinstance(where, Tensor):
@@ -288,9 +279,20 @@ def _backward_dx(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
 
 
 for _name in ("partial_linear", "partial_linear_at"):
-    torch.library.register_autograd(f"sparsify::{_name}", _backward, setup_context=_setup_context, lib=LIBRARY)
-    torch.library.register_autograd(f"sparsify::{_name}_dx", _backward_dx, setup_context=_setup_dx, lib=LIBRARY)
-
-
-for _name in ("partial_linear", "partial_linear_at"):
+    LIBRARY.implement(
+        _name,
+        kernel=_forward_kernel(_name),
+        fake=_forward_fake(_name),
+        aten=_forward_in_aten,
+        backward=_backward,
+        setup=_setup_context,
+    )
+    LIBRARY.implement(
+        f"{_name}_dx",
+        kernel=_dx_kernel(f"{_name}_dx"),
+        fake=_dx_fake(f"{_name}_dx"),
+        aten=_dx_in_aten,
+        backward=_backward_dx,
+        setup=_setup_dx,
+    )
     LIBRARY.autocast(_name)

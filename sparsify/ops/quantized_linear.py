@@ -273,15 +273,20 @@ def _backward_quantized_dx(ctx: Any, outer: Tensor) -> tuple[Any, ...]:
     return (*gradients, [None] * len(packed))
 
 
-for _name, _kernel, _fake, _aten, _backward, _setup in (
-    ("quantized_linear", _quantized, _quantized_fake, _quantized_in_aten, _backward_quantized, _setup_quantized),
-    (
-        "quantized_linear_dx", _quantized_dx, _quantized_dx_fake, _quantized_dx_in_aten,
-        _backward_quantized_dx, _setup_quantized_dx,
-    ),
-):  # fmt: skip
-    LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
-    LIBRARY.in_aten(_name, _aten)
-    torch.library.register_fake(f"sparsify::{_name}", _fake, lib=LIBRARY)
-    torch.library.register_autograd(f"sparsify::{_name}", _backward, setup_context=_setup, lib=LIBRARY)
+LIBRARY.implement(
+    "quantized_linear",
+    kernel=_quantized,
+    fake=_quantized_fake,
+    aten=_quantized_in_aten,
+    backward=_backward_quantized,
+    setup=_setup_quantized,
+)
+LIBRARY.implement(
+    "quantized_linear_dx",
+    kernel=_quantized_dx,
+    fake=_quantized_dx_fake,
+    aten=_quantized_dx_in_aten,
+    backward=_backward_quantized_dx,
+    setup=_setup_quantized_dx,
+)
 LIBRARY.autocast("quantized_linear")

@@ -145,9 +145,11 @@ def _backward_sampled(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
     return b.mm(dense.t()) if need[0] else None, a.mm(dense) if need[1] else None, None
 
 
-LIBRARY.impl("sampled_product", _sampled_product, "CompositeExplicitAutograd")
-LIBRARY.in_aten("sampled_product", _sampled_in_aten)
-torch.library.register_fake("sparsify::sampled_product", _sampled_fake, lib=LIBRARY)
-torch.library.register_autograd(
-    "sparsify::sampled_product", _backward_sampled, setup_context=_setup_sampled, lib=LIBRARY
+LIBRARY.implement(
+    "sampled_product",
+    kernel=_sampled_product,
+    fake=_sampled_fake,
+    aten=_sampled_in_aten,
+    backward=_backward_sampled,
+    setup=_setup_sampled,
 )

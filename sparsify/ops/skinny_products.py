@@ -92,7 +92,11 @@ def _backward_skinny(ctx: Any, of_low: Tensor | None, of_product: Tensor | None)
     return dx, d_rows, d_factor
 
 
-LIBRARY.impl("skinny_products", _skinny_products, "CompositeExplicitAutograd")
-LIBRARY.in_aten("skinny_products", _skinny_in_aten)
-torch.library.register_fake("sparsify::skinny_products", _skinny_products_fake, lib=LIBRARY)
-torch.library.register_autograd("sparsify::skinny_products", _backward_skinny, setup_context=_setup_skinny, lib=LIBRARY)
+LIBRARY.implement(
+    "skinny_products",
+    kernel=_skinny_products,
+    fake=_skinny_products_fake,
+    aten=_skinny_in_aten,
+    backward=_backward_skinny,
+    setup=_setup_skinny,
+)

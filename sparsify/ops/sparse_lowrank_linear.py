@@ -180,18 +180,20 @@ def _backward_sparse_lowrank_dx(ctx: Any, outer: Tensor) -> tuple[Tensor | None,
     return dg, d_weight, d_values, None, d_low, d_a, None, None
 
 
-for _name, _kernel, _fake, _aten, _backward, _setup in (
-    (
-        "sparse_lowrank_linear", _sparse_lowrank, _sparse_lowrank_fake, _sparse_lowrank_in_aten,
-        _backward_sparse_lowrank, _setup_sparse_lowrank,
-    ),
-    (
-        "sparse_lowrank_linear_dx", _sparse_lowrank_dx, _sparse_lowrank_dx_fake, _sparse_lowrank_dx_in_aten,
-        _backward_sparse_lowrank_dx, _setup_sparse_lowrank_dx,
-    ),
-):  # fmt: skip
-    LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
-    LIBRARY.in_aten(_name, _aten)
-    torch.library.register_fake(f"sparsify::{_name}", _fake, lib=LIBRARY)
-    torch.library.register_autograd(f"sparsify::{_name}", _backward, setup_context=_setup, lib=LIBRARY)
+LIBRARY.implement(
+    "sparse_lowrank_linear",
+    kernel=_sparse_lowrank,
+    fake=_sparse_lowrank_fake,
+    aten=_sparse_lowrank_in_aten,
+    backward=_backward_sparse_lowrank,
+    setup=_setup_sparse_lowrank,
+)
+LIBRARY.implement(
+    "sparse_lowrank_linear_dx",
+    kernel=_sparse_lowrank_dx,
+    fake=_sparse_lowrank_dx_fake,
+    aten=_sparse_lowrank_dx_in_aten,
+    backward=_backward_sparse_lowrank_dx,
+    setup=_setup_sparse_lowrank_dx,
+)
 LIBRARY.autocast("sparse_lowrank_linear")

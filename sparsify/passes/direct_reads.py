@@ -29,8 +29,8 @@ LOOKS = words(
 )
 #: settings whose usual value closes the branch that reads weights (Bloom's slices of its products, `slow_but_exact`)
 CLOSED = {"pretraining_tp": 1}
-#: between `self.up` and `.weight`: an index, and what Python does around a call
-BETWEEN = words("BINARY_SUBSCR BINARY_OP LOAD_CONST LOAD_FAST CACHE EXTENDED_ARG NOP LOAD_SMALL_INT")
+#: between `self.up` and `.weight`: an index
+BETWEEN = words("BINARY_SUBSCR BINARY_OP LOAD_CONST LOAD_SMALL_INT")
 
 
 def read_past(program: Program, param: str) -> str | None:
@@ -41,11 +41,11 @@ def read_past(program: Program, param: str) -> str | None:
         parts = owner.split(".") if owner else []
         for depth in range(len(parts)):
             above = program.host.get_submodule(".".join(parts[:depth]))
-            chain = tuple(p for p in parts[depth:] if not p.isdigit())
-            if not chain:
+            child = next((p for p in reversed(parts[depth:]) if not p.isdigit()), None)
+            if child is None:
                 continue
             closed = frozenset(n for n, value in CLOSED.items() if getattr(above, n, None) == value)
-            found = direct_read(type(above), chain[-1], leaf, closed)
+            found = direct_read(type(above), child, leaf, closed)
             if found is not None:
                 return f"'{found}' reads its weight past its own forward, where what trains beside it would be left out"
     return None
@@ -104,7 +104,7 @@ def is_type(after: list) -> bool:
 def belongs(before: list, child: str) -> bool:
     """Whether the object whose weight is loaded may be the child: by its name, or a variable, which may hold it."""
     for step in reversed(before):
-        if step.opname in BETWEEN and step.opname != "LOAD_FAST":
+        if step.opname in BETWEEN:
             continue
         if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
             return step.argval == child

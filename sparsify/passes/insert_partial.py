@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from sparsify.adapter import tensor_hash
-from sparsify.graph_editor import GraphEditor, copied_inputs, fake_like  # noqa: F401  (used by lowerings)
+from sparsify.graph_editor import GraphEditor
 from sparsify.methods.channels import slice_at, slices_of
 from sparsify.methods.part import TrainedPart, beside
 from sparsify.ops.bits import pack_bits

@@ -1,0 +1,81 @@
+"""The memory of traces that other tests run on: what is alike gets one trace, whatever a forward can read tells models apart."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from trace_cache import TraceCache, Unalike, key_of
+
+from sparsify import capture
+
+EXAMPLE = (torch.randn(3, 12),)
+
+
+def key(model: nn.Module, example: tuple[torch.Tensor, ...] = EXAMPLE, training: bool = False) -> object:
+    return key_of(model, example, {}, training)
+
+
+def changed(change: Callable[[nn.Module], object]) -> nn.Module:
+    model = tiny.Mlp().eval()
+    change(model)
+    return model
+
+
+def test_models_that_are_built_alike_share_a_trace_and_not_a_graph() -> None:
+    cache = TraceCache()
+    cache.trace = capture.trace if not isinstance(capture.trace, TraceCache) else capture.trace.trace
+    first, second = cache(tiny.Mlp().eval(), EXAMPLE, {}), cache(tiny.Mlp().eval(), (torch.ones(3, 12),), {})
+    assert (cache.hits, cache.misses) == (1, 1)
+    before = str(second.graph)
+    for node in list(first.graph.nodes)[::-1]:
+        if node.op == "call_function" and not node.users:
+            first.graph.erase_node(node)
+    first.graph_module.graph.output(())
+    assert str(second.graph) == before
+    assert str(cache(tiny.Mlp().eval(), EXAMPLE, {}).graph) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.double(),
+        lambda m: m.train(),
+        lambda m: setattr(m, "gain", 2.0),
+        lambda m: setattr(m.layers[1]["up"], "weight", m.layers[0]["up"].weight),
+        lambda m: m.layers[0]["up"].requires_grad_(False),
+        lambda m: m.register_buffer("more", torch.zeros(1)),
+        lambda m: m.layers.append(copy.deepcopy(m.layers[0])),
+        lambda m: setattr(m.layers[0]["up"], "bias", None),
+    ],
+)
+def test_what_a_forward_can_read_tells_models_apart(change: Callable[[nn.Module], object]) -> None:
+    assert key(tiny.Mlp().eval()) == key(tiny.Mlp().eval())
+    assert key(changed(change)) != key(tiny.Mlp().eval())
+
+
+def test_a_class_with_another_method_and_another_example_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = key(tiny.Mlp().eval())
+    assert key(tiny.Mlp().eval(), (torch.randn(4, 12),)) != plain
+    assert key(tiny.Mlp().eval(), (torch.randn(3, 12, dtype=torch.float64),)) != plain
+    assert key(tiny.Mlp().eval(), training=True) != plain
+    monkeypatch.setattr(tiny.Mlp, "forward", lambda self, x: x)
+    assert key(tiny.Mlp().eval()) != plain
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.register_forward_hook(lambda *_: None),
+        lambda m: setattr(m, "forward", lambda x: x),
+        lambda m: setattr(m, "table", torch.ones(2)),
+        lambda m: setattr(m, "helper", object()),
+    ],
+)
+def test_what_a_key_cannot_hold_is_traced_anew(change: Callable[[nn.Module], object]) -> None:
+    with pytest.raises(Unalike):
+        key(changed(change))
