@@ -24,3 +24,8 @@ def test_the_newest_record_covers_enough_and_holds_nothing_wrong() -> None:
     assert found["architectures"] >= 120
     assert found["wrong"] == found["errors"] == 0, found
     assert {"transformers", "torch", "timm", "torchvision", "x-transformers", "diffusers"} <= {r["from"] for r in rows}
+
+
+def test_the_readme_names_the_number_of_architectures_of_that_record() -> None:
+    rows = json.loads(coverage.newest_rules().read_text(encoding="utf-8"))["rows"]
+    assert f"Every rule on {len(rows)} architectures" in (ROOT / "README.md").read_text(encoding="utf-8")
