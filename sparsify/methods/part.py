@@ -3,7 +3,7 @@
     TrainedPart    frozen, in `Program.parts`: which weight, which tensors, which node; how it is checked, described and counted
     LivePart       beside one host module: its values as adapters see them (snapshot, reset, deltas, fill, mix), attach and detach
 
-The third side of a kind is the module class that carries it (`sparsify.modules.AdaptedMixin`): its forward, its leaves, its fold into
+The third side of a kind is the module class that carries it (`sparsify.modules.adapted.AdaptedMixin`): its forward, its leaves, its fold into
 the weight. One file holds all three: `channels` (S2FT, PaCA), `sparse_lowrank` (RoSA, LoRA), and those of methods from outside.
 """
 
@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsify.errors import VerifyError
-from sparsify.repeats import Line
+from sparsify.program.repeats import Line
 
 if TYPE_CHECKING:
-    from sparsify.adapter import Delta
-    from sparsify.graph_editor import GraphEditor
-    from sparsify.layout import Layout
-    from sparsify.modules import AdaptedMixin
+    from sparsify.adapters.adapter import Delta
+    from sparsify.modules.adapted import AdaptedMixin
+    from sparsify.modules.layout import Layout
     from sparsify.program import LinearNode, Program
+    from sparsify.program.graph_editor import GraphEditor
 
 Snapshot = dict[str, Tensor]
 

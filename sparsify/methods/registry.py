@@ -17,13 +17,13 @@ from dataclasses import dataclass, is_dataclass
 from importlib.metadata import entry_points
 from typing import Any
 
-from sparsify import delta_kinds
-from sparsify.adapter import KINDS
-from sparsify.delta_kinds import DeltaKind
+from sparsify.adapters import delta_kinds
+from sparsify.adapters.adapter import KINDS
+from sparsify.adapters.delta_kinds import DeltaKind
 from sparsify.errors import PlanError
 from sparsify.methods.part import OutsidePart
-from sparsify.modules import KINDS as MODULES
-from sparsify.modules import AdaptedMixin, carries
+from sparsify.modules.adapted import KINDS as MODULES
+from sparsify.modules.adapted import AdaptedMixin, carries
 from sparsify.plan import RULES, LinearRule, Rule, register_rule
 
 

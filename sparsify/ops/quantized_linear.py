@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify.formats.quantized import FORMATS, check_packed, unpack
+from sparsify.library import LIBRARY, recorded
 from sparsify.ops import dispatch
 from sparsify.ops.added_parts import (
     added_gradients,
@@ -32,11 +34,9 @@ from sparsify.ops.added_parts import (
     write_values,
 )
 from sparsify.ops.checks import require, require_floats, require_index, require_shape, require_together, require_within
-from sparsify.ops.library import LIBRARY, recorded
 from sparsify.ops.saved_input import input_link, restored_input, saved_input
 from sparsify.ops.shapes import Sizes, flat, logical_shape
 from sparsify.ops.skinny_products import reduced
-from sparsify.quantized import FORMATS, check_packed, unpack
 
 LIBRARY.define(
     "quantized_linear(Tensor x, str format, int rows, int columns, bool transposed, Tensor? bias, Tensor? block, "

@@ -17,8 +17,8 @@ from sparsify.errors import PlanError, Refusal, RefusedError
 from sparsify.passes.direct_reads import read_past
 from sparsify.plan import S2FT, Rule, nearest
 from sparsify.program import LinearNode, Program, through_transpose
-from sparsify.selection import selectable_units
-from sparsify.structure import Site, Structure
+from sparsify.program.selection import selectable_units
+from sparsify.program.structure import Site, Structure
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from typing import Any
 from torch import nn
 
 from sparsify.errors import PlanError, Refusal, RefusedError
-from sparsify.module_tree import copy_module_tree
+from sparsify.model.module_tree import copy_module_tree
 from sparsify.passes.assign_rules import unmatched_patterns
 from sparsify.passes.base import Context, PassResult
 from sparsify.plan import Plan
 from sparsify.program import Program
-from sparsify.rules_prune import Prune
+from sparsify.pruning.rule import Prune
 
 
 def assign_prune_rules(program: Program, plan: Plan, *, masked: bool = False) -> tuple[dict[str, Prune], list[Refusal]]:
@@ -63,7 +63,7 @@ def prune(program: Program, context: Context) -> PassResult:
         return PassResult(program, changed=False)
     check_memory(program, wanted)
     from sparsify.pruning.sequential import prune_model
-    from sparsify.sparse_checkpoint import model_hash
+    from sparsify.pruning.sparse_checkpoint import model_hash
 
     dense_hash = model_hash(program.host)  # before the dense values are gone
     host = shared_copy(program.host)

@@ -17,10 +17,10 @@ from torch.export import Dim, ExportedProgram
 import sparsify
 from sparsify import S2FT, CpuOptions, LoRA, PaCA, Plan, Prune, Quantize, RoSA, SparsifyError
 from sparsify.errors import CaptureError
-from sparsify.lowering.decompositions import unpacked
-from sparsify.lowering.exported import Editor, bytes_of, export_for_inference, lower_exported, package
-from sparsify.lowering.prepacked_linear import PrepackedLinear, alive
-from sparsify.quantized import pack, unpack
+from sparsify.formats.quantized import pack, unpack
+from sparsify.lowering.cpu.prepacked_linear import PrepackedLinear, alive
+from sparsify.lowering.deploy.decompositions import unpacked
+from sparsify.lowering.deploy.exported import Editor, bytes_of, export_for_inference, lower_exported, package
 
 ANY = {"input_ids": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}}
 ROSA = RoSA(rank=2, density=0.02, mask="random")

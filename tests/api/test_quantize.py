@@ -17,8 +17,8 @@ import sparsify
 import sparsify.ops.quantized_linear as ops
 from sparsify import S2FT, LoRA, PaCA, PlanError, Quantize, RoSA
 from sparsify.errors import AdapterError, SparsifyError
+from sparsify.formats.quantized import FORMATS, pack, unpack
 from sparsify.methods.packed import QuantizedMixin
-from sparsify.quantized import FORMATS, pack, unpack
 
 METHODS = {
     "s2ft": S2FT(fraction=0.1, producer_fraction=0.1),

@@ -1,0 +1,1 @@
+"""Formats of packed weights: pack, unpack, and those of other libraries."""
