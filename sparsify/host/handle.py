@@ -26,7 +26,7 @@ from sparsify.errors import AdapterError, SparsifyError
 from sparsify.files.atomic import check_target, reported
 from sparsify.files.kinds import refuse_two_adapters
 from sparsify.files.ranks import on_first_rank
-from sparsify.formats.quantized import pack, packs_again, unpack
+from sparsify.formats import format_named, pack, unpack
 from sparsify.host.anchors import Anchor, anchors_of
 from sparsify.host.install import save_again
 from sparsify.host.live_state import LoadHook, OnHost, RootHook, SaveHook, Unshare
@@ -744,7 +744,7 @@ class Handle:
         self.need_unmerged("merge")
         refuse_sharded(self.host, "merge")
         packed = [p for p in self.parts if self.is_packed(p)]
-        fixed = next((p for p in packed if not packs_again(self.module(p).format)), None)
+        fixed = next((p for p in packed if not format_named(self.module(p).format).packs_again), None)
         if fixed is not None:
             raise SparsifyError(
                 f"merge: {fixed} came packed as {self.module(fixed).format}, and sparsify cannot pack a changed weight so: save_adapter "

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from sparsify.adapters.adapter import tensor_hash
-from sparsify.formats.quantized import pack, packed_bytes, unpack
+from sparsify.formats import pack, packed_bytes, unpack
 from sparsify.methods.channels import slice_at, slices_of
 from sparsify.methods.part import TrainedPart, beside
 from sparsify.ops.bits import pack_bits

@@ -20,7 +20,7 @@ from sparsify.calibration.statistics import (
     need_batches,
     sum_over_ranks,
 )
-from sparsify.formats.quantized import pack, unpack
+from sparsify.formats import pack, unpack
 from sparsify.host.install import trained_in_full
 from sparsify.passes.assign_rules import WHOLE, Assignment, assign_rule, owner_name
 from sparsify.passes.base import Context, PassResult
