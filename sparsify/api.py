@@ -13,7 +13,7 @@ from torch import nn
 
 from sparsify.calibration.statistics import repeatable
 from sparsify.errors import AdapterError, PlanError
-from sparsify.formats.packed_bases import PackedBase, check_host, check_plan, dense_twin, refuse_packed
+from sparsify.host.quantized_bases import PackedBase, check_host, check_plan, dense_twin, refuse_packed
 from sparsify.host.handle import Handle, Mix
 from sparsify.host.install import install, trained_in_full
 from sparsify.host.serving import AdapterPaths, name_folders, serving_program

@@ -4,7 +4,7 @@
     int8   bitsandbytes: symmetric, one scale per output row
     int4   torchao's affine primitives: symmetric, groups of 64 along the row, two values per byte
 
-of bases that were packed before they came here (`sparsify.formats.packed_bases`), unpacked by their own library:
+of bases that were packed before they came here (`sparsify.host.quantized_bases`), unpacked by their own library:
 
     bnb4/TYPE/BLOCK/DTYPE/NESTED    any bitsandbytes 4-bit weight: nf4 or fp4, block size, dtype that it unpacks to, nested block size or 0
     torchao/CLASS/HASH              a torchao tensor (`sparsify.formats.foreign_tensors`)

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from sparsify.errors import PlanError
-from sparsify.formats.packed_bases import StandIn
+from sparsify.host.quantized_bases import StandIn
 from sparsify.host.live_state import LoadHook, RootHook, SaveHook, SavePretrained, Unshare
 from sparsify.methods.part import TrainedPart, beside
 from sparsify.model.fast_paths import close_fast_paths
