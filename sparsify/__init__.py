@@ -17,10 +17,9 @@ from sparsify.lowering.deploy.exported import lower_exported, package
 from sparsify.lowering.torch_compile.backend import backend
 from sparsify.plan import S2FT, LoRA, PaCA, Plan, Quantize, RoSA, register_rule
 from sparsify.pruning.rule import Prune
+from sparsify.version import __version__
 
 register_rule(Prune)
-
-__version__ = "0.1.0"
 
 __all__ = [
     "S2FT",

@@ -13,9 +13,9 @@ from torch import nn
 
 from sparsify.calibration.statistics import repeatable
 from sparsify.errors import AdapterError, PlanError
-from sparsify.host.quantized_bases import PackedBase, check_host, check_plan, dense_twin, refuse_packed
 from sparsify.host.handle import Handle, Mix
-from sparsify.host.install import install, trained_in_full
+from sparsify.host.install import install
+from sparsify.host.quantized_bases import PackedBase, check_host, check_plan, dense_twin, refuse_packed
 from sparsify.host.serving import AdapterPaths, name_folders, serving_program
 from sparsify.lowering.cpu.options import CpuOptions
 from sparsify.passes.base import Context, Pass, PassResult, run_passes
@@ -26,6 +26,7 @@ from sparsify.passes.permute_weights import permute_weights
 from sparsify.passes.prove_units import prove_units
 from sparsify.passes.prune import prune
 from sparsify.passes.select_units import select_units
+from sparsify.passes.train_in_full import trained_in_full
 from sparsify.plan import Plan, Rule
 from sparsify.program import Program, Stage
 from sparsify.program.capture import capture, unwrap

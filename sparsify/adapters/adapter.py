@@ -38,6 +38,7 @@ from sparsify.files.atomic import committing, shown
 from sparsify.files.atomic import write_bytes as write_atomic  # noqa: F401  (its former name)
 from sparsify.files.strict_json import short
 from sparsify.files.tensors import TensorFile, write_tensors
+from sparsify.plan.installed import find
 
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
@@ -233,8 +234,6 @@ def read_document(text: str | None, file: Path) -> dict[str, Any]:
 
 
 def read_deltas(document: dict[str, Any], opened: TensorFile) -> Iterator[Delta]:
-    from sparsify.methods.registry import find
-
     file, keys = shown(opened.path), opened.parts
     seen: set[str] = set()
     kinds_of: dict[str, set[str]] = {}

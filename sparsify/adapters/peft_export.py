@@ -33,7 +33,7 @@ from sparsify.errors import AdapterError
 from sparsify.files import kinds
 from sparsify.files.atomic import committing
 from sparsify.files.tensors import write_tensors
-from sparsify.passes.assign_rules import owner_name
+from sparsify.model.linears import owner_name
 from sparsify.plan.name_patterns import Regex
 from sparsify.program import canonical_names
 

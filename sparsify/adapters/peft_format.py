@@ -25,7 +25,7 @@ from sparsify.errors import AdapterError
 from sparsify.files import strict_json
 from sparsify.files.strict_json import short
 from sparsify.files.tensors import Part, TensorFile
-from sparsify.passes.assign_rules import is_conv1d
+from sparsify.model.linears import is_conv1d
 from sparsify.plan import nearest
 from sparsify.plan.name_patterns import PatternError
 from sparsify.program import canonical_names

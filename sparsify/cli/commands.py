@@ -17,6 +17,7 @@ from sparsify.cli.prune import prune
 from sparsify.cli.rule import RuledGroup, reading
 from sparsify.console import one_line
 from sparsify.errors import InputError
+from sparsify.version import __version__
 
 app = typer.Typer(
     cls=RuledGroup,
@@ -29,8 +30,6 @@ app = typer.Typer(
 
 def print_version(asked: bool) -> None:
     if asked:
-        from sparsify import __version__
-
         typer.echo(f"sparsify {__version__}")
         raise typer.Exit
 

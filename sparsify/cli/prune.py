@@ -26,6 +26,7 @@ from sparsify.cli.rule import line_of, reading
 from sparsify.console import one_line, printable
 from sparsify.errors import InputError
 from sparsify.files.atomic import write_text
+from sparsify.version import __version__
 
 if TYPE_CHECKING:
     from sparsify.errors import Refusal
@@ -396,8 +397,6 @@ def kept_for_resuming(partial: Path) -> Iterator[None]:
 def write_record(
     ready: Path, settings: dict[str, Any], layers: list[LayerStats], refusals: list[Refusal], losses: Losses
 ) -> None:
-    from sparsify import __version__
-
     document = {"sparsify": __version__, "settings": settings, "layers": [asdict(layer) for layer in layers]}
     document["loss"] = losses.record()
     document["not_pruned"] = [asdict(refusal) for refusal in refusals]

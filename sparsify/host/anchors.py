@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import SparsifyError
+from sparsify.model.linears import owner_name
 from sparsify.model.sharded import is_sharded
 from sparsify.modules.adapted import AdaptedMixin
-from sparsify.passes.assign_rules import owner_name
 
 
 @dataclass

@@ -37,18 +37,19 @@ from sparsify.methods.packed import QuantizedMixin
 from sparsify.methods.part import LivePart, Snapshot
 from sparsify.methods.sparse_lowrank import LowRankPart, activate_support, current_index
 from sparsify.model.fast_paths import open_fast_paths
+from sparsify.model.linears import is_conv1d, owner_name
 from sparsify.model.module_tree import copy_module_tree
 from sparsify.model.sharded import back_to_pieces, class_name, refuse_sharded, whole, whole_parameters, write_whole
 from sparsify.modules.adapted import AdaptedMixin, effective_weight, make_plain, take_leaves, write_folded
 from sparsify.modules.exact import changed, sum_dtype
 from sparsify.modules.layout import MARKER, Layout, layout_of
 from sparsify.modules.masked import MaskedModule, bits_name, masked_parameters
-from sparsify.passes.assign_rules import is_conv1d, owner_name
 from sparsify.plan import Plan, nearest
 from sparsify.program import Program
 from sparsify.program.capture import evaluating
 from sparsify.show.parameter_count import count_parameters
 from sparsify.show.report import Report, make_report
+from sparsify.version import __version__
 
 T = TypeVar("T")
 
@@ -333,8 +334,6 @@ class Handle:
         return Adapter(tuple(deltas), bases, self.info())
 
     def info(self) -> dict[str, Any]:
-        from sparsify import __version__
-
         return {
             "sparsify": __version__,
             "torch": torch.__version__,
@@ -802,8 +801,8 @@ class Handle:
     def save_sparse(self, path: str | os.PathLike[str], **options: Any) -> Any:
         """Write the model as a compressed sparse checkpoint (bitmask + values); returns its `SizeReport`.
 
-        Opens again with `sparsify.pruning.sparse_checkpoint.open_sparse`. Names, shapes and order are the original model's. When Prune made the
-        model sparse, the file records the hash of the dense model, which `open_sparse(path, base=dense_model)` checks.
+        Opens again with `sparsify.pruning.sparse_checkpoint.open_sparse`. Names, shapes and order are the original model's. When Prune
+        made the model sparse, the file records the hash of the dense model, which `open_sparse(path, base=dense_model)` checks.
         """
         from sparsify.pruning.sparse_checkpoint import save_sparse
 

@@ -14,54 +14,17 @@ from typing import Any
 
 from torch import nn
 
-from sparsify.errors import PlanError
-from sparsify.host.quantized_bases import StandIn
 from sparsify.host.live_state import LoadHook, RootHook, SaveHook, SavePretrained, Unshare
+from sparsify.host.quantized_bases import StandIn
 from sparsify.methods.part import TrainedPart, beside
 from sparsify.model.fast_paths import close_fast_paths
+from sparsify.model.linears import owner_name
 from sparsify.model.module_tree import copy_module_tree
 from sparsify.modules.adapted import become, make_linear
 from sparsify.modules.layout import Layout
 from sparsify.modules.masked import mask_modules
-from sparsify.passes.assign_rules import owner_name
-from sparsify.plan import nearest
-from sparsify.plan.name_patterns import matches
+from sparsify.passes.train_in_full import module_prefixes, trained_in_full
 from sparsify.program import Program
-
-
-def module_prefixes(name: str) -> list[str]:
-    """Names of the modules that hold a parameter, outermost first: `a.b.weight` → `a`, `a.b`."""
-    parts = name.split(".")[:-1]
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
-
-
-def trained_in_full(program: Program, patterns: tuple[str, ...]) -> set[str]:
-    """Parameters that `Plan(train=…)` names, by parameter or module pattern, under their first names.
-
-    A tied parameter is found under each of its names (`lm_head` of a model that shares it with its embedding) and trains as one.
-    A name without wildcards is that parameter or module; where there is none, everything whose name ends in it after a dot.
-    """
-    trainable = {n for n, _ in program.host.named_parameters() if program.tensor(n).is_floating_point()}
-    names = {n: k for n, k in program.aliases.items() if k in trainable}
-    found: set[str] = set()
-    for pattern in patterns:
-        if not pattern:
-            raise PlanError("Plan(train=['']): an empty pattern matches nothing; use '*' for everything")
-        hits = {k for n, k in names.items() if pattern in (n, *module_prefixes(n))}
-        hits |= {k for n, k in names.items() if not hits and any(matches(pattern, p) for p in (n, *module_prefixes(n)))}
-        if not hits:
-            modules = {p for n in names for p in module_prefixes(n)}
-            raise PlanError(
-                f"Plan(train=[{pattern!r}]) matches no parameter or module{nearest(pattern, sorted(modules | set(names)))}"
-            )
-        found |= hits
-    changed = {x.param for things in (program.parts, program.moves) for x in things}
-    clash = found & (changed | set(program.quantize))
-    if clash:
-        raise PlanError(
-            f"Plan(train=…) names {sorted(clash)[0]}, which a rule reorders or trains in part; name one or the other"
-        )
-    return found
 
 
 def copy_host(program: Program, train: set[str], whole: bool = False) -> nn.Module:
@@ -88,20 +51,15 @@ def layouts(program: Program) -> dict[str, Layout]:
     """One `Layout` per module that owns a reordered tensor or a changed weight."""
     found: dict[str, Layout] = {}
     for move in program.moves:
-        for name in names_of(program, move.param):
+        for name in program.names_of(move.param):
             owner, _, leaf = name.rpartition(".")
             found.setdefault(owner, Layout()).moves.setdefault(leaf, []).append((move.axis, move.index))
     for param in changed_weights(program):
-        for name in names_of(program, param):
+        for name in program.names_of(param):
             found.setdefault(owner_name(name), Layout())
     for layout in found.values():
         layout.refresh()
     return found
-
-
-def names_of(program: Program, param: str) -> list[str]:
-    """Every name of a tensor (shared modules have several)."""
-    return [n for n, canonical in program.aliases.items() if canonical == param]
 
 
 def changed_weights(program: Program) -> list[str]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, is_dataclass
-from importlib.metadata import entry_points
 from typing import Any
 
 from sparsify.adapters import delta_kinds
@@ -93,10 +92,4 @@ def method_of(rule: Rule) -> Method | None:
     return METHODS.get(type(rule))
 
 
-def find(name: str) -> None:
-    """Load an installed method that declares an entry point of this name, if there is one."""
-    for point in entry_points(group="sparsify.methods", name=name):
-        point.load()
-
-
-__all__ = ["METHODS", "Method", "find", "method_of", "register"]
+__all__ = ["METHODS", "Method", "method_of", "register"]

@@ -21,8 +21,8 @@ from sparsify.adapters.adapter import tensor_hash
 from sparsify.formats import pack, packed_bytes, unpack
 from sparsify.methods.channels import slice_at, slices_of
 from sparsify.methods.part import TrainedPart, beside
+from sparsify.model.linears import is_conv1d, owner_name
 from sparsify.ops.bits import pack_bits
-from sparsify.passes.assign_rules import is_conv1d, owner_name
 from sparsify.passes.base import Context, PassResult
 from sparsify.program import Input, LinearNode, Packed, Program
 from sparsify.program.graph_editor import GraphEditor

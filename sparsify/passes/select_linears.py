@@ -21,10 +21,12 @@ from sparsify.errors import PlanError, Refusal, RefusedError
 from sparsify.formats import format_named
 from sparsify.methods.registry import method_of
 from sparsify.methods.sparse_lowrank import SparseLowRank
+from sparsify.model.linears import is_conv1d, owner_name
 from sparsify.model.task_heads import head_parameters, output_parameters
-from sparsify.passes.assign_rules import WHOLE, is_conv1d, owner_name, unmatched_patterns, why_not_trainable
+from sparsify.passes.assign_rules import WHOLE, why_not_trainable
 from sparsify.passes.base import Context
 from sparsify.plan import LinearRule, LoRA, PaCA, Quantize, RoSA, nearest, pattern_value
+from sparsify.plan.unmatched import unmatched_patterns
 from sparsify.program import ChannelChoice, LinearNode, Program, UnitChoice
 from sparsify.program.selection import choose, generator, index_dtype, random_scores, unit_channels
 

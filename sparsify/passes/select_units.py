@@ -21,10 +21,11 @@ from sparsify.calibration.statistics import (
     sum_over_ranks,
 )
 from sparsify.formats import pack, unpack
-from sparsify.host.install import trained_in_full
-from sparsify.passes.assign_rules import WHOLE, Assignment, assign_rule, owner_name
+from sparsify.model.linears import owner_name
+from sparsify.passes.assign_rules import WHOLE, Assignment, assign_rule
 from sparsify.passes.base import Context, PassResult
 from sparsify.passes.select_linears import select_linears
+from sparsify.passes.train_in_full import trained_in_full
 from sparsify.plan import DATA_DRIVEN, S2FT, LinearRule, PaCA, Quantize, RoSA
 from sparsify.program import Program, UnitChoice
 from sparsify.program.selection import choose, random_scores, selectable_units, unit_channels, unit_norms

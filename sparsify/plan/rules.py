@@ -20,6 +20,7 @@ from sparsify.files import strict_json
 from sparsify.files.strict_json import short
 from sparsify.formats.registry import packing_format
 from sparsify.plan.habits import from_habit, hint_for
+from sparsify.plan.installed import find
 from sparsify.plan.name_patterns import PatternError, check_pattern, matches
 
 SelectionMethod = Literal["random", "weight", "activation", "product", "gradient"]
@@ -548,8 +549,6 @@ class Plan:
                 raise PlanError(f'rules[{number}]: expected an object with a "rule" name, got {short(entry)}')
             name = entry.pop("rule")
             if name not in RULES:
-                from sparsify.methods.registry import find
-
                 find(name)
             if name not in RULES:
                 raise PlanError(f"rules[{number}]: unknown rule {short(name)}{nearest(name, RULES)}")

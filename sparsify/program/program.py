@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import fx, nn
@@ -224,16 +224,12 @@ class Program:
     @property
     def slices(self) -> tuple[TrainedSlice, ...]:
         """The parts that are whole channels (S2FT, PaCA)."""
-        from sparsify.methods.channels import TrainedSlice
-
-        return tuple(part for part in self.parts if isinstance(part, TrainedSlice))
+        return tuple(cast("TrainedSlice", part) for part in self.parts if part.module_kind == "Partial")
 
     @property
     def lowranks(self) -> tuple[SparseLowRank, ...]:
         """The sparse and low-rank parts (RoSA, LoRA)."""
-        from sparsify.methods.sparse_lowrank import SparseLowRank
-
-        return tuple(part for part in self.parts if isinstance(part, SparseLowRank))
+        return tuple(cast("SparseLowRank", part) for part in self.parts if part.module_kind == "SparseLowRank")
 
     def part_at(self, node: fx.Node) -> TrainedPart | None:
         """The trained part of the weight, dense or packed, that an operator reads."""
@@ -244,6 +240,10 @@ class Program:
     def moved_index(self, param: str, axis: int) -> torch.Tensor | None:
         """How a tensor was reordered on an axis, `current = original.index_select(axis, index)`; None where it was not."""
         return next((m.index for m in self.moves if m.param == param and m.axis == axis), None)
+
+    def names_of(self, param: str) -> list[str]:
+        """Every name of a tensor (tied weights and shared modules have several)."""
+        return [name for name, canonical in self.aliases.items() if canonical == param]
 
     def placeholder(self, target: str) -> fx.Node | None:
         """The graph input that stands for the tensor `target`."""
@@ -318,8 +318,8 @@ class Program:
     def coupling(self, *, declined: bool = False) -> nx.Graph:
         """Structures and the tensors that they run through as a bipartite `networkx.Graph`, with the sites on the edges.
 
-        Nodes are `("structure", name)` and `("tensor", name)`; see `sparsify.program.coupling.coupling_graph` for their attributes (tied and
-        shared tensors, conflicts). A connected component moves together. declined: also what detection declined, with its reason.
+        Nodes are `("structure", name)` and `("tensor", name)`; see `sparsify.program.coupling.coupling_graph` for their attributes
+        (tied and shared tensors, conflicts). A connected component moves together. declined: also what detection declined, with its reason.
         """
         from sparsify.program.coupling import coupling_graph
 

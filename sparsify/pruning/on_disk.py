@@ -20,9 +20,9 @@ from torch import nn
 
 from sparsify.errors import PlanError, Refusal, SparsifyError
 from sparsify.files import strict_json
-from sparsify.passes.prune import assign_prune_rules
 from sparsify.plan import Plan
 from sparsify.program.capture import capture
+from sparsify.pruning.assign import assign_prune_rules
 from sparsify.pruning.rule import Prune
 from sparsify.pruning.sequential import HESSIAN_BYTES, PruneResult, prune_model
 from sparsify.pruning.streaming import StreamedWeights, parameters_on_meta

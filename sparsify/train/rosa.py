@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sparsify.calibration.statistics import need_batches
 from sparsify.errors import SparsifyError
-from sparsify.passes.assign_rules import owner_name
+from sparsify.model.linears import owner_name
 from sparsify.passes.base import Context
 from sparsify.passes.select_linears import gradient_supports
 
