@@ -1,0 +1,145 @@
+"""Do the tests notice small mistakes? Make each of `mistakes.py` in a copy of the tree, and run the tests that must notice it.
+
+    python tests/mutation/run.py --out record.json          goes on where an earlier run of the same file stopped
+    python tests/mutation/run.py --check                    only whether every snippet still stands in the package once
+
+A mistake is killed when a named test fails, survives when all pass, and is not applicable when its snippet does not stand in the
+package exactly once. Before a file of tests counts, it must pass without any mistake. Ends with 1 unless all are killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from mistakes import MISTAKES, Mistake
+
+ROOT = Path(__file__).parents[2]
+COPIED = ("sparsify", "tests", "examples", "benchmarks", "docs", "pyproject.toml", "README.md", "CHANGELOG.md")
+SOURCES = (".py", ".jinja", ".j2", ".cpp", ".c", ".h")
+PASSED, FAILED, NO_TESTS = 0, 1, 5
+
+
+def place_of(mistake: Mistake, package: Path) -> Path | str:
+    """The file in which the snippet stands, or why it cannot be made."""
+    texts = {path: path.read_text() for path in sorted(package.rglob("*")) if path.suffix in SOURCES}
+    found = {path: text.count(mistake.before) for path, text in texts.items() if mistake.before in text}
+    if mistake.before == mistake.after or sum(found.values()) != 1:
+        places = ", ".join(f"{path.relative_to(package)} × {count}" for path, count in found.items())
+        return f"the snippet stands {sum(found.values())} times ({places or 'nowhere'})"
+    return next(iter(found))
+
+
+def run_tests(tree: Path, tests: tuple[str, ...], only: str, seconds: float) -> tuple[int, str]:
+    """Exit status of pytest (None of its own for a run that took too long is FAILED), and its last lines."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow and not gpu", "-p", "no:cacheprovider"]
+    command += ["-k", only] if only else []
+    # kernels are named by their source, so those of a mistake are built apart from the true ones
+    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        done = subprocess.run(
+            [*command, *(f"tests/{test}" for test in tests)],
+            cwd=tree, env=environment, capture_output=True, text=True, timeout=seconds, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return FAILED, f"took more than {seconds:.0f} s"
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))] or done.stdout.splitlines()[-3:]
+    return done.returncode, " | ".join(lines)[:300]
+
+
+def key_of(mistake: Mistake) -> str:
+    """Changes with anything in the entry, so that an old result does not stand for a new one."""
+    return hashlib.sha256(repr(mistake).encode()).hexdigest()[:12]
+
+
+def judge(mistake: Mistake, tree: Path, sound: dict[str, str], seconds: float) -> dict[str, object]:
+    """Make one mistake in `tree`, run its tests file by file until one fails, and take it back."""
+    package = tree / "sparsify"
+    place = place_of(mistake, package)
+    entry: dict[str, object] = {"area": mistake.area, "before": mistake.before, "after": mistake.after}
+    if isinstance(place, str):
+        return entry | {"result": "not applicable", "why": place}
+    entry["file"] = str(place.relative_to(tree))
+    text, start = place.read_text(), time.monotonic()
+    result: dict[str, object] = {"result": "survived"}
+    ran = 0
+    for test in mistake.tests:
+        place.write_text(text.replace(mistake.before, mistake.after))
+        try:
+            status, why = run_tests(tree, (test,), mistake.only, seconds)
+        finally:
+            place.write_text(text)
+        ran += status != NO_TESTS
+        if status in (PASSED, NO_TESTS):
+            continue
+        name = f"{test} -k {mistake.only!r}" if mistake.only else test
+        if name not in sound:
+            clean, what = run_tests(tree, (test,), mistake.only, 4 * seconds)
+            sound[name] = "" if clean == PASSED else f"fails without a mistake: {what}"
+        if sound[name]:
+            result = {"result": "not applicable", "why": f"{name} {sound[name]}"}
+            continue
+        result = {"result": "killed", "by": why}
+        break
+    if not ran:
+        result = {"result": "not applicable", "why": "no test of those named was run"}
+    return entry | result | {"seconds": round(time.monotonic() - start, 1)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="JSON record; results in it are kept")
+    parser.add_argument("--check", action="store_true", help="only look for the snippets")
+    parser.add_argument("--area", help="only mistakes of this area")
+    parser.add_argument("--again", action="store_true", help="run survivors of the record again")
+    parser.add_argument("--seconds", type=float, default=300, help="a run of tests that takes longer has noticed")
+    options = parser.parse_args()
+    chosen = [mistake for mistake in MISTAKES if options.area in (None, mistake.area)]
+    if options.check:
+        lost = [(m, p) for m in chosen if isinstance(p := place_of(m, ROOT / "sparsify"), str)]
+        for mistake, why in lost:
+            print(f"{mistake.area}: {mistake.before.strip().splitlines()[0]}: {why}")
+        print(f"{len(chosen) - len(lost)} of {len(chosen)} snippets stand in the package once")
+        return int(bool(lost))
+    known = json.loads(options.out.read_text()) if options.out and options.out.exists() else {"results": {}, "sound": {}}
+    results, sound = known["results"], known["sound"]
+    with tempfile.TemporaryDirectory(prefix="mistakes-") as folder:
+        tree = Path(folder)
+        for name in COPIED:
+            source = ROOT / name
+            if source.is_dir():
+                shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+            elif source.exists():
+                shutil.copy(source, tree / name)
+        for number, mistake in enumerate(chosen, 1):
+            key = key_of(mistake)
+            old = results.get(key)
+            if old is None or (options.again and old["result"] != "killed"):
+                results[key] = judge(mistake, tree, sound, options.seconds)
+                line = results[key]
+                said = line.get("by") or line.get("why") or ""
+                first = mistake.before.strip().splitlines()[0][:70]
+                print(f"{number}/{len(chosen)} {mistake.area}: {line['result']}: {first} ({said})", flush=True)
+                if options.out:
+                    options.out.write_text(json.dumps({"results": results, "sound": sound}, indent=1, ensure_ascii=False))
+    found = {key_of(mistake): results[key_of(mistake)] for mistake in chosen}
+    counts = {word: sum(r["result"] == word for r in found.values()) for word in ("killed", "survived", "not applicable")}
+    if options.out and options.area is None:
+        options.out.write_text(
+            json.dumps({"counts": counts, "results": found, "sound": sound}, indent=1, ensure_ascii=False)
+        )
+    print(json.dumps(counts))
+    return int(counts["killed"] < len(chosen))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
