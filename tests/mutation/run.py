@@ -4,7 +4,7 @@
     python tests/mutation/run.py --check                    only whether every snippet still stands in the package once
 
 A mistake is killed when a named test fails, survives when all pass, and is not applicable when its snippet does not stand in the
-package exactly once. Before a file of tests counts, it must pass without any mistake. Ends with 1 unless all are killed.
+package exactly once, or when the test that failed fails without the mistake too. Ends with 1 unless all are killed.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from mistakes import MISTAKES, Mistake
@@ -39,21 +42,72 @@ def place_of(mistake: Mistake, package: Path) -> Path | str:
     return next(iter(found))
 
 
-def run_tests(tree: Path, tests: tuple[str, ...], only: str, seconds: float) -> tuple[int, str]:
-    """Exit status of pytest (None of its own for a run that took too long is FAILED), and its last lines."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow and not gpu", "-p", "no:cacheprovider"]
-    command += ["-k", only] if only else []
-    # kernels are named by their source, so those of a mistake are built apart from the true ones
-    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    try:
-        done = subprocess.run(
-            [*command, *(f"tests/{test}" for test in tests)],
-            cwd=tree, env=environment, capture_output=True, text=True, timeout=seconds, check=False,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return FAILED, f"took more than {seconds:.0f} s"
-    lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))] or done.stdout.splitlines()[-3:]
-    return done.returncode, " | ".join(lines)[:300]
+class Watch:
+    """A pytest plugin that writes down the first test that failed."""
+
+    def __init__(self, note: Path) -> None:
+        self.note = note
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed and not self.note.exists():
+            crash = getattr(report.longrepr, "reprcrash", None)
+            self.note.write_text(json.dumps([report.nodeid, str(getattr(crash, "message", ""))[:200]]))
+
+
+def preload() -> None:
+    """What every test imports and no mistake is in: forked processes have it already."""
+    import bitsandbytes
+    import hypothesis
+    import peft
+    import torch
+    import torch._dynamo
+    import torch.export
+    import torchao.quantization
+    import transformers
+
+    torch.set_num_threads(1)
+    for name in ("Llama", "GPT2", "T5", "Bert", "Mixtral", "ViT"):
+        getattr(transformers, f"{name}PreTrainedModel")
+    assert bitsandbytes and hypothesis and peft and torchao
+    assert not any(name.partition(".")[0] == "sparsify" for name in sys.modules)
+
+
+def run_tests(tree: Path, test: str, only: str, seconds: float) -> tuple[int, str, str]:
+    """Exit status of pytest in a fork (FAILED for one that takes too long), the test that failed, and why."""
+    note, output = tree / "failed.json", tree / "output.txt"
+    note.unlink(missing_ok=True)
+    command = ["-x", "-q", "-m", "not slow and not gpu", "-p", "no:cacheprovider", *(["-k", only] if only else [])]
+    command.append(f"tests/{test}")
+    child = os.fork()
+    if child == 0:
+        status = 70
+        try:
+            with output.open("w") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+            os.setsid()
+            os.chdir(tree)
+            sys.path[:] = [str(tree), *(p for p in sys.path if Path(p).resolve() not in (ROOT, Path(__file__).parent))]
+            os.environ |= {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+            sys.dont_write_bytecode = True
+            status = int(pytest.main(command, plugins=[Watch(note)]))
+        finally:
+            os._exit(status)
+    end = time.monotonic() + seconds
+    while True:
+        done, code = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        if time.monotonic() > end:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return FAILED, "", f"took more than {seconds:.0f} s"
+        time.sleep(0.05)
+    status = os.waitstatus_to_exitcode(code)
+    if note.exists():
+        name, message = json.loads(note.read_text())
+        return status, name, message
+    return status, "", " | ".join(output.read_text(errors="replace").splitlines()[-3:])[-300:]
 
 
 def key_of(mistake: Mistake) -> str:
@@ -72,23 +126,24 @@ def judge(mistake: Mistake, tree: Path, sound: dict[str, str], seconds: float) -
     text, start = place.read_text(), time.monotonic()
     result: dict[str, object] = {"result": "survived"}
     ran = 0
-    for test in mistake.tests:
+    for asked in mistake.tests:
+        test, _, only = asked.partition(": ")
         place.write_text(text.replace(mistake.before, mistake.after))
         try:
-            status, why = run_tests(tree, (test,), mistake.only, seconds)
+            status, name, why = run_tests(tree, test, only, seconds)
         finally:
             place.write_text(text)
         ran += status != NO_TESTS
         if status in (PASSED, NO_TESTS):
             continue
-        name = f"{test} -k {mistake.only!r}" if mistake.only else test
-        if name not in sound:
-            clean, what = run_tests(tree, (test,), mistake.only, 4 * seconds)
-            sound[name] = "" if clean == PASSED else f"fails without a mistake: {what}"
-        if sound[name]:
-            result = {"result": "not applicable", "why": f"{name} {sound[name]}"}
+        again = name.removeprefix("tests/") or test
+        if again not in sound:
+            clean, _, what = run_tests(tree, again, "", 4 * seconds)
+            sound[again] = "" if clean == PASSED else f"fails without a mistake: {what}"
+        if sound[again]:
+            result = {"result": "not applicable", "why": f"{again} {sound[again]}"}
             continue
-        result = {"result": "killed", "by": why}
+        result = {"result": "killed", "by": again, "why": why}
         break
     if not ran:
         result = {"result": "not applicable", "why": "no test of those named was run"}
@@ -110,8 +165,11 @@ def main() -> int:
             print(f"{mistake.area}: {mistake.before.strip().splitlines()[0]}: {why}")
         print(f"{len(chosen) - len(lost)} of {len(chosen)} snippets stand in the package once")
         return int(bool(lost))
-    known = json.loads(options.out.read_text()) if options.out and options.out.exists() else {"results": {}, "sound": {}}
+    known = (
+        json.loads(options.out.read_text()) if options.out and options.out.exists() else {"results": {}, "sound": {}}
+    )
     results, sound = known["results"], known["sound"]
+    preload()
     with tempfile.TemporaryDirectory(prefix="mistakes-") as folder:
         tree = Path(folder)
         for name in COPIED:
@@ -130,9 +188,13 @@ def main() -> int:
                 first = mistake.before.strip().splitlines()[0][:70]
                 print(f"{number}/{len(chosen)} {mistake.area}: {line['result']}: {first} ({said})", flush=True)
                 if options.out:
-                    options.out.write_text(json.dumps({"results": results, "sound": sound}, indent=1, ensure_ascii=False))
+                    options.out.write_text(
+                        json.dumps({"results": results, "sound": sound}, indent=1, ensure_ascii=False)
+                    )
     found = {key_of(mistake): results[key_of(mistake)] for mistake in chosen}
-    counts = {word: sum(r["result"] == word for r in found.values()) for word in ("killed", "survived", "not applicable")}
+    counts = {
+        word: sum(r["result"] == word for r in found.values()) for word in ("killed", "survived", "not applicable")
+    }
     if options.out and options.area is None:
         options.out.write_text(
             json.dumps({"counts": counts, "results": found, "sound": sound}, indent=1, ensure_ascii=False)
