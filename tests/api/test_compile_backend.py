@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import tomllib
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import tiny
 import torch
@@ -428,9 +427,7 @@ def test_torch_finds_the_backend_by_name(tmp_path: Path) -> None:
     lines = [f"{name} = {target}" for name, target in points.items()]
     (info / "entry_points.txt").write_text("\n".join(["[torch_dynamo_backends]", *lines]))
     path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    result = subprocess.run(
-        [sys.executable, "-c", LOOKUP], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
-    )
+    result = processes.run_python("-c", LOOKUP, env={**os.environ, "PYTHONPATH": path})
     assert result.returncode == 0, result.stderr
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-import multiprocessing
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import tiny
 import torch
@@ -108,8 +108,7 @@ def prune_and_die(source: str, target: str, layer: int) -> None:
 def test_a_killed_run_goes_on_with_the_first_missing_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target, plan = tmp_path / "dense", tmp_path / "pruned", Plan([Prune(sparsity=0.6)])
     saved(source)
-    process = multiprocessing.get_context("spawn").Process(target=prune_and_die, args=(str(source), str(target), 9))
-    process.start()
+    process = processes.start(prune_and_die, str(source), str(target), 9)
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
     calls = 0

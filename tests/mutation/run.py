@@ -10,6 +10,7 @@ package exactly once, or when the test that failed fails without the mistake too
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import json
 import os
@@ -56,19 +57,18 @@ class Watch:
 
 def preload() -> None:
     """What every test imports and no mistake is in: forked processes have it already."""
-    import bitsandbytes
-    import hypothesis
-    import peft
+    import bitsandbytes  # noqa: F401
+    import hypothesis  # noqa: F401
+    import peft  # noqa: F401
     import torch
     import torch._dynamo
     import torch.export
-    import torchao.quantization
+    import torchao.quantization  # noqa: F401
     import transformers
 
     torch.set_num_threads(1)
     for name in ("Llama", "GPT2", "T5", "Bert", "Mixtral", "ViT"):
         getattr(transformers, f"{name}PreTrainedModel")
-    assert bitsandbytes and hypothesis and peft and torchao
     assert not any(name.partition(".")[0] == "sparsify" for name in sys.modules)
 
 
@@ -86,6 +86,7 @@ def run_tests(tree: Path, test: str, only: str, seconds: float) -> tuple[int, st
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
             os.setsid()
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it must not outlive the runner
             os.chdir(tree)
             sys.path[:] = [str(tree), *(p for p in sys.path if Path(p).resolve() not in (ROOT, Path(__file__).parent))]
             os.environ |= {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -155,10 +156,17 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON record; results in it are kept")
     parser.add_argument("--check", action="store_true", help="only look for the snippets")
     parser.add_argument("--area", help="only mistakes of this area")
+    parser.add_argument(
+        "--part", default="0/1", help="which share: 0/2 and 1/2 are the halves (a record each; `--join` them)"
+    )
+    parser.add_argument(
+        "--join", type=Path, nargs="*", default=[], help="records of which the results are taken over first"
+    )
     parser.add_argument("--again", action="store_true", help="run survivors of the record again")
     parser.add_argument("--seconds", type=float, default=300, help="a run of tests that takes longer has noticed")
     options = parser.parse_args()
-    chosen = [mistake for mistake in MISTAKES if options.area in (None, mistake.area)]
+    part, parts = map(int, options.part.split("/"))
+    chosen = [mistake for mistake in MISTAKES if options.area in (None, mistake.area)][part::parts]
     if options.check:
         lost = [(m, p) for m in chosen if isinstance(p := place_of(m, ROOT / "sparsify"), str)]
         for mistake, why in lost:
@@ -169,6 +177,10 @@ def main() -> int:
         json.loads(options.out.read_text()) if options.out and options.out.exists() else {"results": {}, "sound": {}}
     )
     results, sound = known["results"], known["sound"]
+    for place in options.join:
+        more = json.loads(place.read_text())
+        results |= more["results"]
+        sound |= more["sound"]
     preload()
     with tempfile.TemporaryDirectory(prefix="mistakes-") as folder:
         tree = Path(folder)
@@ -195,7 +207,7 @@ def main() -> int:
     counts = {
         word: sum(r["result"] == word for r in found.values()) for word in ("killed", "survived", "not applicable")
     }
-    if options.out and options.area is None:
+    if options.out and len(chosen) == len(MISTAKES):
         options.out.write_text(
             json.dumps({"counts": counts, "results": found, "sound": sound}, indent=1, ensure_ascii=False)
         )
