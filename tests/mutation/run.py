@@ -10,8 +10,10 @@ package exactly once, or when the test that failed fails without the mistake too
 from __future__ import annotations
 
 import argparse
+import compileall
 import ctypes
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -89,8 +91,7 @@ def run_tests(tree: Path, test: str, only: str, seconds: float) -> tuple[int, st
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it must not outlive the runner
             os.chdir(tree)
             sys.path[:] = [str(tree), *(p for p in sys.path if Path(p).resolve() not in (ROOT, Path(__file__).parent))]
-            os.environ |= {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-            sys.dont_write_bytecode = True
+            os.environ |= {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
             status = int(pytest.main(command, plugins=[Watch(note)]))
         finally:
             os._exit(status)
@@ -116,6 +117,16 @@ def key_of(mistake: Mistake) -> str:
     return hashlib.sha256(repr(mistake).encode()).hexdigest()[:12]
 
 
+times = itertools.count(int(time.time()), 2)
+
+
+def put(place: Path, text: str) -> None:
+    """Write a source file with a time of its own, so that no compiled module of another version passes for it."""
+    place.write_text(text)
+    now = next(times)
+    os.utime(place, (now, now))
+
+
 def judge(mistake: Mistake, tree: Path, sound: dict[str, str], seconds: float) -> dict[str, object]:
     """Make one mistake in `tree`, run its tests file by file until one fails, and take it back."""
     package = tree / "sparsify"
@@ -129,11 +140,11 @@ def judge(mistake: Mistake, tree: Path, sound: dict[str, str], seconds: float) -
     ran = 0
     for asked in mistake.tests:
         test, _, only = asked.partition(": ")
-        place.write_text(text.replace(mistake.before, mistake.after))
+        put(place, text.replace(mistake.before, mistake.after))
         try:
             status, name, why = run_tests(tree, test, only, seconds)
         finally:
-            place.write_text(text)
+            put(place, text)
         ran += status != NO_TESTS
         if status in (PASSED, NO_TESTS):
             continue
@@ -190,6 +201,7 @@ def main() -> int:
                 shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
             elif source.exists():
                 shutil.copy(source, tree / name)
+        compileall.compile_dir(tree, quiet=2)
         for number, mistake in enumerate(chosen, 1):
             key = key_of(mistake)
             old = results.get(key)
