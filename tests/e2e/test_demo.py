@@ -16,7 +16,7 @@ from sparsify.demo import stdlib_text
 from sparsify.demo.experiment import run_demo
 from sparsify.demo.methods import METHODS
 from sparsify.demo.results import Settings
-from sparsify.html_report import Chart, Section, Series, Table, render_html, ticks
+from sparsify.show.html_report import Chart, Section, Series, Table, render_html, ticks
 
 
 @pytest.fixture(scope="module")
