@@ -13,6 +13,7 @@ import argparse
 import compileall
 import ctypes
 import hashlib
+import importlib
 import itertools
 import json
 import os
@@ -33,6 +34,9 @@ ROOT = Path(__file__).parents[2]
 COPIED = ("sparsify", "tests", "examples", "benchmarks", "docs", "pyproject.toml", "README.md", "CHANGELOG.md")
 SOURCES = (".py", ".jinja", ".j2", ".cpp", ".c", ".h")
 PASSED, FAILED, NO_TESTS = 0, 1, 5
+PRELOADED = """bitsandbytes hypothesis hypothesis.strategies jinja2 networkx numpy peft rich.console rich.table safetensors.torch tokenizers
+torch torch._dynamo torch._inductor.compile_fx torch.distributed.fsdp torch.distributed.checkpoint torch.export torch.testing
+torch.utils.checkpoint torchao.quantization tqdm.auto transformers transformers.pytorch_utils triton typer typer.testing""".split()
 
 
 def place_of(mistake: Mistake, package: Path) -> Path | str:
@@ -59,18 +63,26 @@ class Watch:
 
 def preload() -> None:
     """What every test imports and no mistake is in: forked processes have it already."""
-    import bitsandbytes  # noqa: F401
-    import hypothesis  # noqa: F401
-    import peft  # noqa: F401
-    import torch
-    import torch._dynamo
-    import torch.export
-    import torchao.quantization  # noqa: F401
-    import transformers
-
-    torch.set_num_threads(1)
-    for name in ("Llama", "GPT2", "T5", "Bert", "Mixtral", "ViT"):
-        getattr(transformers, f"{name}PreTrainedModel")
+    for name in PRELOADED:
+        importlib.import_module(name)
+    for name in (
+        "Llama",
+        "GPT2",
+        "T5",
+        "Bert",
+        "Mixtral",
+        "ViT",
+        "Phi3",
+        "Qwen2",
+        "GPTNeoX",
+        "Falcon",
+        "Bart",
+        "Whisper",
+        "CLIP",
+    ):
+        getattr(importlib.import_module("transformers"), f"{name}PreTrainedModel")
+    pytest.main(["--version", "-q"])  # its plugins
+    importlib.import_module("torch").set_num_threads(1)
     assert not any(name.partition(".")[0] == "sparsify" for name in sys.modules)
 
 
@@ -166,7 +178,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON record; results in it are kept")
     parser.add_argument("--check", action="store_true", help="only look for the snippets")
-    parser.add_argument("--area", help="only mistakes of this area")
+    parser.add_argument("--area", nargs="*", help="only mistakes of these areas")
     parser.add_argument(
         "--part", default="0/1", help="which share: 0/2 and 1/2 are the halves (a record each; `--join` them)"
     )
@@ -177,7 +189,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=300, help="a run of tests that takes longer has noticed")
     options = parser.parse_args()
     part, parts = map(int, options.part.split("/"))
-    chosen = [mistake for mistake in MISTAKES if options.area in (None, mistake.area)][part::parts]
+    chosen = [mistake for mistake in MISTAKES if options.area is None or mistake.area in options.area]
+    chosen = chosen[part::parts]
     if options.check:
         lost = [(m, p) for m in chosen if isinstance(p := place_of(m, ROOT / "sparsify"), str)]
         for mistake, why in lost:
