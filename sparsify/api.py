@@ -18,6 +18,7 @@ from sparsify.handle import Handle, Mix
 from sparsify.install import install, trained_in_full
 from sparsify.lowering.cpu_options import CpuOptions
 from sparsify.lowering.reference import lower_reference
+from sparsify.packed_experts import write_out_experts
 from sparsify.passes.base import Context, Pass, PassResult, run_passes
 from sparsify.passes.find_structures import find_structures
 from sparsify.passes.insert_partial import insert_partial
@@ -112,6 +113,7 @@ def compile(
         )
     if plan.for_inference:
         return compile_for_cuda(source, context, example, pipeline)  # type: ignore[return-value]
+    source = write_out_experts(source, plan)
     captured = with_bases(capture(source, example), bases)
     return compile_for_training(captured, source, context, pipeline)  # type: ignore[return-value]
 

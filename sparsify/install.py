@@ -23,6 +23,7 @@ from sparsify.methods.part import TrainedPart, beside
 from sparsify.module_tree import copy_module_tree
 from sparsify.modules import become, make_linear
 from sparsify.name_patterns import matches
+from sparsify.packed_experts import GroupedLinear
 from sparsify.passes.assign_rules import owner_name
 from sparsify.plan import nearest
 from sparsify.program import Program
@@ -94,7 +95,8 @@ def layouts(program: Program) -> dict[str, Layout]:
     for param in changed_weights(program):
         for name in names_of(program, param):
             found.setdefault(owner_name(name), Layout())
-    for layout in found.values():
+    for owner, layout in found.items():
+        layout.lead = int(isinstance(program.host.get_submodule(owner), GroupedLinear))
         layout.refresh()
     return found
 

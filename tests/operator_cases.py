@@ -219,7 +219,7 @@ def grouped_sparse_lowrank(shape: Shape, sparse: bool, lora: bool, transposed: b
     stored = randn(EXPERTS, M, N) if transposed else randn(EXPERTS, N, M)
     values, index = (randn(9), support(EXPERTS * N * M, 9)) if sparse else (None, None)
     a, b = (randn(EXPERTS, RANK, M), randn(EXPERTS, N, RANK)) if lora else (None, None)
-    if values is not None:
+    if values is not None and index is not None:
         stored.view(-1).index_copy_(0, index.long(), values)
 
     def twin(x, stored, values, index, a, b, scale, transposed, offsets):

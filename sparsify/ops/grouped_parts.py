@@ -69,9 +69,16 @@ def replaced(weight: Tensor, block: Tensor, channels: Tensor, axis: int) -> Tens
 
 
 def oracle_sparse_lowrank_grouped(
-    x: Tensor, weight: Tensor, values: Tensor | None, index: Tensor | None, a: Tensor | None, b: Tensor | None,
-    scale: float, transposed: bool, offsets: Tensor,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    values: Tensor | None,
+    index: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    scale: float,
+    transposed: bool,
+    offsets: Tensor,
+) -> Tensor:
     """Eager definition: one dense weight per expert."""
     logical = logical_view(with_values(weight, values, index), transposed)
     if a is not None and b is not None:
@@ -92,7 +99,9 @@ def logical_view(stored: Tensor, transposed: bool) -> Tensor:
 # --- partial_grouped_linear ---------------------------------------------------------------------------------------------
 
 
-def _check_partial(x: Tensor, weight: Tensor, block: Tensor, index: Tensor | None, start: int, axis: int, offsets: Tensor) -> None:  # fmt: skip
+def _check_partial(
+    x: Tensor, weight: Tensor, block: Tensor, index: Tensor | None, start: int, axis: int, offsets: Tensor
+) -> None:
     name = "partial_grouped_linear"
     check_grouped(name, x, weight, offsets)
     require(axis in (0, 1), lambda: f"{name}: axis must be 0 or 1, got {axis}")
@@ -120,7 +129,9 @@ def write_grouped_block(weight: Tensor, block: Tensor, index: Tensor | None, sta
         weight.data.index_copy_(axis + 1, index.long(), block.to(weight.dtype))
 
 
-def _partial_grouped(x: Tensor, weight: Tensor, block: Tensor, index: Tensor | None, start: int, axis: int, offsets: Tensor) -> Tensor:  # fmt: skip
+def _partial_grouped(
+    x: Tensor, weight: Tensor, block: Tensor, index: Tensor | None, start: int, axis: int, offsets: Tensor
+) -> Tensor:
     name = "partial_grouped_linear"
     _check_partial(x, weight, block, index, start, axis, offsets)
     require_together(name, x, weight, block, index, offsets)
@@ -131,7 +142,9 @@ def _partial_grouped(x: Tensor, weight: Tensor, block: Tensor, index: Tensor | N
     return multiply(name, x, weight, offsets)
 
 
-def _partial_grouped_fake(x: Tensor, weight: Tensor, block: Tensor, index: Tensor | None, start: int, axis: int, offsets: Tensor) -> Tensor:  # fmt: skip
+def _partial_grouped_fake(
+    x: Tensor, weight: Tensor, block: Tensor, index: Tensor | None, start: int, axis: int, offsets: Tensor
+) -> Tensor:
     _check_partial(x, weight, block, index, start, axis, offsets)
     return x.new_empty(x.shape[0], weight.shape[1])
 
@@ -140,7 +153,9 @@ def _places(block: Tensor, index: Tensor | None, start: int, axis: int) -> Tenso
     return torch.arange(start, start + block.shape[axis + 1], device=block.device) if index is None else index
 
 
-def _partial_grouped_in_aten(x: Tensor, weight: Tensor, block: Tensor, index: Tensor | None, start: int, axis: int, offsets: Tensor) -> Tensor:  # fmt: skip
+def _partial_grouped_in_aten(
+    x: Tensor, weight: Tensor, block: Tensor, index: Tensor | None, start: int, axis: int, offsets: Tensor
+) -> Tensor:
     dense = replaced(weight, block, _places(block, index, start, axis), axis)
     return _grouped_linear_in_aten(x, dense, offsets)
 
@@ -194,9 +209,15 @@ def _backward_partial(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _check_sparse(
-    x: Tensor, weight: Tensor, values: Tensor | None, index: Tensor | None, a: Tensor | None, b: Tensor | None,
-    transposed: bool, offsets: Tensor,
-) -> None:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    values: Tensor | None,
+    index: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    transposed: bool,
+    offsets: Tensor,
+) -> None:
     name = "sparse_lowrank_grouped_linear"
     require(weight.dim() == 3, lambda: f"{name}: the weight {tuple(weight.shape)} has not three dimensions")
     check_grouped(name, x, logical_view(weight, transposed), offsets)
@@ -214,9 +235,16 @@ def _low_rank(x: Tensor, a: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _sparse_grouped(
-    x: Tensor, weight: Tensor, values: Tensor | None, index: Tensor | None, a: Tensor | None, b: Tensor | None,
-    scale: float, transposed: bool, offsets: Tensor,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    values: Tensor | None,
+    index: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    scale: float,
+    transposed: bool,
+    offsets: Tensor,
+) -> Tensor:
     name = "sparse_lowrank_grouped_linear"
     _check_sparse(x, weight, values, index, a, b, transposed, offsets)
     require_together(name, x, weight, values, index, a, b, offsets)
@@ -226,7 +254,7 @@ def _sparse_grouped(
             weight.is_contiguous(),
             lambda: f"{name}: the weight has strides {weight.stride()}: positions are of a contiguous one",
         )
-        write_values(weight.view(weight.shape[0] * weight.shape[1], weight.shape[2]), values, index)
+        write_values(weight, values, index)
     y = multiply(name, x, logical_view(weight, transposed), offsets)
     return y if a is None or b is None else y.add_(_low_rank(_low_rank(x, a, offsets), b, offsets), alpha=scale)
 
@@ -239,9 +267,16 @@ def _sparse_grouped_fake(
 
 
 def _sparse_grouped_in_aten(
-    x: Tensor, weight: Tensor, values: Tensor | None, index: Tensor | None, a: Tensor | None, b: Tensor | None,
-    scale: float, transposed: bool, offsets: Tensor,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    values: Tensor | None,
+    index: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    scale: float,
+    transposed: bool,
+    offsets: Tensor,
+) -> Tensor:
     y = _grouped_linear_in_aten(x, logical_view(with_values(weight, values, index), transposed), offsets)
     if a is None or b is None:
         return y

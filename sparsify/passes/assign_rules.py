@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from sparsify.errors import PlanError, Refusal, RefusedError
+from sparsify.packed_experts import GroupedLinear
 from sparsify.passes.direct_reads import read_past
 from sparsify.plan import S2FT, Rule, nearest
 from sparsify.program import LinearNode, Program, through_transpose
@@ -38,7 +39,9 @@ def owner_name(param: str) -> str:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D (weight stored `(in, out)`), recognised without importing transformers."""
+    """transformers' Conv1D (weight stored `(in, out)`), recognised without importing transformers, or packed experts stored so."""
+    if isinstance(module, GroupedLinear):
+        return module.conv1d
     return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
 
 
@@ -62,10 +65,11 @@ def only_multiplies(program: Program, names: list[str], nodes: list[LinearNode])
 def why_not_trainable(program: Program, param: str, linears: dict[str, list[LinearNode]]) -> str | None:
     """Why no slice of this weight can train in place, or None if one can."""
     weight = program.tensor(param)
-    if weight.dim() != 2:
+    grouped = isinstance(program.host.get_submodule(owner_name(param)), GroupedLinear)
+    if weight.dim() != 2 and not grouped:
         return (
-            f"the weight has {weight.dim()} dimensions (packed experts): it is permuted, but a partial gradient inside a "
-            "grouped matrix product is not implemented"
+            f"the weight has {weight.dim()} dimensions: packed experts train where their module follows transformers' experts "
+            "interface, by a plan without Prune"
         )
     if not weight.is_floating_point():
         return f"the weight is stored as {weight.dtype}"
@@ -83,7 +87,7 @@ def why_not_trainable(program: Program, param: str, linears: dict[str, list[Line
     if len(owners) > 1:
         return f"the weight is tied: {', '.join(sorted(names))}"
     owner = program.host.get_submodule(owner_name(param))
-    plain = type(owner).forward is nn.Linear.forward or is_conv1d(owner)
+    plain = grouped or type(owner).forward is nn.Linear.forward or is_conv1d(owner)
     if not plain and not (isinstance(owner, nn.Linear) and only_multiplies(program, names, nodes)):
         return (
             f"its module is a {type(owner).__name__}, whose own forward would be lost; nn.Linear and Conv1D can train"
