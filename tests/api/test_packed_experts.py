@@ -193,3 +193,36 @@ def test_the_life_of_an_adapter(family: str, rule: str, tmp_path: Any) -> None:
         assert torch.equal(tensor, before[name]), name
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_peft_computes_the_same_from_target_parameters(family: str, tmp_path: Any) -> None:
+    """There and back: our folder in PEFT, and the folder that PEFT writes here."""
+    peft = pytest.importorskip("peft")
+    model = build(family).eval()
+    plan = Plan([LoRA(rank=2, match="*.experts.down_proj"), LoRA(rank=3, match=["*.experts.gate_up_proj", "*.q_proj"])])
+    if family == "DeepseekV3":
+        plan = Plan([LoRA(rank=2, match="*.experts.down_proj"), LoRA(rank=3, match=["*.experts.gate_up_proj", "*.q_a_proj"])])
+    host: Any = sparsify.compile(model, plan, progress=False).eval()
+    perturb(host)
+    inputs = {"input_ids": batch()["input_ids"]}
+    trained = host(**inputs).logits.detach()
+    host.sparsify.export_lora(tmp_path / "lora")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path / "lora")).eval()
+    torch.testing.assert_close(theirs(**inputs).logits.detach(), trained, rtol=1e-4, atol=1e-5)
+    served: Any = sparsify.load(model, tmp_path / "lora")
+    torch.testing.assert_close(served(**inputs).logits.detach(), trained, rtol=1e-4, atol=1e-5)
+    theirs.save_pretrained(str(tmp_path / "again"))
+    host.sparsify.load_adapter(tmp_path / "again", "again")
+    host.sparsify.set_adapter("again")
+    torch.testing.assert_close(host(**inputs).logits.detach(), trained, rtol=1e-4, atol=1e-5)
+
+
+def test_what_peft_has_no_form_for_is_refused(tmp_path: Any) -> None:
+    _, host = compiled("Mixtral", "PaCA")
+    perturb(host)
+    with pytest.raises(sparsify.errors.AdapterError, match=r"trained columns of packed experts.*low-rank factors alone"):
+        host.sparsify.export_lora(tmp_path / "lora")
+    _, host = compiled("Mixtral", "RoSA")
+    with pytest.raises(sparsify.errors.AdapterError, match="sparse part"):
+        host.sparsify.export_lora(tmp_path / "lora")
