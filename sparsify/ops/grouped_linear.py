@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify.library import LIBRARY
 from sparsify.ops.checks import require, require_floats, require_index, require_shape, require_together, require_within
-from sparsify.ops.library import LIBRARY
 
 LIBRARY.define("grouped_linear(Tensor x, Tensor weight, Tensor offsets) -> Tensor")
 LIBRARY.define("grouped_outer(Tensor g, Tensor x, Tensor offsets) -> Tensor")

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify.library import LIBRARY, recorded
 from sparsify.ops.added_parts import check_support, write_values
 from sparsify.ops.checks import require, require_floats, require_index, require_shape, require_together, require_within
 from sparsify.ops.grouped_linear import (
@@ -32,7 +33,6 @@ from sparsify.ops.grouped_linear import (
     oracle_grouped_linear,
     oracle_grouped_outer,
 )
-from sparsify.ops.library import LIBRARY, recorded
 
 LIBRARY.define(
     "partial_grouped_linear(Tensor x, Tensor weight, Tensor block, Tensor? index, int start, int axis, Tensor offsets) -> Tensor"

@@ -1,0 +1,214 @@
+"""Host modules that carry trained parts: subclasses of what they replace, so `isinstance`, hooks and names go on working.
+
+nn.Linear, Conv1D ──▶ Partial…        weight frozen; weight_slice trains                        `sparsify.methods.channels`
+                      SparseLowRank…  weight frozen; sparse_values, lora_A, lora_B train        `sparsify.methods.sparse_lowrank`
+                      Quantized…      no weight, packed_0 … packed_n; any of the above beside   `sparsify.methods.packed`
+                      …               of methods from outside                                   `sparsify.methods.register`
+
+Here is what they share, and how a module of our own tree becomes one.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class AdaptedMixin:
+    """What all adapted linears share. `conv1d` says that the stored weight is `(in, out)`.
+
+    trained_leaves: parameters that train, by leaf. part_buffers: buffers beside them.
+    placing_buffers: those of `part_buffers` that say where the part lies (not in the state dict, but in the layout's digest).
+    part_settings: plain attributes. entries_of_weight: trained leaves that stand for entries of the weight, which is scratch there.
+    rates: leaf → group of `Handle.param_groups`. follows_from_weight: whether what trained can be read from the folded weight.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    _parameters: dict[str, Any]
+    _buffers: dict[str, Any]
+    conv1d = False
+    trained_leaves: ClassVar[tuple[str, ...]] = ()
+    part_buffers: ClassVar[tuple[str, ...]] = ()
+    placing_buffers: ClassVar[tuple[str, ...]] = ()
+    part_settings: ClassVar[tuple[str, ...]] = ()
+    entries_of_weight: ClassVar[tuple[str, ...]] = ()
+    rates: ClassVar[Mapping[str, str]] = {}
+    follows_from_weight: ClassVar[bool] = False
+
+    def stored_shape(self) -> torch.Size:
+        return self.weight.shape
+
+    def logical_shape(self) -> tuple[int, int]:
+        """`(out, in)`."""
+        shape = self.stored_shape()[-2:]
+        return (shape[1], shape[0]) if self.conv1d else (shape[0], shape[1])
+
+    def logical(self, stored: Tensor) -> Tensor:
+        """A view of a stored weight as `(out, in)`; of packed experts as `(experts, out, in)`."""
+        return stored.mT if self.conv1d else stored
+
+    def check_dtype(self, x: Tensor) -> None:
+        """The same refusal as `F.linear`: without autocast, input and weight must agree in dtype."""
+        if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise RuntimeError(
+                f"{type(self).__name__}: the input is {x.dtype}, the weight {self.weight.dtype}; cast one, or use autocast"
+            )
+
+    def described(self) -> str:
+        n, m = self.logical_shape()
+        return f"in_features={m}, out_features={n}, bias={self.bias is not None}"
+
+    # --- the part, as state dicts, merge and layouts see it -----------------------------------------------------------------
+
+    def added_leaves(self) -> tuple[str, ...]:
+        """Leaves that the module has and the user's has not."""
+        return (*self.trained_leaves, *self.part_buffers)
+
+    def base_weight(self) -> Tensor:
+        """A fresh copy of the stored weight, before `folded`."""
+        return self.weight.detach().clone()
+
+    def folded(self, weight: Tensor) -> Tensor:
+        """The weight that the module computes with, in stored layout, from the base's; may write into `weight` and return it."""
+        return weight
+
+    def part_digest(self) -> bytes:
+        """Where the part lies and how it is scaled, for the digest of the module's layout; shapes are in it already."""
+        return b""
+
+    def clear_trained(self, stored: Tensor) -> None:
+        """Zeros where trained entries lie in a contiguous stored weight: what stands there is scratch."""
+
+    def supports(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        """Flat entries of the stored weight under the part that `tensors` (by leaf) are of; beside `clear_trained`."""
+        return []
+
+    def base_follows(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether the frozen base is the folded weight outside of its scratch, if the part holds `tensors`."""
+        return False
+
+    def read_from(self, stored: Tensor) -> dict[str, Tensor]:
+        """Trained leaves as a folded weight holds them, where they follow from it and their places are known."""
+        return {}
+
+
+KINDS: dict[str, tuple[type, type[nn.Module]]] = {}
+
+
+def carries(kind: str, mixin: type, linear: type[nn.Module] | None = None) -> None:
+    """Make a kind of adapted module known. linear: its class for `nn.Linear`, made here if not given."""
+    KINDS[kind] = (mixin, made_class(kind, mixin, nn.Linear) if linear is None else linear)
+    conv1d_class.cache_clear()
+    grouped_class.cache_clear()
+
+
+def made_class(kind: str, mixin: type, base: type[nn.Module]) -> Any:
+    def reduce(self: Any, protocol: Any) -> Any:
+        return rebuild, (kind, base.__name__), self.__dict__
+
+    body = {"__reduce_ex__": reduce, "__doc__": f"{base.__name__}, {kind}.", "__module__": __name__}
+    body["conv1d"] = getattr(base, "conv1d", base is not nn.Linear)
+    return type(f"{kind}{base.__name__}", (mixin, base), body)
+
+
+def known_kind(kind: str) -> tuple[type, type[nn.Module]]:
+    if kind not in KINDS:
+        importlib.import_module("sparsify.methods")
+    if kind not in KINDS:
+        raise KeyError(f"no method registered in this process has modules of kind {kind!r}; import the one that does")
+    return KINDS[kind]
+
+
+@functools.cache
+def conv1d_class(kind: str) -> type[nn.Module]:
+    """The same for transformers' Conv1D, whose weight is stored `(in, out)`; made on first use to keep imports lean."""
+    from transformers.pytorch_utils import Conv1D
+
+    return made_class(kind, known_kind(kind)[0], Conv1D)
+
+
+@functools.cache
+def grouped_class(kind: str, base: str) -> type[nn.Module]:
+    """The same for the weights of packed experts."""
+    from sparsify.model.packed_experts import GROUPED
+
+    return made_class(kind, known_kind(kind)[0], GROUPED[base])
+
+
+def class_of(kind: str, base: str) -> type[nn.Module]:
+    if base.endswith("GroupedLinear"):
+        return grouped_class(kind, base)
+    return known_kind(kind)[1] if base == "Linear" else conv1d_class(kind)
+
+
+def base_name(module: nn.Module) -> str:
+    """What a linear of our own tree is under its parts: `Linear`, `Conv1D`, or one of those of packed experts."""
+    from sparsify.model.packed_experts import GROUPED
+
+    grouped = next((c.__name__ for c in type(module).__mro__ if c in GROUPED.values()), None)
+    return grouped or ("Linear" if isinstance(module, nn.Linear) else "Conv1D")
+
+
+def rebuild(kind: str, base: str = "Conv1D") -> nn.Module:
+    cls: Any = class_of(kind, base)
+    return cls.__new__(cls)
+
+
+def become(module: nn.Module, kind: str) -> None:
+    """Turn a linear of *our own* module tree into an adapted one, in place: hooks, name and references stay."""
+    cls: Any = class_of(kind, base_name(module))
+    if not isinstance(module, AdaptedMixin):
+        module.__dict__["user_class"] = type(module)
+    module.__class__ = cls
+
+
+def become_part(module: nn.Module, kind: str) -> None:
+    """`become`, of a module that stays packed if it is."""
+    become(module, "Quantized" if hasattr(module, "packed_names") else kind)
+
+
+def make_linear(module: nn.Module) -> None:
+    """A linear of a subclass of `nn.Linear` without state of its own becomes an `nn.Linear`."""
+    module.__class__ = nn.Linear
+
+
+def make_plain(module: nn.Module) -> None:
+    """Back to the class that the user had; parameters of trained parts must be gone."""
+    module.__class__ = module.__dict__.pop("user_class", type(module))
+
+
+def as_parameter(value: Tensor) -> nn.Parameter:
+    return value if isinstance(value, nn.Parameter) else nn.Parameter(value)
+
+
+def take_leaves(module: Any) -> dict[str, Tensor]:
+    """Take every tensor and setting of its part from a module; returns the tensors by leaf."""
+    found: dict[str, Tensor] = {}
+    for leaf in module.added_leaves():
+        for table in (module._parameters, module._buffers):
+            if table.get(leaf) is not None:
+                found[leaf] = table[leaf]
+            table.pop(leaf, None)
+        module._non_persistent_buffers_set.discard(leaf)
+    for name in module.part_settings:
+        module.__dict__.pop(name, None)
+    return found
+
+
+def effective_weight(module: Any) -> Tensor:
+    """A fresh tensor: the weight that an adapted module computes with, stored layout, all trained parts folded in."""
+    return module.folded(module.base_weight()).detach()
+
+
+def write_folded(module: Any) -> None:
+    """Bring the stored dense weight up to date with what the operator would compute."""
+    weight = module.weight
+    found = module.folded(weight.data)
+    if found is not weight.data and found.data_ptr() != weight.data_ptr():
+        weight.data.copy_(found)
