@@ -300,3 +300,21 @@ def test_quantize_leaves_experts_dense_and_says_so() -> None:
     assert any("packed experts are not quantised" in str(r) for r in host.sparsify.report.declined)
     host(**batch()).loss.backward()
     assert host.sparsify.parts["model.layers.0.mlp.experts.down_proj.weight"].tensors()["lora_B"].grad is not None
+
+
+@pytest.mark.parametrize("rule", ["S2FT in place", "LoRA"])
+def test_checkpoints_are_the_users(rule: str, tmp_path: Any) -> None:
+    """transformers writes packed experts one by one; what trains beside them must not be taken for one of them."""
+    from transformers import MixtralForCausalLM
+
+    _, host = compiled("Mixtral", rule)
+    perturb(host)
+    host.eval()
+    inputs = {"input_ids": batch()["input_ids"]}
+    trained = host(**inputs).logits.detach()
+    host.save_pretrained(tmp_path / "plain")
+    again = MixtralForCausalLM.from_pretrained(tmp_path / "plain").eval()
+    torch.testing.assert_close(again(**inputs).logits.detach(), trained, rtol=1e-4, atol=1e-5)
+    host.save_pretrained(tmp_path / "checkpoint", state_dict=host.state_dict())
+    again = MixtralForCausalLM.from_pretrained(tmp_path / "checkpoint").eval()
+    torch.testing.assert_close(again(**inputs).logits.detach(), trained, rtol=1e-4, atol=1e-5)
