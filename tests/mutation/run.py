@@ -34,9 +34,34 @@ ROOT = Path(__file__).parents[2]
 COPIED = ("sparsify", "tests", "examples", "benchmarks", "docs", "pyproject.toml", "README.md", "CHANGELOG.md")
 SOURCES = (".py", ".jinja", ".j2", ".cpp", ".c", ".h")
 PASSED, FAILED, NO_TESTS = 0, 1, 5
-PRELOADED = """bitsandbytes hypothesis hypothesis.strategies jinja2 networkx numpy peft rich.console rich.table safetensors.torch tokenizers
-torch torch._dynamo torch._inductor.compile_fx torch.distributed.fsdp torch.distributed.checkpoint torch.export torch.testing
-torch.utils.checkpoint torchao.quantization tqdm.auto transformers transformers.pytorch_utils triton typer typer.testing""".split()
+PRELOADED = [
+    "bitsandbytes",
+    "hypothesis",
+    "hypothesis.strategies",
+    "jinja2",
+    "networkx",
+    "numpy",
+    "peft",
+    "rich.console",
+    "rich.table",
+    "safetensors.torch",
+    "tokenizers",
+    "torch",
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+    "torch.export",
+    "torch.testing",
+    "torch.utils.checkpoint",
+    "torchao.quantization",
+    "tqdm.auto",
+    "transformers",
+    "transformers.pytorch_utils",
+    "triton",
+    "typer",
+    "typer.testing",
+]
 
 
 def place_of(mistake: Mistake, package: Path) -> Path | str:
