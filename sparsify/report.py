@@ -15,6 +15,7 @@ from sparsify.kernels.fallback import notes
 from sparsify.names import printable as without_controls
 from sparsify.ops.schema import argument
 from sparsify.parameter_count import count_parameters
+from sparsify.passes.unit_budget import Budget
 from sparsify.plan import Plan
 from sparsify.printer import pruned_line
 from sparsify.program import Program
@@ -32,6 +33,7 @@ class Report:
     trainable, total: parameters, packed weights as what they stand for; pruned: entries of trainable parameters that stay zero under
     a mask, which `trainable` leaves out. saved_bytes: bytes that the trained slices keep for backward on the captured example;
     saved_bytes_full: what weight gradients of all captured linears would keep (each distinct input once).
+    budgets: what S2FT's rules with `fraction=` asked for, of what, and what their whole units train.
     """
 
     model: str
@@ -45,6 +47,7 @@ class Report:
     history: tuple[str, ...]
     cpu: str = ""
     pruned: int = 0
+    budgets: tuple[Budget, ...] = ()
 
     def __str__(self) -> str:
         return self.text()
@@ -59,6 +62,7 @@ class Report:
         if fold:
             chosen, declined = fold_lines(chosen), fold_lines(declined)
         lines += [("chosen     " if i == 0 else "           ") + line for i, line in enumerate(chosen)]
+        lines += [("budget     " if i == 0 else "           ") + str(budget) for i, budget in enumerate(self.budgets)]
         lines += [("declined   " if i == 0 else "           ") + line for i, line in enumerate(declined)]
         survivors = f": the survivors; {self.pruned:,} pruned entries stay zero" if self.pruned else ""
         lines.append(f"trainable  {self.trainable:,} of {self.total:,} parameters ({share:.4f} %){survivors}")
@@ -126,6 +130,7 @@ def make_report(program: Program, plan: Plan, host: nn.Module, cpu: Any = None) 
         trainable=count.trainable,
         total=count.total,
         pruned=count.pruned,
+        budgets=program.budgets,
         saved_bytes=saved,
         saved_bytes_full=full,
         history=(*program.history, *(f"note: {text}" for text in notes())),
