@@ -44,11 +44,12 @@ from sparsify.moved_buffers import Buffers, mix_buffer
 from sparsify.parameter_count import count_parameters
 from sparsify.passes.assign_rules import is_conv1d, owner_name
 from sparsify.plan import Plan, nearest
-from sparsify.program import Program
+from sparsify.program import Program, canonical_names
 from sparsify.quantized import pack, packs_again, unpack
 from sparsify.report import Report, make_report
 from sparsify.sharded import back_to_pieces, class_name, refuse_sharded, whole, whole_parameters, write_whole
 from sparsify.switch_lock import EnterForward, LeaveForward, SwitchLock, guard
+from sparsify.tied_weights import tie_again, tied_groups
 
 T = TypeVar("T")
 
@@ -916,23 +917,29 @@ class Handle:
     def plain(self) -> nn.Module:
         """A copy of the model as plain modules, with everything that is active folded in, in original order: no sparsify left.
 
-        Pruned entries are exact zeros in it. The copy shares nothing with the host.
+        Pruned entries are exact zeros in it. The copy shares nothing with the host. Tied weights are tied in it where both sides still
+        hold the same; else a warning names them, every name has a tensor of its own, and `config.tie_word_embeddings` is False.
         """
         refuse_sharded(self.host, "plain")
         state = {name: value.detach().clone() for name, value in self.original_state_dict().items()}
         bare = self.bare_copy()
-        tied: dict[int, list[str]] = {}
-        for name, parameter in bare.named_parameters(remove_duplicate=False):
-            tied.setdefault(id(parameter), []).append(name)
+        groups = self.tied()
         bare.load_state_dict(state, assign=True)
-        for first, *others in tied.values():
-            for name in others:
-                owner, _, leaf = name.rpartition(".")
-                setattr(bare.get_submodule(owner), leaf, bare.get_parameter(first))
+        torn = tie_again(bare, groups)
+        if torn:
+            warnings.warn(
+                f"plain: {', '.join(torn[0])} were one tensor in the model and hold different values now, so that in the copy nothing is "
+                "tied and config.tie_word_embeddings is False",
+                stacklevel=3,
+            )
         for name, parameter in bare.named_parameters():
             parameter.requires_grad_(self.flags.get(name, True))
         save_again(bare, {name for part in self.program.parts for name in part.trained_names()})
         return bare
+
+    def tied(self) -> list[list[str]]:
+        """Names that were one tensor in the model that was compiled, or are one in the host, in groups."""
+        return tied_groups({**canonical_names(self.host), **self.program.aliases})
 
     def bare_copy(self) -> Any:
         """A deep copy of the host as plain modules; its adapted weights are empty."""

@@ -54,7 +54,7 @@ class Budget:
     def __str__(self) -> str:
         share, got = self.asked / max(self.total, 1), self.trained / max(self.total, 1)
         asked = f"rule {self.rule} asked for {share:.4%} of {self.total:,} parameters of {self.of}"
-        return f"{asked}, whole units train {got:.4%} ({self.trained:,})"
+        return f"{asked}, and {got:.4%} train ({self.trained:,})"
 
 
 def unit_counts(rows: Sequence[Row], fraction: float, balance: str) -> dict[str, int]:
