@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import sparsify
 from sparsify import S2FT, CaptureError, LoRA, Plan, Prune
-from sparsify.capture import capture, dummy_inputs, example_inputs
+from sparsify.program.capture import capture, dummy_inputs, example_inputs
 
 pytestmark = pytest.mark.fresh_trace
 
@@ -302,7 +302,7 @@ def blip2():
 
 
 # (model, structures of the text alone, structures of text and pictures or None where pictures cannot be traced)
-PICTURES = [(llava, 2, 5), (qwen2_vl, 2, None)]
+PICTURES = [(llava, 2, 5), (qwen2_vl, 2, None)]  # pictures can be traced, or cannot
 MORE_PICTURES = [(internvl, 2, 5), (paligemma, 2, 6), (blip2, 9, 9)]
 SLOW = [pytest.param(*case, marks=pytest.mark.slow, id=case[0].__name__) for case in MORE_PICTURES]
 

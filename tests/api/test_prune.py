@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import multiprocessing
 import os
 import signal
 import warnings
@@ -12,6 +11,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import tiny
 import torch
@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 import sparsify
 from sparsify import S2FT, LoRA, PaCA, Plan, PlanError, Prune, Quantize, RefusedError, RoSA, SparsifyError
-from sparsify.html_report import Section, render_html
-from sparsify.masked_modules import check_masks, masked_parameters
+from sparsify.modules.masked import check_masks, masked_parameters
 from sparsify.pruning import sequential
 from sparsify.pruning.sequential import prune_model
-from sparsify.report import human
-from sparsify.sparse_checkpoint import SparseCheckpointError, model_hash, open_sparse
+from sparsify.pruning.sparse_checkpoint import SparseCheckpointError, model_hash, open_sparse
+from sparsify.show.html_report import Section, render_html
+from sparsify.show.report import human
 from sparsify.train.squarehead import Distiller, distillation_trainer
 
 HALF = Prune(sparsity=0.5, method="magnitude")
@@ -419,8 +419,7 @@ def prune_and_die(folder: str, layer: int) -> None:
 
 
 def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=prune_and_die, args=(str(tmp_path), 9))
-    process.start()
+    process = processes.start(prune_and_die, str(tmp_path), 9)
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
     calls = 0

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from sparsify.lowering.cpu_options import CpuOptions
+from sparsify.lowering.prepacked_linear import PrepackedLinear, can_prepack
 
 import sparsify
 from sparsify import Plan, Prune
-from sparsify.lowering.cpu_options import CpuOptions
-from sparsify.lowering.prepacked_linear import PrepackedLinear, can_prepack
-from sparsify.tied_weights import different, tied_groups
+from sparsify.model.tied_weights import different, tied_groups
 
 COPY = CpuOptions(mode="small", tied="copy", tokens=(1,))
 T5 = "T5"

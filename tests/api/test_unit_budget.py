@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import sparsify
 from sparsify import S2FT, Plan
 from sparsify.errors import RefusedError
-from sparsify.passes.unit_budget import Row, at_least_one, cost_of, unit_counts
+from sparsify.program.unit_budget import Row, at_least_one, cost_of, unit_counts
 
 
 def model_rows(layers: int, heads: int, head: int, channels: int, width: int) -> list[Row]:
