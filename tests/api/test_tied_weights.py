@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from sparsify.lowering.cpu_options import CpuOptions
-from sparsify.lowering.prepacked_linear import PrepackedLinear, can_prepack
 
 import sparsify
 from sparsify import Plan, Prune
+from sparsify.lowering.cpu.options import CpuOptions
+from sparsify.lowering.cpu.prepacked_linear import PrepackedLinear, can_prepack
 from sparsify.model.tied_weights import different, tied_groups
 
 COPY = CpuOptions(mode="small", tied="copy", tokens=(1,))
