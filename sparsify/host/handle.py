@@ -224,7 +224,7 @@ class Handle:
         weights are in groups without weight decay, see `sparsify.train.param_groups`.
         """
         self.check("param_groups")
-        from sparsify.train.decay import param_groups
+        from sparsify.modules.decay import param_groups
 
         rest = sparse_lr if lr is None else lr
         return param_groups(self.host, lr=rest, sparse_lr=sparse_lr, lora_lr=lora_lr, weight_decay=weight_decay)
