@@ -277,3 +277,14 @@ def test_sensitivity_keeps_the_total_and_moves_sparsity_to_where_it_costs_least(
     assert shares["spiky"] > 0.6 > shares["flat"]
     assert max(abs(s - 0.6) for s in shares.values()) <= 0.2 + 1e-9
     assert by_sensitivity(curves, 0.6, 0.0) == pytest.approx({"spiky": 0.6, "flat": 0.6})
+
+
+@pytest.mark.parametrize("sparsity", [0.45, 0.333])
+def test_what_a_block_of_columns_rounds_off_the_next_one_makes_up_for(sparsity: float) -> None:
+    """One row of 300 columns in blocks of 128: each block alone would round to another total."""
+    h = Hessian(300)
+    h.add(torch.randn(600, 300))
+    found = sparsegpt_prune(torch.randn(1, 300), h.value(), sparsity, Unstructured())
+    assert int((~found.mask).sum()) == round(sparsity * 300)
+    alone = sum(round(sparsity * width) for width in (128, 128, 44))
+    assert sparsity != 0.45 or alone != round(sparsity * 300), "or the test shows nothing"
