@@ -688,6 +688,7 @@ MISTAKES: tuple[Mistake, ...] = (
         "pruning",
         "    scores = weight.float().square() * mean_squares.to(weight.device)\n    return keep_values(weight, mask_from_scores(scores, sparsity, pattern, per_row=True",
         "    scores = weight.float().square() * mean_squares.to(weight.device)\n    return keep_values(weight, mask_from_scores(scores, sparsity, pattern, per_row=False",
+        "numeric/test_pruning.py: wanda_compares",
         "numeric/test_pruning.py",
     ),
     m(

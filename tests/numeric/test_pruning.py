@@ -288,3 +288,15 @@ def test_what_a_block_of_columns_rounds_off_the_next_one_makes_up_for(sparsity: 
     assert int((~found.mask).sum()) == round(sparsity * 300)
     alone = sum(round(sparsity * width) for width in (128, 128, 44))
     assert sparsity != 0.45 or alone != round(sparsity * 300), "or the test shows nothing"
+
+
+def test_wanda_compares_inside_each_output_row() -> None:
+    """Rows of very different size lose equally many entries, those of least |w| · ‖x‖; magnitude empties the small rows."""
+    weight = torch.randn(6, 20) * torch.logspace(-3, 3, 6)[:, None]
+    squares = torch.rand(20) + 0.1
+    found = wanda_prune(weight, squares, 0.4, Unstructured()).mask
+    assert (~found).sum(1).tolist() == [8] * 6
+    scores = weight.abs() * squares.sqrt()
+    for row, kept in zip(scores, found, strict=True):
+        assert row[kept].min() > row[~kept].max()
+    assert (~magnitude_prune(weight, 0.4, Unstructured()).mask).sum(1).tolist() != [8] * 6
