@@ -216,7 +216,7 @@ def test_shared_modules_train_once_and_restore():
     base = tiny.snapshot(model)
     x = torch.randn(3, 12)
     expected = model(x)
-    host = tiny.lower(model, S2FT(units=5, producer_fraction=0.2), example=x, check="numeric")
+    host = tiny.lower(model, S2FT(units=5, producer_fraction=0.2, budget="structure"), example=x, check="numeric")
     assert host.first is host.second
     assert host.decode.weight is host.encode.weight
     torch.testing.assert_close(host(x), expected)
@@ -245,7 +245,7 @@ def test_meta_device_needs_no_memory():
     program = sparsify.analyse(model)
     assert {s.kind for s in program.structures} == {"ffn", "attention"}
     assert len(program.structures) == 4
-    host = tiny.lower(model, S2FT(fraction=0.05, producer_fraction=0.05))
+    host = tiny.lower(model, S2FT(fraction=0.05, producer_fraction=0.05, budget="structure"))
     assert all(p.device.type == "meta" for p in host.parameters())
     assert host.sparsify.count_parameters()[0] > 0
     choices = tiny.lower(tiny.llama(), S2FT(units=3)).sparsify.program.choices
