@@ -204,8 +204,9 @@ MISTAKES: tuple[Mistake, ...] = (
     ),
     m(
         "selection",
-        "    budget = rule.fraction * sum(totals.values()) / len(totals)",
-        "    budget = rule.fraction * sum(totals.values())",
+        "        left -= cost_of(kinds[kind], found)",
+        "        left -= 0",
+        "api/test_unit_budget.py",
         "api/test_select.py: straightforward or heads or grouped or balance or fraction or parameters or ties or independently or producer",
         "api/test_known_mistakes_s2ft.py",
     ),
@@ -310,8 +311,8 @@ MISTAKES: tuple[Mistake, ...] = (
     ),
     m(
         "methods",
-        '        found["lora_B"] = torch.zeros(n, part.rank, dtype=dtype, device=weight.device)',
-        '        found["lora_B"] = torch.full((n, part.rank), 1e-3, dtype=dtype, device=weight.device)',
+        '        found["lora_B"] = torch.zeros(*experts, n, part.rank, dtype=dtype, device=weight.device)',
+        '        found["lora_B"] = torch.full((*experts, n, part.rank), 1e-3, dtype=dtype, device=weight.device)',
         "api/test_lora.py",
     ),
     m(
