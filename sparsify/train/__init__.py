@@ -1,5 +1,5 @@
 """Training: groups for optimizers, RoSA's schedule, SquareHead distillation, pruning schedules; for any loop and for Trainer."""
 
-from sparsify.train.decay import keep_out_of_decay, param_groups
+from sparsify.modules.decay import keep_out_of_decay, param_groups
 
 __all__ = ["keep_out_of_decay", "param_groups"]

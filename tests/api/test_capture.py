@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import sparsify
 from sparsify import S2FT, CaptureError
 from sparsify.program import Stage
-from sparsify.program.capture import capture, dummy_inputs, example_inputs
+from sparsify.program.capture import capture, dummy_inputs, evaluating, example_inputs
 
 pytestmark = pytest.mark.fresh_trace
 
@@ -264,3 +264,16 @@ def test_16_bit_models_are_captured_in_their_own_dtype():
     model = tiny.llama(torch.bfloat16)
     program = capture(model)
     assert tiny.output_of(program.run_example()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_every_module_gets_its_own_mode_back(training):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Dropout(), nn.Linear(2, 2)))
+    model.train()
+    model[1].eval()
+    model[1][1].train()
+    before = [module.training for module in model.modules()]
+    assert len(set(before)) == 2
+    with evaluating(model, training):
+        assert {module.training for module in model.modules()} == {training}
+    assert [module.training for module in model.modules()] == before

@@ -15,6 +15,7 @@ from torch import nn
 
 import sparsify.program.capture
 from sparsify import S2FT
+from sparsify.ops.schema import arguments
 from sparsify.program import Program
 
 # one base per family: `compile` must not write to it, which every example checks
@@ -73,14 +74,16 @@ def test_permuted_equals_original_and_restores_bit_for_bit(name, plan):
 def partial_nodes(program: Program) -> list[tuple[str, str, str, int]]:
     """(weight, block, start or places, axis) of every partial linear, by qualified names."""
     names, found = program.tensor_names, []
-    ours = (torch.ops.sparsify.partial_linear.default, torch.ops.sparsify.partial_linear_at.default)
+    ops = torch.ops.sparsify
+    ours = (ops.partial_linear.default, ops.partial_linear_at.default, ops.partial_grouped_linear.default)
     for node in program.graph.nodes:
         if node.target in ours:
-            weight, where = node.args[1], node.args[4]
+            given = arguments(node)
+            weight, index = given["weight"], given.get("index")
             while weight.op != "placeholder":  # Conv1D: the transposed view
                 weight = weight.args[0]
-            where = where if isinstance(where, int) else names[where.name]
-            found.append((names[weight.name], names[node.args[3].name], str(where), node.args[5]))
+            where = given["start"] if index is None else names[index.name]
+            found.append((names[weight.name], names[given["block"].name], str(where), given["axis"]))
     return sorted(found)
 
 
@@ -96,7 +99,7 @@ def test_graph_and_host_agree_in_outputs_and_nodes(name):
     model = tiny.build(name)
     try:
         host = tiny.lower(model, S2FT(fraction=0.15, producer_fraction=0.15, budget="structure"), seed=5)
-    except sparsify.PlanError:  # producers packed with their own consumers' weight, or 3-D experts: consumers alone
+    except sparsify.PlanError:  # producers packed with their own consumers' weight: consumers alone
         host = tiny.lower(model, S2FT(fraction=0.15, budget="structure"), seed=5)
     tiny.disturb(host)
     program = host.sparsify.program
