@@ -343,6 +343,10 @@ class LowRankPart(LivePart):
     def keeps_base(self) -> bool:  # type: ignore[override]
         return self.part.count > 0
 
+    @property
+    def takes_support(self) -> bool:  # type: ignore[override]
+        return self.part.count > 0
+
     def tensors(self) -> dict[str, Any]:
         held = self.module._parameters if self.detached is None else self.detached
         found = {name: held.get(name) for name in SparseLowRankMixin.trained_leaves}
