@@ -7,7 +7,7 @@ import functools
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -188,8 +188,7 @@ class Handle:
             "lock",
         ):
             setattr(clone, name, copy.deepcopy(getattr(self, name), memo))
-        clone.program = copy.copy(self.program)
-        clone.program.host = clone.host
+        clone.program = replace(self.program, host=clone.host)
         return clone
 
     # --- tensors ---------------------------------------------------------------------------------------------------------
