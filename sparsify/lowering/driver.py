@@ -90,7 +90,7 @@ def lower(
     install(host, decision)
     if lowered is None:
         return decision, None
-    lowered = replace(lowered, host=host, tensors={})
+    lowered = lowered.on(host)
     try:
         verify(lowered)
     except VerifyError as error:
