@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import sparsify.methods  # noqa: F401  registers the operators
-from sparsify.formats.quantized import pack, unpack
+from sparsify.formats import pack, unpack
 from sparsify.ops.bits import pack_bits
 
 N, M, RANK, SCALE = 5, 7, 2, 0.7

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from sparsify.errors import SparsifyError
+from sparsify.formats.format import Format
 
 LIBRARY = "torchao"
 
@@ -43,7 +44,7 @@ class Spec:
         return f"{self.cls.__module__}.{self.cls.__qualname__}({inner}; {self.context!r}; {tuple(self.shape)})"
 
 
-FORMATS: dict[str, Spec] = {}
+SPECS: dict[str, Spec] = {}
 
 
 def torchao_name(tensor: Tensor) -> str | None:
@@ -80,25 +81,36 @@ def rebuild(spec: Spec, tensors: list[Tensor]) -> Any:
 
 def register_format(spec: Spec) -> str:
     name = f"{LIBRARY}/{spec.cls.__name__}/{hashlib.sha256(spec.describe().encode()).hexdigest()[:12]}"
-    FORMATS[name] = spec
+    SPECS[name] = spec
     return name
 
 
-def is_foreign(format: str) -> bool:
-    return format.startswith(f"{LIBRARY}/")
+@dataclass(frozen=True)
+class Foreign(Format):
+    """A weight in its library's own parts; the library unpacks it, checks it, and has no way to pack a changed one alike."""
 
+    name: str
+    packs_again: ClassVar[bool] = False
 
-def unpack_foreign(packed: list[Tensor], format: str, dtype: torch.dtype) -> Tensor:
-    """The dense weight as the library unpacks it, a fresh tensor in `dtype`."""
-    spec = FORMATS.get(format)
-    if spec is None:
+    def pack(self, weight: Tensor) -> list[Tensor]:
         raise SparsifyError(
-            f"a weight is packed as {format}, which this process has not seen: compile the quantised model here instead of unpickling"
+            f"a weight that came packed as {self.name} cannot be packed again: keep what trains beside it as an adapter"
         )
-    whole = rebuild(spec, list(packed))
-    if hasattr(whole, "dequantize"):
-        dense = whole.dequantize()
-    else:  # the library only multiplies: its product with the identity
-        eye = torch.eye(spec.shape[1], dtype=whole.dtype, device=packed[0].device)
-        dense = torch.nn.functional.linear(eye, whole).t()
-    return dense.to(dtype=dtype, memory_format=torch.contiguous_format, copy=dense.dtype == dtype)
+
+    def unpack(self, packed: list[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        spec = SPECS.get(self.name)
+        if spec is None:
+            raise SparsifyError(
+                f"a weight is packed as {self.name}, which this process has not seen: compile the quantised model here instead of "
+                "unpickling"
+            )
+        whole = rebuild(spec, list(packed))
+        if hasattr(whole, "dequantize"):
+            dense = whole.dequantize()
+        else:  # the library only multiplies: its product with the identity
+            eye = torch.eye(spec.shape[1], dtype=whole.dtype, device=packed[0].device)
+            dense = torch.nn.functional.linear(eye, whole).t()
+        return dense.to(dtype=dtype, memory_format=torch.contiguous_format, copy=dense.dtype == dtype)
+
+    def tensors(self, rows: int, columns: int) -> None:
+        return None

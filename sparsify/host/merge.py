@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from sparsify.console import printable
 from sparsify.errors import SparsifyError
-from sparsify.formats.quantized import pack, packs_again, unpack
+from sparsify.formats import format_named, pack, unpack
 from sparsify.methods.packed import QuantizedMixin
 from sparsify.model.sharded import refuse_sharded
 from sparsify.modules.adapted import effective_weight, make_plain, write_folded
@@ -44,7 +44,7 @@ def merge(handle: Handle) -> nn.Module:
     handle.need_unmerged("merge")
     refuse_sharded(handle.host, "merge")
     packed = [p for p in handle.parts if handle.is_packed(p)]
-    fixed = next((p for p in packed if not packs_again(handle.module(p).format)), None)
+    fixed = next((p for p in packed if not format_named(handle.module(p).format).packs_again), None)
     if fixed is not None:
         raise SparsifyError(
             f"merge: {fixed} came packed as {handle.module(fixed).format}, and sparsify cannot pack a changed weight so: save_adapter "

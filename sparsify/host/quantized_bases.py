@@ -25,8 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import AdapterError, CaptureError, PlanError
+from sparsify.formats import unpack
 from sparsify.formats.foreign_tensors import flatten_tensor, register_format, torchao_name
-from sparsify.formats.quantized import BLOCK, NESTED_BLOCK, bitsandbytes, four_bit_format, unpack
+from sparsify.formats.four_bit import four_bit_format
+from sparsify.formats.libraries import bitsandbytes
+from sparsify.formats.nf4 import BLOCK, NESTED_BLOCK
 from sparsify.model.module_tree import copy_module_tree
 from sparsify.plan import Plan, Rule
 from sparsify.pruning.rule import Prune

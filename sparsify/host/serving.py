@@ -19,7 +19,7 @@ from sparsify.adapters import adapter as files
 from sparsify.adapters import peft_format
 from sparsify.errors import AdapterError, SparsifyError
 from sparsify.files.strict_json import short
-from sparsify.formats.quantized import pack, unpack
+from sparsify.formats import pack, unpack
 from sparsify.plan import Plan, Quantize, Rule
 from sparsify.plan.name_patterns import matches
 from sparsify.program import Captured, Program, Stage, canonical_names

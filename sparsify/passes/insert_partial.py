@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from sparsify.adapters.adapter import tensor_hash
-from sparsify.formats.quantized import pack, packed_bytes, unpack
+from sparsify.formats import pack, packed_bytes, unpack
 from sparsify.methods.channels import slice_at, slices_of
 from sparsify.methods.part import TrainedPart, beside
 from sparsify.model.linears import is_conv1d, owner_name

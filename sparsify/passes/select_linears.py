@@ -18,6 +18,7 @@ from sparsify.calibration.fisher import sample_squares
 from sparsify.calibration.ranks import sum_over_ranks
 from sparsify.calibration.statistics import batch_count, given, gradient_statistics, input_squares, need_batches
 from sparsify.errors import PlanError, Refusal, RefusedError
+from sparsify.formats import format_named
 from sparsify.methods.registry import method_of
 from sparsify.methods.sparse_lowrank import SparseLowRank
 from sparsify.model.linears import is_conv1d, owner_name
@@ -29,7 +30,6 @@ from sparsify.plan.unmatched import unmatched_patterns
 from sparsify.program import ChannelChoice, LinearNode, Program, UnitChoice
 from sparsify.program.selection import choose, generator, index_dtype, random_scores, unit_channels
 
-HALF = torch.finfo(torch.float16)
 VIEWS = frozenset(
     getattr(torch.ops.aten, name)
     for name in (
@@ -144,13 +144,7 @@ def why_not_packed(program: Program, param: str, weight: Tensor, format: str) ->
     largest = weight.detach().abs().amax(dim=1).float()
     if not bool(torch.isfinite(largest).all()):
         return "the weight has NaN or Inf"
-    if format == "int8" and float(largest.max()) > HALF.max:
-        return f"its largest entry, {float(largest.max()):.3g}, lies beyond the scales of int8, which are float16 ({HALF.max:,.0f})"
-    if format == "int8" and bool(((largest > 0) & (largest < HALF.tiny)).any()):
-        return (
-            f"a row has no entry above {HALF.tiny:.1g}, where the scales of int8, which are float16, end; nf4 holds it"
-        )
-    return None
+    return format_named(format).why_not(weight)
 
 
 def select_linears(

@@ -19,7 +19,7 @@ from sparsify.calibration.statistics import (
     need_batches,
     sum_over_ranks,
 )
-from sparsify.formats.quantized import pack, unpack
+from sparsify.formats import pack, unpack
 from sparsify.model.linears import owner_name
 from sparsify.passes.assign_rules import WHOLE, Assignment, assign_rule
 from sparsify.passes.base import Context, PassResult

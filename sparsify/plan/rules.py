@@ -18,6 +18,7 @@ from sparsify.console import printable
 from sparsify.errors import PlanError
 from sparsify.files import strict_json
 from sparsify.files.strict_json import short
+from sparsify.formats.registry import packing_format
 from sparsify.plan.habits import from_habit, hint_for
 from sparsify.plan.installed import find
 from sparsify.plan.name_patterns import PatternError, check_pattern, matches
@@ -425,12 +426,20 @@ class LoRA(LinearRule):
 class Quantize(LinearRule):
     """Store frozen weights in few bits; what other rules train stays in 16 or 32 bits beside them.
 
-    format: "nf4" (4-bit NormalFloat with double quantisation, QLoRA), "int8" (one scale per output row), "int4" (groups of 64).
+    format: "nf4" (4-bit NormalFloat with double quantisation, QLoRA), "int8" (one scale per output row), "int4" (groups of 64), or a
+        format that `sparsify.formats.register` or an entry point of an installed distribution made known.
     """
 
-    format: Literal["nf4", "int8", "int4"] = field(default="nf4", kw_only=False)
+    format: str = field(default="nf4", kw_only=False)
 
     phase: ClassVar[Literal["adapt", "weight"]] = "weight"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            packing_format(self.format)
+        except PlanError as error:
+            raise PlanError(f"{type(self).__name__}(format={short(self.format)}): {error}") from None
 
 
 RULES: dict[str, type[Rule]] = {rule.__name__: rule for rule in (S2FT, PaCA, RoSA, LoRA, Quantize)}

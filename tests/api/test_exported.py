@@ -17,7 +17,7 @@ from torch.export import Dim, ExportedProgram
 import sparsify
 from sparsify import S2FT, CpuOptions, LoRA, PaCA, Plan, Prune, Quantize, RoSA, SparsifyError
 from sparsify.errors import CaptureError
-from sparsify.formats.quantized import pack, unpack
+from sparsify.formats import pack, unpack
 from sparsify.lowering.cpu.prepacked_linear import PrepackedLinear, alive
 from sparsify.lowering.deploy.decompositions import unpacked
 from sparsify.lowering.deploy.exported import Editor, bytes_of, export_for_inference, lower_exported, package
@@ -77,7 +77,8 @@ RULES = {
 }
 
 
-QUICK = {("Llama", "s2ft"), ("GPT-2", "rosa"), ("GPT-2", "int8 s2ft")}
+#: "Mlp" takes all rules; packed Conv1D is unpacked alike in tests/numeric/test_quantized_linear.py
+QUICK = {("Llama", "s2ft"), ("GPT-2", "rosa")}
 CASES = [
     pytest.param(name, rules, marks=() if name == "Mlp" or (name, rules) in QUICK else pytest.mark.slow)
     for name in ("Mlp", "Llama", "GPT-2")
@@ -304,3 +305,26 @@ def test_a_package_calls_the_generated_kernels(tmp_path: Path) -> None:
     assert result.stdout.strip() == "equal", result.stderr
     result = in_a_fresh_process(path, expected, needs_sparsify=False)
     assert "sparsify::packed_linear" in result.stderr
+
+
+class Builtin(nn.Module):
+    """Arguments that Python has words for, as nn.Sequential's own `input` is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 20), nn.Linear(20, 12)
+
+    def forward(self, input: Tensor, filter: Tensor) -> Tensor:
+        return self.down(nn.functional.relu(self.up(input))) * filter
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_arguments_named_like_builtins(fold: bool) -> None:
+    x, y = torch.randn(3, 12), torch.randn(3, 12)
+    host = tiny.lower(Builtin(), LoRA(rank=2), example=(x, y)).eval()
+    tiny.disturb(host)
+    exported = torch.export.export(host, (x, y))
+    assert [n.name for n in exported.graph.nodes if n.op == "placeholder"][-2:] == ["input", "filter"]
+    lowered = lower_exported(exported, fold=fold)
+    assert not operators(lowered)
+    torch.testing.assert_close(lowered.module()(x, y), host(x, y), rtol=1e-5, atol=2e-6)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import sparsify.ops.sampled_product as sampled_product
 from sparsify.errors import OperatorError, PositionError, SparsifyError
-from sparsify.formats.quantized import check_packed, pack, unpack
+from sparsify.formats import check_packed, pack, unpack
 from sparsify.kernels.cpu import sampled, skinny
 from sparsify.ops.checks import ascending, require_together
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-from sparsify.formats.quantized import pack
+from sparsify.formats import pack
 from sparsify.ops.saved_input import restored_input, saved_input
 
 TOKENS, WIDTH, OUT, RANK = 5, 8, 6, 2

@@ -17,7 +17,7 @@ pytest.importorskip("bitsandbytes")
 
 import sparsify
 from sparsify import Plan, Quantize, RoSA
-from sparsify.formats.quantized import FORMATS, pack, unpack
+from sparsify.formats import FORMATS, pack, unpack
 from sparsify.kernels.gpu import launch
 from sparsify.kernels.gpu.build import TritonError
 from sparsify.ops import dispatch

@@ -10,7 +10,6 @@ Forward only. Everything that does not depend on `x` is computed first, from par
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsify.formats.quantized import BLOCK, NESTED_BLOCK, unpack
+from sparsify.formats import format_named
 from sparsify.library import OUTSIDE
 
 Table = dict[Any, Callable[..., Any]]
@@ -69,36 +68,9 @@ def sparse_lowrank_linear(fold: bool) -> Callable[..., Tensor]:
     return decomposed
 
 
-# Positions come from `arange` and shifts, not from views of blocks: where a last block is not whole, Inductor (2.13) takes
-# `i // block` for 0, and reads the wrong scale or byte.
-
-
-def unpack_nf4(packed: Sequence[Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """`quantized.unpack` of NF4 without bitsandbytes: two table look-ups and a product per weight."""
-    data, absmax, nested_absmax, nested_code, code, offset = packed
-    scales = nested_code[absmax.int()] * nested_absmax[blocks_of(absmax.numel(), NESTED_BLOCK, data)] + offset
-    place = torch.arange(math.prod(shape), device=data.device)
-    nibbles = (data.view(-1).int()[place >> 1] >> (4 - ((place & 1) << 2))) & 15
-    return (code[nibbles] * scales[blocks_of(place.numel(), BLOCK, data)]).view(shape).to(dtype)
-
-
-def unpack_int4(packed: Sequence[Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """`quantized.unpack` of int4."""
-    data, scales = packed
-    place = torch.arange(shape[1], device=data.device)
-    codes = (data.int()[:, place >> 1] >> ((place & 1) << 2)) & 15
-    return ((codes.to(torch.float32) - 8) * scales.view(shape[0], -1)[:, blocks_of(shape[1], BLOCK, data)]).to(dtype)
-
-
-def blocks_of(count: int, block: int, like: Tensor) -> Tensor:
-    """The block that each of `count` entries lies in; block is a power of two."""
-    return torch.arange(count, device=like.device) >> (block.bit_length() - 1)
-
-
 def unpacked(packed: Sequence[Tensor], format: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    if format == "nf4":
-        return unpack_nf4(packed, shape, dtype)
-    return unpack_int4(packed, shape, dtype) if format == "int4" else unpack(list(packed), format, shape, dtype)
+    """A stored weight `(rows, columns)` in ATen."""
+    return format_named(format).unpack_in_aten(packed, shape, dtype)
 
 
 def quantized_linear(

@@ -76,6 +76,10 @@ class Editor:
         self.source = exported
         self.module = copy.deepcopy(exported.graph_module)
         self.graph = self.module.graph
+        for node, own in zip(self.graph.nodes, exported.graph_module.graph.nodes, strict=True):
+            node.name = (
+                own.name
+            )  # a copy renames what Python has a word for (`input`, `filter`), the signature does not
         self.signature = exported.graph_signature
         self.state, self.constants = dict(exported.state_dict), dict(exported.constants)
         specs = exported.graph_signature.input_specs
