@@ -19,6 +19,7 @@ from sparsify.files.ranks import on_first_rank
 from sparsify.host.switch import BUFFERS
 from sparsify.methods.part import Snapshot
 from sparsify.model.linears import is_conv1d, owner_name
+from sparsify.model.packed_experts import GroupedLinear, plain_names
 from sparsify.model.sharded import back_to_pieces, class_name, whole, whole_parameters
 from sparsify.plan import nearest
 from sparsify.version import __version__
@@ -83,6 +84,7 @@ def save_adapter(handle: Handle, directory: str | os.PathLike[str], name: str | 
             "save_adapter: this plan trains no adapter, so the file would be empty, and what the model itself learned would be "
             "lost: save the whole model (save_pretrained or state_dict(), or save_sparse after Prune)"
         )
+    adapter = adapter.called(plain_names(handle.host))
     return write_once(handle, lambda: files.save(adapter, directory), directory)
 
 
@@ -106,6 +108,7 @@ def load_adapter(
         loaded = peft_format.read(directory, handle.host, handle.shapes(), handle.dense_base)
     else:
         loaded = files.load(directory)
+        loaded = loaded.called({plain: own for own, plain in plain_names(handle.host).items()})
     for delta in loaded.deltas:
         try:
             module = handle.module(delta.param)
@@ -118,7 +121,10 @@ def load_adapter(
                     f"{where}: {delta.param} is a buffer there, which this model does not have or derives anew"
                 )
             continue
-        if delta.kind != "full" and delta.transposed != is_conv1d(module):
+        packed = handle.stored(delta.param).dim() == 3 and not isinstance(
+            module, GroupedLinear
+        )  # as the user's module has them
+        if delta.kind != "full" and not packed and delta.transposed != is_conv1d(module):
             raise AdapterError(f"{where}: {delta.param} is stored in another orientation in this model")
         if delta.kind == "full" and delta.param not in handle.train and not handle.serving:
             hint = f"compile with Plan(train=[{owner_name(delta.param)!r}])"

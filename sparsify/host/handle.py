@@ -153,19 +153,19 @@ class Handle:
         share = 100 * trainable / max(total, 1)
         print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}")
 
-    def param_groups(self, sparse_lr: float, lora_lr: float, lr: float | None = None) -> list[dict[str, Any]]:
+    def param_groups(
+        self, sparse_lr: float, lora_lr: float, lr: float | None = None, weight_decay: float = 0.0
+    ) -> list[dict[str, Any]]:
         """Parameter groups with separate learning rates: RoSA's sparse values, its low-rank factors, and everything else.
 
-        The paper uses 2e-4 and 7e-4. `lr` for the rest (slices, parameters that train in full) defaults to `sparse_lr`.
+        The paper uses 2e-4 and 7e-4. `lr` for the rest (channels, parameters that train in full) defaults to `sparse_lr`. Values of
+        weights are in groups without weight decay, see `sparsify.train.param_groups`.
         """
         self.check("param_groups")
-        named: dict[str, list[nn.Parameter]] = {"sparse": [], "lora": [], "rest": []}
-        for name, parameter in self.host.named_parameters():
-            if parameter.requires_grad:
-                rates = getattr(self.module(name), "rates", {})
-                named[rates.get(name.rpartition(".")[2], "rest")].append(parameter)
-        rates = {"sparse": sparse_lr, "lora": lora_lr, "rest": sparse_lr if lr is None else lr}
-        return [{"params": ps, "lr": rates[g], "name": g} for g, ps in named.items() if ps]
+        from sparsify.modules.decay import param_groups
+
+        rest = sparse_lr if lr is None else lr
+        return param_groups(self.host, lr=rest, sparse_lr=sparse_lr, lora_lr=lora_lr, weight_decay=weight_decay)
 
     def __repr__(self) -> str:
         return f"<sparsify: {len(self.parts)} trained parts, active {self.active}{', merged' if self.merged else ''}>"
@@ -401,7 +401,8 @@ class Handle:
     def plain(self) -> nn.Module:
         """A copy of the model as plain modules, with everything that is active folded in, in original order: no sparsify left.
 
-        Pruned entries are exact zeros in it. The copy shares nothing with the host.
+        Pruned entries are exact zeros in it. The copy shares nothing with the host. Tied weights are tied in it where both sides still
+        hold the same; else a warning names them, every name has a tensor of its own, and `config.tie_word_embeddings` is False.
         """
         return plain(self)
 

@@ -149,26 +149,27 @@ def add_to(handle: Handle, param: str, parts: list[tuple[float, Delta]]) -> None
         weight.detach().view(-1).index_copy_(0, places, changed(old, total, exact, weight.dtype))
     else:
         axis = first.axis
-        total = torch.zeros(channels.numel(), weight.shape[1 - axis], dtype=inner)
+        others = [size for place, size in enumerate(weight.shape) if place != axis]
+        total = torch.zeros(channels.numel(), *others, dtype=inner)  # the channels first
         for scale, delta in parts:
             stored = delta.stored().to(inner)
             rows = torch.searchsorted(channels, delta.channels)
-            total.index_add_(0, rows, stored if axis == 0 else stored.t(), alpha=float(scale))
+            total.index_add_(0, rows, stored.movedim(axis, 0), alpha=float(scale))
         exact = None
         if alone is not None:
-            exact = alone.t() if first.transposed else alone
-            exact = (exact if axis == 0 else exact.t())[first.channels.argsort()]
+            exact = alone.mT if first.transposed else alone
+            exact = exact.movedim(axis, 0)[first.channels.argsort()]
         places = channels
         for move_axis, inverse in layout.inverses.get(leaf, []):
             places = inverse[places] if move_axis == axis else places
         for move_axis, index in layout.moves.get(leaf, []):
             if move_axis != axis:
-                total = total.index_select(1, index)
-                exact = None if exact is None else exact.index_select(1, index)
+                place = move_axis if move_axis > axis else move_axis + 1
+                total = total.index_select(place, index)
+                exact = None if exact is None else exact.index_select(place, index)
         places = places.to(weight.device)
         old = weight.data.index_select(axis, places)
-        turn = axis != 0
-        total, exact = total.t() if turn else total, exact.t() if turn and exact is not None else exact
+        total, exact = total.movedim(0, axis), None if exact is None else exact.movedim(0, axis)
         weight.detach().index_copy_(axis, places, changed(old, total, exact, weight.dtype))
     handle.backups.append((param, axis, places, old))
 
@@ -187,7 +188,7 @@ def add_dense(handle: Handle, param: str, parts: list[tuple[float, Delta]]) -> N
             base = handle.base_original(param).detach().cpu().to(inner)
             base = base.t() if delta.transposed else base
             change = float(scale) * (kind.change(base, delta).to(inner) - base)
-        total += change.t() if delta.transposed else change
+        total += change.mT if delta.transposed else change
     total = layout.to_current(param.rpartition(".")[2], total).to(weight.device)
     handle.backups.append((param, -1, torch.empty(0), weight.data.clone()))
     weight.detach().copy_(changed(weight.data, total, None, weight.dtype))

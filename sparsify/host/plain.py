@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,10 +15,13 @@ from sparsify.host.switch import reset_to_base
 from sparsify.host.switch_lock import EnterForward, LeaveForward
 from sparsify.model.fast_paths import open_fast_paths
 from sparsify.model.module_tree import copy_module_tree
+from sparsify.model.packed_experts import plain_names, renamed, write_back_experts
 from sparsify.model.sharded import refuse_sharded
+from sparsify.model.tied_weights import tie_again, tied_groups
 from sparsify.modules.adapted import AdaptedMixin, make_plain, take_leaves
 from sparsify.modules.layout import MARKER, Layout, layout_of
 from sparsify.modules.masked import MaskedModule, bits_name
+from sparsify.program import canonical_names
 
 if TYPE_CHECKING:
     from sparsify.host.handle import Handle
@@ -61,6 +65,7 @@ def restore(handle: Handle) -> nn.Module:
     for name, parameter in handle.host.named_parameters():
         parameter.requires_grad_(handle.flags.get(name, parameter.requires_grad))
     save_again(handle.host, {name for part in handle.program.parts for name in part.trained_names()})
+    write_back_experts(handle.host)
     return handle.host
 
 
@@ -69,18 +74,26 @@ def plain(handle: Handle) -> nn.Module:
     refuse_sharded(handle.host, "plain")
     state = {name: value.detach().clone() for name, value in handle.original_state_dict().items()}
     bare = bare_copy(handle)
-    tied: dict[int, list[str]] = {}
-    for name, parameter in bare.named_parameters(remove_duplicate=False):
-        tied.setdefault(id(parameter), []).append(name)
+    names = plain_names(handle.host)
+    flags = renamed(handle.flags, names)
+    groups = [[names.get(name, name) for name in group] for group in tied(handle)]
     bare.load_state_dict(state, assign=True)
-    for first, *others in tied.values():
-        for name in others:
-            owner, _, leaf = name.rpartition(".")
-            setattr(bare.get_submodule(owner), leaf, bare.get_parameter(first))
+    torn = tie_again(bare, groups)
+    if torn:
+        warnings.warn(
+            f"plain: {', '.join(torn[0])} were one tensor in the model and hold different values now, so that in the copy nothing is "
+            "tied and config.tie_word_embeddings is False",
+            stacklevel=4,
+        )
     for name, parameter in bare.named_parameters():
-        parameter.requires_grad_(handle.flags.get(name, True))
+        parameter.requires_grad_(flags.get(name, True))
     save_again(bare, {name for part in handle.program.parts for name in part.trained_names()})
     return bare
+
+
+def tied(handle: Handle) -> list[list[str]]:
+    """Names that were one tensor in the model that was compiled, or are one in the host, in groups."""
+    return tied_groups({**canonical_names(handle.host), **handle.program.aliases})
 
 
 def bare_copy(handle: Handle) -> Any:
@@ -109,6 +122,7 @@ def bare_copy(handle: Handle) -> Any:
         elif isinstance(module, MaskedModule):
             unmask(module)
     forget(bare)
+    write_back_experts(bare)
     return bare
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparsify.errors import SparsifyError
 from sparsify.methods.part import LivePart
-from sparsify.methods.sparse_lowrank import LowRankPart, activate_support, current_index
+from sparsify.methods.sparse_lowrank import LowRankPart, activate_support, current_index, flat_places
 from sparsify.model.sharded import whole_parameters
 from sparsify.modules.layout import Layout
 from sparsify.program import Program
@@ -86,7 +86,7 @@ class Adopt:
         places = list(torch.unravel_index(index.long(), shape))
         for axis, move in self.handle.layout(self.param).moves.get("weight", []):
             places[axis] = move[places[axis]]
-        place(self.handle, part, index, places[0] * shape[1] + places[1])
+        place(self.handle, part, index, flat_places(places, shape))
 
 
 __all__ = ["Adopt", "open_masks", "reset_lowrank", "set_masks"]

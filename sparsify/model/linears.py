@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sparsify.model.packed_experts import GroupedLinear
+
 
 def owner_name(param: str) -> str:
     """Qualified name of the module that holds a tensor; empty for the model itself."""
@@ -23,7 +25,9 @@ def is_conv1d_class(kind: type) -> bool:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D, or a class derived from it (ours with trained parts are)."""
+    """transformers' Conv1D, a class derived from it (ours with trained parts are), or packed experts stored so."""
+    if isinstance(module, GroupedLinear):
+        return module.conv1d
     return any(map(is_conv1d_class, type(module).__mro__))
 
 

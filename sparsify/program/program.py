@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from sparsify.methods.channels import TrainedSlice
     from sparsify.methods.part import TrainedPart
     from sparsify.methods.sparse_lowrank import SparseLowRank
+    from sparsify.program.unit_budget import Budget
 
 
 class Stage(enum.IntEnum):
@@ -203,6 +204,11 @@ class Program:
         return self.chosen.channel_choices
 
     @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """What rules with `fraction=` asked for, and what their whole units train."""
+        return self.chosen.budgets
+
+    @property
     def permutations(self) -> dict[str, tuple[Permutation, Permutation | None]]:
         """Structure → permutation of its units, and of the heads inside them."""
         return self.chosen.permutations
@@ -321,10 +327,14 @@ class Program:
         for node in self.graph.nodes:
             if node.op != "call_function":
                 continue
-            if node.target not in (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default):
+            grouped = is_grouped(node)
+            products = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)
+            if not grouped and node.target not in products:
                 continue
             given = arguments(node)
-            if node.target is aten.linear.default:
+            if grouped:
+                x, weight, bias, swapped = given["x"], given["weight"], None, False
+            elif node.target is aten.linear.default:
                 x, weight, bias, swapped = given["input"], given["weight"], given["bias"], False
             elif node.target is aten.addmm.default:
                 x, weight, bias, swapped = given["mat1"], given["mat2"], given["self"], True
@@ -336,7 +346,8 @@ class Program:
             if isinstance(weight, fx.Node) and weight.name in names and isinstance(x, fx.Node):
                 bias = bias if isinstance(bias, fx.Node) else None
                 bias_name = names.get(bias.name) if bias is not None else None
-                yield LinearNode(node, x, names[weight.name], bias_name, swapped != flipped, bias)
+                offsets = given["offsets"] if grouped else None
+                yield LinearNode(node, x, names[weight.name], bias_name, swapped != flipped, bias, offsets)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph. Inputs must have the structure and shapes of the captured example."""
@@ -399,6 +410,11 @@ class Program:
 GROUPS = {"captured": Captured, "found": Found, "chosen": Chosen, "packing": Packing, "pruning": Pruning}
 #: a field of a group → the field of `Program` that holds the group
 GROUP_OF = {f.name: group for group, kind in GROUPS.items() for f in fields(kind)}
+
+
+def is_grouped(node: fx.Node) -> bool:
+    """Whether a node is the product of packed experts (`sparsify.ops.grouped_linear`)."""
+    return getattr(node.target, "_schema", None) is not None and node.target._schema.name == "sparsify::grouped_linear"  # type: ignore[union-attr]
 
 
 def through_transpose(node: Any) -> tuple[Any, bool]:

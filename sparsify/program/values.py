@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from sparsify.program.permutation import Permutation
 from sparsify.program.structure import Declined, Structure
+from sparsify.program.unit_budget import Budget
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class LinearNode:
     """One matrix product with a weight: `y = x Wᵀ + b`, tied to its parameter's qualified name.
 
     transposed: the stored weight is `(in, out)` (Conv1D) instead of `(out, in)`. bias_node: what is added, named or computed.
+    offsets: of packed experts, `(experts, out, in)`: the ends of the groups of rows, sorted by expert; None for a matrix.
     """
 
     node: fx.Node
@@ -44,14 +46,20 @@ class LinearNode:
     bias: str | None
     transposed: bool
     bias_node: fx.Node | None = None
+    offsets: fx.Node | None = None
+
+    @property
+    def lead(self) -> int:
+        """Axes of the weight before its two: 1 of packed experts."""
+        return 0 if self.offsets is None else 1
 
     @property
     def in_axis(self) -> int:
-        return 0 if self.transposed else 1
+        return (0 if self.transposed else 1) + self.lead
 
     @property
     def out_axis(self) -> int:
-        return 1 - self.in_axis
+        return (1 if self.transposed else 0) + self.lead
 
 
 @dataclass(frozen=True)
@@ -132,11 +140,13 @@ class Found:
 class Chosen:
     """What trains, in original coordinates, and how it was brought together.
 
-    permutations: structure → permutation of its units, and of the heads inside them. moves: the tensors that were reordered by them.
+    budgets: what rules with `fraction=` asked for, and what their whole units train. permutations: structure → permutation of its units,
+    and of the heads inside them. moves: the tensors that were reordered by them.
     """
 
     choices: tuple[UnitChoice, ...] = ()
     channel_choices: tuple[ChannelChoice, ...] = ()
+    budgets: tuple[Budget, ...] = ()
     permutations: dict[str, tuple[Permutation, Permutation | None]] = field(default_factory=dict)
     moves: tuple[Move, ...] = ()
 
