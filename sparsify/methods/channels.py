@@ -65,6 +65,10 @@ class PartialMixin(AdaptedMixin):
         bits = getattr(self, "slice_mask_bits", None)
         return self.weight_slice if bits is None else ops.apply_mask(self.weight_slice, bits)
 
+    def trained_masks(self) -> dict[str, Tensor]:
+        bits = getattr(self, "slice_mask_bits", None)
+        return {} if bits is None else {"weight_slice": bits}
+
     def forward(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
         weight, block = self.logical(self.weight), self.trained_block()
         if offsets is not None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -48,7 +47,7 @@ def select_units(program: Program, context: Context) -> PassResult:
             added = select_linears(program, context, index, rule, quantized)
             quantize = added.pop("quantize")
             quantized.update(dict.fromkeys(quantize, index))
-            program = extend(replace(program, quantize=program.quantize | quantize), added)
+            program = extend(program.replaced(quantize=program.quantize | quantize), added)
     with dequantised(program, any(scored(rule) for _, rule in rules)):
         for index, rule in rules:
             if isinstance(rule, S2FT):
@@ -71,7 +70,7 @@ def select_units(program: Program, context: Context) -> PassResult:
 
 
 def extend(program: Program, added: Mapping[str, Any]) -> Program:
-    return replace(program, **{name: (*getattr(program, name), *new) for name, new in added.items()})
+    return program.replaced(**{name: (*getattr(program, name), *new) for name, new in added.items()})
 
 
 def scored(rule: Any) -> bool:

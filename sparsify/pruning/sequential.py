@@ -43,6 +43,7 @@ from sparsify.calibration.ranks import (
 from sparsify.console import printable
 from sparsify.errors import PlanError, Refusal, SparsifyError
 from sparsify.model.blocks import repeated_blocks
+from sparsify.model.linears import stored_transposed
 from sparsify.program import Program, canonical_names
 from sparsify.program.capture import evaluating
 from sparsify.pruning.allocate import SaliencyCurve, by_sensitivity, saliency_curve
@@ -669,11 +670,6 @@ def units_without_data(host: nn.Module, names: list[str]) -> list[Unit]:
         unit = next((block for block in blocks if inside(name, block)), name.rpartition(".")[0])
         units.setdefault(unit, Unit(unit)).groups.append(Group([name], []))
     return list(units.values())
-
-
-def stored_transposed(module: nn.Module) -> bool:
-    """Whether a module stores its matrices as `(in, out)`: Conv1D, and packed experts that say so."""
-    return type(module).__name__.endswith("Conv1D") or bool(getattr(module, "is_transposed", False))
 
 
 def too_few_tokens(short: Mapping[str, tuple[int, int]], layers: int) -> str:

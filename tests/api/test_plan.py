@@ -262,7 +262,7 @@ def drop_a_move(program: Any) -> Any:
     """One tensor of a structure stays where it was: the permuted model computes something else."""
     move = next(m for m in program.moves if "up_proj" in m.param)
     program.tensors.pop(move.param)
-    return dataclasses.replace(program, moves=tuple(m for m in program.moves if m is not move))
+    return program.replaced(moves=tuple(m for m in program.moves if m is not move))
 
 
 def test_numeric_check_names_the_pass_that_drifted():
