@@ -41,12 +41,13 @@ from sparsify.model.linears import is_conv1d, owner_name
 from sparsify.model.module_tree import copy_module_tree
 from sparsify.model.packed_experts import GroupedLinear, plain_names, renamed, write_back_experts
 from sparsify.model.sharded import back_to_pieces, class_name, refuse_sharded, whole, whole_parameters, write_whole
+from sparsify.model.tied_weights import tie_again, tied_groups
 from sparsify.modules.adapted import AdaptedMixin, effective_weight, make_plain, take_leaves, write_folded
 from sparsify.modules.exact import changed, sum_dtype
 from sparsify.modules.layout import MARKER, Layout, layout_of
 from sparsify.modules.masked import MaskedModule, bits_name, masked_parameters
 from sparsify.plan import Plan, nearest
-from sparsify.program import Program
+from sparsify.program import Program, canonical_names
 from sparsify.program.capture import evaluating
 from sparsify.show.parameter_count import count_parameters
 from sparsify.show.report import Report, make_report
@@ -214,19 +215,19 @@ class Handle:
         share = 100 * trainable / max(total, 1)
         print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}")
 
-    def param_groups(self, sparse_lr: float, lora_lr: float, lr: float | None = None) -> list[dict[str, Any]]:
+    def param_groups(
+        self, sparse_lr: float, lora_lr: float, lr: float | None = None, weight_decay: float = 0.0
+    ) -> list[dict[str, Any]]:
         """Parameter groups with separate learning rates: RoSA's sparse values, its low-rank factors, and everything else.
 
-        The paper uses 2e-4 and 7e-4. `lr` for the rest (slices, parameters that train in full) defaults to `sparse_lr`.
+        The paper uses 2e-4 and 7e-4. `lr` for the rest (channels, parameters that train in full) defaults to `sparse_lr`. Values of
+        weights are in groups without weight decay, see `sparsify.train.param_groups`.
         """
         self.check("param_groups")
-        named: dict[str, list[nn.Parameter]] = {"sparse": [], "lora": [], "rest": []}
-        for name, parameter in self.host.named_parameters():
-            if parameter.requires_grad:
-                rates = getattr(self.module(name), "rates", {})
-                named[rates.get(name.rpartition(".")[2], "rest")].append(parameter)
-        rates = {"sparse": sparse_lr, "lora": lora_lr, "rest": sparse_lr if lr is None else lr}
-        return [{"params": ps, "lr": rates[g], "name": g} for g, ps in named.items() if ps]
+        from sparsify.modules.decay import param_groups
+
+        rest = sparse_lr if lr is None else lr
+        return param_groups(self.host, lr=rest, sparse_lr=sparse_lr, lora_lr=lora_lr, weight_decay=weight_decay)
 
     def __repr__(self) -> str:
         return f"<sparsify: {len(self.parts)} trained parts, active {self.active}{', merged' if self.merged else ''}>"
@@ -923,24 +924,31 @@ class Handle:
     def plain(self) -> nn.Module:
         """A copy of the model as plain modules, with everything that is active folded in, in original order: no sparsify left.
 
-        Pruned entries are exact zeros in it. The copy shares nothing with the host.
+        Pruned entries are exact zeros in it. The copy shares nothing with the host. Tied weights are tied in it where both sides still
+        hold the same; else a warning names them, every name has a tensor of its own, and `config.tie_word_embeddings` is False.
         """
         refuse_sharded(self.host, "plain")
         state = {name: value.detach().clone() for name, value in self.original_state_dict().items()}
         bare = self.bare_copy()
-        flags = renamed(self.flags, plain_names(self.host))
-        tied: dict[int, list[str]] = {}
-        for name, parameter in bare.named_parameters(remove_duplicate=False):
-            tied.setdefault(id(parameter), []).append(name)
+        names = plain_names(self.host)
+        flags = renamed(self.flags, names)
+        groups = [[names.get(name, name) for name in group] for group in self.tied()]
         bare.load_state_dict(state, assign=True)
-        for first, *others in tied.values():
-            for name in others:
-                owner, _, leaf = name.rpartition(".")
-                setattr(bare.get_submodule(owner), leaf, bare.get_parameter(first))
+        torn = tie_again(bare, groups)
+        if torn:
+            warnings.warn(
+                f"plain: {', '.join(torn[0])} were one tensor in the model and hold different values now, so that in the copy nothing is "
+                "tied and config.tie_word_embeddings is False",
+                stacklevel=3,
+            )
         for name, parameter in bare.named_parameters():
             parameter.requires_grad_(flags.get(name, True))
         save_again(bare, {name for part in self.program.parts for name in part.trained_names()})
         return bare
+
+    def tied(self) -> list[list[str]]:
+        """Names that were one tensor in the model that was compiled, or are one in the host, in groups."""
+        return tied_groups({**canonical_names(self.host), **self.program.aliases})
 
     def bare_copy(self) -> Any:
         """A deep copy of the host as plain modules; its adapted weights are empty."""

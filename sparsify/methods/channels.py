@@ -345,7 +345,7 @@ def slices_of(program: Program, structure: Structure, choice: UnitChoice) -> lis
     """Where the chosen units of a structure ended up in each weight that trains."""
     found = []
     lies = bool(choice.in_place)
-    for site in structure.consumers:
+    for site in structure.consumers if choice.consumers else ():
         channels = channels_of(structure, site, choice.consumers)
         place = (structure.name, choice.rule, not lies, lies)
         found.append(slice_at(program, site.param, site.axis, channels, "column", *place))

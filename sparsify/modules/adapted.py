@@ -212,3 +212,13 @@ def write_folded(module: Any) -> None:
     found = module.folded(weight.data)
     if found is not weight.data and found.data_ptr() != weight.data_ptr():
         weight.data.copy_(found)
+
+
+def value_names(model: nn.Module) -> list[str]:
+    """Qualified names of trained parameters that hold values of a weight's entries, not changes of them."""
+    found = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, AdaptedMixin):
+            leaves = [leaf for leaf in module.entries_of_weight if module._parameters.get(leaf) is not None]
+            found += [f"{path}.{leaf}" if path else leaf for leaf in leaves]
+    return found

@@ -233,10 +233,15 @@ class S2FT(Rule):
     `S2FT(0.03)` is `S2FT(fraction=0.03)`.
 
     structure: which coupled structures: "ffn" (columns of Down), "attention" (columns of O), or "both".
-    fraction: trained share of the consumers' parameters (O, Down), uniform over layers, at least one unit each. With
-        "both", O and Down get equal *parameters* (`balance="parameters"`), or the same share of units ("units").
+    fraction: trained share of the consumers' parameters (O, Down), uniform over layers. With "both", O and Down get equal
+        *parameters* (`balance="parameters"`), or the same share of units ("units"), as nearly as whole units allow.
+    budget: "total": what all structures of the rule train together is at most `fraction`, so that a head which costs more than its half
+        gives way to channels, and a budget below one unit in each layer goes to fewer layers (one unit always trains). "structure": each
+        structure rounds to the nearest by itself and trains one unit at least, which may be several times what was asked.
+        The report says what was asked and what trains.
     units: instead of `fraction`, the number of units (heads, channels) in each structure; one with fewer is declined.
-    producer_fraction: share of producer units (rows of V and Up) that also train; 0, the paper's default, for none.
+    producer_fraction: share of producer units (rows of V and Up) that also train, within a budget of its own by the same rules; 0, the
+        paper's default, for none.
     select: how units are scored. "random" by the plan's seed; "weight" ‖W_unit‖₂ of the consumer's columns;
         "activation" root mean square over calibration tokens of ‖x_unit‖₂ at the consumer's input; "product" of the
         two; "gradient" root mean square over calibration batches of ‖dW_unit‖₂ of the consumer's columns.
@@ -250,6 +255,7 @@ class S2FT(Rule):
     units: int | None = None
     producer_fraction: float = 0.0
     balance: Literal["parameters", "units"] = "parameters"
+    budget: Literal["total", "structure"] = "total"
     select: SelectionMethod = "random"
     largest: bool = False
     permute: bool = True

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from sparsify.methods.channels import TrainedSlice
     from sparsify.methods.part import TrainedPart
     from sparsify.methods.sparse_lowrank import SparseLowRank
+    from sparsify.program.unit_budget import Budget
 
 
 class Stage(enum.IntEnum):
@@ -153,6 +154,7 @@ class Program:
     refusals: tuple[Refusal, ...] = ()
     unproven: dict[str, str] = field(default_factory=dict)
     choices: tuple[UnitChoice, ...] = ()
+    budgets: tuple[Budget, ...] = ()
     permutations: dict[str, tuple[Permutation, Permutation | None]] = field(default_factory=dict)
     moves: tuple[Move, ...] = ()
     parts: tuple[TrainedPart, ...] = ()

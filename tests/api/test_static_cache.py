@@ -70,12 +70,12 @@ def eager(host: Any, ids: Tensor) -> Tensor:
 
 
 HOSTS = [
-    pytest.param("Llama", S2FT(fraction=0.1), id="Llama S2FT"),
+    pytest.param("Llama", S2FT(fraction=0.1, budget="structure"), id="Llama S2FT"),
     pytest.param("GPT-2", ROSA, id="GPT-2 RoSA"),
     pytest.param("Llama", "cpu", id="Llama cpu"),
     pytest.param("GPT-2", "cpu", id="GPT-2 cpu", marks=pytest.mark.slow),
     pytest.param("Llama", ROSA, id="Llama RoSA", marks=pytest.mark.slow),
-    pytest.param("GPT-2", S2FT(fraction=0.1), id="GPT-2 S2FT", marks=pytest.mark.slow),
+    pytest.param("GPT-2", S2FT(fraction=0.1, budget="structure"), id="GPT-2 S2FT", marks=pytest.mark.slow),
 ]
 
 
@@ -118,7 +118,7 @@ def test_generate_decodes_in_one_graph(name: str, rule: Any) -> None:
 @torch.no_grad()
 def test_switching_adapters_back_and_forth_compiles_twice_at_most() -> None:
     """No more than once while the adapter trains, and once for the frozen base, where Dynamo guards `requires_grad`."""
-    host: Any = adapted("Llama", S2FT(fraction=0.1))
+    host: Any = adapted("Llama", S2FT(fraction=0.1, budget="structure"))
     compiling = hf.CompileConfig(backend=backend("aot_eager"), fullgraph=True, mode=None)  # type: ignore[arg-type]
     compiling._compile_all_devices = True
     ids = tiny.tokens(2, 6)

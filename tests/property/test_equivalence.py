@@ -98,9 +98,9 @@ def test_graph_and_host_agree_in_outputs_and_nodes(name):
     """After training-like changes: the program computes what the host does, and a re-capture of the host shows its nodes."""
     model = tiny.build(name)
     try:
-        host = tiny.lower(model, S2FT(fraction=0.15, producer_fraction=0.15), seed=5)
+        host = tiny.lower(model, S2FT(fraction=0.15, producer_fraction=0.15, budget="structure"), seed=5)
     except sparsify.PlanError:  # producers packed with their own consumers' weight: consumers alone
-        host = tiny.lower(model, S2FT(fraction=0.15), seed=5)
+        host = tiny.lower(model, S2FT(fraction=0.15, budget="structure"), seed=5)
     tiny.disturb(host)
     program = host.sparsify.program
     with torch.no_grad():
@@ -119,7 +119,7 @@ def test_graph_and_host_agree_in_outputs_and_nodes(name):
 @pytest.mark.parametrize("name", tiny.DECODERS)
 def test_generation_with_a_cache_is_unchanged(name, implementation):
     model = tiny.build(name)
-    host = tiny.lower(model, S2FT(fraction=0.2, producer_fraction=0.2))
+    host = tiny.lower(model, S2FT(fraction=0.2, producer_fraction=0.2, budget="structure"))
     x = tiny.tokens(2, 5)
     options: dict[str, Any] = {
         "attention_mask": torch.ones_like(x),
@@ -154,7 +154,7 @@ def test_generation_with_a_cache_is_unchanged(name, implementation):
 
 def test_generation_of_an_encoder_decoder_is_unchanged():
     model = tiny.build("T5 (gated)")
-    host = tiny.lower(model, S2FT(fraction=0.2))
+    host = tiny.lower(model, S2FT(fraction=0.2, budget="structure"))
     x = tiny.tokens(2, 5)
     options: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "num_beams": 2}
     expected = model.generate(x, **options)
