@@ -98,6 +98,8 @@ class Conflict:
     kind: str = "column"
 
     def __str__(self) -> str:
+        if self.kind == "whole":
+            return f"{self.param}: {' and '.join(self.adapters)} meet everywhere"
         what = "entries" if self.kind == "sparse" else "channels"
         return f"{self.param}: {' and '.join(self.adapters)} share {self.shared} of {self.total} {what}"
 
@@ -481,6 +483,26 @@ class Handle:
         conflicts = self.add(chosen, weights)
         self.active = Mix(weights, tuple(conflicts))
         return self.allow_training(False)
+
+    @reads
+    def overlap(self, first: str, second: str) -> tuple[Conflict, ...]:
+        """Where two adapters change the same channels or entries of one weight, before they are mixed; empty where they are disjoint.
+
+        `shared` of `total` counts what both change and what either does. Low-rank parts and changes across each other (columns of the one,
+        rows of the other) meet everywhere and are listed with kind "whole", one of one.
+        """
+        mine, other = (group_by_param(self.get(name), buffers=False) for name in (first, second))
+        found = []
+        for param in mine:
+            kinds = ({d.kind for d in mine[param]}, {d.kind for d in other.get(param, [])})
+            if kinds[1] and (kinds[0] != kinds[1] or kinds[0] - {"column", "row", "sparse"} or len(kinds[0]) > 1):
+                found.append(Conflict(param, (first, second), 1, 1, "whole"))
+                continue
+            for a, b in zip(mine[param], other.get(param, []), strict=False):
+                counts = torch.cat([a.channels, b.channels]).unique(return_counts=True)[1]
+                if bool((counts > 1).any()):
+                    found.append(Conflict(param, (first, second), int((counts > 1).sum()), counts.numel(), a.kind))
+        return tuple(found)
 
     def is_active(self, name: str) -> bool:
         return self.active.trainable and name in self.active.weights
