@@ -21,6 +21,7 @@ from sparsify.adapters import adapter as files
 from sparsify.adapters import peft_export, peft_format
 from sparsify.adapters.adapter import Adapter, Delta
 from sparsify.adapters.delta_kinds import known_kind
+from sparsify.adapters.fuse import fuse
 from sparsify.console import printable
 from sparsify.errors import AdapterError, SparsifyError
 from sparsify.files.atomic import check_target, reported
@@ -483,6 +484,17 @@ class Handle:
         conflicts = self.add(chosen, weights)
         self.active = Mix(weights, tuple(conflicts))
         return self.allow_training(False)
+
+    @writes
+    def fuse_adapters(self, weights: Mapping[str, float], name: str) -> Adapter:
+        """Keep the weighted sum of some adapters under a new name: `save_adapter(folder, name)` writes it as one, `set_adapter(name)` is
+        the mix, to rounding. Best without overlap (`overlap`, `S2FT(avoid=…)`). Raises AdapterError for what has no sum (trained in full).
+        """
+        known = {*self.adapters, *self.parked, *(self.active.weights if self.active.trainable else ())}
+        if name in known or not weights:
+            raise AdapterError(f"fuse_adapters: {name!r} is taken" if weights else "fuse_adapters: no adapter is named")
+        self.adapters[name] = fuse([(float(weight), self.get(member)) for member, weight in weights.items()])
+        return self.adapters[name]
 
     @reads
     def overlap(self, first: str, second: str) -> tuple[Conflict, ...]:

@@ -6,9 +6,14 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 
-from sparsify import S2FT, LoRA, Plan, PlanError
+import sparsify
+from sparsify import S2FT, LoRA, Plan, PlanError, RoSA
+from sparsify.adapters.fuse import fuse
+from sparsify.errors import AdapterError
 
+RANDOM = RoSA(rank=2, density=0.03, mask="random")
 FIRST = S2FT(units=2, producer_fraction=0.3, budget="structure")
 
 
@@ -53,6 +58,36 @@ def test_overlap_names_what_two_adapters_share(tmp_path):
     met = host.sparsify.overlap("a", "c")
     assert {c.param.split(".")[-2] for c in met} == {"o_proj"}
     assert all("a and c meet everywhere" in str(c) for c in met)
+
+
+@pytest.mark.parametrize(
+    "rules", [(FIRST, FIRST), (LoRA(rank=2), LoRA(rank=3)), (RANDOM, FIRST)], ids=["S2FT", "LoRA", "RoSA+S2FT"]
+)
+def test_a_fused_adapter_is_the_mix_and_can_be_saved(rules, tmp_path):
+    for number, rule in enumerate(rules):
+        saved(tmp_path / str(number), rule, seed=number)
+    host = tiny.lower(tiny.llama(), S2FT(units=1))
+    for number in range(2):
+        host.sparsify.load_adapter(tmp_path / str(number), str(number))
+    x = tiny.tokens()
+    host.sparsify.set_adapter({"0": 0.5, "1": -0.25})
+    mixed = host(x).logits
+    host.sparsify.fuse_adapters({"0": 0.5, "1": -0.25}, "both")
+    with pytest.raises(AdapterError, match="'both' is taken"):
+        host.sparsify.fuse_adapters({"0": 1.0}, "both")
+    host.sparsify.save_adapter(tmp_path / "both", "both")
+    served = sparsify.load(tiny.llama(), tmp_path / "both")
+    torch.testing.assert_close(served(x).logits, mixed, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(mixed, tiny.llama()(x).logits, atol=1e-3)
+
+
+def test_what_has_no_sum_or_another_base_is_not_fused(tmp_path):
+    host = tiny.lower(tiny.llama(), FIRST, train=["lm_head"])
+    with pytest.raises(AdapterError, match=r"lm_head.weight has a change of kind full, which is no sum of changes"):
+        host.sparsify.fuse_adapters({"default": 1.0}, "x")
+    a, b = (tiny.lower(tiny.llama(seed=seed), FIRST).sparsify.current() for seed in (0, 1))
+    with pytest.raises(AdapterError, match="trained on different bases"):
+        fuse([(1.0, a), (1.0, b)])
 
 
 def test_too_few_free_units_are_an_error(tmp_path):
