@@ -21,6 +21,7 @@ from sparsify.errors import AdapterError, SparsifyError
 from sparsify.host.adapters import DEFAULT, adapter_from, get, load_adapter, save_adapter
 from sparsify.host.anchors import Anchor, anchors_of
 from sparsify.host.export_lora import export_lora
+from sparsify.host.fuse_adapters import fuse_adapters, overlap
 from sparsify.host.live_state import original as in_original_names
 from sparsify.host.merge import MergeNote, merge, unmerge
 from sparsify.host.mix import Conflict, Mix, put_back
@@ -285,6 +286,22 @@ class Handle:
         weight, not the weight (a low-rank adapter on a linear compiled without one is the exception: it adds a dense product).
         """
         return set_adapter(self, spec)
+
+    @writes
+    def fuse_adapters(self, weights: Mapping[str, float], name: str) -> Adapter:
+        """Keep the weighted sum of some adapters under a new name: `save_adapter(folder, name)` writes it as one, `set_adapter(name)` is
+        the mix, to rounding. Best without overlap (`overlap`, `S2FT(avoid=…)`). Raises AdapterError for what has no sum (trained in full).
+        """
+        return fuse_adapters(self, weights, name)
+
+    @reads
+    def overlap(self, first: str, second: str) -> tuple[Conflict, ...]:
+        """Where two adapters change the same channels or entries of one weight, before they are mixed; empty where they are disjoint.
+
+        `shared` of `total` counts what both change and what either does. Low-rank parts and changes across each other (columns of the one,
+        rows of the other) meet everywhere and are listed with kind "whole", one of one.
+        """
+        return overlap(self, first, second)
 
     def need_base(self, part: LivePart, verb: str) -> None:
         if not part.base_known:

@@ -37,6 +37,8 @@ class Conflict:
     kind: str = "column"
 
     def __str__(self) -> str:
+        if self.kind == "whole":
+            return f"{self.param}: {' and '.join(self.adapters)} meet everywhere"
         what = "entries" if self.kind == "sparse" else "channels"
         return f"{self.param}: {' and '.join(self.adapters)} share {self.shared} of {self.total} {what}"
 

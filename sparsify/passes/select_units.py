@@ -23,6 +23,7 @@ from sparsify.errors import Refusal, RefusedError
 from sparsify.formats import pack, unpack
 from sparsify.model.linears import owner_name
 from sparsify.passes.assign_rules import WHOLE, Assignment, assign_rule
+from sparsify.passes.avoid_units import free_only, read_adapters, taken_units
 from sparsify.passes.base import Context, PassResult
 from sparsify.passes.select_linears import select_linears
 from sparsify.passes.train_in_full import trained_in_full
@@ -151,11 +152,21 @@ def choose_units(program: Program, assignment: Assignment, context: Context) -> 
         makers, more = counts_of(rule, index, rows_made, rule.producer_fraction, "units", roles)
         budgets += more
     choices, refusals = [], []
+    adapters = read_adapters(rule, index)
     for structure, row in zip(assignment.structures, rows, strict=True):
         heads = structure.inner.units if structure.inner is not None else 1
         score = scores[structure.name]
-        consumers = choose(score, counts[structure.name], group=heads, largest=rule.largest)
-        per_group = score.view(-1, heads).mean(1)
+        per_group, group = score.view(-1, heads).mean(1), heads
+        if adapters:  # single heads, which train where they lie, instead of whole groups
+            where, group = f"rule {index}, {structure.name}", 1
+            read = [(site, unit_channels(site, structure)) for site in structure.consumers]
+            taken = taken_units(program, adapters, read, score.numel())
+            score = free_only(score, taken, counts[structure.name], where, largest=rule.largest)
+            made = structure.with_role("v", "up") if makers else ()
+            rows_of = [(s, s.positions(structure.units).transpose(0, 1).flatten(1)) for s in made]
+            taken = taken_units(program, adapters, rows_of, structure.units)
+            per_group = free_only(per_group, taken, makers.get(structure.name, 0), where, largest=rule.largest)
+        consumers = choose(score, counts[structure.name], group=group, largest=rule.largest)
         producers = choose(per_group, makers.get(structure.name, 0), largest=rule.largest)
         if not consumers and not producers:
             refusals.append(out_of_reach(index, rule, structure, row, budgets[0]))

@@ -246,6 +246,8 @@ class S2FT(Rule):
         "activation" root mean square over calibration tokens of ‖x_unit‖₂ at the consumer's input; "product" of the
         two; "gradient" root mean square over calibration batches of ‖dW_unit‖₂ of the consumer's columns.
     largest: take the units with the largest score instead of the smallest (the paper found smallest activation best).
+    avoid: folders of saved adapters whose units are left alone, so that this adapter shares none with them and they can be fused (the
+        paper fuses best without overlap); too few free units are an error. `h.overlap("a", "b")` says what two adapters share.
     permute: bring the chosen channels of a feed-forward structure together by co-permuting its weights, where the structure is
         proven (`sparsify.passes.prove_units`); elsewhere, for attention heads and with False, the same units train in place.
     """
@@ -258,9 +260,12 @@ class S2FT(Rule):
     budget: Literal["total", "structure"] = "total"
     select: SelectionMethod = "random"
     largest: bool = False
+    avoid: tuple[str, ...] | list[str] = ()
     permute: bool = True
 
     def __post_init__(self) -> None:
+        if isinstance(self.avoid, str):
+            object.__setattr__(self, "avoid", (self.avoid,))
         super().__post_init__()
         if (self.fraction is None) == (self.units is None):
             raise PlanError(
