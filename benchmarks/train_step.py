@@ -304,7 +304,7 @@ def build_peft(case: Case, config: Any, model: nn.Module | None = None) -> Train
     """A method of PEFT on all linears."""
     from peft import get_peft_model
 
-    config.target_modules, config.task_type = "all-linear", "CAUSAL_LM"
+    config.target_modules, config.task_type = config.target_modules or "all-linear", "CAUSAL_LM"
     made = get_peft_model(model if model is not None else case.model(), config)
     return Trainee(made, {"input_ids": case.tokens, "labels": case.tokens})
 
@@ -312,8 +312,11 @@ def build_peft(case: Case, config: Any, model: nn.Module | None = None) -> Train
 def build_lora(case: Case) -> Trainee:
     from peft import LoraConfig
 
-    packed = ["experts.gate_up_proj", "experts.down_proj"] if case.shape.experts else None
-    return build_peft(case, LoraConfig(r=case.shape.rank, lora_alpha=2 * case.shape.rank, target_parameters=packed))
+    settings: dict[str, Any] = {"r": case.shape.rank, "lora_alpha": 2 * case.shape.rank}
+    if case.shape.experts:  # "all-linear" would take the router too, and double the rank of gate and up
+        settings["target_parameters"] = ["experts.gate_up_proj", "experts.down_proj"]
+        settings["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    return build_peft(case, LoraConfig(**settings))
 
 
 def build_miss(case: Case) -> Trainee:

@@ -326,6 +326,14 @@ class Handle:
         back_to_pieces(self.host)
         reset_lowrank(self.parts)
 
+    @writes
+    def restart(self) -> None:
+        """Back to the state after compile: factors, values, what trains in full and buffers are the base's; supports stay."""
+        self.need_unmerged("restart")
+        self.require_default("restart")
+        back_to_pieces(self.host)
+        self.reset_to_base()
+
     def require_default(self, verb: str) -> None:
         if not self.active.trainable:
             raise SparsifyError(f"{verb}: make a trained adapter active first (now: {self.active})")
