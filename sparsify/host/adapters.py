@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from sparsify.adapters import adapter as files
 from sparsify.adapters import peft_format
@@ -112,7 +113,7 @@ def load_adapter(
     for delta in loaded.deltas:
         try:
             module = handle.module(delta.param)
-            getattr(module, delta.param.rpartition(".")[2])
+            weight = getattr(module, delta.param.rpartition(".")[2])
         except AttributeError:
             raise AdapterError(f"{where}: the model has no parameter {delta.param!r}") from None
         if delta.kind == "buffer":
@@ -121,9 +122,8 @@ def load_adapter(
                     f"{where}: {delta.param} is a buffer there, which this model does not have or derives anew"
                 )
             continue
-        packed = handle.stored(delta.param).dim() == 3 and not isinstance(
-            module, GroupedLinear
-        )  # as the user's module has them
+        # packed experts as the user's module has them; what is no tensor at all is refused below
+        packed = isinstance(weight, Tensor) and weight.dim() == 3 and not isinstance(module, GroupedLinear)
         if delta.kind != "full" and not packed and delta.transposed != is_conv1d(module):
             raise AdapterError(f"{where}: {delta.param} is stored in another orientation in this model")
         if delta.kind == "full" and delta.param not in handle.train and not handle.serving:

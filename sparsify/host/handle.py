@@ -27,7 +27,7 @@ from sparsify.host.merge import MergeNote, merge, unmerge
 from sparsify.host.mix import Conflict, Mix, put_back
 from sparsify.host.moved_buffers import Buffers
 from sparsify.host.plain import plain, restore
-from sparsify.host.switch import set_adapter
+from sparsify.host.switch import reset_to_base, set_adapter
 from sparsify.host.switch_lock import SwitchLock, guard
 from sparsify.methods.packed import QuantizedMixin
 from sparsify.methods.part import LivePart, Snapshot
@@ -349,7 +349,7 @@ class Handle:
         self.need_unmerged("restart")
         self.require_default("restart")
         back_to_pieces(self.host)
-        self.reset_to_base()
+        reset_to_base(self)
 
     def require_default(self, verb: str) -> None:
         if not self.active.trainable:
