@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from torch import Tensor
 
 import sparsify
 from sparsify.demo.fresh_process import ask_fresh_process
-from sparsify.demo.language_decode import calibration, chat_prompt, lower, measured, prune, recover
+from sparsify.demo.language_decode import ASKED, calibration, chat_prompt, lower, measured, prune, recover
 from sparsify.demo.language_methods import METHODS
 from sparsify.demo.language_results import (
     ANSWER_COLUMNS,
@@ -96,7 +97,7 @@ class Bench:
 def run_language_demo(settings: LanguageSettings) -> dict[str, Any]:
     """All steps; writes demo.html, results.json and the adapters under `settings.out`."""
     console = Console(highlight=False)
-    started, cpu = time.perf_counter(), time.process_time()
+    started, cpu = time.perf_counter(), processor_seconds()
     settings.out.mkdir(parents=True, exist_ok=True)
     bench, found = prepare(settings, console)
     hosts = {name: fine_tune(bench, found, name) for name in settings.methods}
@@ -106,17 +107,24 @@ def run_language_demo(settings: LanguageSettings) -> dict[str, Any]:
     show(bench, ANSWER_COLUMNS, answer_rows(found), "", "The same questions before and after")
     serve_adapters(bench, found)
     run_sparse(bench, found, host)
-    found.seconds, found.cpu_seconds = time.perf_counter() - started, time.process_time() - cpu
+    found.seconds, found.cpu_seconds = time.perf_counter() - started, processor_seconds() - cpu
     write_report(settings.out, found, host.sparsify.program)
     document = write_results(settings.out, found)
     console.rule("[bold]In short")
     for line in headline(found):
         console.print(f"• {escape(line)}")
     console.print(
-        f"\n{found.seconds:.0f} s in all. Report: [bold]{escape(str(settings.out / 'demo.html'))}[/bold]; "
+        f"\n{found.seconds:.0f} s in all ({found.cpu_seconds:.0f} processor seconds).\nReport: [bold]{escape(str(settings.out / 'demo.html'))}"
+        "[/bold]; "
         f"numbers: {escape(str(settings.out / 'results.json'))}"
     )
     return document
+
+
+def processor_seconds() -> float:
+    """Of this process and of those that it started and that have ended."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
 
 
 # --- 1. the model and what it can do before ---
@@ -246,11 +254,13 @@ def run_sparse(bench: Bench, found: Findings, host: Any) -> None:
     console.rule("[bold]4. Pruned, quantised, decoding on this CPU")
     dense = host.sparsify.plain().eval()
     dense.tie_weights()
-    found.prompt, found.timed_tokens = chat_prompt(bench.tokenizer), settings.tokens
+    found.asked, found.timed_tokens = ASKED, settings.tokens
+    prompt = chat_prompt(bench.tokenizer)
+    console.print(f"Asked: [italic]{ASKED}[/italic]")
     first = found.tuned[0]
 
     def add(label: str, model: Any, judge: bool = True) -> None:
-        row = measured(label, model, bench.tokenizer, found.prompt, settings.tokens, bench.judge if judge else None)
+        row = measured(label, model, bench.tokenizer, prompt, settings.tokens, bench.judge if judge else None)
         found.decoders.append(row)
         console.print(f"[bold]{label}[/bold], {row.speed:.1f} tokens/s: {escape(one_line(row.sample))}")
 

@@ -71,7 +71,7 @@ class Findings:
     off_equal: bool = False
     served: list[Served] = field(default_factory=list)
     shared: int = 0
-    prompt: str = ""
+    asked: str = ""
     decoders: list[Decoder] = field(default_factory=list)
     timed_tokens: int = 0
     notes: list[str] = field(default_factory=list)
@@ -201,7 +201,11 @@ def write_report(out: Path, found: Findings, program: Any) -> None:
         Section("In short", headline(found)),
         Section(
             "The same questions before and after",
-            tables=(Table("", ANSWER_COLUMNS, answer_rows(found), "Greedy decoding; none of them was trained on."),),
+            tables=(
+                Table(
+                    "", ANSWER_COLUMNS, answer_rows(found), "Greedy decoding; none of them was trained on.", prose=True
+                ),
+            ),
         ),
         Section(
             "Fine-tuning",
@@ -238,13 +242,15 @@ def write_report(out: Path, found: Findings, program: Any) -> None:
             )
         )
     if found.decoders:
-        samples = "\n\n".join(f"{d.label}\n{found.prompt}▸{d.sample}" for d in found.decoders)
+        samples = tuple((d.label, one_line(d.sample)) for d in found.decoders)
         sections.append(
             Section(
                 "Pruned, quantised, decoding",
                 tuple(found.notes),
-                (Table("", DECODER_COLUMNS, decoder_rows(found), decoder_note(found)),),
-                text=samples,
+                (
+                    Table("", DECODER_COLUMNS, decoder_rows(found), decoder_note(found)),
+                    Table(f"What it answers to: {found.asked}", ("model", "the first tokens"), samples, prose=True),
+                ),
             )
         )
     sections.append(Section("The program", program=program))
