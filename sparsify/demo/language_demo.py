@@ -113,11 +113,9 @@ def run_language_demo(settings: LanguageSettings) -> dict[str, Any]:
     console.rule("[bold]In short")
     for line in headline(found):
         console.print(f"• {escape(line)}")
-    console.print(
-        f"\n{found.seconds:.0f} s in all ({found.cpu_seconds:.0f} processor seconds).\nReport: [bold]{escape(str(settings.out / 'demo.html'))}"
-        "[/bold]; "
-        f"numbers: {escape(str(settings.out / 'results.json'))}"
-    )
+    page, numbers = (escape(str(settings.out / name)) for name in ("demo.html", "results.json"))
+    console.print(f"\n{found.seconds:.0f} s in all ({found.cpu_seconds:.0f} processor seconds).")
+    console.print(f"Report: [bold]{page}[/bold]; numbers: {numbers}")
     return document
 
 
