@@ -46,14 +46,13 @@ from sparsify.demo.language_training import Score, score, text_blocks, text_loss
 from sparsify.demo.methods import directory_bytes
 from sparsify.demo.pretrained import smollm2
 
-SHOWN = 4
-ANSWER_TOKENS = 32
 TUNING_SEED = 1000
 
 
 @dataclass(frozen=True)
 class LanguageSettings:
-    """How much work the demo does. held_out: questions; blocks: of 128 tokens of general text; calibration: of docstrings."""
+    """How much work the demo does. held_out: questions; blocks: of 128 tokens of general text; calibration: of docstrings;
+    shown: questions whose answers are printed, up to `answer` tokens each; tokens: that are timed."""
 
     methods: tuple[str, ...]
     steps: int
@@ -65,6 +64,8 @@ class LanguageSettings:
     seed: int
     out: Path
     batch: int = 8
+    shown: int = 4
+    answer: int = 32
     sparsity: float = 0.5
     fast: bool = False
     full: bool = False
@@ -74,7 +75,7 @@ class LanguageSettings:
         cls, *, fast: bool, full: bool, methods: tuple[str, ...], steps: int | None, seed: int, out: Path
     ) -> LanguageSettings:
         if fast:
-            return cls(methods, steps or 3, 2, 8, 1, 2, 4, seed, out, batch=4, fast=True)
+            return cls(methods, steps or 3, 2, 8, 1, 2, 4, seed, out, batch=4, shown=2, answer=10, fast=True)
         return cls(methods, steps or 40, 16, 64, 12, 24, 40, seed, out, full=full)
 
 
@@ -137,9 +138,9 @@ def prepare(settings: LanguageSettings, console: Console) -> tuple[Bench, Findin
     bench = Bench(
         settings, console, base, tokenizer, rows, text_blocks(tokenizer, general_text(), settings.blocks, 128)
     )
-    questions = [prompt for prompt, _ in rows["sql"][:SHOWN]]
+    questions = [prompt for prompt, _ in rows["sql"][: settings.shown]]
     with console.status("asking the pretrained model …"):
-        before = write(base, tokenizer, questions, ANSWER_TOKENS)
+        before = write(base, tokenizer, questions, settings.answer)
         at_first, text = bench.judge(base)
     parameters = sum(p.numel() for p in base.parameters())
     console.print(
@@ -152,7 +153,14 @@ def prepare(settings: LanguageSettings, console: Console) -> tuple[Bench, Findin
     numbers = {**asdict(settings), "out": str(settings.out), "parameters": parameters}
     standard = f"the loss on {settings.blocks} × 128 tokens of the help() topics after minus before"
     return bench, Findings(
-        numbers, questions, [a for _, a in rows["sql"][:SHOWN]], before, at_first, text, settings.held_out, standard
+        numbers,
+        questions,
+        [a for _, a in rows["sql"][: settings.shown]],
+        before,
+        at_first,
+        text,
+        settings.held_out,
+        standard,
     )
 
 
@@ -178,7 +186,7 @@ def fine_tune(bench: Bench, found: Findings, name: str) -> Any:
     host.sparsify.save_adapter(place)
     with bench.console.status("held-out questions and general text …"):
         result, text = bench.judge(host)
-        answers = write(host, bench.tokenizer, found.questions, ANSWER_TOKENS)
+        answers = write(host, bench.tokenizer, found.questions, settings.answer)
     tuned = Tuned(name, method.label, method.lr, trained, result, text, directory_bytes(place), answers, run)
     found.tuned.append(tuned)
     bench.console.print(
@@ -203,7 +211,7 @@ def serve_adapters(bench: Bench, found: Findings) -> None:
     console.rule("[bold]3. The adapter: saved, opened elsewhere, switched, fused")
     place = bench.adapter(first.method)
     with console.status("a fresh process opens the adapter …"):
-        answers = ask_fresh_process(place, found.questions, ANSWER_TOKENS)
+        answers = ask_fresh_process(place, found.questions, settings.answer)
     found.fresh_equal, found.off_equal = answers["adapter"] == first.answers, answers["base"] == found.before
     on = "the same answers" if found.fresh_equal else "OTHER ANSWERS"
     off = "those from before" if found.off_equal else "OTHER ANSWERS than before"

@@ -152,8 +152,8 @@ def tuned_note(found: Findings) -> str:
     rates = ", ".join(f"{t.label} {t.lr:g}" for t in found.tuned)
     return (
         f"Right: the whole answer, of {found.held_out} held-out questions (one standard error: about {error:.1%}); loss: nats "
-        f"per token; forgot: {found.standard}. One seed; learning rates: {rates}, each the best of three on validation "
-        "questions by answer loss (--tune repeats that). Forgetting depends on the rate as much as on the method."
+        f"per token; forgot: {found.standard}. One seed; the same batches for all; learning rates from a pilot: {rates}. Forgetting "
+        "depends on the rate as much as on the method: --tune tries more rates."
     )
 
 
