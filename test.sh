@@ -10,6 +10,6 @@ ruff format --check .
 ruff check .
 pyright
 if [ $# -eq 0 ]; then
-  set -- -n "$(python -c 'import os; print(min(8, os.cpu_count() or 1))')" -m "not slow and not gpu"
+  set -- --dist worksteal -n "$(python -c 'import os; print(min(8, os.cpu_count() or 1))')" -m "not slow and not gpu"
 fi
 python -m pytest "$@"

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.harness import begin, interleave, parser, report
 from sparsify.kernels.cpu import dispatch
 from sparsify.kernels.cpu.formats import pack
-from sparsify.lowering.prepacked_linear import prepack, prepacked_product
+from sparsify.lowering.cpu.prepacked_linear import prepack, prepacked_product
 
 SHAPES = ("384x384", "1536x384", "384x1536", "4096x4096")  # MiniLM's; rows x columns
 KERNELS = {"dot": (32, 64), "pairs": (64, 512), "stream": (256,)}

@@ -42,8 +42,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import zoo  # noqa: E402
 
 from benchmarks.harness import Bar, begin, parser, report  # noqa: E402
-from sparsify.passes.find_structures import find_structures  # noqa: E402
-from sparsify.structure import Structure  # noqa: E402
+from sparsify.passes.detect.find_structures import find_structures  # noqa: E402
+from sparsify.program.structure import Structure  # noqa: E402
 from sparsify.testing import check_structure, perturbed  # noqa: E402
 
 FAST = ("Llama", "GPT-2", "BERT")

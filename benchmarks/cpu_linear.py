@@ -36,7 +36,7 @@ from sparsify.console import adapt_streams
 from sparsify.kernels.cpu.dispatch import Choice, best_isa
 from sparsify.kernels.cpu.formats import pack
 from sparsify.kernels.cpu.tune import cpu_name
-from sparsify.lowering.cpu import SparseLinear, pack_linear
+from sparsify.lowering.cpu.lower import SparseLinear, pack_linear
 
 PEERS = {
     "deepsparse": ("fp32", "int8"),

@@ -145,8 +145,8 @@ def judge(architecture: Architecture, answers: Any) -> None:
     warnings.filterwarnings("ignore")
     import sparsify
     from sparsify.api import compile_for_training
-    from sparsify.capture import capture
     from sparsify.passes.base import Context
+    from sparsify.program.capture import capture
 
     try:
         model, batch = architecture.build()

@@ -28,7 +28,7 @@ from benchmarks.gpu_linear import captured, turns
 from benchmarks.harness import begin, keep, mib, parser, report
 from sparsify.kernels.cpu.operator import module_bytes
 from sparsify.kernels.gpu.formats import pack_stream, quantize_int8
-from sparsify.lowering.gpu_linear import GpuSparseLinear
+from sparsify.lowering.cuda.gpu_linear import GpuSparseLinear
 
 
 @dataclass(frozen=True)

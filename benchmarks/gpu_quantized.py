@@ -31,9 +31,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.gpu_linear import Contest, copy_speed, dense_calls, turns
 from benchmarks.harness import Bar, begin, keep, parser, report
+from sparsify.formats import FORMATS, packed_bytes, unpack
+from sparsify.formats.nf4 import BLOCK, NESTED_BLOCK
 from sparsify.kernels.gpu import launch
 from sparsify.kernels.gpu.build import can_launch
-from sparsify.quantized import BLOCK, FORMATS, NESTED_BLOCK, packed_bytes, unpack
 
 #: the sixteen values of NF4 (arXiv 2305.14314, appendix E)
 NF4 = (
@@ -44,7 +45,7 @@ NF4 = (
 
 
 def random_base(format: str, rows: int, cols: int, device: str) -> list[Tensor]:
-    """A packed weight as `sparsify.quantized.pack` lays it out, with random contents; `cols` in whole blocks of 64."""
+    """A packed weight as `sparsify.formats.pack` lays it out, with random contents; `cols` in whole blocks of 64."""
     blocks = rows * cols // BLOCK
     if format == "int8":
         data = torch.randint(-127, 128, (rows, cols), dtype=torch.int8, device=device)

@@ -27,9 +27,9 @@ from benchmarks.harness import begin, interleave, mib, parser, report, saved_for
 from benchmarks.train_step import DTYPES, PRESETS, Case
 from sparsify import S2FT, Plan
 from sparsify.api import PIPELINE, compile_for_training
-from sparsify.capture import capture
 from sparsify.passes.base import Context, Pass, PassResult, insert_after
 from sparsify.program import Program, Stage
+from sparsify.program.capture import capture
 
 FRACTION = 0.12
 

@@ -21,7 +21,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.harness import allocations, begin, interleave, mib, parser, report, storage_bytes
-from sparsify.masked_modules import mask_modules
+from sparsify.modules.masked import mask_modules
 
 
 def variant(kind: str, size: int, mask: torch.Tensor, device: str) -> nn.Module:

@@ -41,10 +41,10 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.harness import begin, parser, report
-from sparsify.capture import capture
-from sparsify.masked_modules import check_masks, mask_modules
+from sparsify.modules.masked import check_masks, mask_modules
+from sparsify.program.capture import capture
+from sparsify.pruning.rule import Prune
 from sparsify.pruning.sequential import prune_model
-from sparsify.rules_prune import Prune
 from sparsify.train.squarehead import Distiller
 
 Batch = dict[str, Tensor]

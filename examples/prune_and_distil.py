@@ -19,7 +19,7 @@ import sparsify
 from sparsify import Plan, Prune
 from sparsify.demo.minilm import embed, load_encoder, load_tokenizer
 from sparsify.demo.stdlib_text import prose
-from sparsify.sparse_checkpoint import open_sparse
+from sparsify.pruning.sparse_checkpoint import open_sparse
 from sparsify.train.squarehead import Distiller
 
 

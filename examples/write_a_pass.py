@@ -29,7 +29,7 @@ from sparsify.api import PIPELINE
 from sparsify.errors import Refusal
 from sparsify.passes.base import Context, Pass, PassResult, insert_after
 from sparsify.program import Program, Stage, UnitChoice
-from sparsify.selection import unit_channels
+from sparsify.program.selection import unit_channels
 
 
 def parameters_of(program: Program, choice: UnitChoice) -> int:

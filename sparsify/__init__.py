@@ -12,15 +12,14 @@ from sparsify.errors import (
     StateError,
     VerifyError,
 )
-from sparsify.lowering.backend import backend
-from sparsify.lowering.cpu_options import CpuOptions
-from sparsify.lowering.exported import lower_exported, package
+from sparsify.lowering.cpu.options import CpuOptions
+from sparsify.lowering.deploy.exported import lower_exported, package
+from sparsify.lowering.torch_compile.backend import backend
 from sparsify.plan import S2FT, LoRA, PaCA, Plan, Quantize, RoSA, register_rule
-from sparsify.rules_prune import Prune
+from sparsify.pruning.rule import Prune
+from sparsify.version import __version__
 
 register_rule(Prune)
-
-__version__ = "0.1.0"
 
 __all__ = [
     "S2FT",

@@ -11,24 +11,25 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
-from sparsify.calibration import repeatable
-from sparsify.capture import capture, unwrap
+from sparsify.calibration.statistics import repeatable
 from sparsify.errors import AdapterError, PlanError
-from sparsify.handle import Handle, Mix
-from sparsify.install import install, trained_in_full
-from sparsify.lowering.cpu_options import CpuOptions
-from sparsify.lowering.reference import lower_reference
+from sparsify.host.handle import Handle, Mix
+from sparsify.host.install import install
+from sparsify.host.quantized_bases import PackedBase, check_host, check_plan, dense_twin, refuse_packed
+from sparsify.host.serving import AdapterPaths, name_folders, serving_program
+from sparsify.lowering.cpu.options import CpuOptions
 from sparsify.passes.base import Context, Pass, PassResult, run_passes
-from sparsify.passes.find_structures import find_structures
+from sparsify.passes.detect.find_structures import find_structures
 from sparsify.passes.insert_partial import insert_partial
+from sparsify.passes.lower_reference import lower_reference
 from sparsify.passes.permute_weights import permute_weights
 from sparsify.passes.prove_units import prove_units
 from sparsify.passes.prune import prune
 from sparsify.passes.select_units import select_units
+from sparsify.passes.train_in_full import trained_in_full
 from sparsify.plan import Plan, Rule
 from sparsify.program import Program, Stage
-from sparsify.quantized_bases import PackedBase, check_host, check_plan, dense_twin, refuse_packed
-from sparsify.serving import AdapterPaths, name_folders, serving_program
+from sparsify.program.capture import capture, unwrap
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -199,7 +200,7 @@ def compile_for_cpu(
     pipeline: Sequence[Pass] | None = None,
 ) -> nn.Module:
     """Prune if the plan says so, then replace linears by generated sparse kernels where they are measured to be faster."""
-    from sparsify.lowering.cpu import lower_program
+    from sparsify.lowering.cpu.lower import lower_program
 
     chosen = {f.name: getattr(options, f.name) for f in fields(options)}
     chosen["compare"] = options.compare and example is not None
@@ -210,7 +211,7 @@ def compile_for_cuda(
     source: nn.Module, context: Context, example: Any, pipeline: Sequence[Pass] | None = None
 ) -> nn.Module:
     """Prune if the plan says so, then replace linears by generated Triton kernels where they read fewer bytes."""
-    from sparsify.lowering.cuda import lower_program
+    from sparsify.lowering.cuda.lower import lower_program
 
     return compile_for_inference(source, context, example, lower_program, pipeline)
 

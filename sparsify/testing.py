@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from sparsify.module_tree import copy_module_tree
-from sparsify.permutation import Permutation
-from sparsify.structure import Site, Structure
+from sparsify.model.module_tree import copy_module_tree
+from sparsify.program.permutation import Permutation
+from sparsify.program.structure import Site, Structure
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -14,8 +14,9 @@ import torch
 from hypothesis import HealthCheck, settings
 from trace_cache import ProofCache, TraceCache
 
-from sparsify import capture
-from sparsify.passes import axes, prove_units
+from sparsify.passes import prove_units
+from sparsify.passes.detect import axes
+from sparsify.program import capture
 
 settings.register_profile(
     "sparsify",

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import sparsify.methods  # noqa: F401  registers the operators
+from sparsify.formats import pack, unpack
 from sparsify.ops.bits import pack_bits
-from sparsify.quantized import pack, unpack
 
 N, M, RANK, SCALE = 5, 7, 2, 0.7
 AXES = {"rows": 0, "columns": 1}

@@ -19,10 +19,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from sparsify import capture
 from sparsify.passes import prove_units
-from sparsify.program import Program
-from sparsify.structure import Structure
+from sparsify.program import Program, capture
+from sparsify.program.structure import Structure
 
 LARGEST = 64
 PLAIN = int | float | str | bool | bytes | complex | None | torch.dtype | torch.device | enum.Enum

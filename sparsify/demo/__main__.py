@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sparsify.cli_rule import RuledCommand
+from sparsify.cli.rule import RuledCommand
 from sparsify.errors import InputError
 
 LARGEST_SEED = (1 << 63) - 1

@@ -41,7 +41,7 @@ from sparsify.demo.training import (
     train,
     train_head,
 )
-from sparsify.html_report import Section
+from sparsify.show.html_report import Section
 
 BATCH = 16
 HEAD_LR = 1e-3

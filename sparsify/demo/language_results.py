@@ -12,8 +12,8 @@ import torch
 
 from sparsify.demo.language_training import Run, Score
 from sparsify.demo.results import smooth
-from sparsify.drawing import write_atomically
-from sparsify.html_report import Chart, Section, Series, Table, write_html
+from sparsify.show.drawing import write_atomically
+from sparsify.show.html_report import Chart, Section, Series, Table, write_html
 
 Rows = tuple[tuple[str, ...], ...]
 

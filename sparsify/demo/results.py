@@ -16,8 +16,8 @@ from sparsify.console import in_full
 from sparsify.demo.methods import METHODS
 from sparsify.demo.stdlib_text import Task, describe
 from sparsify.demo.training import Run, Texts
-from sparsify.drawing import write_atomically
-from sparsify.html_report import Chart, Section, Series, Table, write_html
+from sparsify.show.drawing import write_atomically
+from sparsify.show.html_report import Chart, Section, Series, Table, write_html
 
 
 @dataclass(frozen=True)

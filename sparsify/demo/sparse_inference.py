@@ -18,8 +18,8 @@ from sparsify import CpuOptions, Plan, Prune, Quantize
 from sparsify.demo.minilm import Classifier, mean_pool
 from sparsify.demo.results import Bench, megabytes
 from sparsify.demo.training import Texts, accuracy
-from sparsify.html_report import Section, Table
 from sparsify.plan import Rule
+from sparsify.show.html_report import Section, Table
 from sparsify.train.squarehead import Distiller
 
 SPARSITY = 0.75

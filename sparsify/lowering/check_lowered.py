@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from sparsify.errors import VerifyError
 from sparsify.kernels.cpu.operator import epilogue
-from sparsify.lowering.original_state import OriginalState
-from sparsify.lowering.rows_of_gated import RowsOfGated
+from sparsify.modules.original_state import OriginalState
+from sparsify.modules.rows_of_gated import RowsOfGated
+from sparsify.passes.verify import check_outputs
 from sparsify.program import Program
-from sparsify.verify import check_outputs
 
 SPREAD = 8.0  # of √n roundings of a sum of n terms: none of the sums of a model comes near that
 STEEPEST = {"none": 1.0, "relu": 1.0, "silu": 1.1, "gelu": 1.13, "gelu_tanh": 1.13}  # largest slope of each activation

@@ -20,17 +20,17 @@ import torch
 from torch import nn
 
 from sparsify.errors import Refusal, RefusedError, VerifyError
-from sparsify.fast_paths import close_fast_paths
 from sparsify.lowering.check_lowered import LoweringCheck
 from sparsify.lowering.fuse_linears import FusedActivation, GatedProduct, Join, find_joins
 from sparsify.lowering.fused_modules import MovedActivation, fuse_feed_forward
 from sparsify.lowering.restore import set_module, take_over
 from sparsify.lowering.rewrite import rewrite
-from sparsify.lowering.rows_of_gated import Gated, RowsOfGated
 from sparsify.lowering.target import Fusion, Joined, Layer, Outcome, Target, is_conv1d
-from sparsify.module_tree import copy_module_tree
+from sparsify.model.fast_paths import close_fast_paths
+from sparsify.model.module_tree import copy_module_tree
+from sparsify.modules.rows_of_gated import Gated, RowsOfGated
+from sparsify.passes.verify import verify
 from sparsify.program import Program, Stage
-from sparsify.verify import verify
 
 Quantize = Literal["int8"] | Mapping[str, Literal["int8"]] | None
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsify.lowering.rows_of_gated import Gated
+from sparsify.modules.rows_of_gated import Gated
 
 
 class MovedActivation(nn.Identity):

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from sparsify.console import printable
-from sparsify.lowering.kernel_module import KernelModule
+from sparsify.modules.kernel_module import KernelModule
 from sparsify.program import Program
 
 

@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from sparsify.lowering.fused_modules import FusedFeedForward, MovedActivation, unfuse_feed_forward
-from sparsify.lowering.original_state import OriginalState
-from sparsify.lowering.rows_of_gated import Gated
+from sparsify.modules.original_state import OriginalState
+from sparsify.modules.rows_of_gated import Gated
 
 
 def set_module(host: nn.Module, name: str, module: nn.Module) -> None:

@@ -15,11 +15,11 @@ from dataclasses import replace
 import torch
 from torch import fx, nn
 
-from sparsify.graph_editor import GraphEditor
 from sparsify.lowering.fuse_linears import CHECKS, FusedActivation, GatedProduct, module_of
-from sparsify.lowering.kernel_module import KernelModule
 from sparsify.lowering.target import Fusion
+from sparsify.modules.kernel_module import KernelModule
 from sparsify.program import Input, Program
+from sparsify.program.graph_editor import GraphEditor
 
 
 def rewrite(

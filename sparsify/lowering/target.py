@@ -20,7 +20,7 @@ from torch import nn
 from sparsify.console import printable
 from sparsify.errors import Refusal
 from sparsify.lowering.fuse_linears import FusedActivation, GatedProduct, Join
-from sparsify.lowering.kernel_module import KernelModule
+from sparsify.modules.kernel_module import KernelModule
 from sparsify.program import Program
 
 

@@ -7,20 +7,20 @@
 What a method from outside needs is listed in `__all__`; `examples/write_a_method.py` is one.
 """
 
-from sparsify.adapter import Delta
-from sparsify.delta_kinds import DeltaKind, PeftLayer
-from sparsify.graph_editor import GraphEditor
-from sparsify.layout import Layout
+from sparsify.adapters.adapter import Delta
+from sparsify.adapters.delta_kinds import DeltaKind, PeftLayer
+from sparsify.library import OperatorLibrary
 from sparsify.methods import channels, packed, sparse_lowrank
 from sparsify.methods.part import LivePart, OutsidePart, Snapshot, TrainedPart, beside, master_dtype
 from sparsify.methods.registry import register
 from sparsify.methods.sparse_lowrank import kaiming_a
-from sparsify.modules import AdaptedMixin, as_parameter, become, take_leaves
+from sparsify.modules.adapted import AdaptedMixin, as_parameter, become, take_leaves
+from sparsify.modules.layout import Layout
 from sparsify.ops.checks import require, require_floats, require_shape, require_together
-from sparsify.ops.library import OperatorLibrary
 from sparsify.ops.schema import argument, arguments
 from sparsify.plan import LinearRule
 from sparsify.program import LinearNode, Program
+from sparsify.program.graph_editor import GraphEditor
 
 __all__ = [
     "AdaptedMixin",

@@ -17,22 +17,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from sparsify.adapter import Delta
+from sparsify.adapters.adapter import Delta
 from sparsify.errors import VerifyError
-from sparsify.exact import change_of, changed, correction_of
-from sparsify.graph_editor import GraphEditor
-from sparsify.layout import Layout, bytes_of
 from sparsify.methods.part import LivePart, TrainedPart, beside, leaf_of, master_dtype
-from sparsify.modules import AdaptedMixin, as_parameter, become_part, carries, take_leaves
+from sparsify.modules.adapted import AdaptedMixin, as_parameter, become_part, carries, take_leaves
+from sparsify.modules.exact import change_of, changed, correction_of
+from sparsify.modules.layout import Layout, bytes_of
 from sparsify.ops.bits import pack_bits
 from sparsify.ops.partial_linear import write_block, write_block_at
 from sparsify.ops.schema import argument
-from sparsify.permutation import invert_index
-from sparsify.printer import range_text, slice_text, tensor_text
 from sparsify.program import LinearNode, Program, UnitChoice
-from sparsify.repeats import Line
-from sparsify.selection import unit_channels
-from sparsify.structure import Site, Structure
+from sparsify.program.graph_editor import GraphEditor
+from sparsify.program.permutation import invert_index
+from sparsify.program.printer import range_text, slice_text, tensor_text
+from sparsify.program.repeats import Line
+from sparsify.program.selection import unit_channels
+from sparsify.program.structure import Site, Structure
 
 ops = torch.ops.sparsify
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparsify.methods.channels import PartialMixin, describe_slice
 from sparsify.methods.sparse_lowrank import SparseLowRankMixin, describe_parts
-from sparsify.modules import carries
+from sparsify.modules.adapted import carries
 from sparsify.ops.quantized_linear import dense_weight
 
 

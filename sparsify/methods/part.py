@@ -3,8 +3,8 @@
     TrainedPart    frozen, in `Program.parts`: which weight, which tensors, which node; how it is checked, described and counted
     LivePart       beside one host module: its values as adapters see them (snapshot, reset, deltas, fill, mix), attach and detach
 
-The third side of a kind is the module class that carries it (`sparsify.modules.AdaptedMixin`): its forward, its leaves, its fold into
-the weight. One file holds all three: `channels` (S2FT, PaCA), `sparse_lowrank` (RoSA, LoRA), and those of methods from outside.
+The third side of a kind is the module class that carries it (`sparsify.modules.adapted.AdaptedMixin`): its forward, its leaves, its
+fold into the weight. One file holds all three: `channels` (S2FT, PaCA), `sparse_lowrank` (RoSA, LoRA), and those of methods from outside.
 """
 
 from __future__ import annotations
@@ -17,20 +17,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsify.errors import VerifyError
-from sparsify.repeats import Line
+from sparsify.model.linears import owner_name
+from sparsify.program.repeats import Line
 
 if TYPE_CHECKING:
-    from sparsify.adapter import Delta
-    from sparsify.graph_editor import GraphEditor
-    from sparsify.layout import Layout
-    from sparsify.modules import AdaptedMixin
+    from sparsify.adapters.adapter import Delta
+    from sparsify.modules.adapted import AdaptedMixin
+    from sparsify.modules.layout import Layout
     from sparsify.program import LinearNode, Program
+    from sparsify.program.graph_editor import GraphEditor
 
 Snapshot = dict[str, Tensor]
-
-
-def owner_of(param: str) -> str:
-    return param.rpartition(".")[0]
 
 
 def leaf_of(param: str) -> str:
@@ -39,7 +36,7 @@ def leaf_of(param: str) -> str:
 
 def beside(param: str, leaf: str) -> str:
     """Qualified name of a tensor that lies beside a weight: `a.weight`, `lora_A` → `a.lora_A`."""
-    owner = owner_of(param)
+    owner = owner_name(param)
     return f"{owner}.{leaf}" if owner else leaf
 
 
@@ -67,7 +64,7 @@ class TrainedPart(ABC):
     @property
     def owner(self) -> str:
         """Qualified name of the module that holds the weight."""
-        return owner_of(self.param)
+        return owner_name(self.param)
 
     def trained_names(self) -> tuple[str, ...]:
         """Qualified names of the parameters that train."""
@@ -97,7 +94,7 @@ class TrainedPart(ABC):
         """Raise VerifyError unless its tensors are as it says. read: names of tensors that an operator of ours reads."""
         for name in self.trained_names():
             if name not in read:
-                raise VerifyError(f"{owner_of(name)}: {leaf_of(name)} is read by no sparsify operator")
+                raise VerifyError(f"{owner_name(name)}: {leaf_of(name)} is read by no sparsify operator")
 
     def check_node(self, node: fx.Node) -> None:  # noqa: B027  (a kind without settings has none to check)
         """Raise VerifyError unless the operator that stands for it has its settings."""
@@ -251,4 +248,4 @@ class LivePart(ABC):
         """Undo `detach`."""
 
 
-__all__ = ["LivePart", "OutsidePart", "Snapshot", "TrainedPart", "beside", "leaf_of", "master_dtype", "owner_of"]
+__all__ = ["LivePart", "OutsidePart", "Snapshot", "TrainedPart", "beside", "leaf_of", "master_dtype"]

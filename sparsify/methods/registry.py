@@ -14,16 +14,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, is_dataclass
-from importlib.metadata import entry_points
 from typing import Any
 
-from sparsify import delta_kinds
-from sparsify.adapter import KINDS
-from sparsify.delta_kinds import DeltaKind
+from sparsify.adapters import delta_kinds
+from sparsify.adapters.adapter import KINDS
+from sparsify.adapters.delta_kinds import DeltaKind
 from sparsify.errors import PlanError
 from sparsify.methods.part import OutsidePart
-from sparsify.modules import KINDS as MODULES
-from sparsify.modules import AdaptedMixin, carries
+from sparsify.modules.adapted import KINDS as MODULES
+from sparsify.modules.adapted import AdaptedMixin, carries
 from sparsify.plan import RULES, LinearRule, Rule, register_rule
 
 
@@ -93,10 +92,4 @@ def method_of(rule: Rule) -> Method | None:
     return METHODS.get(type(rule))
 
 
-def find(name: str) -> None:
-    """Load an installed method that declares an entry point of this name, if there is one."""
-    for point in entry_points(group="sparsify.methods", name=name):
-        point.load()
-
-
-__all__ = ["METHODS", "Method", "find", "method_of", "register"]
+__all__ = ["METHODS", "Method", "method_of", "register"]

@@ -16,18 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from sparsify.adapter import Delta
+from sparsify.adapters.adapter import Delta
 from sparsify.errors import VerifyError
-from sparsify.exact import change_of, changed, correction_of, sum_dtype
-from sparsify.graph_editor import GraphEditor
-from sparsify.layout import Layout
 from sparsify.methods.part import LivePart, Snapshot, TrainedPart, beside, master_dtype
-from sparsify.modules import AdaptedMixin, as_parameter, become_part, carries, take_leaves
+from sparsify.modules.adapted import AdaptedMixin, as_parameter, become_part, carries, take_leaves
+from sparsify.modules.exact import change_of, changed, correction_of, sum_dtype
+from sparsify.modules.layout import Layout
 from sparsify.ops.added_parts import write_values
 from sparsify.ops.schema import argument
-from sparsify.permutation import invert_index
 from sparsify.program import LinearNode, Program
-from sparsify.selection import generator, index_dtype
+from sparsify.program.graph_editor import GraphEditor
+from sparsify.program.permutation import invert_index
+from sparsify.program.selection import generator, index_dtype
 
 ops = torch.ops.sparsify
 OPEN = -1  # every entry of the index of a mask that is still to be collected

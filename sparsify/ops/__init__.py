@@ -14,7 +14,7 @@ The three that hold trained parts each have a `_dx` beside them. Every formula i
 derivatives of any order are right. Importing this package registers them all, and the inference operators of
 `sparsify.kernels`.
 
-    library.py  checks.py  schema.py      how an operator is registered, what it refuses, its arguments by name
+    checks.py  schema.py                  what an operator refuses, its arguments by name (`sparsify.library` registers it)
     shapes.py  bits.py  saved_input.py    tokens and turned weights, masks as bits, what is saved of an input
     added_parts.py                        sparse values and low-rank factors, beside a dense or a packed base
     dispatch.py                           which kernel serves; no other file here imports `sparsify.kernels`

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify.library import LIBRARY
 from sparsify.ops.bits import check_bits, unpack_bits, unpack_by_shifts
 from sparsify.ops.checks import require_together
-from sparsify.ops.library import LIBRARY
 
 LIBRARY.define("apply_mask(Tensor t, Tensor bits) -> Tensor")
 

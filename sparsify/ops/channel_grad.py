@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify.library import LIBRARY
 from sparsify.ops import dispatch
 from sparsify.ops.checks import require, require_floats, require_index, require_together, require_within
-from sparsify.ops.library import LIBRARY
 
 LIBRARY.define("channel_grad(Tensor g, Tensor x, Tensor? rows) -> Tensor")
 

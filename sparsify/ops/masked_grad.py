@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify.library import LIBRARY
 from sparsify.ops.apply_mask import apply_mask_in_aten
 from sparsify.ops.bits import check_bits, unpack_bits
 from sparsify.ops.checks import require, require_together
-from sparsify.ops.library import LIBRARY
 
 LIBRARY.define("masked_grad(Tensor g, Tensor x, Tensor bits) -> Tensor")
 

@@ -2,7 +2,7 @@
 
     masked_linear(x, weight, bits, bias)        y = x (W∘M)ᵀ + b          dW = (gᵀ x)∘M         (transposed: W is stored (in, out))
 
-Precondition: `weight` has exact zeros where `M` is zero (`sparsify.masked_modules` keeps it), so the forward is one dense GEMM
+Precondition: `weight` has exact zeros where `M` is zero (`sparsify.modules.masked` keeps it), so the forward is one dense GEMM
 and costs nothing extra; the gradient is masked *inside* the operator, before accumulation, clipping, GradScaler and DDP see it.
 """
 
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsify.library import LIBRARY
 from sparsify.ops.apply_mask import apply_mask_in_aten
 from sparsify.ops.bits import check_bits
 from sparsify.ops.checks import require, require_shape, require_together
-from sparsify.ops.library import LIBRARY
 
 LIBRARY.define("masked_linear(Tensor x, Tensor weight, Tensor bits, Tensor? bias, bool transposed=False) -> Tensor")
 

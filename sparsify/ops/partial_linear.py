@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify.library import LIBRARY, recorded
 from sparsify.ops import dispatch
 from sparsify.ops.checks import require, require_floats, require_index, require_together, require_within
-from sparsify.ops.library import LIBRARY, recorded
 from sparsify.ops.shapes import flat
 
 LIBRARY.define("partial_linear(Tensor x, Tensor weight, Tensor? bias, Tensor block, int start, int axis) -> Tensor")

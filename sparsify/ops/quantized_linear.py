@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify.formats import check_packed, format_named, unpack
+from sparsify.library import LIBRARY, recorded
 from sparsify.ops import dispatch
 from sparsify.ops.added_parts import (
     added_gradients,
@@ -32,11 +34,9 @@ from sparsify.ops.added_parts import (
     write_values,
 )
 from sparsify.ops.checks import require, require_floats, require_index, require_shape, require_together, require_within
-from sparsify.ops.library import LIBRARY, recorded
 from sparsify.ops.saved_input import input_link, restored_input, saved_input
 from sparsify.ops.shapes import Sizes, flat, logical_shape
 from sparsify.ops.skinny_products import reduced
-from sparsify.quantized import FORMATS, check_packed, unpack
 
 LIBRARY.define(
     "quantized_linear(Tensor x, str format, int rows, int columns, bool transposed, Tensor? bias, Tensor? block, "
@@ -77,7 +77,7 @@ def dense_weight(
 
 
 def one_pass(
-    x: Tensor, format: str, rows: int, bias: Tensor | None, block: Tensor | None, channels: Tensor | None, axis: int,
+    x: Tensor, kernel: str, rows: int, bias: Tensor | None, block: Tensor | None, channels: Tensor | None, axis: int,
     values: Tensor | None, index: Tensor | None, a: Tensor | None, b: Tensor | None, scale: float, packed: list[Tensor],
 ) -> Tensor:  # fmt: skip
     """The forward without an unpacked weight. A trained block of channels is a small product beside the kernel's: its columns
@@ -87,7 +87,7 @@ def one_pass(
     place = None if block is None or channels is None else channels.long()
     read = flat.index_fill(1, place, 0.0) if place is not None and axis == 1 else flat
     second = None if u is None else b
-    y = dispatch.quantized_product(packed, format, read, bias, values, index, u, second, scale, rows)
+    y = dispatch.quantized_product(packed, kernel, read, bias, values, index, u, second, scale, rows)
     if place is not None and block is not None:
         block = block.to(x.dtype)
         if axis == 1:
@@ -109,13 +109,14 @@ def _quantized(
     require_together(name, x, bias, block, channels, values, index, a, b, *packed)
     require_floats(name, x=x, bias=bias, block=block, values=values, a=a, b=b)
     one_sided = values is None or block is None
-    if format in FORMATS and one_sided and dispatch.quantized_serves(x, rows, columns, transposed, index):
+    kernel = format_named(format).kernel
+    if kernel is not None and one_sided and dispatch.quantized_serves(x, rows, columns, transposed, index):
         check_packed(packed, format, (rows, columns))
         if channels is not None:
             require_within(name, "channels", channels, columns if axis == 1 else rows, "weight's channels")
         if index is not None:
             require_within(name, "index", index, rows * columns, "weight")
-        return one_pass(x, format, rows, bias, block, channels, axis, values, index, a, b, scale, packed)
+        return one_pass(x, kernel, rows, bias, block, channels, axis, values, index, a, b, scale, packed)
     stored = dense_weight(packed, format, [rows, columns], transposed, x.dtype, block, channels, axis, values, index)
     return dense_forward(x, stored, transposed, bias, a, b, scale)
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify.library import LIBRARY
 from sparsify.ops import dispatch
 from sparsify.ops.checks import (
     ascending,
@@ -26,7 +27,6 @@ from sparsify.ops.checks import (
     require_together,
     require_within,
 )
-from sparsify.ops.library import LIBRARY
 
 LIBRARY.define("sampled_product(Tensor a, Tensor b, Tensor index) -> Tensor")
 

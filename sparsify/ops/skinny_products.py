@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify.library import LIBRARY
 from sparsify.ops import dispatch
 from sparsify.ops.checks import require, require_floats, require_shape, require_together
-from sparsify.ops.library import LIBRARY
 
 LIBRARY.define("skinny_products(Tensor x, Tensor? rows, Tensor? factor) -> (Tensor, Tensor)")
 

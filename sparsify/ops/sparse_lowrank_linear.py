@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify.library import LIBRARY
 from sparsify.ops.added_parts import (
     added_gradients,
     check_dx,
@@ -36,7 +37,6 @@ from sparsify.ops.added_parts import (
     write_values,
 )
 from sparsify.ops.checks import require_floats, require_together
-from sparsify.ops.library import LIBRARY
 from sparsify.ops.saved_input import input_link, restored_input, saved_input
 from sparsify.ops.shapes import flat, logical_shape
 

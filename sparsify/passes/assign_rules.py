@@ -6,19 +6,19 @@ rule 0  S2FT(match="*.mlp*")  ──▶  model.layers.0.mlp, model.layers.1.mlp,
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from sparsify.errors import PlanError, Refusal, RefusedError
+from sparsify.model.linears import is_conv1d, owner_name
 from sparsify.passes.direct_reads import read_past
 from sparsify.plan import S2FT, Rule, nearest
+from sparsify.plan.unmatched import unmatched_patterns
 from sparsify.program import LinearNode, Program, through_transpose
-from sparsify.selection import selectable_units
-from sparsify.structure import Site, Structure
+from sparsify.program.selection import selectable_units
+from sparsify.program.structure import Site, Structure
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,6 @@ class Assignment:
 
 
 WHOLE = -1  # stands for Plan(train=…) where the index of the rule that trains a weight is kept
-
-
-def owner_name(param: str) -> str:
-    return param.rpartition(".")[0]
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D (weight stored `(in, out)`), recognised without importing transformers."""
-    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
 
 
 def only_multiplies(program: Program, names: list[str], nodes: list[LinearNode]) -> bool:
@@ -130,19 +121,6 @@ def assign_rule(program: Program, index: int, rule: S2FT, taken: dict[str, int])
     if not served:
         raise unused(index, rule, program, reasons)
     return Assignment(index, rule, tuple(served)), reasons + unmatched_patterns(index, rule, everything)
-
-
-def unmatched_patterns(index: int, rule: Rule, names: Iterable[str]) -> list[Refusal]:
-    """Refusals, warned of too, for the patterns of a list that match nothing while others do (a list may serve several families)."""
-    names = sorted(names)
-    found = []
-    for pattern in rule.unmatched(names):
-        word = pattern.strip("*.")
-        close = names if "." in word else sorted({name.rpartition(".")[2] for name in names})
-        reason = f"this pattern of rule {index}, {type(rule).__name__}, matches nothing{nearest(word, close)}"
-        found.append(Refusal(pattern, reason))
-        warnings.warn(f"{pattern}: {reason}", stacklevel=2)
-    return found
 
 
 def trained_sites(structure: Structure, rule: S2FT) -> list[Site]:

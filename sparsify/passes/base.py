@@ -22,9 +22,9 @@ import torch
 
 from sparsify.errors import PlanError, SparsifyError, VerifyError
 from sparsify.passes.check_controls import check_controls
+from sparsify.passes.verify import check_identical, check_outputs, verify
 from sparsify.plan import Plan, nearest
 from sparsify.program import Program, Stage
-from sparsify.verify import check_identical, check_outputs, verify
 
 Preserves = Literal["exactly", "rounding", "nothing"]
 WEAKEST_LAST: tuple[Preserves, ...] = ("exactly", "rounding", "nothing")

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from sparsify.errors import VerifyError
 from sparsify.program import Program
-from sparsify.selection import generator
-from sparsify.structure import Site, Structure
+from sparsify.program.selection import generator
+from sparsify.program.structure import Site, Structure
 from sparsify.testing import difference, levels, random_permutation
 
 LARGEST_WIDE = 2**31  # bytes of a model up to which it is checked in double precision

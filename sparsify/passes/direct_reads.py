@@ -6,7 +6,7 @@
 A trained part lives beside its weight, and only the module's own forward puts the two together. A read in the traced forward shows
 as a node outside the module (`why_not_trainable`); this finds those in branches and methods that the trace did not run, by the
 bytecode of the classes above the module. A look at the weight's dtype, device or shape is no read, nor is what initialises, saves or
-shows a model. `nn.TransformerEncoderLayer` has such a branch too, which `sparsify.fast_paths` closes instead.
+shows a model. `nn.TransformerEncoderLayer` has such a branch too, which `sparsify.model.fast_paths` closes instead.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import types
 
 from torch import nn
 
-from sparsify.passes.axes import words
+from sparsify.passes.detect.axes import words
 from sparsify.passes.observe import instructions
 from sparsify.passes.prove_units import FRAMEWORK, SILENT_METHODS, methods_of
 from sparsify.program import Program

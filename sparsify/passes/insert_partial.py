@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparsify.adapter import tensor_hash
-from sparsify.graph_editor import GraphEditor
+from sparsify.adapters.adapter import tensor_hash
+from sparsify.formats import pack, packed_bytes, unpack
 from sparsify.methods.channels import slice_at, slices_of
 from sparsify.methods.part import TrainedPart, beside
+from sparsify.model.linears import is_conv1d, owner_name
 from sparsify.ops.bits import pack_bits
-from sparsify.passes.assign_rules import is_conv1d, owner_name
 from sparsify.passes.base import Context, PassResult
-from sparsify.permutation import invert_index
 from sparsify.program import Input, LinearNode, Packed, Program
-from sparsify.quantized import pack, packed_bytes, unpack
+from sparsify.program.graph_editor import GraphEditor
+from sparsify.program.permutation import invert_index
 
 
 def insert_partial(program: Program, context: Context) -> PassResult:

@@ -33,8 +33,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsify.passes.axes import words
-from sparsify.structure import CONSUMERS, Structure
+from sparsify.passes.detect.axes import words
+from sparsify.program.structure import CONSUMERS, Structure
 
 Units = frozenset[int]
 NONE: Units = frozenset()

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from sparsify.passes.base import Context, PassResult
-from sparsify.permutation import Permutation
 from sparsify.program import Move, Program
-from sparsify.selection import arrange
+from sparsify.program.permutation import Permutation
+from sparsify.program.selection import arrange
 
 
 def permute_weights(program: Program, context: Context) -> PassResult:

@@ -26,10 +26,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from sparsify.capture import capture_training, evaluating, shadow_of
-from sparsify.passes.axes import words
+from sparsify.model.untouched import untouched
 from sparsify.passes.base import Context, PassResult
-from sparsify.passes.find_structures import find_structures
+from sparsify.passes.detect.axes import words
+from sparsify.passes.detect.find_structures import find_structures
 from sparsify.passes.observe import (
     FrameLog,
     Observation,
@@ -41,8 +41,8 @@ from sparsify.passes.observe import (
 )
 from sparsify.plan import S2FT, PaCA
 from sparsify.program import Program
-from sparsify.structure import CONSUMERS, Structure
-from sparsify.untouched import untouched
+from sparsify.program.capture import capture_training, evaluating, shadow_of
+from sparsify.program.structure import CONSUMERS, Structure
 
 DROPOUT = frozenset(
     "aten." + name

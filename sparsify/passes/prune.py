@@ -11,48 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from sparsify.errors import PlanError, Refusal, RefusedError
-from sparsify.module_tree import copy_module_tree
-from sparsify.passes.assign_rules import unmatched_patterns
+from sparsify.errors import PlanError
+from sparsify.model.module_tree import copy_module_tree
 from sparsify.passes.base import Context, PassResult
-from sparsify.plan import Plan
 from sparsify.program import Program
-from sparsify.rules_prune import Prune
-
-
-def assign_prune_rules(program: Program, plan: Plan, *, masked: bool = False) -> tuple[dict[str, Prune], list[Refusal]]:
-    """Which weights the plan prunes, by which rule (the first that matches), and what it leaves dense with the reason.
-
-    masked: the survivors will train under masks, which tied weights cannot have.
-
-    Raises PlanError for a rule that serves nothing, RefusedError when a rule names one module that cannot be pruned.
-    """
-    wanted: dict[str, Prune] = {}
-    refusals: list[Refusal] = []
-    for index, rule in enumerate(plan.rules):
-        if not isinstance(rule, Prune):
-            continue
-        targets, refused = rule.targets(program)
-        tied = {name: also for name in targets if masked and len(also := names_of(program, name)) > 1}
-        reason = "it is tied ({}), and a tied weight cannot train under a mask"
-        refused += [Refusal(name, reason.format(", ".join(also))) for name, also in tied.items()]
-        targets = [name for name in targets if name not in tied]
-        fresh = [name for name in targets if name not in wanted]
-        named = [r for r in refused if rule.is_named(r.where, r.where.rpartition(".")[0])]
-        if named:
-            raise RefusedError(f"rule {index}, {rule}: {named[0]}")
-        if not fresh:
-            why = f": {refused[0]}" if refused else "; it matches no linear that is still dense"
-            raise PlanError(f"rule {index}, {rule}, serves nothing{why}")
-        wanted.update(dict.fromkeys(fresh, rule))
-        names = {n for param in targets + [r.where for r in refused] for n in (param, param.rpartition(".")[0])}
-        refusals += refused + unmatched_patterns(index, rule, names)
-    return wanted, refusals
-
-
-def names_of(program: Program, param: str) -> list[str]:
-    """Every name of a tensor (tied weights and shared modules have several)."""
-    return [name for name, canonical in program.aliases.items() if canonical == param]
+from sparsify.pruning.assign import assign_prune_rules
+from sparsify.pruning.rule import Prune
 
 
 def prune(program: Program, context: Context) -> PassResult:
@@ -63,7 +27,7 @@ def prune(program: Program, context: Context) -> PassResult:
         return PassResult(program, changed=False)
     check_memory(program, wanted)
     from sparsify.pruning.sequential import prune_model
-    from sparsify.sparse_checkpoint import model_hash
+    from sparsify.pruning.sparse_checkpoint import model_hash
 
     dense_hash = model_hash(program.host)  # before the dense values are gone
     host = shared_copy(program.host)

@@ -13,21 +13,23 @@ import torch
 from torch import Tensor, fx
 from tqdm import tqdm
 
-from sparsify.calibration import batch_count, given, gradient_statistics, input_squares, need_batches
-from sparsify.calibration_checks import check_weights, column_squares, squares_of
+from sparsify.calibration.checks import check_weights, column_squares, squares_of
+from sparsify.calibration.fisher import sample_squares
+from sparsify.calibration.ranks import sum_over_ranks
+from sparsify.calibration.statistics import batch_count, given, gradient_statistics, input_squares, need_batches
 from sparsify.errors import PlanError, Refusal, RefusedError
-from sparsify.fisher import sample_squares
+from sparsify.formats import format_named
 from sparsify.methods.registry import method_of
 from sparsify.methods.sparse_lowrank import SparseLowRank
-from sparsify.passes.assign_rules import WHOLE, is_conv1d, owner_name, unmatched_patterns, why_not_trainable
+from sparsify.model.linears import is_conv1d, owner_name
+from sparsify.model.task_heads import head_parameters, output_parameters
+from sparsify.passes.assign_rules import WHOLE, why_not_trainable
 from sparsify.passes.base import Context
 from sparsify.plan import LinearRule, LoRA, PaCA, Quantize, RoSA, nearest, pattern_value
+from sparsify.plan.unmatched import unmatched_patterns
 from sparsify.program import ChannelChoice, LinearNode, Program, UnitChoice
-from sparsify.ranks import sum_over_ranks
-from sparsify.selection import choose, generator, index_dtype, random_scores, unit_channels
-from sparsify.task_heads import head_parameters, output_parameters
+from sparsify.program.selection import choose, generator, index_dtype, random_scores, unit_channels
 
-HALF = torch.finfo(torch.float16)
 VIEWS = frozenset(
     getattr(torch.ops.aten, name)
     for name in (
@@ -142,13 +144,7 @@ def why_not_packed(program: Program, param: str, weight: Tensor, format: str) ->
     largest = weight.detach().abs().amax(dim=1).float()
     if not bool(torch.isfinite(largest).all()):
         return "the weight has NaN or Inf"
-    if format == "int8" and float(largest.max()) > HALF.max:
-        return f"its largest entry, {float(largest.max()):.3g}, lies beyond the scales of int8, which are float16 ({HALF.max:,.0f})"
-    if format == "int8" and bool(((largest > 0) & (largest < HALF.tiny)).any()):
-        return (
-            f"a row has no entry above {HALF.tiny:.1g}, where the scales of int8, which are float16, end; nf4 holds it"
-        )
-    return None
+    return format_named(format).why_not(weight)
 
 
 def select_linears(
@@ -349,7 +345,7 @@ def gradient_supports(
 ) -> dict[str, Tensor]:
     """Top-k entries by mean over batches of dW² ("gradient"), of dW itself ("gradient_abs"), or over samples of dW² ("fisher").
 
-    In fp32; one dense gradient is alive at a time, of "fisher" as many as `sparsify.fisher.BUDGET` allows.
+    In fp32; one dense gradient is alive at a time, of "fisher" as many as `sparsify.calibration.fisher.BUDGET` allows.
     The accumulators live on the CPU; entries are flat in the *stored* weight, sorted.
     """
     sums: dict[str, Tensor] = {}

@@ -12,17 +12,24 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparsify.calibration import batch_count, gradient_statistics, input_squares, need_batches, sum_over_ranks
-from sparsify.calibration_checks import check_weights, column_squares
-from sparsify.install import trained_in_full
-from sparsify.passes.assign_rules import WHOLE, Assignment, assign_rule, owner_name
+from sparsify.calibration.checks import check_weights, column_squares
+from sparsify.calibration.statistics import (
+    batch_count,
+    gradient_statistics,
+    input_squares,
+    need_batches,
+    sum_over_ranks,
+)
+from sparsify.formats import pack, unpack
+from sparsify.model.linears import owner_name
+from sparsify.passes.assign_rules import WHOLE, Assignment, assign_rule
 from sparsify.passes.base import Context, PassResult
 from sparsify.passes.select_linears import select_linears
+from sparsify.passes.train_in_full import trained_in_full
 from sparsify.plan import DATA_DRIVEN, S2FT, LinearRule, PaCA, Quantize, RoSA
 from sparsify.program import Program, UnitChoice
-from sparsify.quantized import pack, unpack
-from sparsify.selection import choose, random_scores, selectable_units, unit_channels, unit_norms
-from sparsify.structure import Site, Structure
+from sparsify.program.selection import choose, random_scores, selectable_units, unit_channels, unit_norms
+from sparsify.program.structure import Site, Structure
 
 
 def select_units(program: Program, context: Context) -> PassResult:

@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsify.calibration_checks import IGNORED
+from sparsify.calibration.checks import IGNORED
 
 
 @dataclass(frozen=True)

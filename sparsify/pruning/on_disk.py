@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsify.capture import capture
 from sparsify.errors import PlanError, Refusal, SparsifyError
 from sparsify.files import strict_json
-from sparsify.passes.prune import assign_prune_rules
 from sparsify.plan import Plan
+from sparsify.program.capture import capture
+from sparsify.pruning.assign import assign_prune_rules
+from sparsify.pruning.rule import Prune
 from sparsify.pruning.sequential import HESSIAN_BYTES, PruneResult, prune_model
 from sparsify.pruning.streaming import StreamedWeights, parameters_on_meta
-from sparsify.rules_prune import Prune
 
 BUFFER_BYTES = 1 << 30
 MOST_LAYERS = 10_000

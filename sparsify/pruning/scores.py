@@ -12,11 +12,11 @@ import hashlib
 import torch
 from torch import Tensor
 
-from sparsify.calibration_checks import all_finite, column_squares
+from sparsify.calibration.checks import all_finite, column_squares
+from sparsify.calibration.ranks import sum_over_ranks
 from sparsify.errors import SparsifyError
 from sparsify.pruning.patterns import Pattern, mask_from_scores
 from sparsify.pruning.sparsegpt import Pruned
-from sparsify.ranks import sum_over_ranks
 
 
 class InputNorms:

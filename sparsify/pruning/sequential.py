@@ -30,12 +30,21 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from sparsify.blocks import repeated_blocks
-from sparsify.calibration_checks import all_finite, blame, check_batches, check_weights
-from sparsify.capture import evaluating
+from sparsify.calibration.checks import all_finite, blame, check_batches, check_weights
+from sparsify.calibration.ranks import (
+    from_rank,
+    object_from_rank,
+    of_every_rank,
+    rank,
+    rank_count,
+    sum_over_ranks,
+    together,
+)
 from sparsify.console import printable
 from sparsify.errors import PlanError, Refusal, SparsifyError
+from sparsify.model.blocks import repeated_blocks
 from sparsify.program import Program, canonical_names
+from sparsify.program.capture import evaluating
 from sparsify.pruning.allocate import SaliencyCurve, by_sensitivity, saliency_curve
 from sparsify.pruning.collect import (
     InputIdentities,
@@ -48,12 +57,11 @@ from sparsify.pruning.collect import (
 )
 from sparsify.pruning.lockstep import LockstepForward, intercepted
 from sparsify.pruning.resume import ResumeStore
+from sparsify.pruning.rule import Prune
 from sparsify.pruning.scores import InputNorms, magnitude_prune, random_prune, wanda_prune
 from sparsify.pruning.sparsegpt import Hessian, Pruned, inverse_factor, sparsegpt_prune
 from sparsify.pruning.streaming import NoStreaming, Residence
 from sparsify.pruning.trace import Group, Unit, inside, plan_units, record_events
-from sparsify.ranks import from_rank, object_from_rank, of_every_rank, rank, rank_count, sum_over_ranks, together
-from sparsify.rules_prune import Prune
 
 Written = dict[View, tuple[Tensor, Tensor, dict[str, Any]]]  # values, survivors, statistics
 

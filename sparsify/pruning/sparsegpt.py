@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsify.calibration.ranks import sum_over_ranks
 from sparsify.errors import SparsifyError
 from sparsify.pruning.patterns import (
     NM,
@@ -27,7 +28,6 @@ from sparsify.pruning.patterns import (
     keep_largest_per_row,
     spread_blocks,
 )
-from sparsify.ranks import sum_over_ranks
 
 COLUMN_BLOCK = 128
 INNER_BLOCK = 32

@@ -27,16 +27,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from sparsify.blocks import repeated_blocks
 from sparsify.errors import PlanError, SparsifyError
 from sparsify.files import kinds, strict_json
 from sparsify.files.atomic import copy_file, is_temporary, sweep, write_bytes
+from sparsify.files.tensor_file import INDEX, cast, open_tensors
 from sparsify.files.tensors import TensorFile, write_tensors
+from sparsify.model.blocks import repeated_blocks
 from sparsify.ops.bits import pack_bits, unpack_bits
 from sparsify.program import canonical_names
 from sparsify.pruning.collect import Watcher
 from sparsify.pruning.resume import parsed_stats, stats_text
-from sparsify.tensor_file import INDEX, cast, open_tensors
 
 RECORDS = "pruning"
 VERSION = 2  # of records and run.json: with content hashes

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsify.blocks import repeated_blocks
 from sparsify.errors import Refusal
+from sparsify.model.blocks import repeated_blocks
 from sparsify.pruning.collect import InputIdentities, Product, View, Watcher
 
 

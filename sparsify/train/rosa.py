@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sparsify.calibration import need_batches
+from sparsify.calibration.statistics import need_batches
 from sparsify.errors import SparsifyError
-from sparsify.passes.assign_rules import owner_name
+from sparsify.model.linears import owner_name
 from sparsify.passes.base import Context
 from sparsify.passes.select_linears import gradient_supports
 
 if TYPE_CHECKING:
-    from sparsify.handle import Handle
+    from sparsify.host.handle import Handle
 
 
 def collect_masks(

@@ -27,7 +27,8 @@ from sparsify.files import strict_json
 from sparsify.files.atomic import committing, shown
 from sparsify.files.ranks import on_first_rank
 from sparsify.files.tensors import TensorFile, write_tensors
-from sparsify.masked_modules import (
+from sparsify.model.sharded import whole
+from sparsify.modules.masked import (
     MaskedModule,
     load_mask_state,
     local_fill,
@@ -37,7 +38,6 @@ from sparsify.masked_modules import (
 )
 from sparsify.pruning.patterns import NM, Pattern, keep_largest, mask_from_scores, parse_pattern
 from sparsify.pruning.sequential import stored_transposed
-from sparsify.sharded import whole
 
 MASK_FILE = "sparsify_masks.safetensors"
 STATE_FILE = "sparsify_pruning.json"

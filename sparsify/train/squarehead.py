@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from sparsify.blocks import Stack, repeated_blocks
 from sparsify.errors import PlanError, SparsifyError
+from sparsify.model.blocks import Stack, repeated_blocks
 from sparsify.train.teacher import TeacherCache, TeacherStates, int8_copy
 
 IGNORED = -100

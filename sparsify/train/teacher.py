@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from sparsify.errors import SparsifyError
 from sparsify.files.tensors import TensorFile, write_tensors
-from sparsify.module_tree import copy_module_tree
+from sparsify.model.module_tree import copy_module_tree
 
 
 @dataclass

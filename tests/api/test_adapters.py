@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import sparsify
 from sparsify import S2FT, AdapterError, SparsifyError
-from sparsify import adapter as files
+from sparsify.adapters import adapter as files
 from sparsify.files.tensors import write_tensors
 
 BOTH = S2FT(fraction=0.1, producer_fraction=0.1)
@@ -796,4 +796,4 @@ def test_save_into_a_directory_that_does_not_exist_yet(tmp_path):
     _, host = trained_host()
     path = host.sparsify.save_adapter(tmp_path / "a" / "b")
     assert (path / files.TENSORS).stat().st_size < 40_000
-    assert sparsify.adapter.load(path).info["model"] == "LlamaForCausalLM"
+    assert sparsify.adapters.adapter.load(path).info["model"] == "LlamaForCausalLM"

@@ -15,8 +15,8 @@ import tiny
 
 import sparsify
 from sparsify import S2FT, LoRA, PaCA, Plan, PlanError, Prune, RoSA, SparsifyError
-from sparsify.calibration import gradient_statistics, input_squares
-from sparsify.calibration_checks import column_squares
+from sparsify.calibration.checks import column_squares
+from sparsify.calibration.statistics import gradient_statistics, input_squares
 from sparsify.pruning.scores import InputNorms
 from sparsify.train.rosa import collect_masks
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import sparsify
 from sparsify import S2FT, CaptureError
-from sparsify.capture import capture, dummy_inputs, example_inputs
 from sparsify.program import Stage
+from sparsify.program.capture import capture, dummy_inputs, example_inputs
 
 pytestmark = pytest.mark.fresh_trace
 

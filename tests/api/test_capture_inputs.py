@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import sparsify
 from sparsify import S2FT, CaptureError, LoRA, Plan, Prune
-from sparsify.capture import capture, dummy_inputs, example_inputs
+from sparsify.program.capture import capture, dummy_inputs, example_inputs
 
 pytestmark = pytest.mark.fresh_trace
 

@@ -15,7 +15,13 @@ from sparsify import CpuOptions, LoRA, Plan, Prune, Quantize, VerifyError
 from sparsify.kernels import fallback
 from sparsify.kernels.cpu import build, dispatch, skinny, tune
 from sparsify.kernels.gpu.build import kernels_take
-from sparsify.lowering import cpu, cuda, driver, fuse_cpu, fuse_cuda, fuse_linears, gpu_linear, sparse_linear
+from sparsify.lowering import driver, fuse_linears
+from sparsify.lowering.cpu import fuse as fuse_cpu
+from sparsify.lowering.cpu import lower as cpu
+from sparsify.lowering.cpu import sparse_linear
+from sparsify.lowering.cuda import fuse as fuse_cuda
+from sparsify.lowering.cuda import gpu_linear
+from sparsify.lowering.cuda import lower as cuda
 
 WIDTH = 40
 OPTIONS = CpuOptions(tokens=(1,), mode="small")

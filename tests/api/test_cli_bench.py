@@ -12,7 +12,7 @@ import zoo
 from typer.testing import CliRunner
 
 from sparsify.cli import app
-from sparsify.cli_bench import load_model, make_inputs, prune_rows
+from sparsify.cli.bench import load_model, make_inputs, prune_rows
 
 RUNNER = CliRunner(env={"COLUMNS": "160", "TERM": "dumb"})
 

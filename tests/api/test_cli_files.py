@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from sparsify import S2FT, LoRA, Prune
 from sparsify.cli import app
-from sparsify.sparse_checkpoint import stored_bytes
+from sparsify.pruning.sparse_checkpoint import stored_bytes
 
 RUNNER = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"})
 

@@ -23,10 +23,10 @@ from typer.testing import CliRunner, Result
 
 from sparsify import Plan, Prune
 from sparsify.cli import app
+from sparsify.files.tensor_file import FolderTensors
 from sparsify.pruning import sequential
+from sparsify.pruning.sparse_checkpoint import model_hash, open_sparse
 from sparsify.pruning.texts import calibration_batches
-from sparsify.sparse_checkpoint import model_hash, open_sparse
-from sparsify.tensor_file import FolderTensors
 
 RUNNER = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"})
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "dogs"]
@@ -287,7 +287,7 @@ def test_a_failure_while_writing_leaves_no_output(
         raise OSError("no space")
 
     with monkeypatch.context() as patch:
-        patch.setattr("sparsify.cli_prune.write_record", full_disk)
+        patch.setattr("sparsify.cli.prune.write_record", full_disk)
         failed = call(*arguments)
     assert failed.exit_code == 1
     assert "no space" in failed.stderr
@@ -357,7 +357,7 @@ def test_why_there_is_no_loss(folder: Path, tmp_path: Path, options: list[str], 
 
 def test_a_loss_that_sees_its_answers_is_none() -> None:
     """A masked language model's loss on its own input says nothing: found by trying, not by the class's name."""
-    from sparsify.cli_prune import Losses
+    from sparsify.cli.prune import Losses
 
     batch = {"input_ids": tiny.tokens(3, 7), "attention_mask": torch.ones(3, 7, dtype=torch.int64)}
     batch["attention_mask"][1:, 5:] = 0
@@ -602,7 +602,7 @@ def test_a_quantised_checkpoint_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_plan_is_what_the_options_say() -> None:
-    from sparsify.cli_prune import rule_of
+    from sparsify.cli.prune import rule_of
 
     rule = rule_of(None, "wanda", "1:4", "*.mlp.*", ["*.0.*"], "uniform", 7)
     assert rule == Prune(sparsity=0.75, method="wanda", pattern="1:4", match="*.mlp.*", exclude=("*.0.*",), seed=7)

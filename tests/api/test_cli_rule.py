@@ -26,7 +26,7 @@ from typer.testing import CliRunner, Result
 
 import sparsify
 from sparsify.cli import app
-from sparsify.cli_rule import RuledCommand, RuledGroup, line_of, reading, run, verdict
+from sparsify.cli.rule import RuledCommand, RuledGroup, line_of, reading, run, verdict
 from sparsify.errors import AdapterError, CaptureError, InputError, PlanError, SparsifyError, VerifyError
 
 RUNNER = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"})

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 import sparsify
 from sparsify import S2FT, LoRA, PaCA, Plan, PlanError, RoSA
-from sparsify.lowering.backend import JointPasses, backend, run_joint_passes
-from sparsify.lowering.joint_passes import fuse_gradients, recompute_cheap, share_copies
+from sparsify.lowering.torch_compile.backend import JointPasses, backend, run_joint_passes
+from sparsify.lowering.torch_compile.joint_passes import fuse_gradients, recompute_cheap, share_copies
 
 aten = torch.ops.aten
 
@@ -411,7 +411,7 @@ def test_the_entry_point_leads_to_the_backend() -> None:
 
 LOOKUP = """
 from torch._dynamo.backends.registry import list_backends, lookup_backend
-from sparsify.lowering.backend import sparsify_backend
+from sparsify.lowering.torch_compile.backend import sparsify_backend
 found = lookup_backend("sparsify")
 assert found is sparsify_backend, found
 assert "sparsify" in list_backends()

@@ -22,9 +22,9 @@ import sparsify
 from sparsify import S2FT, LoRA, Plan, Prune, Quantize
 from sparsify.console import PLAIN, SHOWS, adapt_streams, fitting, in_full, markup, one_line, printable, visible
 from sparsify.errors import PlanError, Refusal, SparsifyError
-from sparsify.handle import Conflict, Mix
-from sparsify.html_report import Section, Table, render_html
-from sparsify.structure import Declined, Site, Structure
+from sparsify.host.handle import Conflict, Mix
+from sparsify.program.structure import Declined, Site, Structure
+from sparsify.show.html_report import Section, Table, render_html
 
 ENCODINGS = ("ascii", "cp1252", "cp932", "cp437", "latin-1", "koi8-r", "utf-8", "utf-16")
 ROOT = Path(__file__).parents[2]
@@ -110,7 +110,7 @@ def test_every_class_with_a_text_of_its_own_is_printable() -> None:
         own = [cls for cls in vars(module).values() if isinstance(cls, type) and cls.__module__ == name]
         texts = [(cls, vars(cls)["__str__"]) for cls in own if "__str__" in vars(cls)]
         left += [f"{name}.{cls.__qualname__}" for cls, text in texts if not hasattr(text, SHOWS)]
-    assert left == ["sparsify.passes.axes.Reason"]
+    assert left == ["sparsify.passes.detect.axes.Reason"]
 
 
 def test_a_subclass_of_a_printable_error_is_printable(monkeypatch: pytest.MonkeyPatch) -> None:

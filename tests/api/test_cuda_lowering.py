@@ -21,11 +21,11 @@ from triton_interpreter import count_launches
 import sparsify
 from sparsify import S2FT, PaCA, Plan, PlanError, Prune, Quantize, RefusedError, RoSA
 from sparsify.kernels.gpu.formats import pack_stream
-from sparsify.lowering.cuda import lower_model
-from sparsify.lowering.fuse_cuda import GatedGpuLinear
+from sparsify.lowering.cuda.fuse import GatedGpuLinear
+from sparsify.lowering.cuda.gpu_linear import GpuSparseLinear, pack_smallest
+from sparsify.lowering.cuda.lower import lower_model
 from sparsify.lowering.fused_modules import MovedActivation
-from sparsify.lowering.gpu_linear import GpuSparseLinear, pack_smallest
-from sparsify.lowering.rows_of_gated import RowsOfGated
+from sparsify.modules.rows_of_gated import RowsOfGated
 
 triton = pytest.importorskip("triton")
 

@@ -18,7 +18,7 @@ import tiny
 
 import sparsify
 from sparsify import LoRA, PaCA, Plan, PlanError, Prune, Quantize, RefusedError, RoSA
-from sparsify.task_heads import head_parameters, output_parameters
+from sparsify.model.task_heads import head_parameters, output_parameters
 
 pytest.importorskip("bitsandbytes")
 WIDTHS = (4, 64, 6, 48)

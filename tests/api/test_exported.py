@@ -17,10 +17,10 @@ from torch.export import Dim, ExportedProgram
 import sparsify
 from sparsify import S2FT, CpuOptions, LoRA, PaCA, Plan, Prune, Quantize, RoSA, SparsifyError
 from sparsify.errors import CaptureError
-from sparsify.lowering.decompositions import unpacked
-from sparsify.lowering.exported import Editor, bytes_of, export_for_inference, lower_exported, package
-from sparsify.lowering.prepacked_linear import PrepackedLinear, alive
-from sparsify.quantized import pack, unpack
+from sparsify.formats import pack, unpack
+from sparsify.lowering.cpu.prepacked_linear import PrepackedLinear, alive
+from sparsify.lowering.deploy.decompositions import unpacked
+from sparsify.lowering.deploy.exported import Editor, bytes_of, export_for_inference, lower_exported, package
 
 ANY = {"input_ids": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}}
 ROSA = RoSA(rank=2, density=0.02, mask="random")
@@ -304,3 +304,26 @@ def test_a_package_calls_the_generated_kernels(tmp_path: Path) -> None:
     assert result.stdout.strip() == "equal", result.stderr
     result = in_a_fresh_process(path, expected, needs_sparsify=False)
     assert "sparsify::packed_linear" in result.stderr
+
+
+class Builtin(nn.Module):
+    """Arguments that Python has words for, as nn.Sequential's own `input` is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 20), nn.Linear(20, 12)
+
+    def forward(self, input: Tensor, filter: Tensor) -> Tensor:
+        return self.down(nn.functional.relu(self.up(input))) * filter
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_arguments_named_like_builtins(fold: bool) -> None:
+    x, y = torch.randn(3, 12), torch.randn(3, 12)
+    host = tiny.lower(Builtin(), LoRA(rank=2), example=(x, y)).eval()
+    tiny.disturb(host)
+    exported = torch.export.export(host, (x, y))
+    assert [n.name for n in exported.graph.nodes if n.op == "placeholder"][-2:] == ["input", "filter"]
+    lowered = lower_exported(exported, fold=fold)
+    assert not operators(lowered)
+    torch.testing.assert_close(lowered.module()(x, y), host(x, y), rtol=1e-5, atol=2e-6)

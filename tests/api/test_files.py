@@ -24,18 +24,18 @@ from torch import Tensor, nn
 
 import sparsify
 from sparsify import AdapterError, LoRA, Plan, Prune, SparsifyError
-from sparsify import adapter as adapters
+from sparsify.adapters import adapter as adapters
 from sparsify.errors import PlanError
 from sparsify.files import atomic, kinds, strict_json
 from sparsify.files.atomic import WriteError, committing, replacing, write_bytes, write_text, writing
 from sparsify.files.regular import open_regular
+from sparsify.files.tensor_file import FolderTensors
 from sparsify.files.tensors import CONTENT, Part, TensorFile, tensor_file, write_tensors
 from sparsify.pruning.collect import View
 from sparsify.pruning.on_disk import hugging_face_config, prune_on_disk
 from sparsify.pruning.resume import ResumeStore
+from sparsify.pruning.sparse_checkpoint import SparseCheckpointError, open_sparse, save_sparse
 from sparsify.pruning.streaming import FolderMasks, file_label, shard_name
-from sparsify.sparse_checkpoint import SparseCheckpointError, open_sparse, save_sparse
-from sparsify.tensor_file import FolderTensors
 from sparsify.train.schedules import MASK_FILE, STATE_FILE, read_state, write_state
 from sparsify.train.teacher import TeacherCache, TeacherStates
 

@@ -17,7 +17,7 @@ import tiny
 
 import sparsify
 from sparsify import LoRA, Plan
-from sparsify.adapter import load
+from sparsify.adapters.adapter import load
 from sparsify.files.ranks import on_first_rank
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")

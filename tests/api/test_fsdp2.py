@@ -32,11 +32,11 @@ import tiny
 
 import sparsify
 from sparsify import S2FT, LoRA, PaCA, Plan, Prune, Quantize, RoSA, SparsifyError
-from sparsify.adapter import load
+from sparsify.adapters.adapter import load
 from sparsify.errors import StateError
-from sparsify.live_state import original
-from sparsify.masked_modules import check_masks, masked_parameters
-from sparsify.sharded import whole_parameters
+from sparsify.host.live_state import original
+from sparsify.model.sharded import whole_parameters
+from sparsify.modules.masked import check_masks, masked_parameters
 from sparsify.train.rosa import collect_masks
 from sparsify.train.schedules import CubicSchedule, GradualPruner
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import gpu_decode, gpu_linear, gpu_quantized, harness, saved_bytes, train_step  # noqa: E402
-from sparsify.quantized import FORMATS, unpack  # noqa: E402
+from sparsify.formats import FORMATS, unpack  # noqa: E402
 
 
 def test_gpu_linear_runs_and_checks_every_contestant(capsys: pytest.CaptureFixture[str]) -> None:

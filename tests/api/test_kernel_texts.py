@@ -13,7 +13,9 @@ from sparsify import CpuOptions, Plan, Prune, Quantize
 from sparsify.kernels.cpu import build, dispatch, tune
 from sparsify.kernels.gpu import launch
 from sparsify.kernels.gpu.codegen import generate
-from sparsify.lowering import cpu, fuse_cpu, sparse_linear
+from sparsify.lowering.cpu import fuse as fuse_cpu
+from sparsify.lowering.cpu import lower as cpu
+from sparsify.lowering.cpu import sparse_linear
 
 WIDTH = 64
 

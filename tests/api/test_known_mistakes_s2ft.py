@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsify import S2FT
-from sparsify.selection import arrange, choose
-from sparsify.structure import Site, Structure
+from sparsify.program.selection import arrange, choose
+from sparsify.program.structure import Site, Structure
 
 BOTH = S2FT(fraction=0.1, producer_fraction=0.1)
 

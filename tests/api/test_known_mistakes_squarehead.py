@@ -17,8 +17,8 @@ from torch import Tensor
 
 import sparsify
 from sparsify import CpuOptions, Plan, Prune
-from sparsify.masked_modules import check_masks, masked_parameters
-from sparsify.sparse_checkpoint import open_sparse
+from sparsify.modules.masked import check_masks, masked_parameters
+from sparsify.pruning.sparse_checkpoint import open_sparse
 from sparsify.train.schedules import CubicSchedule, GradualPruner
 from sparsify.train.squarehead import Distiller
 

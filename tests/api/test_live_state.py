@@ -23,8 +23,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sparsify import S2FT, LoRA, PaCA, Plan, Prune, Quantize, RoSA, SparsifyError
 from sparsify.errors import StateError
-from sparsify.layout import MARKER
-from sparsify.live_state import original
+from sparsify.host.live_state import original
+from sparsify.modules.layout import MARKER
 
 SPARSE = RoSA(rank=2, density=0.03, mask="random")
 RULES: dict[str, tuple[Any, ...]] = {
@@ -53,7 +53,7 @@ def host_of(method: str, name: str = "Llama", disturbed: bool = True, **fields: 
 
 
 def masks_kept(host: nn.Module) -> Any:
-    from sparsify.masked_modules import rezero
+    from sparsify.modules.masked import rezero
 
     rezero(host)  # a disturbed pruned host has entries that no optimizer leaves
     return host

@@ -190,7 +190,7 @@ def test_a_plan_that_cannot_be_read_is_named(tmp_path):
     host = save(tmp_path / "a", LoRA(4, match="q_proj"))
     adapter = host.sparsify.current()
     for plan in ('{"rules": []}', "[" * 100000, 3, '{"rules": [{"rule": "LoRA", "rank": 1e400}]}'):
-        from sparsify import adapter as files
+        from sparsify.adapters import adapter as files
 
         files.save(files.Adapter(adapter.deltas, adapter.bases, {"plan": plan}), tmp_path / "b")
         with pytest.raises(AdapterError, match="the plan that the adapter carries cannot be read"):

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import sparsify
 from sparsify import S2FT, CaptureError, LoRA, PaCA, Plan, Prune, Quantize, RoSA
-from sparsify.module_tree import copy_module_tree
+from sparsify.model.module_tree import copy_module_tree
 
 pytestmark = pytest.mark.fresh_trace
 

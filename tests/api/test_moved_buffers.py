@@ -14,9 +14,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import sparsify
-import sparsify.adapter
+import sparsify.adapters.adapter
 from sparsify import S2FT, AdapterError, LoRA, PaCA, Plan, RoSA
-from sparsify.moved_buffers import mix_buffer
+from sparsify.host.moved_buffers import mix_buffer
 
 
 class Scale(nn.Module):
@@ -169,9 +169,9 @@ def test_tables_that_a_module_derives_are_no_state_and_foreign_buffers_are_refus
     with pytest.raises(AdapterError, match=r"the model has no parameter .3\.running_mean"):
         compiled(net(nn.Identity()), RULES["lora"]).sparsify.load_adapter(tmp_path, "a")
     with pytest.raises(AdapterError, match=r"3\.running_mean is \(12,\) here, \(20,\) in the file"):
-        wide = sparsify.adapter.load(tmp_path)
+        wide = sparsify.adapters.adapter.load(tmp_path)
         deltas = [replace(d, values=torch.ones(20)) if d.param == "3.running_mean" else d for d in wide.deltas]
-        sparsify.adapter.save(replace(wide, deltas=tuple(deltas)), tmp_path / "wide")
+        sparsify.adapters.adapter.save(replace(wide, deltas=tuple(deltas)), tmp_path / "wide")
         compiled(net(nn.BatchNorm1d(12)), RULES["lora"]).sparsify.load_adapter(tmp_path / "wide", "a")
     with pytest.raises(
         AdapterError, match=r"the buffer 3\.running_mean moved in training, and a PEFT adapter has no place"

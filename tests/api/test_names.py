@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 
 import sparsify
 from sparsify import S2FT, CaptureError, LoRA, PaCA, Plan, Prune, Quantize, RoSA
-from sparsify.lowering.exported import export_for_inference, lower_exported
-from sparsify.names import LONGEST, identifier, is_safe, placeholder, printable
+from sparsify.lowering.deploy.exported import export_for_inference, lower_exported
+from sparsify.program.names import LONGEST, identifier, is_safe, placeholder, printable
 
 KEYS = [
     "en-de",

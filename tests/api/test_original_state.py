@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from sparsify.kernels.cpu.formats import pack
 from sparsify.kernels.gpu.formats import pack_stream
-from sparsify.lowering.fuse_cuda import GatedGpuLinear
-from sparsify.lowering.gpu_linear import GpuSparseLinear, pack_smallest
-from sparsify.lowering.prepacked_linear import PrepackedLinear, can_prepack
-from sparsify.lowering.rows_of_gated import RowsOfGated
-from sparsify.lowering.sparse_linear import GatedLinear, SparseLinear
+from sparsify.lowering.cpu.prepacked_linear import PrepackedLinear, can_prepack
+from sparsify.lowering.cpu.sparse_linear import GatedLinear, SparseLinear
+from sparsify.lowering.cuda.fuse import GatedGpuLinear
+from sparsify.lowering.cuda.gpu_linear import GpuSparseLinear, pack_smallest
+from sparsify.modules.rows_of_gated import RowsOfGated
 
 OUT, IN = 24, 40
 

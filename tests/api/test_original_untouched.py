@@ -17,8 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import sparsify
 from sparsify import S2FT, CaptureError, LoRA, Plan
-from sparsify.capture import capture
-from sparsify.lowering.exported import export_for_inference
+from sparsify.lowering.deploy.exported import export_for_inference
+from sparsify.program.capture import capture
 
 pytestmark = pytest.mark.fresh_trace
 

@@ -12,7 +12,7 @@ from methods import batches, compiled, logits, model_of, plain_with
 from torch import Tensor, nn
 
 from sparsify import PaCA, PlanError
-from sparsify.passes.assign_rules import is_conv1d
+from sparsify.model.linears import is_conv1d
 
 LLAMA_GROUPS = [{"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}, {"o_proj"}]
 

@@ -14,7 +14,6 @@ from torch import nn
 import sparsify
 from sparsify import LoRA, Plan, PlanError, Prune, Quantize, VerifyError
 from sparsify.api import PIPELINE
-from sparsify.capture import capture
 from sparsify.errors import Refusal
 from sparsify.passes.base import (
     Context,
@@ -27,6 +26,7 @@ from sparsify.passes.base import (
     snapshot,
 )
 from sparsify.program import Move, Program, Stage
+from sparsify.program.capture import capture
 
 LORA = Plan([LoRA(rank=2)])
 NUMERIC = Plan([LoRA(rank=2)], check="numeric")

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import sparsify
-from sparsify import S2FT, AdapterError, LoRA, PaCA, Plan, Prune, Quantize, RoSA, peft_export
-from sparsify.adapter import Adapter, Delta
+from sparsify import S2FT, AdapterError, LoRA, PaCA, Plan, Prune, Quantize, RoSA
+from sparsify.adapters import peft_export
+from sparsify.adapters.adapter import Adapter, Delta
 
 peft = pytest.importorskip("peft")
 

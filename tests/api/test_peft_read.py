@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 import sparsify
-from sparsify import AdapterError, LoRA, Plan, SparsifyError, peft_format
+from sparsify import AdapterError, LoRA, Plan, SparsifyError
+from sparsify.adapters import peft_format
 
 peft = pytest.importorskip("peft")
 

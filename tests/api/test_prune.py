@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 import sparsify
 from sparsify import S2FT, LoRA, PaCA, Plan, PlanError, Prune, Quantize, RefusedError, RoSA, SparsifyError
-from sparsify.html_report import Section, render_html
-from sparsify.masked_modules import check_masks, masked_parameters
+from sparsify.modules.masked import check_masks, masked_parameters
 from sparsify.pruning import sequential
 from sparsify.pruning.sequential import prune_model
-from sparsify.report import human
-from sparsify.sparse_checkpoint import SparseCheckpointError, model_hash, open_sparse
+from sparsify.pruning.sparse_checkpoint import SparseCheckpointError, model_hash, open_sparse
+from sparsify.show.html_report import Section, render_html
+from sparsify.show.report import human
 from sparsify.train.squarehead import Distiller, distillation_trainer
 
 HALF = Prune(sparsity=0.5, method="magnitude")

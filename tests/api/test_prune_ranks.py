@@ -21,8 +21,8 @@ import tiny
 
 import sparsify
 from sparsify import S2FT, PaCA, Plan, PlanError, Prune, RoSA, SparsifyError
+from sparsify.calibration.ranks import from_rank, sum_over_ranks, together
 from sparsify.pruning.on_disk import prune_on_disk
-from sparsify.ranks import from_rank, sum_over_ranks, together
 from sparsify.train.rosa import collect_masks
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")

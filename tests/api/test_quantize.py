@@ -17,8 +17,8 @@ import sparsify
 import sparsify.ops.quantized_linear as ops
 from sparsify import S2FT, LoRA, PaCA, PlanError, Quantize, RoSA
 from sparsify.errors import AdapterError, SparsifyError
+from sparsify.formats import FORMATS, pack, unpack
 from sparsify.methods.packed import QuantizedMixin
-from sparsify.quantized import FORMATS, pack, unpack
 
 METHODS = {
     "s2ft": S2FT(fraction=0.1, producer_fraction=0.1),
@@ -355,7 +355,7 @@ def test_a_parameter_that_trains_in_full_cannot_be_packed():
 
 
 def test_unknown_formats_are_refused_at_construction():
-    with pytest.raises(PlanError, match="expected one of 'nf4', 'int8', 'int4'"):
+    with pytest.raises(PlanError, match="formats are nf4, int8, int4"):
         Quantize(format="fp8")
 
 

@@ -16,7 +16,7 @@ import tiny
 
 import sparsify
 from sparsify import S2FT, CaptureError, LoRA, PaCA, Plan, PlanError, Prune, Quantize, RoSA, SparsifyError
-from sparsify.quantized_bases import dense_twin, packed_base
+from sparsify.host.quantized_bases import dense_twin, packed_base
 
 bnb = pytest.importorskip("bitsandbytes")
 torchao = pytest.importorskip("torchao.quantization")

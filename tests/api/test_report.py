@@ -10,7 +10,7 @@ from torch import nn
 
 import sparsify
 from sparsify import S2FT, CpuOptions, LoRA, PaCA, Plan, Prune, Quantize
-from sparsify.structure import Site, Structure
+from sparsify.program.structure import Site, Structure
 
 
 def dense_count(model: nn.Module) -> int:

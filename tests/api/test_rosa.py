@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import sparsify
 from sparsify import PaCA, Plan, PlanError, RoSA
 from sparsify.errors import AdapterError, SparsifyError, StateError
-from sparsify.live_state import original
+from sparsify.host.live_state import original
 from sparsify.train.rosa import RosaCallback, collect_masks
 
 BOTH = RoSA(rank=3, density=0.04)

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sparsify
 from sparsify import S2FT, LoRA, PaCA, Plan, Prune, Quantize, RoSA
-from sparsify.masked_modules import rezero
+from sparsify.modules.masked import rezero
 
 STEP = 1e-5
 HOSTS: dict[str, tuple[str, list[Any]]] = {

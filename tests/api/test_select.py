@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import sparsify
 from sparsify import S2FT, PlanError
-from sparsify.calibration import gradient_statistics, input_squares
-from sparsify.selection import choose, unit_channels
+from sparsify.calibration.statistics import gradient_statistics, input_squares
+from sparsify.program.selection import choose, unit_channels
 
 METHODS = ["random", "weight", "activation", "product", "gradient"]
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from sparsify.errors import SparsifyError
 from sparsify.files.tensors import CONTENT, write_tensors
-from sparsify.masked_modules import check_masks, mask_modules, masked_parameters
-from sparsify.sparse_checkpoint import (
+from sparsify.modules.masked import check_masks, mask_modules, masked_parameters
+from sparsify.pruning.sparse_checkpoint import (
     BITMASK,
     VALUES,
     SparseCheckpointError,

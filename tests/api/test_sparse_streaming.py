@@ -16,13 +16,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sparsify import Plan, Prune, SparsifyError, sparse_checkpoint
+from sparsify import Plan, Prune, SparsifyError
+from sparsify.files.tensor_file import DTYPES, FolderTensors, Part, tensor_file
 from sparsify.files.tensors import CONTENT
-from sparsify.masked_modules import check_masks
+from sparsify.modules.masked import check_masks
 from sparsify.ops.bits import unpack_bits
+from sparsify.pruning import sparse_checkpoint
 from sparsify.pruning.on_disk import prune_on_disk
-from sparsify.sparse_checkpoint import SparseCheckpoint, SparseCheckpointError, model_hash, open_sparse, save_sparse
-from sparsify.tensor_file import DTYPES, FolderTensors, Part, tensor_file
+from sparsify.pruning.sparse_checkpoint import (
+    SparseCheckpoint,
+    SparseCheckpointError,
+    model_hash,
+    open_sparse,
+    save_sparse,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.harness import allocations

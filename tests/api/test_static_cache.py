@@ -14,8 +14,8 @@ from torch._dynamo.utils import counters
 
 import sparsify
 from sparsify import S2FT, CpuOptions, Plan, Prune, RoSA
-from sparsify.lowering.backend import backend
-from sparsify.lowering.sparse_linear import SparseLinear
+from sparsify.lowering.cpu.sparse_linear import SparseLinear
+from sparsify.lowering.torch_compile.backend import backend
 
 STEPS = 6
 ROSA = RoSA(rank=2, density=0.02, mask="random")

@@ -16,7 +16,7 @@ from methods import compiled
 from torch import Tensor
 
 from sparsify import S2FT, LoRA, PaCA, Quantize, RoSA, SparsifyError
-from sparsify.switch_lock import SwitchLock
+from sparsify.host.switch_lock import SwitchLock
 
 RULES: dict[str, tuple[Any, ...]] = {
     "s2ft": (S2FT(fraction=0.3),),

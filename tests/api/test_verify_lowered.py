@@ -13,12 +13,13 @@ from torch import Tensor, fx, nn
 import sparsify
 from sparsify import CpuOptions, LoRA, Plan, Prune, VerifyError
 from sparsify.kernels.cpu import build, dispatch, tune
-from sparsify.lowering import cpu, fuse_cpu
-from sparsify.lowering.gpu_linear import GpuSparseLinear
-from sparsify.lowering.prepacked_linear import PrepackedLinear, can_prepack
-from sparsify.lowering.verify_lowered import verify_lowered
+from sparsify.lowering.cpu import fuse as fuse_cpu
+from sparsify.lowering.cpu import lower as cpu
+from sparsify.lowering.cpu.prepacked_linear import PrepackedLinear, can_prepack
+from sparsify.lowering.cuda.gpu_linear import GpuSparseLinear
+from sparsify.passes.verify import verify
+from sparsify.passes.verify_lowered import verify_lowered
 from sparsify.program import Program, Stage
-from sparsify.verify import verify
 
 WIDTH = 40
 SECONDS = {"torch": 2.0, "onednn": 3.0, "apart": 2.0}  # of what lowering compares with

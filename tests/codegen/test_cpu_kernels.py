@@ -19,7 +19,7 @@ from sparsify.errors import RefusedError, SparsifyError
 from sparsify.kernels.cpu import build, codegen, dispatch, tune
 from sparsify.kernels.cpu.codegen import ISAS, Variant, generate
 from sparsify.kernels.cpu.formats import pack, pack_int8, quantize_int8
-from sparsify.lowering.cpu import SparseLinear, lower_model
+from sparsify.lowering.cpu.lower import SparseLinear, lower_model
 
 TRIVIAL = 'extern "C" int answer() { return 42; }\n'
 

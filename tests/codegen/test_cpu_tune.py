@@ -15,10 +15,13 @@ from sparsify import CpuOptions, Plan
 from sparsify.kernels.cpu import build, dispatch, tune
 from sparsify.kernels.cpu.formats import pack
 from sparsify.kernels.cpu.tune import Timing
-from sparsify.lowering import cpu, fuse_cpu, fused_modules, whole_model
-from sparsify.lowering.cpu import lower_model, numbers_of_tokens
-from sparsify.lowering.prepacked_linear import PrepackedLinear
-from sparsify.lowering.sparse_linear import SparseLinear
+from sparsify.lowering import fused_modules
+from sparsify.lowering.cpu import fuse as fuse_cpu
+from sparsify.lowering.cpu import lower as cpu
+from sparsify.lowering.cpu import whole_model
+from sparsify.lowering.cpu.lower import lower_model, numbers_of_tokens
+from sparsify.lowering.cpu.prepacked_linear import PrepackedLinear
+from sparsify.lowering.cpu.sparse_linear import SparseLinear
 
 
 @pytest.fixture(autouse=True)

@@ -21,8 +21,8 @@ from sparsify.kernels.cpu import build
 from sparsify.kernels.cpu.codegen import Variant
 from sparsify.kernels.cpu.dispatch import best_isa
 from sparsify.kernels.cpu.formats import FormatError, pack, pack_int8, quantize_int8
-from sparsify.lowering.rows_of_gated import RowsOfGated
-from sparsify.lowering.sparse_linear import GatedLinear, SparseLinear
+from sparsify.lowering.cpu.sparse_linear import GatedLinear, SparseLinear
+from sparsify.modules.rows_of_gated import RowsOfGated
 from sparsify.program import Stage
 
 SMALL = CpuOptions(tokens=(1, 8), mode="small")
@@ -151,7 +151,9 @@ def test_a_whole_model_slower_than_dense_comes_back_as_it_was(name: str, monkeyp
     """Every layer is said to be fast alone and the model slow: packed, fused and moved parts all become what they were."""
     from sparsify.kernels.cpu import dispatch
     from sparsify.kernels.cpu.tune import Timing
-    from sparsify.lowering import cpu, fuse_cpu, whole_model
+    from sparsify.lowering.cpu import fuse as fuse_cpu
+    from sparsify.lowering.cpu import lower as cpu
+    from sparsify.lowering.cpu import whole_model
 
     def measured(key: str, calls: dict[str, Any], budget: float = 0.25) -> Timing:
         return Timing({n: 4.0 if n in ("torch", "onednn", "apart") else 1.0 for n in calls}, True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sparsify.demo import stdlib_text
-from sparsify.html_report import Chart, Section, Series, Table, render_html, ticks
+from sparsify.show.html_report import Chart, Section, Series, Table, render_html, ticks
 
 
 @pytest.fixture(scope="module")

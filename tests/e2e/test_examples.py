@@ -46,6 +46,15 @@ SCRIPTS: dict[str, tuple[list[str], list[str]]] = {
         ["--fast", "--out", "{tmp}"],
         ["packaged:", "the base's package equals the host", "adapter exchanged"],
     ),
+    "write_a_format.py": (
+        [],
+        [
+            "4 weights packed: 30.0 KiB → 5.0 KiB (0.up.weight: mxfp4",
+            "saved and loaded: True",
+            "unmerged: True",
+            "without the adapter, the packed base again: True",
+        ],
+    ),
     "write_a_method.py": ([], ["2.weight: DoRA (rank 4, scale 2)", "restored: the base, bit for bit: True"]),
     "serve_adapters.py": (
         ["--fast", "--out", "{tmp}"],

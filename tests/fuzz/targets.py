@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 import sparsify
 from sparsify import S2FT, LoRA, Plan, Prune, Quantize, RoSA
+from sparsify.files.tensor_file import FolderTensors
 from sparsify.pruning.on_disk import prune_on_disk
-from sparsify.sparse_checkpoint import open_sparse, save_sparse
-from sparsify.tensor_file import FolderTensors
+from sparsify.pruning.sparse_checkpoint import open_sparse, save_sparse
 
 #: Targets that fail today because of code that is being changed elsewhere: name → why. They are left out of the default run.
 PENDING: dict[str, str] = {}

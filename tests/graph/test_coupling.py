@@ -10,9 +10,9 @@ from networkx.algorithms import bipartite
 from torch import Tensor, nn
 
 import sparsify
-from sparsify.capture import capture
-from sparsify.coupling import SharedChannels, find_conflicts
-from sparsify.structure import Declined, Site, Structure
+from sparsify.program.capture import capture
+from sparsify.program.coupling import SharedChannels, find_conflicts
+from sparsify.program.structure import Declined, Site, Structure
 
 
 def analyse(name: str) -> sparsify.program.Program:

@@ -13,10 +13,10 @@ import zoo
 import sparsify
 from sparsify import S2FT, LoRA, Plan, Quantize
 from sparsify.api import PIPELINE
-from sparsify.capture import capture
-from sparsify.drawing import View, count_parameters, draw_program, shared_parts, split_layer, write_atomically
 from sparsify.passes.base import Context, run_passes
-from sparsify.structure import Declined
+from sparsify.program.capture import capture
+from sparsify.program.structure import Declined
+from sparsify.show.drawing import View, count_parameters, draw_program, shared_parts, split_layer, write_atomically
 
 PLAN = Plan([S2FT(structure="ffn", fraction=0.1), S2FT(structure="attention", fraction=0.3, producer_fraction=0.5)])
 

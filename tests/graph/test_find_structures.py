@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import zoo
 
-from sparsify.passes.find_structures import Detection, find_structures
-from sparsify.structure import Structure
+from sparsify.passes.detect.find_structures import Detection, find_structures
+from sparsify.program.structure import Structure
 from sparsify.testing import check_structure, perturbed
 
 CASES = [(f, i) for f in zoo.FAMILIES for i in (f.implementations if f.named else f.implementations[:1])]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import zoo
 from torch import Tensor, nn
 
-from sparsify.passes.find_structures import Detection, find_structures
+from sparsify.passes.detect.find_structures import Detection, find_structures
 from sparsify.testing import check_structure, perturbed
 
 WIDTH, HIDDEN, HEADS, DIM = 10, 14, 3, 4

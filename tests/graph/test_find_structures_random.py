@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sparsify.passes.axes import Axis, concat, factors, find, fix, leaves, pieces, product, unify
-from sparsify.passes.find_structures import find_structures
+from sparsify.passes.detect.axes import Axis, concat, factors, find, fix, leaves, pieces, product, unify
+from sparsify.passes.detect.find_structures import find_structures
 from sparsify.testing import difference, levels, outputs, permute_state, perturbed
 
 SIZES = st.sampled_from([4, 6, 8, 12])
@@ -234,7 +234,7 @@ def test_common_refinements() -> None:
 
 
 def test_fixing_a_whole_fixes_its_parts_now_and_later() -> None:
-    from sparsify.passes.axes import Reason
+    from sparsify.passes.detect.axes import Reason
 
     outer, inner = Axis(3), Axis(4)
     whole = product((outer, inner))

@@ -14,11 +14,12 @@ from torch.nn import functional as F
 import sparsify
 from sparsify.kernels.cpu import build, dispatch
 from sparsify.kernels.cpu.formats import PANEL
-from sparsify.lowering import cuda, fuse_cpu
-from sparsify.lowering.fuse_cpu import Counted
+from sparsify.lowering.cpu import fuse as fuse_cpu
+from sparsify.lowering.cpu.fuse import Counted
+from sparsify.lowering.cpu.sparse_linear import SparseLinear, pack
+from sparsify.lowering.cuda import lower as cuda
+from sparsify.lowering.cuda.gpu_linear import GpuSparseLinear, pack_smallest
 from sparsify.lowering.fuse_linears import FusedActivation, GatedProduct, find_joins, is_elementwise
-from sparsify.lowering.gpu_linear import GpuSparseLinear, pack_smallest
-from sparsify.lowering.sparse_linear import SparseLinear, pack
 
 WIDTH, INNER = 32, 48
 
@@ -353,7 +354,8 @@ def test_the_report_says_why_an_activation_was_not_fused(
 def fast(monkeypatch: pytest.MonkeyPatch, **seconds: float) -> None:
     """Packed layers are measured to be fast, and so is what was fused, unless `seconds` say otherwise."""
     from sparsify.kernels.cpu.tune import Timing
-    from sparsify.lowering import cpu, whole_model
+    from sparsify.lowering.cpu import lower as cpu
+    from sparsify.lowering.cpu import whole_model
 
     try:
         build.find_compiler(None)

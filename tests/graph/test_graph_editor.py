@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import sparsify
-from sparsify.capture import capture
 from sparsify.errors import VerifyError
-from sparsify.graph_editor import GraphEditor
 from sparsify.ops.schema import argument, arguments, positional
+from sparsify.program.capture import capture
+from sparsify.program.graph_editor import GraphEditor
 
 ops = torch.ops.sparsify
 

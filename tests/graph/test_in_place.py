@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import sparsify
 from sparsify import S2FT, LoRA, Plan
-from sparsify.capture import capture
-from sparsify.passes.find_structures import find_structures
+from sparsify.passes.detect.find_structures import find_structures
+from sparsify.program.capture import capture
 from sparsify.testing import check_structure, perturbed
 
 WIDTH, HIDDEN = 10, 14

@@ -10,11 +10,11 @@ from torch.testing import FileCheck
 import sparsify
 from sparsify import S2FT, LoRA, Plan, Quantize
 from sparsify.api import PIPELINE
-from sparsify.capture import capture
 from sparsify.passes.base import Context, run_passes
-from sparsify.printer import ids_text, print_program, site_text, tensor_text
 from sparsify.program import Program
-from sparsify.structure import Site
+from sparsify.program.capture import capture
+from sparsify.program.printer import ids_text, print_program, site_text, tensor_text
+from sparsify.program.structure import Site
 
 PLAN = Plan([S2FT(structure="ffn", fraction=0.1), S2FT(structure="attention", fraction=0.3, producer_fraction=0.5)])
 
@@ -87,7 +87,7 @@ def test_lowrank_and_quantised_weights_are_listed() -> None:
 
 def test_declined_structures_give_their_reason() -> None:
     program = capture(tiny.llama())
-    from sparsify.structure import Declined
+    from sparsify.program.structure import Declined
 
     declined = Declined("model.layers.0.self_attn", "attention", "its heads carry slopes")
     text = str(program.evolve("by hand", declined=(declined,)))

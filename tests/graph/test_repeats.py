@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import sparsify
 from sparsify import S2FT, LoRA, PaCA, Plan, Prune, RoSA
 from sparsify.program import Program
-from sparsify.repeats import OWN, Line, fold_lines, layer_of, numbers_text, replace_layer
+from sparsify.program.repeats import OWN, Line, fold_lines, layer_of, numbers_text, replace_layer
 
 PLAN = Plan([S2FT(structure="ffn", fraction=0.1), S2FT(structure="attention", fraction=0.3, producer_fraction=0.5)])
 
@@ -197,7 +197,7 @@ def test_a_layer_of_another_sparsity_is_named() -> None:
 
 
 def test_a_declined_layer_is_not_folded_away() -> None:
-    from sparsify.structure import Declined
+    from sparsify.program.structure import Declined
 
     program = sparsify.analyse(tiny.llama(num_hidden_layers=5))
     kept = tuple(s for s in program.structures if s.name != "model.layers.2.mlp")

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 import sparsify
-from sparsify.capture import capture
-from sparsify.passes import axes, axis_rules
-from sparsify.passes.axes import ONE, Axis, Interpreter, Refuse, concat, find, product, unify
-from sparsify.passes.find_structures import find_structures
+from sparsify.passes.detect import axes, axis_rules
+from sparsify.passes.detect.axes import ONE, Axis, Interpreter, Refuse, concat, find, product, unify
+from sparsify.passes.detect.find_structures import find_structures
+from sparsify.program.capture import capture
 
 
 class Net(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from trace_cache import TraceCache, Unalike, key_of
 
-from sparsify import capture
+from sparsify.program import capture
 
 EXAMPLE = (torch.randn(3, 12),)
 

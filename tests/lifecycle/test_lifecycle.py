@@ -20,8 +20,8 @@ from lifecycle_cases import METHODS, base, compiled, output, trained, weights, w
 
 import sparsify
 from sparsify import AdapterError, Plan
-from sparsify.modules import AdaptedMixin
-from sparsify.verify import verify
+from sparsify.modules.adapted import AdaptedMixin
+from sparsify.passes.verify import verify
 
 CLOSE: dict[str, float] = {"rtol": 2e-5, "atol": 2e-5}
 

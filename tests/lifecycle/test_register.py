@@ -17,8 +17,9 @@ from torch import nn
 from write_a_method import KIND, DoRA, Dora
 
 import sparsify
-from sparsify import AdapterError, LoRA, Plan, PlanError, Prune, Quantize, delta_kinds
-from sparsify.adapter import load
+from sparsify import AdapterError, LoRA, Plan, PlanError, Prune, Quantize
+from sparsify.adapters import delta_kinds
+from sparsify.adapters.adapter import load
 from sparsify.methods import DeltaKind, LinearRule, OutsidePart, register, registry
 
 FACTORS = (torch.float64, torch.float32)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sparsify import Prune
-from sparsify.masked_modules import check_masks, mask_modules
+from sparsify.modules.masked import check_masks, mask_modules
 from sparsify.train.squarehead import Distiller, kl_loss, squarehead_loss
 
 

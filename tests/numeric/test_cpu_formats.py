@@ -11,7 +11,7 @@ from sparsify.kernels.cpu.build import BuildError, Kernels, load_kernels
 from sparsify.kernels.cpu.codegen import BF16_KERNELS, ISAS, Isa, Variant
 from sparsify.kernels.cpu.formats import Bitmask, concatenate, pack, pack_int8, quantize_int8
 from sparsify.kernels.cpu.operator import epilogue
-from sparsify.lowering.cpu import SparseLinear
+from sparsify.lowering.cpu.lower import SparseLinear
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 SHAPES = ((1, 1), (3, 64), (8, 128), (37, 53), (66, 131), (101, 257))

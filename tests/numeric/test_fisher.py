@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import sparsify
 from sparsify import Plan, RoSA
+from sparsify.calibration.fisher import chunks, groups_of, sample_squares
 from sparsify.errors import PlanError, SparsifyError
-from sparsify.fisher import chunks, groups_of, sample_squares
 from sparsify.train.rosa import collect_masks
 
 

@@ -15,7 +15,7 @@ import torch
 
 from sparsify.kernels.cpu import huge_pages
 from sparsify.kernels.cpu.formats import pack
-from sparsify.lowering.sparse_linear import SparseLinear
+from sparsify.lowering.cpu.sparse_linear import SparseLinear
 
 HUGE = huge_pages.HUGE_PAGE
 

@@ -21,9 +21,9 @@ from sparsify.kernels.cpu.formats import Bitmask, FormatError, pack, pack_int8, 
 from sparsify.kernels.cpu.operator import dense_product
 from sparsify.kernels.gpu import operator as gpu_operator
 from sparsify.kernels.gpu.formats import pack_blocks, pack_stream, pack_two_four
-from sparsify.lowering.gpu_linear import GpuSparseLinear
-from sparsify.lowering.prepacked_linear import PrepackedLinear
-from sparsify.lowering.sparse_linear import SparseLinear
+from sparsify.lowering.cpu.prepacked_linear import PrepackedLinear
+from sparsify.lowering.cpu.sparse_linear import SparseLinear
+from sparsify.lowering.cuda.gpu_linear import GpuSparseLinear
 
 PACKED, GPU = torch.ops.sparsify.packed_linear, torch.ops.sparsify.gpu_linear
 ROWS, COLS = 32, 130

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sparsify.errors import SparsifyError
-from sparsify.masked_modules import (
+from sparsify.modules.masked import (
     MaskedLinear,
     MaskedModule,
     check_masks,

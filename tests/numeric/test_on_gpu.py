@@ -84,10 +84,10 @@ from pathlib import Path  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.gpu_quantized import random_base, unpack_by_formula  # noqa: E402
+from sparsify.formats import FORMATS  # noqa: E402
 from sparsify.kernels.gpu import launch, semi_structured  # noqa: E402
 from sparsify.kernels.gpu.formats import pack_blocks, pack_stream, pack_two_four, quantize_int8  # noqa: E402
 from sparsify.kernels.gpu.operator import packed_product  # noqa: E402
-from sparsify.quantized import FORMATS  # noqa: E402
 
 SIXTEEN = [torch.bfloat16, torch.float16]
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 import sparsify.ops.sampled_product as sampled_product
 from sparsify.errors import OperatorError, PositionError, SparsifyError
+from sparsify.formats import check_packed, pack, unpack
 from sparsify.kernels.cpu import sampled, skinny
 from sparsify.ops.checks import ascending, require_together
-from sparsify.quantized import check_packed, pack, unpack
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None and "CXX" not in os.environ, reason="needs a C++ compiler"

@@ -21,6 +21,7 @@ from sparsify.pruning.patterns import (
     mask_from_scores,
     parse_pattern,
 )
+from sparsify.pruning.rule import Prune
 from sparsify.pruning.scores import InputNorms, magnitude_prune, random_prune, wanda_prune
 from sparsify.pruning.sparsegpt import (
     COLUMN_BLOCK,
@@ -31,7 +32,6 @@ from sparsify.pruning.sparsegpt import (
     reconstruction_error,
     sparsegpt_prune,
 )
-from sparsify.rules_prune import Prune
 
 
 def correlated(tokens: int, width: int, seed: int = 0) -> Tensor:

@@ -14,17 +14,17 @@ import transformers as hf
 import zoo
 from torch import Tensor, nn
 
-from sparsify.capture import capture
 from sparsify.errors import PlanError, SparsifyError
 from sparsify.program import Program
+from sparsify.program.capture import capture
 from sparsify.pruning import sequential
 from sparsify.pruning.lockstep import LockstepForward, intercepted
 from sparsify.pruning.patterns import NM, fits_pattern
+from sparsify.pruning.rule import Prune
 from sparsify.pruning.sequential import PruneResult, prune_model
 from sparsify.pruning.sparsegpt import Hessian, sparsegpt_prune
 from sparsify.pruning.streaming import StreamedWeights, memory_of, parameters_on_meta
 from sparsify.pruning.trace import plan_units, record_events
-from sparsify.rules_prune import Prune
 
 
 def batches(count: int = 3, length: int = 9, padded: bool = True, seed: int = 0) -> list[dict[str, Tensor]]:

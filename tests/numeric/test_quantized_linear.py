@@ -13,8 +13,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import sparsify.ops.quantized_linear as ops
 from sparsify.errors import PlanError
+from sparsify.formats import FORMATS, pack, packed_bytes, unpack
 from sparsify.ops.skinny_products import reduced
-from sparsify.quantized import FORMATS, pack, packed_bytes, unpack
 
 N, M, RANK, COUNT, SCALE = 12, 18, 3, 20, 0.7
 SHAPES = [(7, M), (2, 3, M), (2, 1, 3, M), (M,), (0, M), (2, 0, M)]
@@ -302,11 +302,11 @@ def test_unknown_formats_are_refused():
 def test_a_missing_library_is_named_with_the_way_to_get_it(monkeypatch):
     import sys
 
-    from sparsify import quantized
+    from sparsify.formats import libraries
 
     for loader, module, name in (
-        (quantized.bitsandbytes, "bitsandbytes.functional", "bitsandbytes"),
-        (quantized.torchao_primitives, "torchao.quantization", "torchao"),
+        (libraries.bitsandbytes, "bitsandbytes.functional", "bitsandbytes"),
+        (libraries.torchao_primitives, "torchao.quantization", "torchao"),
     ):
         loader.cache_clear()
         monkeypatch.setitem(sys.modules, module, None)

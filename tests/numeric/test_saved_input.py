@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
+from sparsify.formats import pack
 from sparsify.ops.saved_input import restored_input, saved_input
-from sparsify.quantized import pack
 
 TOKENS, WIDTH, OUT, RANK = 5, 8, 6, 2
 

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 from sparsify.kernels.gpu import semi_structured
 from sparsify.kernels.gpu.formats import Stream, pack_blocks, pack_stream, pack_two_four, quantize_int8
 from sparsify.kernels.gpu.operator import packed_product
-from sparsify.lowering.cuda import lower_model
+from sparsify.lowering.cuda.lower import lower_model
 
 HALF = torch.float16
 

@@ -16,10 +16,10 @@ import transformers as hf
 from torch import Tensor, nn
 
 from sparsify import Prune
-from sparsify.blocks import repeated_blocks
 from sparsify.errors import PlanError, SparsifyError
-from sparsify.masked_modules import check_masks, mask_modules, mask_state
-from sparsify.sparse_checkpoint import open_sparse
+from sparsify.model.blocks import repeated_blocks
+from sparsify.modules.masked import check_masks, mask_modules, mask_state
+from sparsify.pruning.sparse_checkpoint import open_sparse
 from sparsify.train.schedules import CubicSchedule, GradualPruner, cubic_sparsity, gradual_pruning_callback
 from sparsify.train.squarehead import Distiller, distillation_trainer, kl_loss, squarehead_loss
 from sparsify.train.teacher import Int8Linear, int8_copy

@@ -17,10 +17,10 @@ pytest.importorskip("bitsandbytes")
 
 import sparsify
 from sparsify import Plan, Quantize, RoSA
+from sparsify.formats import FORMATS, pack, unpack
 from sparsify.kernels.gpu import launch
 from sparsify.kernels.gpu.build import TritonError
 from sparsify.ops import dispatch
-from sparsify.quantized import FORMATS, pack, unpack
 
 SCALE = 0.7
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsify import S2FT, AdapterError
-from sparsify import adapter as files
-from sparsify.adapter import Adapter, Delta
+from sparsify.adapters import adapter as files
+from sparsify.adapters.adapter import Adapter, Delta
 
 
 @st.composite

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import sparsify.capture
+import sparsify.program.capture
 from sparsify import S2FT
 from sparsify.program import Program
 
@@ -104,7 +104,7 @@ def test_graph_and_host_agree_in_outputs_and_nodes(name):
         from_host = host(*args, **kwargs)
     torch.testing.assert_close(tiny.output_of(from_graph), tiny.output_of(from_host), atol=1e-6, rtol=1e-5)
     assert not torch.allclose(tiny.output_of(from_host), tiny.output_of(model(*args, **kwargs)), atol=1e-6)
-    again = sparsify.capture.capture(host, dict(kwargs))
+    again = sparsify.program.capture.capture(host, dict(kwargs))
     nodes = partial_nodes(program)
     assert len(nodes) == len(program.slices)
     assert partial_nodes(again) == nodes

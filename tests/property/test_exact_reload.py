@@ -15,8 +15,8 @@ from torch import nn
 
 import sparsify
 from sparsify import S2FT, LoRA, PaCA, Plan, Prune, Quantize, RoSA
-from sparsify import adapter as files
-from sparsify.exact import change_of, changed, correction_of
+from sparsify.adapters import adapter as files
+from sparsify.modules.exact import change_of, changed, correction_of
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 RULES = st.one_of(

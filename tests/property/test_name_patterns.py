@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsify.name_patterns import Budget, PatternError, Regex, check_pattern, matches
+from sparsify.plan.name_patterns import Budget, PatternError, Regex, check_pattern, matches
 
 ATOMS = ["a", "b", ".", r"\.", "[ab]", "[^a]", r"\d", r"\w", "(a|b)", "(?:ab|c)", "(?=a)", "(?!b)", "^", "$", r"\b", r"\B", "1", r"[\d\-x]",
          "(a*)", "(a+b)?", r"\-", r"[^\w.]", "(?:|a)"]  # fmt: skip

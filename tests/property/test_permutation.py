@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsify.errors import SparsifyError
-from sparsify.permutation import Permutation, invert_index
-from sparsify.selection import arrange, choose, unit_channels
-from sparsify.structure import Site, Structure
+from sparsify.program.permutation import Permutation, invert_index
+from sparsify.program.selection import arrange, choose, unit_channels
+from sparsify.program.structure import Site, Structure
 
 
 @st.composite

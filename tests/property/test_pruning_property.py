@@ -10,13 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsify.masked_modules import mask_modules
+from sparsify.modules.masked import mask_modules
 from sparsify.ops.bits import pack_bits, unpack_bits
 from sparsify.pruning.allocate import by_sensitivity, saliency_curve
 from sparsify.pruning.patterns import NM, Block, Pattern, Unstructured, fits_pattern, mask_from_scores, parse_pattern
 from sparsify.pruning.scores import magnitude_prune
+from sparsify.pruning.sparse_checkpoint import open_sparse, save_sparse
 from sparsify.pruning.sparsegpt import Hessian, reconstruction_error, sparsegpt_prune
-from sparsify.sparse_checkpoint import open_sparse, save_sparse
 from sparsify.train.schedules import CubicSchedule
 
 

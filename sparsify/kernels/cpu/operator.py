@@ -31,7 +31,7 @@ from sparsify.kernels.cpu.dispatch import (
     serves,
 )
 from sparsify.kernels.cpu.formats import Bitmask, check
-from sparsify.ops.library import LIBRARY
+from sparsify.library import LIBRARY
 
 SCHEMA = (
     "(Tensor x, Tensor masks, Tensor values, Tensor panel_ptr, Tensor? scales, Tensor? row_sums, Tensor? bias, "

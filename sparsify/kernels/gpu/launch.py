@@ -235,7 +235,7 @@ def quantized_product(
 ) -> Tensor:
     """x (t, cols), 1 ≤ t ≤ 64 → (t, rows): `x W'ᵀ + scale · u bᵀ + bias` in one launch, W' never unpacked to memory.
 
-    packed, format: as `sparsify.quantized.pack` gives them, for a weight (rows, cols) with whole blocks of 64 per row.
+    packed, format: as `sparsify.formats.pack` gives them, for a weight (rows, cols) with whole blocks of 64 per row.
     values, index: W' is W with `values (k,)` at the sorted flat positions `index (k,)`. u (t, r) in x's dtype is `x Aᵀ`,
     which the caller takes from the library's GEMM: inside, every program would read all of A. b (rows, r).
     rows: of the weight, where `packed` does not tell (nf4).

@@ -25,7 +25,7 @@ from sparsify.kernels.gpu import launch, semi_structured
 from sparsify.kernels.gpu.build import kernels_take
 from sparsify.kernels.gpu.formats import Blocks, Stream
 from sparsify.kernels.gpu.spec import ACTIVATIONS
-from sparsify.ops.library import LIBRARY
+from sparsify.library import LIBRARY
 
 LIBRARY.define(
     "gpu_linear(Tensor x, Tensor? bias, Tensor? residual, str format, int rows, int cols, bool gated, str activation, "

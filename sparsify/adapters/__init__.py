@@ -1,0 +1,1 @@
+"""Adapters on disk: what training changed, in our format and in PEFT's."""

@@ -1,0 +1,26 @@
+"""The kept libraries that round and pack, loaded when the first weight is packed, never at import."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from sparsify.errors import PlanError
+
+
+@functools.cache
+def bitsandbytes() -> Any:
+    try:
+        import bitsandbytes.functional as functional
+    except ImportError as error:
+        raise PlanError("Quantize('nf4' or 'int8') needs bitsandbytes: pip install 'sparsify[quant]'") from error
+    return functional
+
+
+@functools.cache
+def torchao_primitives() -> Any:
+    try:
+        from torchao.quantization import quant_primitives
+    except ImportError as error:
+        raise PlanError("Quantize('int4') needs torchao: pip install 'sparsify[quant]'") from error
+    return quant_primitives

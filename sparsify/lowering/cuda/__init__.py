@@ -1,0 +1,1 @@
+"""Lowering to the generated kernels for CUDA devices."""

@@ -1,0 +1,1 @@
+"""Exported programs, and packages that need torch alone."""

@@ -1,0 +1,74 @@
+"""gate, up, or the linear that was both: what the host still finds under their names after they became one gated kernel.
+
+    gate_proj, up_proj ──▶ gate_up = act(gate x) · (up x)      gate_proj: RowsOfGated, rows 0 to n of [gate; up]
+                                                               up_proj: RowsOfGated, rows n to 2n
+    gate_up_proj       ──▶ gate_up                             gate_up_proj: RowsOfGated, all rows
+
+In what order the kernel keeps its rows is the gated linear's own affair: it gives and takes them as [gate; up].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsify.modules.original_state import RowsOfWhole
+
+
+class Gated(nn.Module):
+    """Mixin of a linear `act(gate x) · (up x)` over one packed weight; n outputs, m inputs. It is silent in the state dict, where
+    `RowsOfGated` speak for it."""
+
+    dtype: torch.dtype
+
+    def gate_and_up(self) -> torch.Tensor:
+        """A new tensor (2n, m): the rows of gate, then those of up."""
+        raise NotImplementedError
+
+    def bias_of_both(self) -> torch.Tensor | None:
+        """(2n,) in the same order and in the dtype that it had before lowering; zeros where only the other one has a bias."""
+        raise NotImplementedError
+
+    def take_both(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Compute with another [gate; up] and, unless it is None, another bias from now on."""
+        raise NotImplementedError
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        pass
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        pass
+
+
+class RowsOfGated(RowsOfWhole):
+    """Rows of a gated linear's [gate; up]: their weight in `state_dict`, their product when somebody asks for it alone."""
+
+    whole: Gated
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        bias = self.whole.bias_of_both() if self.has_bias else None
+        return None if bias is None else bias[self.rows].clone()
+
+    def dense(self) -> torch.Tensor:
+        """The weight of these rows, (out, in)."""
+        return self.whole.gate_and_up()[self.rows]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self.dense().to(x.dtype), bias)
+
+    def take(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        whole, both = self.whole.gate_and_up(), self.whole.bias_of_both()
+        whole[self.rows].copy_(weight)
+        if both is not None and bias is not None:
+            both[self.rows].copy_(bias)
+        self.whole.take_both(whole, both)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, gated from row {self.first} on"
+
+
+__all__ = ["Gated", "RowsOfGated"]

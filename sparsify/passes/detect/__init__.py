@@ -1,0 +1,1 @@
+"""Detection of coupled structures by axis unification."""

@@ -1,0 +1,41 @@
+"""Plans: which method goes where, and the patterns and habits by which users say so."""
+
+from sparsify.plan.rules import (
+    DATA_DRIVEN,
+    MAX_ENTRIES,
+    MAX_RANK,
+    RULES,
+    S2FT,
+    LinearRule,
+    LoRA,
+    PaCA,
+    Plan,
+    Quantize,
+    RoSA,
+    Rule,
+    check_patterns,
+    nearest,
+    pattern_value,
+    register_rule,
+    takes_habits,
+)
+
+__all__ = [
+    "DATA_DRIVEN",
+    "MAX_ENTRIES",
+    "MAX_RANK",
+    "RULES",
+    "S2FT",
+    "LinearRule",
+    "LoRA",
+    "PaCA",
+    "Plan",
+    "Quantize",
+    "RoSA",
+    "Rule",
+    "check_patterns",
+    "nearest",
+    "pattern_value",
+    "register_rule",
+    "takes_habits",
+]

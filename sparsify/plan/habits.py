@@ -1,0 +1,98 @@
+"""Words that users bring from PEFT and other tools, and what they are called here.
+
+    LoRA(r=8, lora_alpha=16, lora_dropout=0.1, target_modules=["q_proj", "v_proj"])
+    LoRA(rank=8, alpha=16, dropout=0.1, match=["q_proj", "v_proj"])                        the same rule
+
+ALIASES are accepted where the rule has the field. For HINTS nothing equal can be written into the rule; the error says where it
+belongs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sparsify.plan.name_patterns import REGEX, is_glob
+
+#: other tools' word → ours
+ALIASES = {
+    "r": "rank",
+    "lora_r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "use_rslora": "rslora",
+    "target_modules": "match",
+    "exclude_modules": "exclude",
+}
+
+HINTS = {
+    "modules_to_save": "write Plan([…], train=[…]) for modules that train in full",
+    "trainable_token_indices": "single tokens cannot train; write Plan([…], train=['*.embed_tokens']) for the whole embedding",
+    "bias": "write Plan([…], train=['*.bias']) for biases that train",
+    "rank_pattern": "write rank={'pattern': rank, '*': rank for the rest}",
+    "alpha_pattern": "write one rule for every alpha; the first rule that matches a module wins",
+    "layers_to_transform": "write the layers into match: 'model.layers.[0-3].*' or a list of patterns",
+    "layers_pattern": "write the layers into match: 'model.layers.[0-3].*' or a list of patterns",
+    "target_parameters": "packed experts cannot train in part; write Plan([…], train=[…]) to train a parameter in full",
+    "use_dora": "DoRA is a method from outside: examples/write_a_method.py has it, a rule of its own",
+    "init_lora_weights": "A is drawn as Kaiming does and B is zero; other beginnings are not implemented",
+    "task_type": "leave it out: the model says what it is",
+    "inference_mode": "leave it out; sparsify.load gives a model that does not train",
+    "fan_in_fan_out": "leave it out: Conv1D is recognised",
+    "seed": "the seed is the plan's: Plan([…], seed=…)",
+    "train": "it is the plan's: Plan([…], train=[…])",
+    "target": "it is the plan's: Plan([…], target=…)",
+    "ratio": "write fraction=… (share of the parameters)",
+    "s_ratio": "write fraction=… (share of the parameters)",
+    "d": "write density=…",
+    "sparsity": "RoSA's share of trained entries is density=…; Prune's share of zeros is sparsity=…",
+    "amount": "write sparsity=…",
+    "bits": "write format='nf4', 'int8' or 'int4'",
+    "load_in_4bit": "write Quantize('nf4')",
+    "load_in_8bit": "write Quantize('int8')",
+    "quant_type": "write format=…",
+    "bnb_4bit_quant_type": "write format='nf4'",
+    "targets": "write match=…",
+    "ignore": "write exclude=[…]",
+}
+
+#: answers that depend on the rule
+HINTS_OF = {
+    ("S2FT", "r"): "write fraction=… (share of the parameters) or units=… (heads or channels): S2FT has no rank",
+    ("S2FT", "rank"): "write fraction=… (share of the parameters) or units=… (heads or channels): S2FT has no rank",
+    ("PaCA", "alpha"): "leave it out: PaCA trains columns of the weight itself, nothing is scaled",
+    ("PaCA", "lora_alpha"): "leave it out: PaCA trains columns of the weight itself, nothing is scaled",
+    ("LoRA", "density"): "RoSA has a sparse part beside the low-rank one: RoSA(rank=…, density=…)",
+    ("Quantize", "r"): "Quantize trains nothing; put LoRA(rank=…) beside it into the plan",
+}
+
+
+def hint_for(rule: str, word: str) -> str | None:
+    """What to write instead of a word that a rule does not have; None when nobody knows."""
+    name = ALIASES.get(word)
+    elsewhere = f"{rule} has no {name}, which is what it means in LoRA" if name else None
+    return HINTS_OF.get((rule, word)) or HINTS.get(word) or elsewhere
+
+
+def from_habit(word: str, value: Any, fields: Sequence[str]) -> tuple[str | None, Any]:
+    """Our field and value for another tool's word; `(None, value)` when the rule has no such field."""
+    name = ALIASES.get(word)
+    if name is None or name not in fields:
+        return None, value
+    if name in ("match", "exclude"):
+        value = module_patterns(value)
+        if name == "exclude" and isinstance(value, str):
+            value = (value,)
+    return name, value
+
+
+def module_patterns(value: Any) -> Any:
+    """PEFT's `target_modules`: names match the ends of names, as ours do; one string is a regular expression over the whole name."""
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=str)
+    if not isinstance(value, str):
+        return value
+    if value == "all-linear":
+        return "*"
+    plain = value.replace("_", "a").replace(".", "a").isalnum()
+    return value if plain or value.startswith(REGEX) or (is_glob(value) and value[0] == "*") else REGEX + value

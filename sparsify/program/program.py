@@ -1,0 +1,378 @@
+"""The program: one ATen graph with named tensors that every pass reads and writes, stage by stage.
+
+    CAPTURED → STRUCTURED → SELECTED → PERMUTED → EXPANDED → LOWERED
+
+The graph is lifted: parameters, buffers and constants are placeholders tied to qualified names (`inputs`), their
+current values come from `tensors` first and from the host module else. It is runnable: `program(*args, **kwargs)`
+takes what the model takes (of the captured shapes) and returns what the model returns.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from sparsify.console import printable
+from sparsify.errors import Refusal, SparsifyError
+from sparsify.ops.schema import arguments
+from sparsify.program.names import LONGEST, identifier, is_safe
+from sparsify.program.permutation import Permutation
+from sparsify.program.structure import Declined, Structure
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+    from sparsify.lowering.kernel_texts import KernelText
+    from sparsify.methods.channels import TrainedSlice
+    from sparsify.methods.part import TrainedPart
+    from sparsify.methods.sparse_lowrank import SparseLowRank
+
+
+class Stage(enum.IntEnum):
+    """How far a program has come; each stage has a grammar (`sparsify.passes.verify`)."""
+
+    CAPTURED = 0
+    STRUCTURED = 1
+    SELECTED = 2
+    PERMUTED = 3
+    EXPANDED = 4
+    LOWERED = 5
+
+
+@dataclass(frozen=True)
+class Input:
+    """What one placeholder of the graph stands for. `target` is the qualified name, or None for a user input."""
+
+    name: str
+    kind: Literal["parameter", "buffer", "constant", "user"]
+    target: str | None = None
+
+
+@dataclass(frozen=True)
+class LinearNode:
+    """One matrix product with a weight: `y = x Wᵀ + b`, tied to its parameter's qualified name.
+
+    transposed: the stored weight is `(in, out)` (Conv1D) instead of `(out, in)`. bias_node: what is added, named or computed.
+    """
+
+    node: fx.Node
+    x: fx.Node
+    weight: str
+    bias: str | None
+    transposed: bool
+    bias_node: fx.Node | None = None
+
+    @property
+    def in_axis(self) -> int:
+        return 0 if self.transposed else 1
+
+    @property
+    def out_axis(self) -> int:
+        return 1 - self.in_axis
+
+
+@dataclass(frozen=True)
+class ChannelChoice:
+    """Input channels that train in every weight of a group that shares its input, in original coordinates."""
+
+    params: tuple[str, ...]
+    rule: int
+    channels: tuple[int, ...]
+    method: str
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One weight is stored quantised: `format`, dense shape, bytes before and after, relative error of the weight (Frobenius)."""
+
+    param: str
+    format: str
+    shape: torch.Size
+    dense_bytes: int
+    packed_bytes: int
+    error: float
+
+
+@dataclass(frozen=True)
+class UnitChoice:
+    """What a rule trains in one structure: ids of consumer units and producer units, in original coordinates.
+
+    Under grouped-query attention consumer ids are query heads and producer ids KV heads.
+    in_place: why the units train where they lie, by blocks or gathered channels; empty when co-permutation brings them together.
+    """
+
+    structure: str
+    rule: int
+    consumers: tuple[int, ...]
+    producers: tuple[int, ...]
+    method: str
+    scores: tuple[float, ...] = ()
+    in_place: str = ""
+
+
+@dataclass(frozen=True)
+class Move:
+    """One tensor was reordered: `new = old.index_select(axis, index)`. Exact data, exactly invertible."""
+
+    param: str
+    axis: int
+    index: torch.Tensor
+
+
+@printable
+@dataclass
+class Program:
+    """See the module docstring. Passes return a new Program (`evolve`); tensors are never written in place."""
+
+    graph_module: fx.GraphModule
+    inputs: tuple[Input, ...]
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    mutations: int
+    host: nn.Module
+    example: tuple[tuple[Any, ...], dict[str, Any]]
+    aliases: dict[str, str]
+    constants: dict[str, Any]
+    stage: Stage = Stage.CAPTURED
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    structures: tuple[Structure, ...] = ()
+    declined: tuple[Declined, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    unproven: dict[str, str] = field(default_factory=dict)
+    choices: tuple[UnitChoice, ...] = ()
+    permutations: dict[str, tuple[Permutation, Permutation | None]] = field(default_factory=dict)
+    moves: tuple[Move, ...] = ()
+    parts: tuple[TrainedPart, ...] = ()
+    channel_choices: tuple[ChannelChoice, ...] = ()
+    quantize: dict[str, str] = field(default_factory=dict)
+    packed: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    packings: tuple[Packed, ...] = ()
+    bases: dict[str, Any] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
+    masks: dict[str, torch.Tensor] = field(default_factory=dict)
+    pruned: tuple[Any, ...] = ()
+    dense_hash: str | None = None
+    history: tuple[str, ...] = ()
+
+    @classmethod
+    def from_export(
+        cls, exported: torch.export.ExportedProgram, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Program:
+        signature = exported.graph_signature
+        named: dict[str, tuple[Literal["parameter", "buffer", "constant"], str]] = {}
+        kinds: tuple[tuple[Any, Literal["parameter", "buffer", "constant"]], ...] = (
+            (signature.inputs_to_parameters, "parameter"),
+            (signature.inputs_to_buffers, "buffer"),
+            (signature.inputs_to_lifted_tensor_constants, "constant"),
+        )
+        for table, kind in kinds:
+            named.update({name: (kind, target) for name, target in table.items()})
+        canonical = canonical_names(host)
+        inputs = []
+        for node in exported.graph.nodes:
+            if node.op != "placeholder":
+                continue
+            found = named.get(node.name)
+            if not is_safe(node.name) or len(node.name) > LONGEST:
+                node._rename(identifier(node.name))
+            node.target = node.name
+            if found is not None:
+                kind, target = found
+                inputs.append(Input(node.name, kind, canonical.get(target, target)))
+            else:
+                inputs.append(Input(node.name, "user"))
+        in_spec, out_spec = exported.call_spec.in_spec, exported.call_spec.out_spec
+        if in_spec is None or out_spec is None:  # pragma: no cover - export always sets both
+            raise SparsifyError("torch.export returned no calling convention")
+        tables = ("buffers_to_mutate", "user_inputs_to_mutate", "parameters_to_mutate")
+        mutations = sum(len(getattr(signature, table, {})) for table in tables)
+        exported.graph_module.recompile()
+        return cls(
+            graph_module=exported.graph_module,
+            inputs=tuple(inputs),
+            in_spec=in_spec,
+            out_spec=out_spec,
+            mutations=mutations,
+            host=host,
+            example=(args, kwargs),
+            aliases=canonical,
+            constants=dict(exported.constants),
+            history=(
+                f"capture: {type(host).__name__}, {sum(n.op == 'call_function' for n in exported.graph.nodes)} operations",
+            ),
+        )
+
+    def evolve(self, note: str, **changes: Any) -> Program:
+        """A new program with `changes`; `note` goes on top of the printed history."""
+        return replace(self, history=(*self.history, note), **changes)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.graph_module.graph
+
+    @property
+    def tensor_names(self) -> dict[str, str]:
+        """Placeholder name → qualified name, for parameters, buffers and constants."""
+        return {i.name: i.target for i in self.inputs if i.target is not None}
+
+    @property
+    def slices(self) -> tuple[TrainedSlice, ...]:
+        """The parts that are whole channels (S2FT, PaCA)."""
+        return tuple(cast("TrainedSlice", part) for part in self.parts if part.module_kind == "Partial")
+
+    @property
+    def lowranks(self) -> tuple[SparseLowRank, ...]:
+        """The sparse and low-rank parts (RoSA, LoRA)."""
+        return tuple(cast("SparseLowRank", part) for part in self.parts if part.module_kind == "SparseLowRank")
+
+    def part_at(self, node: fx.Node) -> TrainedPart | None:
+        """The trained part of the weight, dense or packed, that an operator reads."""
+        names = self.tensor_names
+        read = {names.get(through_transpose(source)[0].name) for source in node.all_input_nodes}
+        return next((p for p in self.parts if p.param in read or f"{p.owner}.packed_0".lstrip(".") in read), None)
+
+    def moved_index(self, param: str, axis: int) -> torch.Tensor | None:
+        """How a tensor was reordered on an axis, `current = original.index_select(axis, index)`; None where it was not."""
+        return next((m.index for m in self.moves if m.param == param and m.axis == axis), None)
+
+    def names_of(self, param: str) -> list[str]:
+        """Every name of a tensor (tied weights and shared modules have several)."""
+        return [name for name, canonical in self.aliases.items() if canonical == param]
+
+    def placeholder(self, target: str) -> fx.Node | None:
+        """The graph input that stands for the tensor `target`."""
+        names = {i.target: i.name for i in self.inputs}
+        name = names.get(self.aliases.get(target, target))
+        return next((n for n in self.graph.nodes if n.op == "placeholder" and n.name == name), None)
+
+    def tensor(self, target: str) -> torch.Tensor:
+        """Current value of a named parameter, buffer or constant."""
+        target = self.aliases.get(target, target)
+        if target in self.tensors:
+            return self.tensors[target]
+        if target in self.constants:
+            return self.constants[target]
+        owner, _, leaf = target.rpartition(".")
+        return getattr(self.host.get_submodule(owner), leaf)
+
+    def value(self, target: str) -> torch.Tensor:
+        """`tensor`, and of a weight that was packed before `compile` what it stands for, unpacked now (`tensor` gives a stand-in of
+        its shape, filled with NaN and without memory)."""
+        target = self.aliases.get(target, target)
+        owner, _, leaf = target.rpartition(".")
+        weight = f"{owner}.weight".lstrip(".")
+        if leaf.startswith("packed_") and weight in self.packed:  # before `install` gives them to the host
+            return self.packed[weight][int(leaf.removeprefix("packed_"))]
+        base = self.bases.get(target)
+        return self.tensor(target) if base is None or target in self.tensors else base.dense()
+
+    def linears(self) -> Iterator[LinearNode]:
+        """Every matrix product with a named weight, in graph order."""
+        names = self.tensor_names
+        aten = torch.ops.aten
+        for node in self.graph.nodes:
+            if node.op != "call_function":
+                continue
+            if node.target not in (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default):
+                continue
+            given = arguments(node)
+            if node.target is aten.linear.default:
+                x, weight, bias, swapped = given["input"], given["weight"], given["bias"], False
+            elif node.target is aten.addmm.default:
+                x, weight, bias, swapped = given["mat1"], given["mat2"], given["self"], True
+            elif node.target is aten.mm.default:
+                x, weight, bias, swapped = given["self"], given["mat2"], None, True
+            else:
+                x, weight, bias, swapped = given["self"], given["other"], None, True
+            weight, flipped = through_transpose(weight)
+            if isinstance(weight, fx.Node) and weight.name in names and isinstance(x, fx.Node):
+                bias = bias if isinstance(bias, fx.Node) else None
+                bias_name = names.get(bias.name) if bias is not None else None
+                yield LinearNode(node, x, names[weight.name], bias_name, swapped != flipped, bias)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph. Inputs must have the structure and shapes of the captured example."""
+        _, example_kwargs = self.example
+        for name, value in example_kwargs.items():
+            if name not in kwargs and not isinstance(value, torch.Tensor):
+                kwargs[name] = value
+        kwargs = {name: kwargs[name] for name in example_kwargs if name in kwargs} | kwargs
+        flat, spec = pytree.tree_flatten((args, kwargs))
+        if spec != self.in_spec:
+            raise SparsifyError(f"the program was captured with inputs {self.in_spec}, but was called with {spec}")
+        user = iter(flat)
+        values = [next(user) if i.target is None else self.value(i.target) for i in self.inputs]
+        outputs = self.graph_module(*values)
+        return pytree.tree_unflatten(list(outputs)[self.mutations :], self.out_spec)
+
+    def run_example(self) -> Any:
+        args, kwargs = self.example
+        return self(*args, **kwargs)
+
+    def coupling(self, *, declined: bool = False) -> nx.Graph:
+        """Structures and the tensors that they run through as a bipartite `networkx.Graph`, with the sites on the edges.
+
+        Nodes are `("structure", name)` and `("tensor", name)`; see `sparsify.program.coupling.coupling_graph` for their attributes
+        (tied and shared tensors, conflicts). A connected component moves together. declined: also what detection declined, with its reason.
+        """
+        from sparsify.program.coupling import coupling_graph
+
+        return coupling_graph(self, declined=declined)
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def text(self, *, fold: bool = True, kernels: bool = False, noise: bool = False, ids: int = 8) -> str:
+        """The program as text, as `print` shows it (`sparsify.program.printer.print_program`).
+
+        fold: equal layers once, with "× 30" and what differs between them; False prints every layer.
+        kernels: with the source of every generated kernel of a lowered program behind it, each once.
+        """
+        from sparsify.program.printer import print_program
+
+        return print_program(self, fold=fold, noise=noise, ids=ids, kernels=kernels)
+
+    def kernels(self, tokens: int | None = None) -> tuple[KernelText, ...]:
+        """The generated kernels of a lowered program: name, source, and the nodes that run it. tokens: per call; None: the example's."""
+        from sparsify.lowering.kernel_texts import kernel_texts
+
+        return kernel_texts(self, tokens)
+
+    def svg(self, path: str | None = None, *, fold: bool = True) -> str:
+        """Draw structures, permuted sites and trainable slices; returns the SVG text, and writes it to `path`.
+
+        fold: equal layers as one row, with "× 30" and a strip for each of the others; False draws a row for every layer.
+        """
+        from sparsify.show.drawing import draw_program
+
+        return draw_program(self, path, fold=fold)
+
+
+def through_transpose(node: Any) -> tuple[Any, bool]:
+    """The node under `t`, `transpose(0, 1)` and `permute([1, 0])`, and whether their number is odd."""
+    aten = torch.ops.aten
+    flipped = False
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        is_t = node.target is aten.t.default or node.target is aten.numpy_T.default
+        is_t |= node.target is aten.transpose.int and {int(a) % 2 for a in node.args[1:3]} == {0, 1}  # type: ignore[arg-type]
+        is_t |= node.target is aten.permute.default and list(node.args[1]) in ([1, 0], [-1, -2])  # type: ignore[arg-type]
+        if not is_t:
+            break
+        node, flipped = node.args[0], not flipped
+    return node, flipped
+
+
+def canonical_names(host: nn.Module) -> dict[str, str]:
+    """Every qualified name of a parameter or buffer → the first name of the same tensor (tied weights share one)."""
+    first: dict[int, str] = {}
+    names = {}
+    for source in (host.named_parameters, host.named_buffers):
+        for name, tensor in source(remove_duplicate=False):
+            names[name] = first.setdefault(id(tensor), name)
+    return names

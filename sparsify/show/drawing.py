@@ -1,0 +1,591 @@
+"""A program as a picture: SVG text without a layout program, one row per layer.
+
+    layers.0   [▮▮ ▯▯ ▯▯ ▯▯]  q k v o      [▮▯▯▯▯▯▯▯▯▯▯▯▯▯▯▯]  gate up down
+               attention, heads grouped     feed-forward channels,
+               by KV group                  in their present order
+
+What is drawn is read off the moves and slices themselves, not off what a pass says it did: the shade of a cell is the
+place that its unit had in the original model (a smooth ramp means that nothing moved), colour means that it trains.
+Hovering shows original unit ids and sites; what was declined stands greyed in its place, with the reason on hover.
+
+Layers of one stack that look alike are one row and "× 30". Where they train different units, the row has a strip for each layer
+below it, with the units at their places in the original model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+
+from sparsify.console import markup as escape
+from sparsify.files.atomic import write_text as write_atomically
+from sparsify.methods.channels import TrainedSlice
+from sparsify.program import Program
+from sparsify.program.names import printable as without_controls
+from sparsify.program.printer import ids_text, slice_text
+from sparsify.program.repeats import FEWEST, layer_of, numbers_text, replace_layer
+from sparsify.program.structure import Declined, Site, Structure
+
+LABEL, GAP, MARGIN = 150, 26, 28
+BOX, BAR, CHIP = 16, 16, 13
+ROW = 58
+STRIP = 5
+WIDTHS = {"attention": 340, "ffn": 400, "other": 260}
+MAX_BINS = 48
+
+INK, SOFT, FAINT, PAPER = "#1d2733", "#5d6b7a", "#d5dbe2", "#ffffff"
+RAMP = ((0xDD, 0xE5, 0xF0), (0x6D, 0x88, 0xAE))
+CONSUMER, PRODUCER = "#e8590c", "#2f9e44"
+MOVED, EXTRA = "#4c5fb5", "#c2255c"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One unit at its present place: where it stood in the original model, and what of it trains."""
+
+    original: int
+    consumer: bool
+    producer: bool
+
+
+class View:
+    """The units of one structure as they stand now: groups of cells, KV groups of query heads or one group of all."""
+
+    def __init__(self, program: Program, structure: Structure, slices: dict[tuple[str, int], list[TrainedSlice]]):
+        self.program, self.structure, self.slices = program, structure, slices
+
+    @cached_property
+    def groups(self) -> list[list[Cell]]:
+        structure = self.structure
+        inner = structure.inner
+        consumer = next(iter((inner or structure).consumers or structure.sites), None)
+        producer = next((s for s in structure.producers if self.slices.get((s.param, s.axis))), None)
+        per_group = inner.units if inner is not None else 1
+        count = structure.units * per_group
+        originals = self._originals(consumer, inner is not None) if consumer else list(range(count))
+        trained = self._trained(consumer, inner is not None) if consumer else [False] * count
+        made = self._trained(producer, False) if producer else [False] * structure.units
+        chosen = next((c for c in self.program.choices if c.structure == structure.name), None)
+        if chosen is not None and not self.program.slices:
+            trained = [original in chosen.consumers for original in originals]
+            made = [unit in chosen.producers for unit in range(structure.units)]
+        cells = [Cell(originals[i], trained[i], made[i // per_group]) for i in range(count)]
+        if inner is None:
+            return [cells]
+        return [cells[i : i + per_group] for i in range(0, count, per_group)]
+
+    @property
+    def cells(self) -> list[Cell]:
+        return [cell for group in self.groups for cell in group]
+
+    def _places(self, site: Site, nested: bool) -> torch.Tensor:
+        """First channel of every unit, in present order, `(units,)`; query heads run group by group."""
+        structure = self.structure.inner if nested else self.structure
+        assert structure is not None
+        first = site.positions(structure.units)[:, :, 0]
+        return first.reshape(-1) if nested else first[0]
+
+    def _originals(self, site: Site, nested: bool) -> list[int]:
+        """For each present place the unit that stood there originally, by replaying the moves of the tensor."""
+        places = self._places(site, nested)
+        moves = [m for m in self.program.moves if (m.param, m.axis) == (site.param, site.axis)]
+        channels = places
+        for move in reversed(moves):
+            channels = move.index[channels]
+        unit_at = {int(channel): unit for unit, channel in enumerate(places.tolist())}
+        return [unit_at.get(channel, unit) for unit, channel in enumerate(channels.tolist())]
+
+    def _trained(self, site: Site, nested: bool) -> list[bool]:
+        pieces = self.slices.get((site.param, site.axis), ())
+        on = {place for s in pieces for place in (s.places or range(s.start, s.start + s.length))}
+        return [place in on for place in self._places(site, nested).tolist()]
+
+
+def draw_program(program: Program, path: str | os.PathLike[str] | None = None, *, fold: bool = True) -> str:
+    """Draw `program` as SVG text; with `path` it is also written there (whole or not at all).
+
+    fold: layers that look alike as one row; False draws a row for every layer.
+    """
+    text = without_controls("\n".join(_document(program, fold)), keep="\n")
+    if path is not None:
+        write_atomically(path, text)
+    return text
+
+
+def split_layer(name: str) -> tuple[str, str]:
+    """`model.layers.3.mlp` → (`model.layers.3`, `mlp`): a row is everything up to the first number."""
+    parts = name.split(".")
+    for position, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[: position + 1]), ".".join(parts[position + 1 :])
+    return name, ""
+
+
+def count_parameters(program: Program) -> tuple[int, int]:
+    """(trained, all) parameters; tied ones once. Sizes come from the graph: a quantised host has no dense weights."""
+    sizes = {
+        i.target: node.meta["val"].numel()
+        for i, node in zip(program.inputs, program.graph.find_nodes(op="placeholder"), strict=True)
+        if i.kind == "parameter" and i.target is not None and isinstance(node.meta.get("val"), torch.Tensor)
+    }
+    names = {name for part in program.parts for name in part.trained_names()}
+    trained = sum(size for name, size in sizes.items() if name in names)
+    handle = program.host.__dict__.get("sparsify")
+    if handle is None:
+        return trained, sum(size for name, size in sizes.items() if name not in names)
+    return handle.count_parameters()
+
+
+def shared_parts(names: list[str]) -> int:
+    """How many leading dotted parts all names share."""
+    split = [name.split(".") for name in names]
+    count = 0
+    while split and all(len(parts) > count and parts[count] == split[0][count] for parts in split):
+        count += 1
+    return count
+
+
+def _document(program: Program, fold: bool) -> list[str]:
+    slices: dict[tuple[str, int], list[TrainedSlice]] = defaultdict(list)
+    for piece in program.slices:
+        slices[piece.param, piece.axis].append(piece)
+    rows: dict[str, list[Structure | Declined]] = defaultdict(list)
+    for item in (*program.structures, *program.declined):
+        rows[split_layer(item.name)[0]].append(item)
+    bands = _bands(program, rows, slices, fold)
+    columns = _columns(rows)
+    body_width = sum(width for _, width in columns) + GAP * max(0, len(columns) - 1)
+    width = max(MARGIN * 2 + LABEL + body_width, 940)
+    top = 154
+    height = top + max(ROW, sum(band.height for band in bands)) + MARGIN
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        'font-family="ui-sans-serif, system-ui, Helvetica, Arial, sans-serif" font-size="11">',
+        f"<title>{escape(type(program.host).__name__)}, {program.stage.name.lower()}</title>",
+        f'<rect width="{width}" height="{height}" fill="{PAPER}"/>',
+    ]
+    lines += _header(program, width)
+    leaves: dict[tuple[str, int], set[str]] = defaultdict(set)
+    for items in rows.values():
+        for key, item in zip(_keys(items), items, strict=True):
+            leaves[key].add(split_layer(item.name)[1])
+    prefix = shared_parts(list(rows))
+    xs, x = {}, MARGIN + LABEL
+    for key, column_width in columns:
+        xs[key] = (x, column_width)
+        lines.append(_text(x, top - 14, _heading(key[0], leaves[key]), SOFT, 11, bold=True))
+        x += column_width + GAP
+    if not rows:
+        lines.append(
+            _text(MARGIN, top + 20, "no structures yet: the program is captured, and detection has not run", SOFT, 13)
+        )
+    y = top
+    for number, band in enumerate(bands):
+        if number % 2 == 0:
+            place = f'x="{MARGIN - 12}" y="{y - 6}" width="{width - 2 * MARGIN + 24}" height="{band.height}"'
+            lines.append(f'<rect {place} fill="#f7f9fb"/>')
+        lines.append(_label(band, prefix, y))
+        items = rows[band.rows[0]]
+        for at, (key, item) in enumerate(zip(_keys(items), items, strict=True)):
+            x, column_width = xs[key]
+            if isinstance(item, Declined):
+                lines += _declined(item, x, y, column_width)
+                continue
+            lines += _structure(program, item, slices, x, y, column_width)
+            for strip, row in enumerate(band.rows if band.strips else ()):
+                other = rows[row][at]
+                assert isinstance(other, Structure)
+                lines.append(_strip(View(program, other, slices), x, y + ROW - 8 + strip * STRIP, column_width))
+        y += band.height
+    lines.append("</svg>")
+    return lines
+
+
+@dataclass(frozen=True)
+class Band:
+    """One drawn row, which stands for all of `rows`. strips: they train different units, so that each has a strip."""
+
+    rows: tuple[str, ...]
+    strips: bool = False
+
+    @property
+    def height(self) -> int:
+        return ROW + (len(self.rows) * STRIP + 4 if self.strips else 0)
+
+
+def _bands(
+    program: Program,
+    rows: dict[str, list[Structure | Declined]],
+    slices: dict[tuple[str, int], list[TrainedSlice]],
+    fold: bool,
+) -> list[Band]:
+    """Rows in order, those of one stack that look alike joined at the place of the first."""
+    groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for row, items in rows.items():
+        layer = layer_of(row)
+        groups[(row,) if layer is None or not fold else _look(program, row, items)].append(row)
+    order = {row: number for number, row in enumerate(rows)}
+    bands = []
+    for members in groups.values():
+        if len(members) < FEWEST:
+            bands += [Band((row,)) for row in members]
+            continue
+        units = {tuple(_trained_units(program, item, slices) for item in rows[row]) for row in members}
+        bands.append(Band(tuple(members), strips=len(units) > 1))
+    return sorted(bands, key=lambda band: order[band.rows[0]])
+
+
+def _look(program: Program, row: str, items: list[Structure | Declined]) -> tuple[str, ...]:
+    """Everything that a row shows but for its number and which units train: equal for layers that look alike."""
+    stack, index = layer_of(row) or ("", 0)
+    moved = {(m.param, m.axis) for m in program.moves}
+    texts = [stack]
+    for item in items:
+        if isinstance(item, Declined):
+            texts.append("\n".join((str(item), *map(str, item.sites))))
+            continue
+        sites = (f"{s} {(s.param, s.axis) in moved} {_extras(program, s.param)}" for s in item.sites)
+        words = _trained_words(program, item, _slices_of(program, item))
+        texts.append("\n".join((str(item), words, *sites)))
+    return tuple(replace_layer(text, stack, index, "{}") for text in texts)
+
+
+def _trained_units(
+    program: Program, item: Structure | Declined, slices: dict[tuple[str, int], list[TrainedSlice]]
+) -> tuple[tuple[int, bool, bool], ...]:
+    """(original place, of O or Down, of V or Up) of the units of a structure that train."""
+    if isinstance(item, Declined):
+        return ()
+    cells = View(program, item, slices).cells
+    return tuple((c.original, c.consumer, c.producer) for c in cells if c.consumer or c.producer)
+
+
+def _slices_of(program: Program, structure: Structure) -> list[TrainedSlice]:
+    places = {(site.param, site.axis) for site in structure.sites}
+    return [s for s in program.slices if (s.param, s.axis) in places]
+
+
+def _strip(view: View, x: float, y: float, width: int) -> str:
+    """The units of one layer of a band, at their places in the original model, those that train in colour."""
+    cells = sorted(view.cells, key=lambda cell: cell.original)
+    on = [cell.original for cell in cells if cell.consumer or cell.producer]
+    title = (
+        f"{view.structure.name}: original {view.structure.inner_unit}s {ids_text(on, 40)}" if on else "nothing trains"
+    )
+    parts = [f'<rect x="{x}" y="{y}" width="{width}" height="{STRIP - 1}" fill="{FAINT}"/>']
+    for low, high, consumer, producer in _runs(cells):
+        left, right = x + width * low / len(cells), x + width * high / len(cells)
+        shape = f'x="{left:.1f}" width="{max(right - left, 2):.1f}" y="{y}"'
+        parts += [f'<rect {shape} height="{STRIP - 1}" fill="{CONSUMER}"/>'] if consumer else []
+        parts += [f'<rect {shape} height="{2 if consumer else STRIP - 1}" fill="{PRODUCER}"/>'] if producer else []
+    return f'<g class="strip"><title>{escape(title)}</title>{"".join(parts)}</g>'
+
+
+def _keys(items: list[Structure | Declined]) -> list[tuple[str, int]]:
+    """Column of each item of a row: its kind, and how many of that kind came before it."""
+    seen: dict[str, int] = defaultdict(int)
+    keys = []
+    for item in items:
+        keys.append((item.kind, seen[item.kind]))
+        seen[item.kind] += 1
+    return keys
+
+
+def _columns(rows: dict[str, list[Structure | Declined]]) -> list[tuple[tuple[str, int], int]]:
+    keys = {key for items in rows.values() for key in _keys(items)}
+    ordered = sorted(keys, key=lambda key: (("attention", "ffn", "other").index(key[0]), key[1]))
+    shrink = min(1.0, 1500 / max(1, sum(WIDTHS[kind] for kind, _ in ordered)))
+    return [(key, max(150, int(WIDTHS[key[0]] * shrink))) for key in ordered]
+
+
+def _header(program: Program, width: int) -> list[str]:
+    kinds: dict[str, int] = defaultdict(int)
+    for structure in program.structures:
+        kinds[structure.kind] += 1
+    trained, total = count_parameters(program)
+    counts = [f"{kinds['attention']} attention", f"{kinds['ffn']} feed-forward"]
+    counts += [f"{kinds['other']} other"] if kinds["other"] else []
+    moved = len({(m.param, m.axis) for m in program.moves})
+    facts = [
+        f"structures: {', '.join(counts)}, {len(program.declined)} declined",
+        f"{moved} tensors reordered",
+        f"{trained:,} of {total:,} parameters train ({trained / max(1, total):.2%})",
+    ]
+    lines = [
+        _text(MARGIN, 40, type(program.host).__name__, INK, 21, bold=True),
+        _text(MARGIN, 62, " · ".join(facts), SOFT, 13),
+    ]
+    lines.append(_text(width - MARGIN, 40, f"stage: {program.stage.name.lower()}", SOFT, 12, anchor="end"))
+    extras = any(part.mark() for part in program.parts) or program.quantize
+    x, y = float(MARGIN), 88
+    ramp = "".join(f'<rect x="{MARGIN + i * 7}" y="78" width="7" height="12" fill="{_shade(i, 8)}"/>' for i in range(8))
+    lines.append(ramp)
+    for mark, text in (
+        ("", "place in the original model: first … last"),
+        (_swatch(0, 88, CONSUMER), "trains: columns of O / Down"),
+        (_swatch(0, 88, PRODUCER), "trains: rows of V / Up"),
+        (_chip_svg(0, 77, "w", True), "tensor that was reordered"),
+        (_chip_svg(0, 77, "w", False), "left as it was"),
+        (_swatch(0, 88, "#eceff2", dashed=True), "declined (hover: why)"),
+        *([(_chip_svg(0, 77, "w", False, True), "low-rank, sparse or quantised (hover)")] if extras else []),
+    ):
+        offset = 62 if not mark else 20
+        if x + offset + 5.7 * len(text) > width - MARGIN:
+            x, y = float(MARGIN), y + 20
+        lines.append(f'<g transform="translate({x:.0f} {y - 88})">{mark}{_text(offset, 88, text, SOFT, 11)}</g>')
+        x += offset + 5.7 * len(text) + 18
+    return lines
+
+
+def _structure(
+    program: Program,
+    structure: Structure,
+    slices: dict[tuple[str, int], list[TrainedSlice]],
+    x: float,
+    y: float,
+    width: int,
+) -> list[str]:
+    view = View(program, structure, slices)
+    title = f"{structure.kind} {structure.name}: {structure.size_text()}"
+    lines = [f'<g class="{structure.kind}"><title>{escape(title)}</title>']
+    wide = structure.kind == "ffn" or len(view.cells) > 80
+    lines += _bar(view, x, y, width) if wide else _heads(view, x, y, width)
+    lines += _bracket(view, x, y + BOX + 2, width, wide)
+    lines += _chips(program, structure, x, y + BOX + 10, width)
+    lines.append("</g>")
+    return lines
+
+
+def _heads(view: View, x: float, y: float, width: int) -> list[str]:
+    """One cell per (query) head; gaps between KV groups."""
+    lines = []
+    for left, cell_width, number, cell in _cell_boxes(view, x, width):
+        name = "head" if view.structure.kind == "attention" else "unit"
+        note = f"{name} {cell.original}" + (f", now at place {number}" if cell.original != number else "")
+        note += ", its columns of O train" if cell.consumer else ""
+        note += ", its rows of V train" if cell.producer else ""
+        fill = CONSUMER if cell.consumer else _shade(cell.original, len(view.cells))
+        lines.append(
+            f'<rect x="{left:.1f}" y="{y}" width="{cell_width:.1f}" height="{BOX}" rx="2" fill="{fill}">'
+            f"<title>{escape(note)}</title></rect>"
+        )
+        if cell.producer:
+            lines.append(f'<rect x="{left:.1f}" y="{y}" width="{cell_width:.1f}" height="5" rx="2" fill="{PRODUCER}"/>')
+        if cell_width >= 13:
+            ink = PAPER if cell.consumer else INK
+            lines.append(_text(left + cell_width / 2, y + 12, str(cell.original), ink, 9, anchor="middle"))
+    return lines
+
+
+def _cell_boxes(view: View, x: float, width: int) -> list[tuple[float, float, int, Cell]]:
+    """(left, width, place, cell) of every head."""
+    grouped = view.structure.inner is not None
+    groups = view.groups if grouped else [[cell] for cell in view.cells]
+    between, inside = (5.0, 1.0) if grouped else (2.0, 0.0)
+    count = sum(len(g) for g in groups)
+    if width / max(1, count) < 6:
+        between, inside = between / 2, 0.0
+    space = width - between * (len(groups) - 1) - inside * (count - len(groups))
+    cell_width = space / max(1, count)
+    boxes, left, number = [], x, 0
+    for group in groups:
+        for cell in group:
+            boxes.append((left, cell_width, number, cell))
+            left += cell_width + inside
+            number += 1
+        left += between - inside
+    return boxes
+
+
+def _bar(view: View, x: float, y: float, width: int) -> list[str]:
+    """Channels as one bar; many channels share a bin, trained ranges are drawn on top at their true place."""
+    cells = view.cells
+    count = len(cells)
+    runs = _runs(cells)
+    lines = []
+    bins = min(MAX_BINS, count)
+    edges = sorted({round(i * count / bins) for i in range(bins + 1)})
+    for low, high in pairwise(edges):
+        originals = [cell.original for cell in cells[low:high]]
+        shade = _shade(sum(originals) / len(originals), count)
+        left, right = x + width * low / count, x + width * high / count
+        note = f"places {low}–{high - 1}: channels {ids_text(originals, 6)}"
+        lines.append(
+            f'<rect x="{left:.1f}" y="{y}" width="{right - left + 0.3:.1f}" height="{BAR}" fill="{shade}">'
+            f"<title>{escape(note)}</title></rect>"
+        )
+    for low, high, consumer, producer in runs:
+        left, right = x + width * low / count, max(x + width * high / count, x + width * low / count + 2.5)
+        ids = [cell.original for cell in cells[low:high]]
+        what = " and ".join(name for name, on in (("columns of Down", consumer), ("rows of Up", producer)) if on)
+        note = f"places {low}–{high - 1} train ({what}): original channels {ids_text(ids, 40)}"
+        shape = f'x="{left:.1f}" width="{right - left:.1f}"'
+        lines.append(f"<g><title>{escape(note)}</title>")
+        if consumer:
+            lines.append(f'<rect {shape} y="{y}" height="{BAR}" fill="{CONSUMER}"/>')
+        if producer:
+            lines.append(f'<rect {shape} y="{y}" height="{5 if consumer else BAR}" fill="{PRODUCER}"/>')
+        lines.append("</g>")
+    lines.append(
+        f'<rect x="{x}" y="{y}" width="{width}" height="{BAR}" rx="2" fill="none" stroke="{FAINT}" '
+        'pointer-events="none"/>'
+    )
+    return lines
+
+
+def _runs(cells: list[Cell]) -> list[tuple[int, int, bool, bool]]:
+    """Maximal ranges [low, high) of cells that train alike."""
+    runs: list[tuple[int, int, bool, bool]] = []
+    for place, cell in enumerate(cells):
+        if not (cell.consumer or cell.producer):
+            continue
+        if runs and runs[-1][1] == place and runs[-1][2:] == (cell.consumer, cell.producer):
+            runs[-1] = (runs[-1][0], place + 1, *runs[-1][2:])
+        else:
+            runs.append((place, place + 1, cell.consumer, cell.producer))
+    return runs
+
+
+def _bracket(view: View, x: float, y: float, width: int, wide: bool) -> list[str]:
+    """A line under the range that trains, so that one sees that it is contiguous."""
+    cells = view.cells
+    lines = []
+    boxes = {} if wide else {number: (left, left + w) for left, w, number, _ in _cell_boxes(view, x, width)}
+    for side, colour, drop in (("consumer", CONSUMER, 0.0), ("producer", PRODUCER, 3.0)):
+        low = None
+        for place in range(len(cells) + 1):
+            on = place < len(cells) and getattr(cells[place], side)
+            if on and low is None:
+                low = place
+            elif not on and low is not None:
+                left = x + width * low / len(cells) if wide else boxes[low][0]
+                right = x + width * place / len(cells) if wide else boxes[place - 1][1]
+                right = max(right, left + 2.5)
+                lines.append(
+                    f'<path d="M{left:.1f} {y + drop + 1:.1f}H{right:.1f}" stroke="{colour}" stroke-width="2"/>'
+                )
+                low = None
+    return lines
+
+
+def _chips(program: Program, structure: Structure, x: float, y: float, width: int) -> list[str]:
+    """One small box per site, filled when its tensor was reordered; then what trains, in words."""
+    moved = {(m.param, m.axis) for m in program.moves}
+    lines, left = [], x
+    trained = _slices_of(program, structure)
+    words = _trained_words(program, structure, trained)
+    room = x + width - 5.4 * len(words) - 4
+    for number, site in enumerate(structure.sites):
+        name = _chip_name(site)
+        size = 9 + 5.6 * len(name)
+        if left + size > room:
+            rest = len(structure.sites) - number
+            lines.append(f"<g><title>{escape(chr(10).join(str(s) for s in structure.sites[number:]))}</title>")
+            lines.append(_text(left, y + 10, f"+{rest}", SOFT, 9) + "</g>")
+            break
+        reordered = (site.param, site.axis) in moved
+        more = _extras(program, site.param)
+        note = f"{site}{', reordered' if reordered else ''}{more}"
+        lines.append(f"<g><title>{escape(note)}</title>{_chip_svg(left, y, name, reordered, bool(more))}</g>")
+        left += size + 4
+    if words:
+        note = "\n".join(slice_text(s, program.tensor(s.param).dim()) for s in trained)
+        text = _text(x + width, y + 10, words, CONSUMER, 10, anchor="end")
+        lines.append(f"<g><title>{escape(note or words)}</title>{text}</g>")
+    return lines
+
+
+def _extras(program: Program, param: str) -> str:
+    """What else was done to a weight, besides reordering and slicing."""
+    parts = [part.mark() for part in program.parts if part.param == param and part.mark()]
+    parts += [f"stored as {program.quantize[param]}"] if param in program.quantize else []
+    return "".join(f", {part}" for part in parts)
+
+
+def _chip_name(site: Site) -> str:
+    """`q`, `down`; vectors by what they belong to, so that a bias of Q does not read as Q."""
+    if site.role in ("vector", "other"):
+        parts = site.param.split(".")
+        return ".".join(parts[-2:])[:14] if parts[-1] not in ("bias", "weight") else f"{parts[-2][:8]}·{parts[-1][0]}"
+    return site.role
+
+
+def _trained_words(program: Program, structure: Structure, trained: list[TrainedSlice]) -> str:
+    choices = [c for c in program.choices if c.structure == structure.name]
+    if not trained and not choices:
+        return ""
+    consumers, producers = sum(len(c.consumers) for c in choices), sum(len(c.producers) for c in choices)
+    if not choices:
+        return f"{sum(s.length for s in trained)} channels train"
+    owners = ("of Down", "of Up") if structure.kind == "ffn" else ("of O", "of V")
+    sides = structure.chosen_text(consumers, producers)
+    return ", ".join(f"{side} {owner}" for side, owner in zip(sides, owners, strict=True) if side)
+
+
+def _declined(item: Declined, x: float, y: float, width: int) -> list[str]:
+    title = f"{item.kind} {item.name}\nnot touched: {item.reason}"
+    short = item.reason if len(item.reason) < width / 5.4 else item.reason[: int(width / 5.4)] + "…"
+    sites = "".join(f"\n{site}" for site in item.sites)
+    return [
+        f'<g class="declined"><title>{escape(title + sites)}</title>',
+        f'<rect x="{x}" y="{y}" width="{width}" height="{BOX}" rx="2" fill="#eceff2" stroke="{FAINT}" '
+        'stroke-dasharray="3 2"/>',
+        _text(x + 6, y + 12, f"declined: {split_layer(item.name)[1] or item.name}", SOFT, 10),
+        _text(x, y + BOX + 20, short, SOFT, 9.5),
+        "</g>",
+    ]
+
+
+def _label(band: Band, prefix: int, y: float) -> str:
+    """Name of a row without what all rows share, but at least its last two parts; of a band with all its numbers."""
+    row = band.rows[0]
+    parts = row.split(".")
+    name = ".".join(parts[min(prefix, max(0, len(parts) - 2)) :])
+    title, times = row, ""
+    if len(band.rows) > 1:
+        indices = f"{{{numbers_text(int(r.rpartition('.')[2]) for r in band.rows)}}}"
+        name, title = (
+            f"{name.rpartition('.')[0]}.{indices}".lstrip("."),
+            f"{row.rpartition('.')[0]}.{indices}".lstrip("."),
+        )
+        times = _text(MARGIN, y + 27, f"× {len(band.rows)}", INK, 12)
+    short = name if len(name) <= 22 else f"…{name[-21:]}"
+    return f"<g><title>{escape(title)}</title>{_text(MARGIN, y + 12, short, INK, 12, bold=True)}{times}</g>"
+
+
+def _heading(kind: str, leaves: set[str]) -> str:
+    """Title of a column: what stands in it, and the module's name if that is the same in all rows."""
+    name = {"attention": "attention", "ffn": "feed-forward"}.get(kind, "other")
+    leaf = next(iter(leaves)) if len(leaves) == 1 else ""
+    return f"{name} · {leaf}" if leaf not in ("", name) else name
+
+
+def _chip_svg(x: float, y: float, name: str, moved: bool, extra: bool = False) -> str:
+    size = 9 + 5.6 * len(name)
+    edge = f'stroke="{EXTRA}" stroke-width="1.6"' if extra else "" if moved else f'stroke="{FAINT}"'
+    style = f'fill="{MOVED if moved else "none"}" {edge}'
+    return f'<rect x="{x:.1f}" y="{y}" width="{size:.1f}" height="{CHIP}" rx="6" {style}/>' + _text(
+        x + size / 2, y + 9.7, name, PAPER if moved else SOFT, 9, anchor="middle"
+    )
+
+
+def _swatch(x: float, y: float, colour: str, dashed: bool = False) -> str:
+    edge = f' stroke="{FAINT}" stroke-dasharray="3 2"' if dashed else ""
+    return f'<rect x="{x}" y="{y - 10}" width="14" height="12" rx="2" fill="{colour}"{edge}/>'
+
+
+def _shade(place: float, count: int) -> str:
+    """Colour of the unit that stood at `place` of `count` originally."""
+    part = place / max(1, count - 1)
+    return "#" + "".join(f"{round(a + (b - a) * part):02x}" for a, b in zip(*RAMP, strict=True))
+
+
+def _text(x: float, y: float, text: str, colour: str, size: float, *, bold: bool = False, anchor: str = "start") -> str:
+    weight = ' font-weight="600"' if bold else ""
+    place = f' text-anchor="{anchor}"' if anchor != "start" else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{colour}"{weight}{place}>{escape(text)}</text>'

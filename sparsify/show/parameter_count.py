@@ -1,0 +1,67 @@
+"""How many parameters a host has and how many of their entries train, whatever they are stored as.
+
+dense Parameter                     its entries
+weight_slice, sparse_values         trained entries of a weight that is counted already: add nothing to the total
+packed (Quantize, CPU and CUDA)     the entries of the weight that it stands for, and its bias
+under a mask                        all entries count, the survivors train: what is pruned stays zero
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsify.methods.packed import QuantizedMixin
+from sparsify.modules.adapted import AdaptedMixin
+from sparsify.modules.masked import masked_parameters
+from sparsify.modules.original_state import OriginalState, RowsOfWhole
+from sparsify.ops.bits import unpack_bits
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Entries. trainable: without pruned ones. pruned: entries of trainable parameters that a mask keeps at zero."""
+
+    trainable: int
+    total: int
+    pruned: int = 0
+
+
+def count_parameters(host: nn.Module) -> ParameterCount:
+    """Count every weight once, tied ones too, as the dense model has it."""
+    named = dict(host.named_parameters())
+    trainable = sum(p.numel() for p in named.values() if p.requires_grad)
+    modules: list[Any] = list(host.modules())
+    adapted = [module for module in modules if isinstance(module, AdaptedMixin)]
+    counted = {id(module._parameters.get(leaf)) for module in adapted for leaf in module.entries_of_weight}
+    total = sum(p.numel() for p in named.values() if id(p) not in counted)
+    wholes = {id(module.whole) for module in modules if isinstance(module, RowsOfWhole)}  # counted by their parts
+    for module in modules:
+        if isinstance(module, QuantizedMixin):
+            total += module.shape.numel()
+        elif isinstance(module, OriginalState) and id(module) not in wholes:
+            bias = module.original_bias()
+            total += module.out_features * module.in_features + (0 if bias is None else bias.numel())
+    pruned = pruned_entries(host)
+    return ParameterCount(trainable - pruned, total, pruned)
+
+
+def pruned_entries(host: nn.Module) -> int:
+    """Entries of trainable parameters that are under a mask and zero; a tied parameter once."""
+    masks: dict[int, tuple[torch.Tensor, torch.Size]] = {}
+    for _, module, leaf in masked_parameters(host):
+        parameter = getattr(module, leaf)
+        if parameter.requires_grad:
+            masks[id(parameter)] = (getattr(module, f"{leaf}_mask_bits"), parameter.shape)
+    for module in host.modules():
+        bits, block = getattr(module, "slice_mask_bits", None), module._parameters.get("weight_slice")
+        if isinstance(bits, torch.Tensor) and block is not None and block.requires_grad:
+            masks[id(block)] = (bits, block.shape)
+    return sum(
+        shape.numel() - int(torch.count_nonzero(unpack_bits(bits, shape)))
+        for bits, shape in masks.values()
+        if bits.device.type != "meta"
+    )

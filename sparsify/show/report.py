@@ -1,0 +1,167 @@
+"""The report: what was found, chosen, declined and why, and what training will cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from sparsify.console import in_full, one_line, printable
+from sparsify.errors import Refusal
+from sparsify.kernels.fallback import notes
+from sparsify.model.sharded import class_name
+from sparsify.ops.schema import argument
+from sparsify.passes.verify import operators
+from sparsify.plan import Plan
+from sparsify.program import Program
+from sparsify.program.names import printable as without_controls
+from sparsify.program.printer import pruned_line
+from sparsify.program.repeats import Line, fold_lines
+from sparsify.pruning.sparse_checkpoint import stored_bytes
+from sparsify.show.parameter_count import count_parameters
+
+
+@printable
+@dataclass(frozen=True)
+class Report:
+    """Plain data; `str(report)` is the text, with equal layers as one line and "× 30" (`text(fold=False)` lists them all).
+
+    trainable, total: parameters, packed weights as what they stand for; pruned: entries of trainable parameters that stay zero under
+    a mask, which `trainable` leaves out. saved_bytes: bytes that the trained slices keep for backward on the captured example;
+    saved_bytes_full: what weight gradients of all captured linears would keep (each distinct input once).
+    """
+
+    model: str
+    found: dict[str, int]
+    chosen: tuple[str, ...]
+    declined: tuple[Refusal, ...]
+    trainable: int
+    total: int
+    saved_bytes: int
+    saved_bytes_full: int
+    history: tuple[str, ...]
+    cpu: str = ""
+    pruned: int = 0
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def text(self, *, fold: bool = True) -> str:
+        """The report as text. fold: lines of equal layers as one, with what differs between them below it."""
+        share = 100 * self.trainable / max(self.total, 1)
+        lines = [f"sparsify report: {one_line(self.model)}"]
+        lines.append("found      " + (", ".join(f"{n} {kind}" for kind, n in self.found.items()) or "nothing"))
+        chosen: Sequence[str] = self.chosen or ("nothing",)
+        declined: Sequence[str] = [Line.about(r.where, str(r)) for r in self.declined]
+        if fold:
+            chosen, declined = fold_lines(chosen), fold_lines(declined)
+        lines += [("chosen     " if i == 0 else "           ") + line for i, line in enumerate(chosen)]
+        lines += [("declined   " if i == 0 else "           ") + line for i, line in enumerate(declined)]
+        survivors = f": the survivors; {self.pruned:,} pruned entries stay zero" if self.pruned else ""
+        lines.append(f"trainable  {self.trainable:,} of {self.total:,} parameters ({share:.4f} %){survivors}")
+        if self.saved_bytes_full:
+            lines.append(
+                f"backward   keeps {human(self.saved_bytes)} of linear inputs on the captured example; "
+                f"full fine-tuning would keep {human(self.saved_bytes_full)}"
+            )
+        lines += [("passes     " if i == 0 else "           ") + one_line(note) for i, note in enumerate(self.history)]
+        lines += [self.cpu] if self.cpu else []
+        return without_controls("\n".join(lines), keep="\n")
+
+
+def human(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def make_report(program: Program, plan: Plan, host: nn.Module, cpu: Any = None) -> Report:
+    found: dict[str, int] = {}
+    for structure in program.structures:
+        found[structure.kind] = found.get(structure.kind, 0) + 1
+    structures = {s.name: s for s in program.structures}
+    chosen: list[str] = []
+    for choice in program.choices:
+        sides = structures[choice.structure].chosen_text(len(choice.consumers), len(choice.producers))
+        what = f"{', '.join(filter(None, sides)) or 'nothing'} ({choice.method}, rule {choice.rule})"
+        pieces = [f"{choice.structure}: {what} → "]
+        for number, piece in enumerate(s for s in program.slices if s.structure == choice.structure):
+            pieces[-1] += f"{', ' if number else ''}{piece.param}[{piece.side}s "
+            pieces += [piece.spans, "]"]
+        pieces[-1] += f"; in place: {choice.in_place}" if choice.in_place else ""
+        chosen.append(Line.about(choice.structure, *pieces))
+    for group in program.channel_choices:
+        how = f"{len(group.channels)} input columns, gathered ({group.method}, rule {group.rule})"
+        chosen.append(Line.about(group.params[0], f"{', '.join(group.params)}: {how}"))
+    for part in program.parts:
+        row = part.row()
+        chosen += [Line.about(part.param, row)] if row is not None else []
+    if program.pruned:
+        zeros = sum(float((~m).sum()) for m in program.masks.values()) / sum(m.numel() for m in program.masks.values())
+        chosen.append(f"{len(program.pruned)} weights pruned: {zeros:.1%} zeros")
+        dense, stored = pruned_bytes(program)
+        chosen[-1] += f"; in a sparse checkpoint {human(stored)} instead of {human(dense)}"
+        chosen += [pruned_line(p, "  ") for p in program.pruned]
+    packed = [f"{p.param}: {p.format}, error {p.error:.2%}" for p in program.packings]
+    if packed:
+        before, after = sum(p.dense_bytes for p in program.packings), sum(p.packed_bytes for p in program.packings)
+        chosen.append(
+            f"{len(packed)} weights packed: {human(before)} → {human(after)} ({packed[0]}{', …' if packed[1:] else ''})"
+        )
+    declined = tuple(program.refusals) + tuple(
+        Refusal(d.name, d.reason) for d in program.declined if d.name not in {r.where for r in program.refusals}
+    )
+    count = count_parameters(host)
+    saved, full = backward_bytes(program)
+    return Report(
+        model=class_name(host),
+        found=found,
+        chosen=tuple(line if isinstance(line, Line) else one_line(line) for line in chosen),
+        declined=declined,
+        trainable=count.trainable,
+        total=count.total,
+        pruned=count.pruned,
+        saved_bytes=saved,
+        saved_bytes_full=full,
+        history=(*program.history, *(f"note: {text}" for text in notes())),
+        cpu="" if cpu is None else in_full(cpu),
+    )
+
+
+def pruned_bytes(program: Program) -> tuple[int, int]:
+    """Bytes of the pruned weights as they are, and as `save_sparse` writes them, without anything that trained them since."""
+    dense = sum(p.numel * p.itemsize for p in program.pruned)
+    stored = [stored_bytes(p.numel, round(p.numel * (1 - p.sparsity)), p.itemsize) for p in program.pruned]
+    return dense, sum(stored)
+
+
+def node_bytes(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
+
+
+def backward_bytes(program: Program) -> tuple[int, int]:
+    """Bytes of linear inputs kept for weight gradients: by the trained parts, and if every linear trained.
+
+    Column slices keep a copy of their columns each; whole inputs (rows, sparse, low-rank) are kept once however many read them.
+    """
+    saved, whole, inputs = 0, {}, {}
+    ops, known = torch.ops.sparsify, operators(program)
+    for node in program.graph.nodes:
+        if node.op != "call_function" or node.target not in known or node.target is ops.apply_mask.default:
+            continue
+        x, part = argument(node, "x"), program.part_at(node)
+        inputs[x.name] = node_bytes(x)
+        own = part.saved_bytes(x.meta["val"]) if part is not None else None
+        if own is not None:
+            saved += own
+        elif part is not None or node.target is ops.masked_linear.default:
+            whole[x.name] = node_bytes(x)
+    for linear in program.linears():
+        inputs[linear.x.name] = node_bytes(linear.x)
+    return saved + sum(whole.values()), sum(inputs.values())
