@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from sparsify.demo.stdlib_text import prose
+from sparsify.demo.stdlib_text import read_docstrings
 
 TABLES = ("users", "orders", "cities", "books", "songs", "teams", "trains", "rooms", "films", "farms", "ships", "games")
 COLUMNS = ("age", "price", "size", "year", "score", "weight", "speed", "height", "rank", "length", "stock", "cost")
@@ -130,10 +130,10 @@ def general_text() -> str:
 def calibration_text(characters: int) -> str:
     """Docstrings of the standard library, which pruning calibrates on: another text than `general_text`."""
     pieces, size = [], 0
-    for text in prose():
-        if len(text) > 200:
-            pieces.append(text)
-            size += len(text)
+    for doc in read_docstrings():
+        if len(doc.text) > 200:
+            pieces.append(doc.text)
+            size += len(doc.text)
         if size >= characters:
             break
     return "\n".join(pieces)
