@@ -65,7 +65,8 @@ def recover(student: Any, teacher: nn.Module, tokenizer: Any, steps: int, batch:
     """Train what survived on the task's answers and, in turn, on docstrings, against the dense model's hidden states (SquareHead)."""
     distiller = Distiller(student, teacher, ce=0.0, sq=1.0)
     text = text_blocks(tokenizer, calibration_text(1000 * steps), 2 * steps, 96).split(4)
-    trained = [p for p in student.parameters() if p.requires_grad]
+    student.requires_grad_(True)  # the base that it was made from was frozen
+    trained = list(student.parameters())
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / 10, (steps - s) / steps))
     student.train()

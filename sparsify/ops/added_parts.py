@@ -84,6 +84,8 @@ def write_values(weight: Tensor, values: Tensor | None, index: Tensor | None) ->
     if values is None or index is None:
         return
     check_support("sparse part", values, index)
+    if weight.dim() == 3 and weight.is_contiguous():  # packed experts
+        weight = weight.flatten(0, 1)
     check_weight("sparse part", weight, index)
     require_together("sparse part", weight, values, index)
     require_within("sparse part", "index", index, weight.numel(), "weight")

@@ -24,7 +24,7 @@ from sparsify import S2FT, AdapterError, SparsifyError
 from sparsify.adapters import adapter as files
 from sparsify.files.tensors import write_tensors
 
-BOTH = S2FT(fraction=0.1, producer_fraction=0.1)
+BOTH = S2FT(fraction=0.1, producer_fraction=0.1, budget="structure")
 LAYOUTS = ["Llama", "Qwen2", "GPT-2", "GPT-NeoX", "Phi-3"]
 
 

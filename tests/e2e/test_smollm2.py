@@ -109,7 +109,8 @@ def test_pruned_it_recovers(opened: tuple[Any, Any]) -> None:
     dense, before = text_loss(model, held_out), text_loss(student, held_out)
     assert before > dense + 0.3  # pruning must have hurt
     distiller = Distiller(student, model, ce=0.0, sq=1.0)
-    survivors = [p for p in student.parameters() if p.requires_grad]
+    student.requires_grad_(True)  # the base that it was made from is frozen
+    survivors = list(student.parameters())
     optimizer = torch.optim.AdamW(survivors, lr=1e-4, weight_decay=0.0)
     student.train()
     for piece in blocks:
