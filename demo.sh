@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install into .venv and run the demo: fine-tune a real MiniLM and write report/demo.html. Needs Python 3.11+ and nothing else.
+# Install into .venv and run the demo: fine-tune SmolLM2-135M (or MiniLM) and write report/demo.html. Needs Python 3.11+ and nothing else.
 #   ./demo.sh              arguments go to the demo (./demo.sh --help)
 set -euo pipefail
 cd "$(dirname "$0")"

