@@ -26,6 +26,7 @@ from sparsify.passes.permute_weights import permute_weights
 from sparsify.passes.prove_units import prove_units
 from sparsify.passes.prune import prune
 from sparsify.passes.select_units import select_units
+from sparsify.passes.train_experts import write_out_experts
 from sparsify.passes.train_in_full import trained_in_full
 from sparsify.plan import Plan, Rule
 from sparsify.program import Program, Stage
@@ -113,6 +114,7 @@ def compile(
         )
     if plan.for_inference:
         return compile_for_cuda(source, context, example, pipeline)  # type: ignore[return-value]
+    source = write_out_experts(source, plan)
     captured = with_bases(capture(source, example), bases)
     return compile_for_training(captured, source, context, pipeline)  # type: ignore[return-value]
 

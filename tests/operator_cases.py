@@ -5,6 +5,7 @@ The twins write the formulas down again: nothing here is shared with the operato
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ class OperatorCase:
         """`function` (the operator or the twin) of the leaves alone, its results in one tensor."""
 
         def call(*leaves: Tensor) -> Tensor:
-            arguments = [a.clone() if isinstance(a, Tensor) and a.dim() == 2 else a for a in self.arguments]
+            arguments = [a.clone() if isinstance(a, Tensor) and a.dim() in (2, 3) else a for a in self.arguments]
             for place, leaf in zip(self.leaves, leaves, strict=True):
                 arguments[place] = leaf
             found = function(*arguments)
@@ -185,6 +186,77 @@ def quantized(
     return OperatorCase(torch.ops.sparsify.quantized_linear.default, arguments, tuple(leaves), twin)
 
 
+EXPERTS = 3
+
+
+def offsets_of(rows: int) -> Tensor:
+    """Ends of three groups, the middle one empty."""
+    return torch.tensor([rows // 3, rows // 3, rows])
+
+
+def by_expert(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    starts = [0, *offsets.tolist()]
+    found = [x[a:b] @ weight[e].t() for e, (a, b) in enumerate(itertools.pairwise(starts))]
+    return torch.cat(found)
+
+
+def grouped_partial(shape: Shape, axis: int, index: bool, transposed: bool) -> OperatorCase:
+    weight = randn(EXPERTS, M, N).transpose(1, 2) if transposed else randn(EXPERTS, N, M)
+    channels = torch.tensor([4, 0, 2]) if index else torch.tensor([1, 2, 3])
+    block = randn(EXPERTS, 3, M) if axis == 0 else randn(EXPERTS, N, 3)
+    weight.index_copy_(axis + 1, channels, block)
+
+    def twin(x, w, k, _i, _s, axis, offsets):
+        dense = torch.stack([at(one, axis, channels, own) for one, own in zip(w, k, strict=True)])
+        return by_expert(x, dense, offsets)
+
+    rows = tokens_of(shape)
+    arguments = [randn(rows, M), weight, block, channels if index else None, 1, axis, offsets_of(rows)]
+    return OperatorCase(torch.ops.sparsify.partial_grouped_linear.default, arguments, (0, 1, 2), twin)
+
+
+def grouped_sparse_lowrank(shape: Shape, sparse: bool, lora: bool, transposed: bool) -> OperatorCase:
+    stored = randn(EXPERTS, M, N) if transposed else randn(EXPERTS, N, M)
+    values, index = (randn(9), support(EXPERTS * N * M, 9)) if sparse else (None, None)
+    a, b = (randn(EXPERTS, RANK, M), randn(EXPERTS, N, RANK)) if lora else (None, None)
+    if values is not None and index is not None:
+        stored.view(-1).index_copy_(0, index.long(), values)
+
+    def twin(x, stored, values, index, a, b, scale, transposed, offsets):
+        weight = put(stored, values, index)
+        weight = weight.transpose(1, 2) if transposed else weight
+        return by_expert(x, weight if a is None else weight + scale * torch.einsum("enr,erm->enm", b, a), offsets)
+
+    rows = tokens_of(shape)
+    arguments = [randn(rows, M), stored, values, index, a, b, SCALE, transposed, offsets_of(rows)]
+    leaves = [p for p in (0, 1, 2, 4, 5) if arguments[p] is not None]
+    return OperatorCase(torch.ops.sparsify.sparse_lowrank_grouped_linear.default, arguments, tuple(leaves), twin)
+
+
+def grouped_products(shape: Shape, name: str) -> OperatorCase:
+    ops, rows = torch.ops.sparsify, tokens_of(shape)
+    g, x, offsets = randn(rows, N), randn(rows, M), offsets_of(rows)
+
+    def outer(g: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+        starts = [0, *offsets.tolist()]
+        return torch.stack([g[a:b].t() @ x[a:b] for a, b in itertools.pairwise(starts)])
+
+    if name == "grouped_linear":
+        return OperatorCase(ops.grouped_linear.default, [x, randn(EXPERTS, N, M), offsets], (0, 1), by_expert)
+    if name == "grouped_linear_turned":
+        weight = randn(EXPERTS, M, N).transpose(1, 2)
+        return OperatorCase(ops.grouped_linear.default, [x, weight, offsets], (0, 1), by_expert)
+    if name == "grouped_outer":
+        return OperatorCase(ops.grouped_outer.default, [g, x, offsets], (0, 1), outer)
+    assert name == "grouped_sampled"
+    index = support(EXPERTS * N * M, 11)
+    twin = lambda a, b, i, offsets: outer(a, b, offsets).reshape(-1)[i.long()]  # noqa: E731
+    return OperatorCase(ops.grouped_sampled.default, [g, x, index, offsets], (0, 1), twin)
+
+
+GROUPED_PRODUCTS = ("grouped_linear", "grouped_linear_turned", "grouped_outer", "grouped_sampled")
+
+
 def mask_of(rows: int, columns: int) -> Tensor:
     mask = torch.rand(rows, columns) > 0.4
     mask[0, 0], mask[-1, -1] = True, False
@@ -277,6 +349,18 @@ def _cases() -> dict[str, Build]:
                 found[name] = lambda s, b, o=(format, side, sparse, lora, dx, turned): quantized(s, b, *o)
     for turned in (False, True):
         found[f"masked{'_turned' if turned else ''}"] = lambda s, b, t=turned: masked_linear(s, b, t)
+    for side, axis in AXES.items():
+        for index in (False, True):
+            for turned in (False, True):
+                name = f"grouped_partial{'_at' if index else ''}_{side}{'_turned' if turned else ''}"
+                found[name] = lambda s, b, o=(axis, index, turned): grouped_partial(s, *o)
+    for sparse, lora in ((False, False), (True, False), (False, True), (True, True)):
+        for turned in (False, True):
+            parts = "+".join(n for n, on in (("sparse", sparse), ("lora", lora)) if on) or "frozen"
+            name = f"grouped_sparse_lowrank_{parts}{'_turned' if turned else ''}"
+            found[name] = lambda s, b, o=(sparse, lora, turned): grouped_sparse_lowrank(s, *o)
+    for product in GROUPED_PRODUCTS:
+        found[product] = lambda s, b, n=product: grouped_products(s, n)
     for product in PRODUCTS:
         found[product] = lambda s, b, n=product: products(s, n)
     return found
@@ -290,6 +374,8 @@ ONE_OF_EACH = [
     "sparse_lowrank_dx_sparse+lora_turned", "quantized_nf4_rows+lora", "quantized_int8_columns+sparse+lora",
     "quantized_int8_dx_rows+sparse_turned", "quantized_int4_columns", "masked", "masked_turned", "apply_mask",
     "masked_grad", "sampled_product", "channel_grad", "channel_grad_all", "skinny_rows", "skinny_factor", "skinny_both",
+    "grouped_partial_columns", "grouped_partial_at_rows_turned", "grouped_sparse_lowrank_sparse+lora_turned", "grouped_linear",
+    "grouped_outer", "grouped_sampled",
 ]  # fmt: skip
 
 

@@ -5,6 +5,7 @@ A file pair per adapter, so that adapters of different runs, seeds and machines 
     adapter.safetensors   <param>::column|row::channels int64 (s,)     <param>::column|row::delta fp32 (n, s) or (s, m)
                           <param>::sparse::channels int64 (k,) flat    <param>::sparse::delta fp32 (k,)
                           <param>::lora::A fp32 (r, m)                 <param>::lora::delta fp32 (n, r)
+                          (of packed experts delta and A have a leading axis, the experts)
                           the JSON document also stands in its metadata, which is what a reader trusts
                           <param>::full::delta, <param>::buffer::delta any shape
                           <param>::…::exact_places int64, ::exact: trained values that base + delta rounds away from
@@ -24,7 +25,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class Delta:
         "full": a parameter that trained as a whole, `values` replace it; "buffer": a buffer that moved while training (running
         statistics, counters; any dtype), likewise. `channels` is empty for "lora", "full" and "buffer". Any other is a kind of a
         registered method (`sparsify.adapters.delta_kinds`): `values` is its tensor "delta", `more` holds the others by name.
-    transposed: the stored weight is `(in, out)` (Conv1D).
+    transposed: the stored weight is `(in, out)` (Conv1D). Of packed experts values and `a` have a leading axis, the experts.
     exact: for "column", "row" and "sparse", of the shape of `values`: the trained value itself where base + values rounds to another
         one, NaN elsewhere (`sparsify.modules.exact`); None where nothing does. It belongs to the base that `Adapter.bases` names.
     """
@@ -80,16 +81,16 @@ class Delta:
     def axis(self) -> int:
         """Axis of the stored tensor on which the channels lie."""
         logical = 1 if self.kind == "column" else 0
-        return 1 - logical if self.transposed else logical
+        return (1 - logical if self.transposed else logical) + self.values.dim() - 2
 
     @property
     def rank(self) -> int:
         """Rank of the change: trained channels, or the inner width of the low-rank factors."""
-        return int(self.values.shape[1]) if self.kind == "lora" else int(self.channels.numel())
+        return int(self.values.shape[-1]) if self.kind == "lora" else int(self.channels.numel())
 
     def stored(self) -> Tensor:
         """Values laid out as in the stored tensor, channels on `axis`."""
-        return self.values.t() if self.transposed else self.values
+        return self.values.mT if self.transposed else self.values
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,11 @@ class Adapter:
     deltas: tuple[Delta, ...]
     bases: dict[str, str]
     info: dict[str, Any] = field(default_factory=dict)
+
+    def called(self, names: Mapping[str, str]) -> Adapter:
+        """The same adapter with other names for some parameters."""
+        deltas = tuple(replace(d, param=names.get(d.param, d.param)) for d in self.deltas)
+        return replace(self, deltas=deltas, bases={names.get(p, p): h for p, h in self.bases.items()})
 
     def nbytes(self) -> int:
         held = [t for d in self.deltas for t in (d.values, *d.more.values())]
@@ -280,7 +286,8 @@ def read_deltas(document: dict[str, Any], opened: TensorFile) -> Iterator[Delta]
             raise AdapterError(f"{file}: {param}: values are not finite")
         factor = opened.read(names[2]) if kind == "lora" else None
         if factor is not None:
-            fits = values.dim() == 2 and factor.dim() == 2 and factor.shape[0] == values.shape[1] > 0
+            fits = values.dim() == factor.dim() in (2, 3) and values.shape[:-2] == factor.shape[:-2]
+            fits = fits and factor.shape[-2] == values.shape[-1] > 0
             if not fits or not bool(torch.isfinite(factor).all()):
                 raise AdapterError(
                     f"{file}: {param}: low-rank factors {tuple(values.shape)}, {tuple(factor.shape)} do not fit"
@@ -288,7 +295,7 @@ def read_deltas(document: dict[str, Any], opened: TensorFile) -> Iterator[Delta]
         if kind == "sparse" and (values.dim() != 1 or values.shape != channels.shape):
             raise AdapterError(f"{file}: {param}: values {tuple(values.shape)} do not fit {channels.numel()} entries")
         side = {"column": 1, "row": 0}.get(str(kind))
-        if side is not None and (values.dim() != 2 or values.shape[side] != channels.numel()):
+        if side is not None and (values.dim() not in (2, 3) or values.shape[side - 2] != channels.numel()):
             raise AdapterError(f"{file}: {param}: values {tuple(values.shape)} do not fit {channels.numel()} channels")
         if kind in ("column", "row", "sparse") and (
             channels.numel() == 0 or int(channels.min()) < 0 or channels.unique().numel() != channels.numel()
@@ -338,6 +345,12 @@ def read_exact(opened: Any, places_name: str, name: str, entry: dict[str, Any], 
     return found.view(values.shape)
 
 
+def other_axis(delta: Delta) -> int:
+    """Of the two axes of a stored matrix, or of every expert's, the one on which the channels do not lie."""
+    lead = delta.values.dim() - 2
+    return 1 - (delta.axis - lead) + lead
+
+
 def check_fits(
     adapter: Adapter, shapes: dict[str, torch.Size], hashes: dict[str, str], where: str, strict: bool
 ) -> None:
@@ -352,10 +365,17 @@ def check_fits(
                     f"{where}: {delta.param} is {tuple(shape)} here, {tuple(delta.values.shape)} in the file"
                 )
             continue
-        if len(shape) != 2:
-            raise AdapterError(f"{where}: {delta.param} has {len(shape)} dimensions here, expected 2")
-        logical = (shape[1], shape[0]) if delta.transposed else (shape[0], shape[1])
+        if len(shape) not in (2, 3):
+            raise AdapterError(
+                f"{where}: {delta.param} has {len(shape)} dimensions here, expected 2, or 3 of packed experts"
+            )
+        experts, (first, second) = tuple(shape[:-2]), shape[-2:]
+        logical = (second, first) if delta.transposed else (first, second)
         own = known_kind(delta.kind)
+        if delta.kind != "sparse" and tuple(delta.values.shape[:-2]) != experts:
+            raise AdapterError(
+                f"{where}: {delta.param} is {tuple(shape)} here; the file has values {tuple(delta.values.shape)}"
+            )
         if own is not None:
             sizes = own.sizes(delta)
             wrong = {w: s for w, s in zip(("out", "in"), logical, strict=True) if sizes.get(w, s) != s}
@@ -365,10 +385,10 @@ def check_fits(
                 )
         elif delta.kind == "lora":
             assert delta.a is not None
-            if (delta.values.shape[0], delta.a.shape[1]) != logical:
+            if (delta.values.shape[-2], delta.a.shape[-1]) != logical:
                 raise AdapterError(
                     f"{where}: {delta.param} is {logical} (out, in) here; the file's factors make "
-                    f"{(delta.values.shape[0], delta.a.shape[1])}"
+                    f"{(delta.values.shape[-2], delta.a.shape[-1])}"
                 )
         elif delta.kind == "sparse":
             if int(delta.channels.max()) >= shape.numel():
@@ -376,12 +396,12 @@ def check_fits(
                     f"{where}: {delta.param} has {shape.numel()} entries here; the file has entry {int(delta.channels.max())}"
                 )
         elif (
-            delta.stored().shape[1 - delta.axis] != shape[1 - delta.axis]
+            delta.stored().shape[other_axis(delta)] != shape[other_axis(delta)]
             or int(delta.channels.max()) >= shape[delta.axis]
         ):
             raise AdapterError(
                 f"{where}: {delta.param} is {tuple(shape)} here; the file has channels up to {int(delta.channels.max())} on "
-                f"axis {delta.axis} and {delta.stored().shape[1 - delta.axis]} entries each"
+                f"axis {delta.axis} and {delta.stored().shape[other_axis(delta)]} entries each"
             )
         if strict and hashes.get(delta.param) != adapter.bases.get(delta.param):
             raise AdapterError(

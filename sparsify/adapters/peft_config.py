@@ -34,7 +34,6 @@ REFUSED = {
     "layer_replication": "the adapter belongs to a model whose layers are repeated; build that model, and save the adapter on it",
     "lora_bias": f"lora_B has a bias of its own; {PLAIN}",
     "trainable_token_indices": f"single rows of the embedding were trained; {PLAIN}",
-    "target_parameters": f"parameters that belong to no linear (packed experts) were adapted; {PLAIN}",
     "megatron_config": f"the adapter belongs to Megatron's parallel linears; {PLAIN}",
     "use_qalora": f"QALoRA pools the input of lora_A; {PLAIN}",
     "enable_lora": f"only parts of a merged linear are adapted (an old MergedLinear); {PLAIN}",
@@ -111,6 +110,7 @@ READ: dict[str, tuple[Callable[[Any], bool], str]] = {
     "init_lora_weights": (lambda v: is_bool(v) or isinstance(v, str), "true, false or a word"),
     "target_modules": (is_names, "a list of names, or a regular expression"),
     "exclude_modules": (is_names, "a list of names, or a regular expression"),
+    "target_parameters": (lambda v: is_names(v) and not isinstance(v, str), "a list of names"),
     "modules_to_save": (lambda v: is_names(v) and not isinstance(v, str), "a list of names"),
     "layers_to_transform": (is_layers, "a list of layer numbers"),
     "layers_pattern": (is_names, "a list of names"),
@@ -159,6 +159,7 @@ class Settings:
     saved: tuple[str, ...]
     tying: bool
     residual: Literal["", "pissa", "olora"]
+    parameters: tuple[str, ...] = ()
 
     def rank_of(self, module: str) -> int:
         return next((r for key, r in self.ranks if key.matches(module)), self.rank)
@@ -259,6 +260,7 @@ def read_config(config: Any, where: str) -> Settings:
         saved=tuple(config.get("modules_to_save") or ()),
         tying=config.get("ensure_weight_tying", False),
         residual=residual,
+        parameters=tuple(config.get("target_parameters") or ()),
     )
 
 

@@ -8,6 +8,7 @@ What trained in full goes where PEFT loads it to the same function:
 a whole module of its own        modules_to_save: PEFT puts a copy of the module in its place, so *everything* the module holds is written
 the bias of an adapted linear    <module>.base_layer.bias, bias="lora_only"
 another bias                     <module>.bias, bias="all"
+(packed experts: see `sparsify.peft_experts`)
 tied, shared, or a name whose    the parameter itself under each of its names, which PEFT loads into the base (as it does resized
 end other modules have too       embeddings), so that what is tied stays tied
 """
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from sparsify.adapters.adapter import Adapter, Delta
 from sparsify.adapters.delta_kinds import PeftLayer, known_kind
 from sparsify.adapters.peft_config import ends_in
+from sparsify.adapters.peft_experts import is_packed, packed_tensors
 from sparsify.adapters.peft_format import CONFIG, PREFIX, TENSORS, all_names, place
 from sparsify.errors import AdapterError
 from sparsify.files import kinds
@@ -120,6 +122,7 @@ class Export:
     names: dict[str, list[str]]
     tensors: dict[str, Tensor] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
+    packed: dict[str, int] = field(default_factory=dict)
     saved: set[str] = field(default_factory=set)
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     bias: Literal["none", "lora_only", "all"] = "none"
@@ -130,6 +133,10 @@ class Export:
             raise AdapterError(
                 "export_lora: nothing low-rank was trained, and PEFT's LoRA needs a linear to adapt; save_adapter keeps what trained"
             )
+        packed = [d for d in low if is_packed(d)]
+        low = [d for d in low if not is_packed(d)]
+        tensors, self.packed = packed_tensors(self.host, packed)
+        self.tensors |= tensors
         for delta in low:
             self.add_factors(delta)
         self.add_whole({d.param: d.values for d in self.adapter.deltas if d.kind in WHOLE})
@@ -213,9 +220,10 @@ class Export:
     # --- the configuration ---------------------------------------------------------------------------------------------------
 
     def config(self, base: str | None, conv1d: bool) -> dict[str, Any]:
-        top = max(self.ranks.values())
+        ranks = {**self.ranks, **self.packed}
+        top = max(ranks.values())
         # anchored and escaped: PEFT matches keys of these tables as regular expressions over the end of a name
-        own = {f"^{re.escape(module)}": rank for module, rank in self.ranks.items() if rank != top}
+        own = {f"^{re.escape(module)}": rank for module, rank in ranks.items() if rank != top}
         return {
             "peft_type": "LORA",
             "task_type": None,
@@ -233,6 +241,7 @@ class Export:
             "init_lora_weights": True,
             "use_rslora": False,
             "use_dora": False,
+            **({"target_parameters": sorted(self.packed)} if self.packed else {}),
             **self.common_settings(),
         }
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from sparsify.adapters.adapter import VALUE_DTYPES, Adapter, Delta
 from sparsify.adapters.peft_config import PLAIN, Settings, read_config
+from sparsify.adapters.peft_experts import read_packed
 from sparsify.errors import AdapterError
 from sparsify.files import strict_json
 from sparsify.files.strict_json import short
@@ -126,13 +127,14 @@ class Reading:
         factors, full = self.sort_tensors()
         if not factors and not full:
             raise self.fail("the file holds no LoRA factors")
+        packed = read_packed(self, factors)
         linears = {module: self.check_factors(module, sides) for module, sides in factors.items()}
         twice = Counter(linears.values()).most_common(1)
         if twice and twice[0][1] > 1:
             raise self.fail(f"{twice[0][0]} is adapted under two names")
         self.check_complete(set(factors), set(full))
         values = self.read_full(full)
-        found = [self.low_rank(module, param) for module, param in linears.items()]
+        found = packed + [self.low_rank(module, param) for module, param in linears.items()]
         empty = torch.empty(0, dtype=torch.int64)
         return found + [Delta(param, "full", empty, value) for param, value in values.items()]
 
@@ -287,13 +289,16 @@ class Reading:
         a = self.finite(module, f"{PREFIX}{module}.lora_A.weight").float()
         b = self.finite(module, f"{PREFIX}{module}.lora_B.weight").float()
         scale = self.settings.scale_of(module)
-        if float(a.abs().max()) * float(b.abs().max()) * a.shape[0] * max(abs(scale), 1.0) > LARGEST_CHANGE:
-            raise self.fail(f"{module}: the factors are so large that their product overflows")
+        self.check_sizes(module, a, b, scale)
         transposed = is_conv1d(self.host.get_submodule(module))
         if self.settings.residual:
             first_a, first_b = self.first_factors(module, param, a.shape[0], scale, transposed)
             a, b = torch.cat([a, first_a]), torch.cat([b, -first_b], dim=1)
         return Delta(param, "lora", torch.empty(0, dtype=torch.int64), b, transposed, a, scale)
+
+    def check_sizes(self, name: str, a: Tensor, b: Tensor, scale: float) -> None:
+        if float(a.abs().max()) * float(b.abs().max()) * a.shape[-2] * max(abs(scale), 1.0) > LARGEST_CHANGE:
+            raise self.fail(f"{name}: the factors are so large that their product overflows")
 
     def first_factors(
         self, module: str, param: str, rank: int, scale: float, transposed: bool

@@ -98,6 +98,11 @@ def column_squares(x: Tensor) -> Tensor:
     return squares_of(x).sum(0, dtype=torch.float64).cpu()
 
 
+def rows_of(weight: Tensor, axis: int) -> Tensor:
+    """A weight as `(rows, channels)`, its channels on `axis`; rows of all experts, where it has a third axis."""
+    return weight.movedim(axis, -1).reshape(-1, weight.shape[axis])
+
+
 def squares_of(x: Tensor) -> Tensor:
     """`x²` entry by entry, in fp32, or in fp64 where that over- or underflows."""
     wide = x.detach().to(torch.float32) if x.dtype != torch.float64 else x.detach()

@@ -137,7 +137,7 @@ def input_squares(
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             seen[name] = True
             x = args[0].detach().reshape(-1, args[0].shape[-1])
-            keep = token_mask(place[1], args[0].shape[:-1], module in decoder)
+            keep = token_mask(place[1], args[0].shape[:-1], module in decoder) if len(args) == 1 else None
             if keep is not None:
                 x = x[keep.to(x.device)]
             total = column_squares(x)
@@ -221,7 +221,8 @@ def gradient_statistics(
     def watch(name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Any:
             x = args[0].detach()
-            keep = token_mask(place[1], x.shape[:-1], module in decoder)
+            offsets = args[1] if len(args) > 1 else None  # of packed experts: their gradients stay apart
+            keep = token_mask(place[1], x.shape[:-1], module in decoder) if offsets is None else None
             left[name] = left.get(name, 0) + 1
             ran[name] = True
             started = not output.requires_grad
@@ -229,7 +230,7 @@ def gradient_statistics(
                 output = output.detach().requires_grad_(True).clone()
 
             def backward(g: Tensor) -> None:
-                part = weight_gradient(x, g.detach(), keep)
+                part = weight_gradient(x, g.detach(), keep, offsets)
                 if part is None:
                     raise SparsifyError(
                         f"calibration batch {place[0]}: the gradient at {layer_name(name)} has NaN or Inf ({g.dtype})"
@@ -282,10 +283,13 @@ def gradient_statistics(
             reduce(name, torch.zeros(logical_shape(module)))
 
 
-def weight_gradient(x: Tensor, g: Tensor, keep: Tensor | None) -> Tensor | None:
+def weight_gradient(x: Tensor, g: Tensor, keep: Tensor | None, offsets: Tensor | None = None) -> Tensor | None:
     """`gᵀ x` in fp32 over tokens, `(out, in)`; None when it is not finite. keep: flat mask of the rows that are no padding, which
-    are looked at alone when the whole is not finite."""
+    are looked at alone when the whole is not finite. offsets: ends of experts' groups of rows, for `(experts, out, in)`."""
     rows_g, rows_x = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
+    if offsets is not None:
+        part = torch.ops.sparsify.grouped_outer(rows_g.float(), rows_x.float(), offsets)
+        return part if all_finite(part) else None
     part = rows_g.float().t() @ rows_x.float()
     if not all_finite(part) and keep is not None:
         kept = keep.to(x.device)

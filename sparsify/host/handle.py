@@ -35,10 +35,11 @@ from sparsify.host.moved_buffers import Buffers, mix_buffer
 from sparsify.host.switch_lock import EnterForward, LeaveForward, SwitchLock, guard
 from sparsify.methods.packed import QuantizedMixin
 from sparsify.methods.part import LivePart, Snapshot
-from sparsify.methods.sparse_lowrank import LowRankPart, activate_support, current_index
+from sparsify.methods.sparse_lowrank import LowRankPart, activate_support, current_index, flat_places
 from sparsify.model.fast_paths import open_fast_paths
 from sparsify.model.linears import is_conv1d, owner_name
 from sparsify.model.module_tree import copy_module_tree
+from sparsify.model.packed_experts import GroupedLinear, plain_names, renamed, write_back_experts
 from sparsify.model.sharded import back_to_pieces, class_name, refuse_sharded, whole, whole_parameters, write_whole
 from sparsify.modules.adapted import AdaptedMixin, effective_weight, make_plain, take_leaves, write_folded
 from sparsify.modules.exact import changed, sum_dtype
@@ -369,6 +370,7 @@ class Handle:
                 "save_adapter: this plan trains no adapter, so the file would be empty, and what the model itself learned would be "
                 "lost: save the whole model (save_pretrained or state_dict(), or save_sparse after Prune)"
             )
+        adapter = adapter.called(plain_names(self.host))
         return self.write_once(lambda: files.save(adapter, directory), directory)
 
     def write_once(self, write: Callable[[], Path], directory: str | os.PathLike[str]) -> Path:
@@ -392,6 +394,7 @@ class Handle:
             loaded = peft_format.read(directory, self.host, self.shapes(), self.dense_base)
         else:
             loaded = files.load(directory)
+            loaded = loaded.called({plain: own for own, plain in plain_names(self.host).items()})
         for delta in loaded.deltas:
             try:
                 module = self.module(delta.param)
@@ -404,7 +407,10 @@ class Handle:
                         f"{where}: {delta.param} is a buffer there, which this model does not have or derives anew"
                     )
                 continue
-            if delta.kind != "full" and delta.transposed != is_conv1d(module):
+            packed = self.stored(delta.param).dim() == 3 and not isinstance(
+                module, GroupedLinear
+            )  # as the user's module has them
+            if delta.kind != "full" and not packed and delta.transposed != is_conv1d(module):
                 raise AdapterError(f"{where}: {delta.param} is stored in another orientation in this model")
             if delta.kind == "full" and delta.param not in self.train and not self.serving:
                 hint = f"compile with Plan(train=[{owner_name(delta.param)!r}])"
@@ -629,26 +635,27 @@ class Handle:
             weight.detach().view(-1).index_copy_(0, places, changed(old, total, exact, weight.dtype))
         else:
             axis = first.axis
-            total = torch.zeros(channels.numel(), weight.shape[1 - axis], dtype=inner)
+            others = [size for place, size in enumerate(weight.shape) if place != axis]
+            total = torch.zeros(channels.numel(), *others, dtype=inner)  # the channels first
             for scale, delta in parts:
                 stored = delta.stored().to(inner)
                 rows = torch.searchsorted(channels, delta.channels)
-                total.index_add_(0, rows, stored if axis == 0 else stored.t(), alpha=float(scale))
+                total.index_add_(0, rows, stored.movedim(axis, 0), alpha=float(scale))
             exact = None
             if alone is not None:
-                exact = alone.t() if first.transposed else alone
-                exact = (exact if axis == 0 else exact.t())[first.channels.argsort()]
+                exact = alone.mT if first.transposed else alone
+                exact = exact.movedim(axis, 0)[first.channels.argsort()]
             places = channels
             for move_axis, inverse in layout.inverses.get(leaf, []):
                 places = inverse[places] if move_axis == axis else places
             for move_axis, index in layout.moves.get(leaf, []):
                 if move_axis != axis:
-                    total = total.index_select(1, index)
-                    exact = None if exact is None else exact.index_select(1, index)
+                    place = move_axis if move_axis > axis else move_axis + 1
+                    total = total.index_select(place, index)
+                    exact = None if exact is None else exact.index_select(place, index)
             places = places.to(weight.device)
             old = weight.data.index_select(axis, places)
-            turn = axis != 0
-            total, exact = total.t() if turn else total, exact.t() if turn and exact is not None else exact
+            total, exact = total.movedim(0, axis), None if exact is None else exact.movedim(0, axis)
             weight.detach().index_copy_(axis, places, changed(old, total, exact, weight.dtype))
         self.backups.append((param, axis, places, old))
 
@@ -666,7 +673,7 @@ class Handle:
                 base = self.base_original(param).detach().cpu().to(inner)
                 base = base.t() if delta.transposed else base
                 change = float(scale) * (kind.change(base, delta).to(inner) - base)
-            total += change.t() if delta.transposed else change
+            total += change.mT if delta.transposed else change
         total = layout.to_current(param.rpartition(".")[2], total).to(weight.device)
         self.backups.append((param, -1, torch.empty(0), weight.data.clone()))
         weight.detach().copy_(changed(weight.data, total, None, weight.dtype))
@@ -887,6 +894,7 @@ class Handle:
         for name, parameter in self.host.named_parameters():
             parameter.requires_grad_(self.flags.get(name, parameter.requires_grad))
         save_again(self.host, {name for part in self.program.parts for name in part.trained_names()})
+        write_back_experts(self.host)
         return self.host
 
     def let_go(self) -> None:
@@ -920,6 +928,7 @@ class Handle:
         refuse_sharded(self.host, "plain")
         state = {name: value.detach().clone() for name, value in self.original_state_dict().items()}
         bare = self.bare_copy()
+        flags = renamed(self.flags, plain_names(self.host))
         tied: dict[int, list[str]] = {}
         for name, parameter in bare.named_parameters(remove_duplicate=False):
             tied.setdefault(id(parameter), []).append(name)
@@ -929,7 +938,7 @@ class Handle:
                 owner, _, leaf = name.rpartition(".")
                 setattr(bare.get_submodule(owner), leaf, bare.get_parameter(first))
         for name, parameter in bare.named_parameters():
-            parameter.requires_grad_(self.flags.get(name, True))
+            parameter.requires_grad_(flags.get(name, True))
         save_again(bare, {name for part in self.program.parts for name in part.trained_names()})
         return bare
 
@@ -959,6 +968,7 @@ class Handle:
             elif isinstance(module, MaskedModule):
                 unmask(module)
         forget(bare)
+        write_back_experts(bare)
         return bare
 
     @reads
@@ -1111,7 +1121,7 @@ class Adopt:
         places = list(torch.unravel_index(index.long(), shape))
         for axis, move in self.handle.layout(self.param).moves.get("weight", []):
             places[axis] = move[places[axis]]
-        self.handle.place_support(part, index, places[0] * shape[1] + places[1])
+        self.handle.place_support(part, index, flat_places(places, shape))
 
 
 @dataclass

@@ -20,6 +20,7 @@ from sparsify.methods.part import TrainedPart, beside
 from sparsify.model.fast_paths import close_fast_paths
 from sparsify.model.linears import owner_name
 from sparsify.model.module_tree import copy_module_tree
+from sparsify.model.packed_experts import GroupedLinear
 from sparsify.modules.adapted import become, make_linear
 from sparsify.modules.layout import Layout
 from sparsify.modules.masked import mask_modules
@@ -57,7 +58,8 @@ def layouts(program: Program) -> dict[str, Layout]:
     for param in changed_weights(program):
         for name in program.names_of(param):
             found.setdefault(owner_name(name), Layout())
-    for layout in found.values():
+    for owner, layout in found.items():
+        layout.lead = int(isinstance(program.host.get_submodule(owner), GroupedLinear))
         layout.refresh()
     return found
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from sparsify.errors import SparsifyError, StateError
 from sparsify.methods.packed import QuantizedMixin
+from sparsify.model.packed_experts import plain_names, renamed
 from sparsify.model.sharded import cut_like, is_sharded, local, replicated, whole, whole_parameters
 from sparsify.modules.adapted import AdaptedMixin
 from sparsify.modules.layout import MARKER, Layout, added_leaves, fold, layout_of
@@ -91,7 +92,7 @@ def original(host: nn.Module, state: Mapping[str, Any], *, with_parts: bool = Fa
         kept = set(module.added_leaves()) if with_parts and isinstance(module, AdaptedMixin) else set()
         for leaf in set(leaves) & set(added) - kept:
             del found[prefix + leaf]
-    return found
+    return renamed(found, plain_names(host))
 
 
 def refuse_meta(value: Any, name: str) -> None:
@@ -143,6 +144,9 @@ class RootHook:
     half loaded. On every module that holds one with a layout; the outermost one that loads judges for those inside."""
 
     def __call__(self, host: nn.Module, state: State, prefix: str, *_rest: Any) -> None:
+        names = {f"{prefix}{plain}": f"{prefix}{own}" for own, plain in plain_names(host).items()}
+        for name in [name for name in names if name in state]:  # packed experts, called as in the user's model
+            state[names[name]] = state.pop(name)
         everything = list(modules_with_layout(host))
         if all(seen_already(module, layout, state, prefix + path) for path, module, layout in everything):
             return

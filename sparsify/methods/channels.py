@@ -4,6 +4,8 @@
 ──▶
 %y = sparsify.partial_linear(%x, @down_proj.weight, None, @down_proj.weight_slice, start, axis)          contiguous
 %y = sparsify.partial_linear_at(%x, …, @q_proj.weight_slice, @q_proj.slice_channels, axis)               gathered
+%y = sparsify.partial_grouped_linear(%x, @experts.down_proj.weight, @….weight_slice, None, start, axis, %offsets)
+                                                    the same channels of every expert, weights (experts, out, in)
 
     TrainedSlice    in the program        PartialMixin    the module        SlicePart    beside the module
 """
@@ -43,7 +45,8 @@ ops = torch.ops.sparsify
 class PartialMixin(AdaptedMixin):
     """A linear with trained channels: a contiguous block at `slice_start`, or those at `slice_channels (s,)`.
 
-    slice_axis: 1 for input columns, `weight_slice (out, s)`; 0 for output rows, `(s, in)`.
+    slice_axis: 1 for input columns, `weight_slice (out, s)`; 0 for output rows, `(s, in)`. Of packed experts all of it has a leading
+    axis, the experts, and the forward takes the ends of the groups of rows too.
     """
 
     weight_slice: nn.Parameter
@@ -62,9 +65,13 @@ class PartialMixin(AdaptedMixin):
         bits = getattr(self, "slice_mask_bits", None)
         return self.weight_slice if bits is None else ops.apply_mask(self.weight_slice, bits)
 
-    def forward(self, x: Tensor) -> Tensor:
-        self.check_dtype(x)
+    def forward(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
         weight, block = self.logical(self.weight), self.trained_block()
+        if offsets is not None:
+            start, index = self.slice_start, self.slice_channels if self.slice_start < 0 else None
+            x = x.to(weight.dtype)
+            return ops.partial_grouped_linear(x, weight, block, index, max(start, 0), self.slice_axis, offsets)
+        self.check_dtype(x)
         if self.slice_start < 0:
             return ops.partial_linear_at(x, weight, self.bias, block, self.slice_channels, self.slice_axis)
         return ops.partial_linear(x, weight, self.bias, block, self.slice_start, self.slice_axis)
@@ -72,10 +79,15 @@ class PartialMixin(AdaptedMixin):
     def folded(self, weight: Tensor) -> Tensor:
         logical, block = self.logical(weight), self.trained_block().detach()
         if self.slice_start < 0:
-            write_block_at(logical, block, self.slice_channels, self.slice_axis)
+            write_block_at(logical, block, self.slice_channels, self.stored_axis)
         else:
-            write_block(logical, block, self.slice_start, self.slice_axis)
+            write_block(logical, block, self.slice_start, self.stored_axis)
         return weight
+
+    @property
+    def stored_axis(self) -> int:
+        """Axis of the channels in a logical weight, behind the experts if there are any."""
+        return self.slice_axis + len(self.stored_shape()) - 2
 
     def part_digest(self) -> bytes:
         placed = [self._buffers.get(name) for name in self.placing_buffers]
@@ -86,15 +98,15 @@ class PartialMixin(AdaptedMixin):
         """The trained channels in a tensor laid out like the stored weight; logical `(out, in)` layout."""
         logical = self.logical(stored)
         if self.slice_start < 0:
-            return logical.index_select(self.slice_axis, self.slice_channels.to(stored.device))
-        return logical.narrow(self.slice_axis, self.slice_start, self.weight_slice.shape[self.slice_axis])
+            return logical.index_select(self.stored_axis, self.slice_channels.to(stored.device))
+        return logical.narrow(self.stored_axis, self.slice_start, self.weight_slice.shape[self.stored_axis])
 
     def clear_trained(self, stored: Tensor) -> None:
         logical = self.logical(stored)
         if self.slice_start < 0:
-            logical.index_fill_(self.slice_axis, self.slice_channels.to(stored.device), 0)
+            logical.index_fill_(self.stored_axis, self.slice_channels.to(stored.device), 0)
         else:
-            logical.narrow(self.slice_axis, self.slice_start, self.weight_slice.shape[self.slice_axis]).zero_()
+            logical.narrow(self.stored_axis, self.slice_start, self.weight_slice.shape[self.stored_axis]).zero_()
 
     def read_from(self, stored: Tensor) -> dict[str, Tensor]:
         if self.slice_start < 0 and self.slice_channels.is_meta:
@@ -107,7 +119,7 @@ class PartialMixin(AdaptedMixin):
 
 def describe_slice(module: Any) -> str:
     side = "columns" if module.slice_axis == 1 else "rows"
-    size = module.weight_slice.shape[module.slice_axis]
+    size = module.weight_slice.shape[module.stored_axis]
     start = module.slice_start
     return f"trained {side}=[{start}:{start + size}]" if start >= 0 else f"trained {side}={size} scattered"
 
@@ -129,7 +141,7 @@ class TrainedSlice(TrainedPart):
     channels: the same channels in *original* coordinates, in the order in which they stand in the block.
     axis: of the stored tensor. side: "column" when the block lies on the linear's input axis, "row" on its output axis.
     places: positions of scattered channels (PaCA on an input that no structure can reorder); empty when contiguous.
-    structure: the structure that owns the channels, or "".
+    structure: the structure that owns the channels, or "". lead: 1 for packed experts, whose axis lies before the two others.
     """
 
     param: str
@@ -141,12 +153,14 @@ class TrainedSlice(TrainedPart):
     structure: str = ""
     places: tuple[int, ...] = ()
     rule: int = 0
+    lead: int = 0
 
     module_kind = "Partial"
     mixin = PartialMixin
     operators = {  # noqa: RUF012  (a class attribute of a frozen dataclass)
         ops.partial_linear.default: "reference: block copied into the weight, one GEMM",
         ops.partial_linear_at.default: "reference: channels copied into the weight, one GEMM",
+        ops.partial_grouped_linear.default: "reference: block copied into the experts' weights, one GEMM per expert",
     }
 
     @property
@@ -157,7 +171,7 @@ class TrainedSlice(TrainedPart):
     @property
     def transposed(self) -> bool:
         """Whether the stored weight is `(in, out)`."""
-        return self.axis != self.logical_axis
+        return self.axis - self.lead != self.logical_axis
 
     @property
     def all_places(self) -> tuple[int, ...]:
@@ -174,11 +188,11 @@ class TrainedSlice(TrainedPart):
             region = stored.index_select(self.axis, torch.tensor(self.places, device=stored.device))
         else:
             region = stored.narrow(self.axis, self.start, self.length)
-        return region.t() if self.transposed else region
+        return region.mT if self.transposed else region
 
     def write(self, stored: Tensor, block: Tensor) -> None:
         """Put a block in logical layout into its channels of `stored`."""
-        block = (block.t() if self.transposed else block).to(stored.dtype)
+        block = (block.mT if self.transposed else block).to(stored.dtype)
         if self.places:
             stored.index_copy_(self.axis, torch.tensor(self.places, device=stored.device), block)
         else:
@@ -225,6 +239,15 @@ class TrainedSlice(TrainedPart):
         read = editor.read(linear)
         weight = read.weight
         block = self.block(editor, linear)
+        if linear.offsets is not None:
+            if linear.transposed:
+                turned = {"self": weight, "dim0": 1, "dim1": 2}
+                weight = editor.call(torch.ops.aten.transpose.int, linear.node, **turned)
+            index = editor.beside(self.param, "slice_channels") if self.places else None
+            given = {"x": read.x, "weight": weight, "block": block, "index": index, "start": max(self.start, 0)}
+            given |= {"axis": self.logical_axis, "offsets": linear.offsets}
+            editor.replace(linear.node, ops.partial_grouped_linear.default, **given)
+            return
         if linear.transposed:
             weight = editor.call(torch.ops.aten.t.default, linear.node, self=weight)
         given = {"x": read.x, "weight": weight, "bias": read.bias, "block": block, "axis": self.logical_axis}
@@ -245,14 +268,14 @@ class TrainedSlice(TrainedPart):
         if self.block_name not in read:
             raise VerifyError(f"{self.param}: the trained slice is read by no sparsify operator")
         block = program.tensor(self.block_name)
-        if block.shape[self.logical_axis] != self.length or not block.is_contiguous():
+        if block.shape[self.logical_axis + self.lead] != self.length or not block.is_contiguous():
             raise VerifyError(
                 f"{self.param}: the trained block is {tuple(block.shape)}, expected {self.length} channels"
             )
 
     def check_node(self, node: fx.Node) -> None:
         wanted: dict[str, Any] = {"axis": self.logical_axis}
-        if node.target is ops.partial_linear.default:
+        if node.target is ops.partial_linear.default or (self.lead and not self.places):
             wanted["start"] = self.start
         for name, value in wanted.items():
             if argument(node, name) != value:
@@ -262,7 +285,8 @@ class TrainedSlice(TrainedPart):
 
     def text(self) -> str:
         side = "input" if self.side == "column" else "output"
-        return Line.about(self.param, f"trains {self.length} {side} channels [", range_text(self), "]")
+        side += " channels of every expert" if self.lead else " channels"
+        return Line.about(self.param, f"trains {self.length} {side} [", range_text(self), "]")
 
     def row(self) -> str | None:
         return None  # its choice has one
@@ -376,6 +400,7 @@ def slice_at(
         structure=structure,
         places=() if contiguous else tuple(places.values.tolist()),
         rule=rule,
+        lead=program.tensor(param).dim() - 2,
     )
 
 
@@ -427,7 +452,7 @@ class SlicePart(LivePart):
         other = 1 - self.part.logical_axis
         moves = self.layout.logical_moves(leaf_of(self.param), self.part.transposed)
         if other in moves:
-            values = values.index_select(other, moves[other][1].to(values.device))
+            values = values.index_select(other + self.part.lead, moves[other][1].to(values.device))
         return values.cpu().contiguous()
 
     def fits(self, deltas: Sequence[Delta]) -> bool:
@@ -441,10 +466,11 @@ class SlicePart(LivePart):
         """A tensor like the values of a fitting delta, in the order and layout of the block."""
         side = self.part.logical_axis
         place = {c: i for i, c in enumerate(delta.channels.tolist())}
-        values = values.index_select(side, torch.tensor([place[c] for c in self.part.channels]))
+        lead = self.part.lead
+        values = values.index_select(side + lead, torch.tensor([place[c] for c in self.part.channels]))
         moves = self.layout.logical_moves(leaf_of(self.param), self.part.transposed)
         if 1 - side in moves:
-            values = values.index_select(1 - side, moves[1 - side][0])
+            values = values.index_select(1 - side + lead, moves[1 - side][0])
         return values.to(self.block.device)
 
     def fill(self, deltas: Sequence[Delta]) -> None:

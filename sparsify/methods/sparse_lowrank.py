@@ -3,6 +3,7 @@
 %y = aten.linear(%x, @q_proj.weight)
 ──▶
 %y = sparsify.sparse_lowrank_linear(%x, …, @….sparse_values, @….sparse_index, @….lora_A, @….lora_B, s)
+%y = sparsify.sparse_lowrank_grouped_linear(%x, @experts.up_proj.weight, …, %offsets)    factors of every expert, in 3-D
 
     SparseLowRank    in the program        SparseLowRankMixin    the module        LowRankPart    beside the module
 """
@@ -39,7 +40,8 @@ OPEN = -1  # every entry of the index of a mask that is still to be collected
 class SparseLowRankMixin(AdaptedMixin):
     """A linear with a sparse and a low-rank part; either may be missing, and an open mask keeps the sparse part silent.
 
-    sparse_values (k,), sparse_index (k,) flat in the stored weight; lora_A (r, in), lora_B (out, r); scale, dropout.
+    sparse_values (k,), sparse_index (k,) flat in the stored weight; lora_A (r, in), lora_B (out, r); scale, dropout. Of packed experts
+    the factors have a leading axis, the experts, and the forward takes the ends of the groups of rows too.
     """
 
     sparse_values: nn.Parameter
@@ -62,7 +64,9 @@ class SparseLowRankMixin(AdaptedMixin):
         a, b = (self.lora_A, self.lora_B) if hasattr(self, "lora_A") else (None, None)
         return values, index, a, b
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
+        if offsets is not None:
+            return self.grouped(x.to(self.weight.dtype), offsets)
         self.check_dtype(x)
         values, index, a, b = self.parts()
         if self.dropout and self.training and a is not None and b is not None:
@@ -71,6 +75,18 @@ class SparseLowRankMixin(AdaptedMixin):
             low = torch.nn.functional.linear(dropped.to(y.dtype), a.to(y.dtype))
             return y + self.scale * torch.nn.functional.linear(low, b.to(y.dtype))
         return self.multiply(x, values, index, a, b)
+
+    def grouped(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """The product of packed experts."""
+        values, index, a, b = self.parts()
+        dropped = bool(self.dropout and self.training and a is not None)
+        factors = (None, None) if dropped else (a, b)
+        given = (self.scale, self.conv1d, offsets)
+        y = ops.sparse_lowrank_grouped_linear(x, self.weight, values, index, *factors, *given)
+        if not dropped or a is None or b is None:
+            return y
+        low = ops.grouped_linear(torch.nn.functional.dropout(x, self.dropout), a.to(x.dtype), offsets)
+        return y + self.scale * ops.grouped_linear(low, b.to(x.dtype), offsets)
 
     def multiply(
         self, x: Tensor, values: Tensor | None, index: Tensor | None, a: Tensor | None, b: Tensor | None
@@ -97,7 +113,7 @@ class SparseLowRankMixin(AdaptedMixin):
 
 
 def describe_parts(module: Any) -> str:
-    text = [f"rank={module.lora_A.shape[0]}, scale={module.scale:g}"] if hasattr(module, "lora_A") else []
+    text = [f"rank={module.lora_A.shape[-2]}, scale={module.scale:g}"] if hasattr(module, "lora_A") else []
     if hasattr(module, "sparse_values"):
         text.append(f"sparse={module.sparse_values.numel()}{' (mask open)' if module.mask_open else ''}")
     return ", ".join(text)
@@ -107,7 +123,7 @@ def low_rank_delta(module: Any) -> Tensor:
     """`s · B A` in fp32, or fp64 where the factors are, laid out like the stored weight."""
     a, b = (t.detach() if t.dtype == torch.float64 else t.detach().float() for t in (module.lora_A, module.lora_B))
     delta = module.scale * (b @ a)
-    return delta.t() if module.conv1d else delta
+    return delta.mT if module.conv1d else delta
 
 
 def add_low_rank(module: Any, weight: Tensor) -> Tensor:
@@ -149,7 +165,8 @@ class SparseLowRank(TrainedPart):
     module_kind = "SparseLowRank"
     mixin = SparseLowRankMixin
     operators = {  # noqa: RUF012
-        ops.sparse_lowrank_linear.default: "reference: values scattered into the weight, one GEMM, two small ones"
+        ops.sparse_lowrank_linear.default: "reference: values scattered into the weight, one GEMM, two small ones",
+        ops.sparse_lowrank_grouped_linear.default: "reference: values scattered into the weights, per expert one GEMM, two small ones",
     }
 
     def trained_names(self) -> tuple[str, ...]:
@@ -178,8 +195,11 @@ class SparseLowRank(TrainedPart):
 
     def insert(self, editor: GraphEditor, linear: LinearNode) -> None:
         read = editor.read(linear)
-        given = {"x": read.x, "weight": read.weight, "bias": read.bias, "transposed": linear.transposed}
-        editor.replace(linear.node, ops.sparse_lowrank_linear.default, **given, **self.arguments(editor))
+        given = {"x": read.x, "weight": read.weight, "transposed": linear.transposed, **self.arguments(editor)}
+        if linear.offsets is not None:
+            editor.replace(linear.node, ops.sparse_lowrank_grouped_linear.default, offsets=linear.offsets, **given)
+        else:
+            editor.replace(linear.node, ops.sparse_lowrank_linear.default, bias=read.bias, **given)
 
     def packed_arguments(self, editor: GraphEditor, linear: LinearNode) -> dict[str, Any]:
         return self.arguments(editor)
@@ -256,22 +276,30 @@ def current_index(program: Program, param: str, original: Tensor, shape: torch.S
     The two are one tensor where the weight stays in its order.
     """
     original = original.to(index_dtype(shape))
-    if all(program.moved_index(param, axis) is None for axis in (0, 1)):
+    if all(program.moved_index(param, axis) is None for axis in range(len(shape))):
         original = original if bool((original.diff() > 0).all()) else original.sort().values
         return original, original
     places = list(torch.unravel_index(original.long(), shape))
-    for axis in (0, 1):
+    for axis in range(len(shape)):
         moved = program.moved_index(param, axis)
         if moved is not None:
             places[axis] = invert_index(moved)[places[axis]]
-    flat = (places[0] * shape[1] + places[1]).sort()
+    flat = flat_places(places, shape).sort()
     return flat.values.to(index_dtype(shape)), original[flat.indices]
+
+
+def flat_places(places: Sequence[Tensor], shape: torch.Size) -> Tensor:
+    """Positions by axis as positions in the flat tensor; the inverse of `torch.unravel_index`."""
+    flat = places[0]
+    for place, size in zip(places[1:], shape[1:], strict=True):
+        flat = flat * size + place
+    return flat
 
 
 def initial_parts(weight: Tensor, part: SparseLowRank, seed: int) -> dict[str, Tensor]:
     """Values that start at the base, `A` Kaiming-uniform (a = √5), `B` zero: the forward is the base's."""
     dtype = master_dtype(weight)
-    n, m = reversed(weight.shape) if part.transposed else weight.shape
+    *experts, n, m = weight.mT.shape if part.transposed else weight.shape
     found: dict[str, Tensor] = {}
     if part.count:
         wide = index_dtype(weight.shape)
@@ -280,15 +308,16 @@ def initial_parts(weight: Tensor, part: SparseLowRank, seed: int) -> dict[str, T
         places = index.long().clamp_min(0).to(weight.device)
         found["sparse_values"] = weight.detach().reshape(-1)[places].to(dtype)
     if part.rank:
-        found["lora_A"] = kaiming_a(part.param, part.rank, m, seed).to(weight.device, dtype)
-        found["lora_B"] = torch.zeros(n, part.rank, dtype=dtype, device=weight.device)
+        found["lora_A"] = kaiming_a(part.param, part.rank, m, seed, *experts).to(weight.device, dtype)
+        found["lora_B"] = torch.zeros(*experts, n, part.rank, dtype=dtype, device=weight.device)
     return {beside(part.param, leaf): tensor for leaf, tensor in found.items()}
 
 
-def kaiming_a(param: str, rank: int, width: int, seed: int) -> Tensor:
-    """`A (rank, width)`, uniform in ±1/√width (Kaiming-uniform with a = √5), equal on every rank of a group."""
+def kaiming_a(param: str, rank: int, width: int, seed: int, *experts: int) -> Tensor:
+    """`A (rank, width)`, uniform in ±1/√width (Kaiming-uniform with a = √5), equal on every rank of a group; one for each of
+    `experts`, if given."""
     bound = width**-0.5
-    return (torch.rand(rank, width, generator=generator(seed, param + ".lora_A")) * 2 - 1) * bound
+    return (torch.rand(*experts, rank, width, generator=generator(seed, param + ".lora_A")) * 2 - 1) * bound
 
 
 def activate_support(program: Program, part: SparseLowRank) -> Program:
@@ -299,7 +328,8 @@ def activate_support(program: Program, part: SparseLowRank) -> Program:
     values, index = (editor.input(beside(part.param, leaf)) for leaf in ("sparse_values", "sparse_index"))
     packed = beside(part.param, "packed_0")
     weight = editor.input(packed if packed in editor.sources else part.param)
-    for node in editor.nodes(ops.sparse_lowrank_linear.default, ops.quantized_linear.default):
+    kinds = (ops.sparse_lowrank_linear, ops.sparse_lowrank_grouped_linear, ops.quantized_linear)
+    for node in editor.nodes(*(kind.default for kind in kinds)):
         if weight in node.all_input_nodes:
             editor.change(node, values=values, index=index)
     graph_module, inputs = editor.finish()
@@ -346,7 +376,7 @@ class LowRankPart(LivePart):
         if "lora_B" in tensors:
             tensors["lora_B"].detach().zero_()
             a = tensors["lora_A"]
-            a.detach().copy_(kaiming_a(self.param, self.part.rank, a.shape[1], self.seed))
+            a.detach().copy_(kaiming_a(self.param, self.part.rank, a.shape[-1], self.seed, *a.shape[:-2]))
         self.reset_sparse()
 
     def reset_sparse(self) -> None:
@@ -448,8 +478,8 @@ class LowRankPart(LivePart):
             return
         own_a, own_b = self.module.lora_A, self.module.lora_B
         pairs = [(w * d.scale, *self.factors_of(d)) for w, d in weighted]
-        a = torch.cat([a for _, a, _ in pairs]).to(own_a)
-        b = torch.cat([w * b for w, _, b in pairs], dim=1).to(own_b)
+        a = torch.cat([a for _, a, _ in pairs], dim=-2).to(own_a)
+        b = torch.cat([w * b for w, _, b in pairs], dim=-1).to(own_b)
         self.own_factors = (own_a, own_b, self.module.scale)
         self.module.lora_A, self.module.lora_B = nn.Parameter(a), nn.Parameter(b)
         self.module.scale = 1.0

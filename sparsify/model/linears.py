@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from sparsify.model.packed_experts import GroupedLinear
+
 
 def owner_name(param: str) -> str:
     """Qualified name of the module that holds a tensor; empty for the model itself."""
@@ -11,7 +13,9 @@ def owner_name(param: str) -> str:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D (weight stored `(in, out)`), recognised without importing transformers."""
+    """transformers' Conv1D (weight stored `(in, out)`), recognised without importing transformers, or packed experts stored so."""
+    if isinstance(module, GroupedLinear):
+        return module.conv1d
     return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
 
 

@@ -46,12 +46,12 @@ class AdaptedMixin:
 
     def logical_shape(self) -> tuple[int, int]:
         """`(out, in)`."""
-        shape = self.stored_shape()
+        shape = self.stored_shape()[-2:]
         return (shape[1], shape[0]) if self.conv1d else (shape[0], shape[1])
 
     def logical(self, stored: Tensor) -> Tensor:
-        """A view of a stored weight as `(out, in)`."""
-        return stored.t() if self.conv1d else stored
+        """A view of a stored weight as `(out, in)`; of packed experts as `(experts, out, in)`."""
+        return stored.mT if self.conv1d else stored
 
     def check_dtype(self, x: Tensor) -> None:
         """The same refusal as `F.linear`: without autocast, input and weight must agree in dtype."""
@@ -105,6 +105,7 @@ def carries(kind: str, mixin: type, linear: type[nn.Module] | None = None) -> No
     """Make a kind of adapted module known. linear: its class for `nn.Linear`, made here if not given."""
     KINDS[kind] = (mixin, made_class(kind, mixin, nn.Linear) if linear is None else linear)
     conv1d_class.cache_clear()
+    grouped_class.cache_clear()
 
 
 def made_class(kind: str, mixin: type, base: type[nn.Module]) -> Any:
@@ -112,7 +113,7 @@ def made_class(kind: str, mixin: type, base: type[nn.Module]) -> Any:
         return rebuild, (kind, base.__name__), self.__dict__
 
     body = {"__reduce_ex__": reduce, "__doc__": f"{base.__name__}, {kind}.", "__module__": __name__}
-    body |= {"conv1d": True} if base is not nn.Linear else {}
+    body["conv1d"] = getattr(base, "conv1d", base is not nn.Linear)
     return type(f"{kind}{base.__name__}", (mixin, base), body)
 
 
@@ -132,8 +133,26 @@ def conv1d_class(kind: str) -> type[nn.Module]:
     return made_class(kind, known_kind(kind)[0], Conv1D)
 
 
+@functools.cache
+def grouped_class(kind: str, base: str) -> type[nn.Module]:
+    """The same for the weights of packed experts."""
+    from sparsify.model.packed_experts import GROUPED
+
+    return made_class(kind, known_kind(kind)[0], GROUPED[base])
+
+
 def class_of(kind: str, base: str) -> type[nn.Module]:
+    if base.endswith("GroupedLinear"):
+        return grouped_class(kind, base)
     return known_kind(kind)[1] if base == "Linear" else conv1d_class(kind)
+
+
+def base_name(module: nn.Module) -> str:
+    """What a linear of our own tree is under its parts: `Linear`, `Conv1D`, or one of those of packed experts."""
+    from sparsify.model.packed_experts import GROUPED
+
+    grouped = next((c.__name__ for c in type(module).__mro__ if c in GROUPED.values()), None)
+    return grouped or ("Linear" if isinstance(module, nn.Linear) else "Conv1D")
 
 
 def rebuild(kind: str, base: str = "Conv1D") -> nn.Module:
@@ -143,7 +162,7 @@ def rebuild(kind: str, base: str = "Conv1D") -> nn.Module:
 
 def become(module: nn.Module, kind: str) -> None:
     """Turn a linear of *our own* module tree into an adapted one, in place: hooks, name and references stay."""
-    cls: Any = class_of(kind, "Linear" if isinstance(module, nn.Linear) else "Conv1D")
+    cls: Any = class_of(kind, base_name(module))
     if not isinstance(module, AdaptedMixin):
         module.__dict__["user_class"] = type(module)
     module.__class__ = cls

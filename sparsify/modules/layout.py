@@ -47,6 +47,7 @@ class Layout:
 
     moves: per tensor of the module, `(axis, index)` pairs with `current = original.index_select(axis, index)`.
     adopt, base_loaded: called while a state dict with another support, or another base, is loaded.
+    lead: axes of the module's weight before its two: 1 of packed experts.
     verdict: what the host's own load hook found out about this module's entries before anything was loaded:
         `(id of one of its tensors, whether they are live)`.
     """
@@ -56,6 +57,7 @@ class Layout:
     verdict: tuple[int, bool] | None = None
     last_digest: bytes = b""
     base_loaded: BaseLoaded | None = None
+    lead: int = 0
     inverses: dict[str, list[tuple[int, Tensor]]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -77,19 +79,20 @@ class Layout:
     def logical_moves(self, leaf: str, transposed: bool) -> dict[int, tuple[Tensor, Tensor]]:
         """Logical axis (0 = out, 1 = in) → `(index, inverse)` of a weight's moves."""
         pairs = zip(self.moves.get(leaf, []), self.inverses.get(leaf, []), strict=True)
-        return {(1 - axis if transposed else axis): (index, inverse) for (axis, index), (_, inverse) in pairs}
+        found = {axis - self.lead: (index, inverse) for (axis, index), (_, inverse) in pairs}
+        return {(1 - axis if transposed else axis): move for axis, move in found.items()}
 
     def factors_to_original(self, param: str, transposed: bool, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """Low-rank factors `a (r, in)`, `b (out, r)` of a weight, from current to original coordinates."""
+        """Low-rank factors `a (r, in)`, `b (out, r)` of a weight, perhaps of every expert, from current to original coordinates."""
         moves = self.logical_moves(param.rpartition(".")[2], transposed)
-        a = a.index_select(1, moves[1][1].to(a.device)) if 1 in moves else a
-        return a, b.index_select(0, moves[0][1].to(b.device)) if 0 in moves else b
+        a = a.index_select(self.lead + 1, moves[1][1].to(a.device)) if 1 in moves else a
+        return a, b.index_select(self.lead, moves[0][1].to(b.device)) if 0 in moves else b
 
     def factors_to_current(self, param: str, transposed: bool, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """The inverse of `factors_to_original`."""
         moves = self.logical_moves(param.rpartition(".")[2], transposed)
-        a = a.index_select(1, moves[1][0].to(a.device)) if 1 in moves else a
-        return a, b.index_select(0, moves[0][0].to(b.device)) if 0 in moves else b
+        a = a.index_select(self.lead + 1, moves[1][0].to(a.device)) if 1 in moves else a
+        return a, b.index_select(self.lead, moves[0][0].to(b.device)) if 0 in moves else b
 
     def digest(self, module: nn.Module) -> bytes:
         """SHA-256 over the moves, the places of the trained channels, the shapes and scale of the parts, and the packed format."""

@@ -4,13 +4,16 @@
     sparse_lowrank_linear    y = x W'ᵀ + s (x Aᵀ) Bᵀ + b,  entries of W replaced at a support
     quantized_linear         both, over a packed base
     masked_linear            y = x (W∘M)ᵀ + b,  the gradient masked
+    grouped_linear           y_e = x_e W_eᵀ,  rows sorted by expert; with trained parts: `partial_grouped_linear`,
+                             `sparse_lowrank_grouped_linear`
     apply_mask               t∘M
     masked_grad              (gᵀ x)∘M                 weight gradients: under a mask,
     sampled_product          (aᵀ b)[index]            on a support,
     channel_grad             (g[:, rows])ᵀ x          of some channels,
-    skinny_products          (x rowsᵀ, factorᵀ x)     of low-rank factors
+    skinny_products          (x rowsᵀ, factorᵀ x)     of low-rank factors,
+    grouped_outer            g_eᵀ x_e                 of an expert's rows, and `grouped_sampled`: on a support
 
-The three that hold trained parts each have a `_dx` beside them. Every formula is made of ATen and of these operators, so
+The first three each have a `_dx` beside them. Every formula is made of ATen and of these operators, so
 derivatives of any order are right. Importing this package registers them all, and the inference operators of
 `sparsify.kernels`.
 
@@ -30,6 +33,8 @@ Shapes stand in annotations (`Float[Tensor, "*t m"]`, read by people and type ch
 from sparsify.ops import (
     apply_mask,
     channel_grad,
+    grouped_linear,
+    grouped_parts,
     masked_grad,
     masked_linear,
     partial_linear,
@@ -42,6 +47,8 @@ from sparsify.ops import (
 __all__ = [
     "apply_mask",
     "channel_grad",
+    "grouped_linear",
+    "grouped_parts",
     "masked_grad",
     "masked_linear",
     "partial_linear",

@@ -103,6 +103,8 @@ def write_values(
     if values is None or index is None:
         return
     check_support("sparse part", values, index)
+    if weight.dim() == 3 and weight.is_contiguous():  # packed experts
+        weight = weight.flatten(0, 1)
     check_weight("sparse part", weight, index)
     require_together("sparse part", weight, values, index)
     require_within("sparse part", "index", index, weight.numel(), "weight")

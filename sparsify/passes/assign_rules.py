@@ -13,6 +13,7 @@ from torch import nn
 
 from sparsify.errors import PlanError, Refusal, RefusedError
 from sparsify.model.linears import is_conv1d, owner_name
+from sparsify.model.packed_experts import GroupedLinear
 from sparsify.passes.direct_reads import read_past
 from sparsify.plan import S2FT, Rule, nearest
 from sparsify.plan.unmatched import unmatched_patterns
@@ -53,10 +54,11 @@ def only_multiplies(program: Program, names: list[str], nodes: list[LinearNode])
 def why_not_trainable(program: Program, param: str, linears: dict[str, list[LinearNode]]) -> str | None:
     """Why no slice of this weight can train in place, or None if one can."""
     weight = program.tensor(param)
-    if weight.dim() != 2:
+    grouped = isinstance(program.host.get_submodule(owner_name(param)), GroupedLinear)
+    if weight.dim() != 2 and not grouped:
         return (
-            f"the weight has {weight.dim()} dimensions (packed experts): it is permuted, but a partial gradient inside a "
-            "grouped matrix product is not implemented"
+            f"the weight has {weight.dim()} dimensions: packed experts train where their module follows transformers' experts "
+            "interface, by a plan without Prune"
         )
     if not weight.is_floating_point():
         return f"the weight is stored as {weight.dtype}"
@@ -74,7 +76,7 @@ def why_not_trainable(program: Program, param: str, linears: dict[str, list[Line
     if len(owners) > 1:
         return f"the weight is tied: {', '.join(sorted(names))}"
     owner = program.host.get_submodule(owner_name(param))
-    plain = type(owner).forward is nn.Linear.forward or is_conv1d(owner)
+    plain = grouped or type(owner).forward is nn.Linear.forward or is_conv1d(owner)
     if not plain and not (isinstance(owner, nn.Linear) and only_multiplies(program, names, nodes)):
         return (
             f"its module is a {type(owner).__name__}, whose own forward would be lost; nn.Linear and Conv1D can train"

@@ -99,6 +99,7 @@ def placed_parts(program: Program) -> list[TrainedPart]:
     for group in program.channel_choices:
         for param in group.params:
             axis = 0 if is_conv1d(program.host.get_submodule(owner_name(param))) else 1
+            axis += program.tensor(param).dim() - 2
             parts.append(slice_at(program, param, axis, torch.tensor(group.channels), "column", rule=group.rule))
     return parts + [part.placed(program) for part in program.parts]
 

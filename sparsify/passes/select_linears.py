@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from tqdm import tqdm
 
-from sparsify.calibration.checks import check_weights, column_squares, squares_of
+from sparsify.calibration.checks import check_weights, column_squares, rows_of, squares_of
 from sparsify.calibration.fisher import sample_squares
 from sparsify.calibration.ranks import sum_over_ranks
 from sparsify.calibration.statistics import batch_count, given, gradient_statistics, input_squares, need_batches
@@ -127,10 +127,25 @@ def why_not_fitting(program: Program, linear: LinearNode, rule: LinearRule) -> s
         kept = program.masks.get(linear.weight)
         if isinstance(rule, RoSA) and not rank and kept is not None and not bool(kept.any()):
             return "every entry of the weight is pruned, so no entry can train"
+    if linear.offsets is not None:
+        reason = why_not_experts(rule)
+        if reason is not None:
+            return reason
     method = method_of(rule)
     if method is not None:
         return method.part.why_not(rule, program, linear)
     return why_not_packed(program, linear.weight, weight, rule.format) if isinstance(rule, Quantize) else None
+
+
+def why_not_experts(rule: LinearRule) -> str | None:
+    """Why a rule cannot have the weight of packed experts; None if it can."""
+    if isinstance(rule, Quantize):
+        return "packed experts are not quantised: no format here has a grouped product"
+    if isinstance(rule, RoSA) and rule.mask == "fisher":
+        return "mask='fisher' needs gradients by sample, and rows of packed experts are sorted by expert; mask='gradient' serves"
+    if method_of(rule) is not None:
+        return f"{type(rule).__name__} trains matrices, and this weight is one per expert, packed"
+    return None
 
 
 def why_not_packed(program: Program, param: str, weight: Tensor, format: str) -> str | None:
@@ -243,7 +258,7 @@ def column_scores(
     for param in members if rule.select in ("weight", "product") else ():
         weight = program.tensor(param).detach()
         check_weights([(param, weight)])
-        weights[param] = column_squares(weight if linears[param].in_axis == 1 else weight.t())
+        weights[param] = column_squares(rows_of(weight, linears[param].in_axis))
     if rule.select == "weight":
         return {g[0]: torch.stack([weights[p] for p in g]).sum(0).sqrt() for g in groups}
     batches = need_batches(context.calibration, f"rule {index}, select={rule.select!r},")
@@ -251,7 +266,7 @@ def column_scores(
         sums: dict[str, Tensor] = {}
 
         def reduce(name: str, gradient: Tensor) -> None:
-            total = column_squares(gradient)
+            total = column_squares(rows_of(gradient, -1))
             sums[name] = sums[name] + total if name in sums else total
 
         gradient_statistics(program.host, modules, batches, reduce, context.loss, context.progress)
@@ -361,6 +376,6 @@ def gradient_supports(
         own = sums.pop(name)
         wide = bool(float(sum_over_ranks(torch.tensor([float(own.dtype == torch.float64)]))))
         score = sum_over_ranks(own.double() if wide else own).abs()
-        stored = score.t() if is_conv1d(modules[name]) else score
+        stored = score.mT if is_conv1d(modules[name]) else score
         found[name] = best_entries(stored.reshape(-1), counts[name], (survivors or {}).get(name))
     return found

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparsify.calibration.checks import check_weights, column_squares
+from sparsify.calibration.checks import check_weights, column_squares, rows_of
 from sparsify.calibration.statistics import (
     batch_count,
     gradient_statistics,
@@ -177,7 +177,7 @@ def weight_squares(program: Program, site: Site) -> Tensor:
     """Sum of squares of each channel of the site's weight, fp64 `(channels,)`."""
     weight = program.tensor(site.param).detach()
     check_weights([(site.param, weight)])
-    return column_squares(weight if site.axis == 1 else weight.t())
+    return column_squares(rows_of(weight, site.axis))
 
 
 def consumer_squares(program: Program, assignment: Assignment, context: Context) -> dict[tuple[str, int], Tensor]:
@@ -192,7 +192,7 @@ def consumer_squares(program: Program, assignment: Assignment, context: Context)
         sums: dict[str, Tensor] = {}
 
         def reduce(name: str, gradient: Tensor) -> None:
-            total = column_squares(gradient)
+            total = column_squares(rows_of(gradient, -1))
             sums[name] = sums[name] + total if name in sums else total
 
         gradient_statistics(program.host, modules, batches, reduce, context.loss, context.progress)

@@ -33,7 +33,7 @@ HINTS = {
     "alpha_pattern": "write one rule for every alpha; the first rule that matches a module wins",
     "layers_to_transform": "write the layers into match: 'model.layers.[0-3].*' or a list of patterns",
     "layers_pattern": "write the layers into match: 'model.layers.[0-3].*' or a list of patterns",
-    "target_parameters": "packed experts cannot train in part; write Plan([…], train=[…]) to train a parameter in full",
+    "target_parameters": "write the parameters into match, as if they were linears: match='*.experts.down_proj'",
     "use_dora": "DoRA is a method from outside: examples/write_a_method.py has it, a rule of its own",
     "init_lora_weights": "A is drawn as Kaiming does and B is zero; other beginnings are not implemented",
     "task_type": "leave it out: the model says what it is",

@@ -59,6 +59,7 @@ class LinearNode:
     """One matrix product with a weight: `y = x Wᵀ + b`, tied to its parameter's qualified name.
 
     transposed: the stored weight is `(in, out)` (Conv1D) instead of `(out, in)`. bias_node: what is added, named or computed.
+    offsets: of packed experts, `(experts, out, in)`: the ends of the groups of rows, sorted by expert; None for a matrix.
     """
 
     node: fx.Node
@@ -67,14 +68,20 @@ class LinearNode:
     bias: str | None
     transposed: bool
     bias_node: fx.Node | None = None
+    offsets: fx.Node | None = None
+
+    @property
+    def lead(self) -> int:
+        """Axes of the weight before its two: 1 of packed experts."""
+        return 0 if self.offsets is None else 1
 
     @property
     def in_axis(self) -> int:
-        return 0 if self.transposed else 1
+        return (0 if self.transposed else 1) + self.lead
 
     @property
     def out_axis(self) -> int:
-        return 1 - self.in_axis
+        return (1 if self.transposed else 0) + self.lead
 
 
 @dataclass(frozen=True)
@@ -279,10 +286,14 @@ class Program:
         for node in self.graph.nodes:
             if node.op != "call_function":
                 continue
-            if node.target not in (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default):
+            grouped = is_grouped(node)
+            products = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)
+            if not grouped and node.target not in products:
                 continue
             given = arguments(node)
-            if node.target is aten.linear.default:
+            if grouped:
+                x, weight, bias, swapped = given["x"], given["weight"], None, False
+            elif node.target is aten.linear.default:
                 x, weight, bias, swapped = given["input"], given["weight"], given["bias"], False
             elif node.target is aten.addmm.default:
                 x, weight, bias, swapped = given["mat1"], given["mat2"], given["self"], True
@@ -294,7 +305,8 @@ class Program:
             if isinstance(weight, fx.Node) and weight.name in names and isinstance(x, fx.Node):
                 bias = bias if isinstance(bias, fx.Node) else None
                 bias_name = names.get(bias.name) if bias is not None else None
-                yield LinearNode(node, x, names[weight.name], bias_name, swapped != flipped, bias)
+                offsets = given["offsets"] if grouped else None
+                yield LinearNode(node, x, names[weight.name], bias_name, swapped != flipped, bias, offsets)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph. Inputs must have the structure and shapes of the captured example."""
@@ -352,6 +364,11 @@ class Program:
         from sparsify.show.drawing import draw_program
 
         return draw_program(self, path, fold=fold)
+
+
+def is_grouped(node: fx.Node) -> bool:
+    """Whether a node is the product of packed experts (`sparsify.ops.grouped_linear`)."""
+    return getattr(node.target, "_schema", None) is not None and node.target._schema.name == "sparsify::grouped_linear"  # type: ignore[union-attr]
 
 
 def through_transpose(node: Any) -> tuple[Any, bool]:

@@ -7,12 +7,11 @@ import json
 import os
 import signal
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import tiny
 import torch
@@ -785,7 +784,7 @@ def test_a_save_that_is_killed_leaves_the_old_adapter(function, at, tmp_path):
     host.sparsify.save_adapter(tmp_path)
     old = {n: t.clone() for n, t in load_file(tmp_path / files.TENSORS).items()}
     code = KILLED.format(tests=str(Path(__file__).parents[1]), function=function, at=at, directory=str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    done = processes.run_python("-c", code)
     assert done.returncode == -signal.SIGKILL, done.stderr
     tiny.assert_same(load_file(tmp_path / files.TENSORS), old)
     host.sparsify.load_adapter(tmp_path, "old")

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+pytestmark = [pytest.mark.benchmarks, pytest.mark.slow]  # `test_benchmark_scripts` is the smoke test of the default run
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 

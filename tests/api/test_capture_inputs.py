@@ -302,7 +302,7 @@ def blip2():
 
 
 # (model, structures of the text alone, structures of text and pictures or None where pictures cannot be traced)
-PICTURES = [(llava, 2, 5), (qwen2_vl, 2, None)]
+PICTURES = [(llava, 2, 5), (qwen2_vl, 2, None)]  # pictures can be traced, or cannot
 MORE_PICTURES = [(internvl, 2, 5), (paligemma, 2, 6), (blip2, 9, 9)]
 SLOW = [pytest.param(*case, marks=pytest.mark.slow, id=case[0].__name__) for case in MORE_PICTURES]
 

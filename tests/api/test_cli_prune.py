@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import tiny
 import torch
@@ -215,8 +215,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert call(folder / "llama", "--out", whole, *options).exit_code == 0
     command = [str(part) for part in ("prune", folder / "llama", "--out", out, *options)]
-    process = multiprocessing.get_context("spawn").Process(target=prune_and_die, args=(command, 11))
-    process.start()
+    process = processes.start(prune_and_die, command, 11)
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
     assert not out.exists()

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import processes
 import tiny
 
 import sparsify
@@ -65,7 +65,7 @@ def worker(rank: int, store: str, results: str) -> None:
 
 def test_two_processes_train_as_one_with_the_joint_batch():
     with tempfile.TemporaryDirectory() as directory:
-        mp.spawn(worker, args=(f"{directory}/store", directory), nprocs=2)
+        processes.spawn(worker, (f"{directory}/store", directory), 2)
         first, second = (torch.load(f"{directory}/{rank}.pt", weights_only=False) for rank in (0, 1))
     assert first["choices"] == second["choices"]
     for a, b in zip(first["grads"], second["grads"], strict=True):
@@ -133,7 +133,7 @@ def data_worker(rank: int, store: str, results: str) -> None:
 
 def test_ranks_with_different_data_choose_and_train_the_same():
     with tempfile.TemporaryDirectory() as directory:
-        mp.spawn(data_worker, args=(f"{directory}/store", directory), nprocs=2)
+        processes.spawn(data_worker, (f"{directory}/store", directory), 2)
         first, second = (torch.load(f"{directory}/{rank}.pt", weights_only=False) for rank in (0, 1))
     for name in PLANS:
         a, b = first[name], second[name]

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import processes
 import tiny
 
 import sparsify
@@ -60,7 +60,7 @@ def worker(rank: int, directory: str) -> None:
 
 
 def test_all_ranks_raise_what_the_first_one_met(tmp_path: Path) -> None:
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
+    processes.spawn(worker, (str(tmp_path),), 2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first["fine"] == second["fine"] == first["fine again"] == second["fine again"] == ("", "", False)
     assert load(tmp_path / "a").deltas

@@ -16,7 +16,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -28,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import processes
 import tiny
 
 import sparsify
@@ -128,7 +128,7 @@ def start(rank: int, store: str) -> None:
 
 def on_two_ranks(worker: Callable[..., None], directory: str, *arguments: Any) -> list[dict[str, Any]]:
     """What each rank saved in `directory`."""
-    mp.spawn(worker, args=(directory, *arguments), nprocs=2)  # type: ignore[no-untyped-call]
+    processes.spawn(worker, (directory, *arguments), 2)
     return [torch.load(f"{directory}/{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
@@ -435,7 +435,7 @@ def alone_worker(_rank: int, directory: str) -> None:
 
 def test_gathered_parameters_are_copies_unless_they_are_kept():
     with tempfile.TemporaryDirectory() as directory:
-        mp.spawn(alone_worker, args=(directory,), nprocs=1)  # type: ignore[no-untyped-call]
+        processes.spawn(alone_worker, (directory,))
         found = torch.load(f"{directory}/0.pt")
     assert bool(found["before"].any())
     assert torch.equal(found["forgotten"], found["before"])

@@ -12,6 +12,8 @@ import pytest
 import torch
 from triton_interpreter import require_interpreter
 
+pytestmark = [pytest.mark.benchmarks, pytest.mark.slow]  # `test_benchmark_scripts` is the smoke test of the default run
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 

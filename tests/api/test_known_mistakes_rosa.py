@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import methods
+import processes
 import pytest
 import tiny
 import torch
@@ -141,18 +141,10 @@ def test_masks_are_equal_on_all_ranks_and_come_from_all_batches(tmp_path):
     """Two processes with different batches; theirs chose different masks, and the replicas drifted apart."""
     store, tests = tmp_path / "store", Path(__file__).parents[1]
     (tmp_path / "ranks.py").write_text(textwrap.dedent(RANKS))
-    runs = [
-        subprocess.Popen(
-            [sys.executable, str(tmp_path / "ranks.py"), str(rank), str(store), str(tests)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=tests.parent,
-        )
-        for rank in (0, 1)
-    ]
-    outputs = [run.communicate(timeout=280)[0] for run in runs]
-    assert all(run.returncode == 0 for run in runs), outputs
+    with ThreadPoolExecutor(2) as pool:
+        run = lambda rank: processes.run_python(str(tmp_path / "ranks.py"), str(rank), str(store), str(tests))  # noqa: E731
+        runs = list(pool.map(run, (0, 1)))
+    assert all(run.returncode == 0 for run in runs), runs
     first, second = (torch.load(f"{store}.{rank}") for rank in (0, 1))
     assert len(first) == len(second) > 12
     for i, (a, b) in enumerate(zip(first, second, strict=True)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import multiprocessing
 import os
 import signal
 import warnings
@@ -12,6 +11,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import tiny
 import torch
@@ -417,8 +417,7 @@ def prune_and_die(folder: str, layer: int) -> None:
 
 
 def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=prune_and_die, args=(str(tmp_path), 9))
-    process.start()
+    process = processes.start(prune_and_die, str(tmp_path), 9)
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
     calls = 0

@@ -12,7 +12,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-pytestmark = pytest.mark.slow  # minutes on one core
+pytestmark = [pytest.mark.benchmarks, pytest.mark.slow]  # minutes on one core
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import processes
 import tiny
 
 import sparsify
@@ -152,7 +152,7 @@ def prune_on_disk_of(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def ranks() -> tuple[dict[str, Any], dict[str, Any]]:
     with tempfile.TemporaryDirectory() as directory:
-        mp.spawn(worker, args=(f"{directory}/store", directory), nprocs=2)
+        processes.spawn(worker, (f"{directory}/store", directory), 2)
         first, second = (torch.load(f"{directory}/{rank}.pt", weights_only=False) for rank in (0, 1))
     return first, second
 

@@ -259,7 +259,7 @@ def test_one_dense_gradient_is_alive_at_a_time():
     alive, calls = [], []
 
     def live_gradients() -> int:
-        gc.collect()
+        gc.collect()  # of what was made since `gc.freeze`: a whole session's objects take seconds each time
         own = {p.data_ptr() for p in model.parameters()}
         found = [
             t
@@ -273,8 +273,12 @@ def test_one_dense_gradient_is_alive_at_a_time():
         assert gradient.shape == (36, 44)
         alive.append(live_gradients())
 
-    before = live_gradients()  # other tests of this process may have left tensors of that shape
-    gradient_statistics(model, {n: model.get_submodule(n) for n in names}, batches(), reduce, progress=False)
+    gc.freeze()
+    try:
+        before = live_gradients()
+        gradient_statistics(model, {n: model.get_submodule(n) for n in names}, batches(), reduce, progress=False)
+    finally:
+        gc.unfreeze()
     assert calls == [*reversed(names)] * 2, "layer by layer, from the top, once per batch"
     assert max(alive) - before == 1
     assert all(p.grad is None for p in model.parameters())

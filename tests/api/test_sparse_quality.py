@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-pytestmark = pytest.mark.slow  # minutes on one core
+pytestmark = [pytest.mark.benchmarks, pytest.mark.slow]  # minutes on one core
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))

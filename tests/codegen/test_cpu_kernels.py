@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import multiprocessing
 import pickle
 import re
 import shutil
@@ -11,6 +10,7 @@ import subprocess
 import threading
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from torch import nn
@@ -81,7 +81,7 @@ def build_in_process(directory: str, source: str) -> str:
 
 def test_processes_may_build_at_once(tmp_path: Path) -> None:
     needs_compiler()
-    with multiprocessing.get_context("spawn").Pool(3) as pool:
+    with processes.CONTEXT.Pool(3) as pool:
         paths = pool.starmap(build_in_process, [(str(tmp_path), TRIVIAL)] * 3)
     assert len(set(paths)) == 1
     assert [p.name for p in (tmp_path / "kernels").iterdir()] == [Path(paths[0]).name]

@@ -1,4 +1,4 @@
-"""Every example runs as a script, as a reader would start it."""
+"""Every example runs as a script, as a reader would start it: one of them in a fresh interpreter, all of them so with -m slow."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import processes
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -63,10 +64,13 @@ SCRIPTS: dict[str, tuple[list[str], list[str]]] = {
 }
 
 
-def run(script: str, *arguments: str) -> str:
+def run(script: str, *arguments: str, fresh: bool = False) -> str:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, str(EXAMPLES / script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
+    command = [str(EXAMPLES / script), *arguments]
+    if fresh:
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=600, env=environment)
+    else:
+        done = processes.run_python(*command, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -75,15 +79,31 @@ def test_every_example_is_tested() -> None:
     assert {p.name for p in EXAMPLES.glob("*.py")} == set(SCRIPTS)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_example(script: str, tmp_path: Path) -> None:
+def check(script: str, folder: Path, fresh: bool) -> None:
     arguments, expected = SCRIPTS[script]
-    output = run(script, *(a.replace("{tmp}", str(tmp_path)) for a in arguments))
+    output = run(script, *(a.replace("{tmp}", str(folder)) for a in arguments), fresh=fresh)
     for text in expected:
         assert text in output, output
 
 
-@pytest.mark.parametrize("family", ["gpt2", "bert", "vit", "bloom", "qwen3"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_example(script: str, tmp_path: Path) -> None:
+    check(script, tmp_path, fresh=False)
+
+
+# the others differ from this one in what they import, and `test_example` runs them to the end
+FRESH = [s if s == "serve_adapters.py" else pytest.param(s, marks=pytest.mark.slow) for s in SCRIPTS]
+
+
+@pytest.mark.parametrize("script", FRESH)
+def test_example_in_a_fresh_interpreter(script: str, tmp_path: Path) -> None:
+    check(script, tmp_path, fresh=True)
+
+
+# Conv1D, pictures, declined heads; bert and qwen3 take the way of the llama in `test_example`
+@pytest.mark.parametrize(
+    "family", ["gpt2", "vit", "bloom", *(pytest.param(n, marks=pytest.mark.slow) for n in ("bert", "qwen3"))]
+)
 def test_inspect_other_families(family: str, tmp_path: Path) -> None:
     target = tmp_path / "graph.svg"
     assert "drawn in" in run("inspect_graph.py", family, "--svg", str(target), "--text", str(tmp_path / "graph.txt"))

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
 import lifecycle_cases as cases
 import peft
+import processes
 import pytest
 import tiny
 import torch
@@ -90,9 +88,7 @@ def fresh_process(names: list[str], tmp_path: Path) -> None:
         host.sparsify.save_adapter(tmp_path / name)
     here = Path(__file__).parent
     code = cases.FRESH.format(paths=[str(here), str(here.parent)], names=names, folder=str(tmp_path))
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=900, env=dict(os.environ), check=False
-    )
+    done = processes.run_python("-c", code)
     assert done.returncode == 0, done.stderr[-3000:]
     for name, host in hosts.items():
         found = torch.load(tmp_path / f"{name}.pt")

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import lifecycle_cases as cases
+import processes
 import tiny
 from lifecycle_cases import METHODS
 from torch.distributed.fsdp import fully_shard
@@ -57,7 +57,7 @@ def worker(rank: int, name: str, folder: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_ranks_train_as_one_process(name, tmp_path):
-    mp.spawn(worker, args=(name, str(tmp_path)), nprocs=2)  # type: ignore[no-untyped-call]
+    processes.spawn(worker, (name, str(tmp_path)), 2)
     host = cases.compiled(name, seed=3)
     steps(host, slice(None))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))

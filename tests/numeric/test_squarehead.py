@@ -9,6 +9,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import tiny
 import torch
@@ -562,7 +563,7 @@ def trained_by_trainer(folder: Path, **changes: Any) -> nn.Module:
 
 @pytest.mark.slow
 def test_trainer_on_two_ranks_with_accumulation_is_the_full_batch(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(trainer_on_two_ranks, (free_port(), str(tmp_path)), nprocs=2)
+    processes.spawn(trainer_on_two_ranks, (free_port(), str(tmp_path)), 2)
     found = torch.load(tmp_path / "student.pt")
     single = trained_by_trainer(tmp_path / "one", per_device_train_batch_size=8)
     start = disturbed(tiny.llama()).state_dict()
@@ -585,7 +586,7 @@ def free_port() -> int:
 
 
 def test_two_uneven_ranks_give_the_full_batch(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(two_ranks, (free_port(), str(tmp_path)), nprocs=2)
+    processes.spawn(two_ranks, (free_port(), str(tmp_path)), 2)
     teacher = tiny.llama()
     student = disturbed(teacher)
     mask_modules(student, {"model.layers.0.mlp.up_proj.weight": masked_like(student)})

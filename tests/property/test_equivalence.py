@@ -52,7 +52,7 @@ def assert_rounding(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", tiny.FAMILIES)
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(plan=rules())
 def test_permuted_equals_original_and_restores_bit_for_bit(name, plan):
     model, base = base_of(name)
@@ -84,11 +84,13 @@ def partial_nodes(program: Program) -> list[tuple[str, str, str, int]]:
     return sorted(found)
 
 
-FIRST = {family.name for family in zoo.FAMILIES if family.named}
-ALL = [f.name for f in zoo.FAMILIES if zoo.available(f) and f.name != "Mamba"]
+FIRST = [f.name for f in zoo.FAMILIES if f.named and zoo.available(f)]
+#: what differs in the graph: layouts of projections, experts, two stacks, refused heads. The others repeat one of these; every family is
+#: detected with controls in `test_find_structures` and compiled by every method in `test_mixed_plans`.
+DIFFERENT = (*tiny.FAMILIES, "Falcon (grouped)", "Bloom", "BART", "CLIP", "Mixtral")
 
 
-@pytest.mark.parametrize("name", [n for n in ALL if n in FIRST])
+@pytest.mark.parametrize("name", [n if n in DIFFERENT else pytest.param(n, marks=pytest.mark.slow) for n in FIRST])
 def test_graph_and_host_agree_in_outputs_and_nodes(name):
     """After training-like changes: the program computes what the host does, and a re-capture of the host shows its nodes."""
     model = tiny.build(name)

@@ -672,6 +672,16 @@ def grouped_mm(call: Call) -> Axes:
     return (left.axes[0], right.axes[2])
 
 
+@rule("sparsify::grouped_linear")
+def grouped_linear(call: Call) -> Axes:
+    """As `grouped_mm`, of weights `(experts, out, in)`."""
+    left, right, offsets = call["x"], call["weight"], call["offsets"]
+    call.fix((left.axes[0], right.axes[0], *offsets.axes), "@ assigns tokens to experts by position")
+    kept = (right.axes[0], right.axes[1])
+    call.contract(left, right, [(left.axes[1], right.axes[2])], left_kept=left.axes[:1], right_kept=kept)
+    return (left.axes[0], right.axes[1])
+
+
 @rule("scaled_dot_product_attention")
 def attention(call: Call) -> Axes:
     query, key, value, mask = call["query"], call["key"], call["value"], call.get("attn_mask")

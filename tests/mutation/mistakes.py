@@ -1,0 +1,817 @@
+"""Small mistakes that the tests must notice: what stands in the package once, what a slip would make of it, and who must notice.
+
+A snippet must occur exactly once in the whole package, so files may move; `run.py --check` lists those that do not any more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One slip.
+
+    area: the part of the package. before, after: text that stands in `sparsify/` once, and what takes its place.
+    tests: files below `tests/`, of which at least one test must fail; `file: expression` gives pytest's -k, where a file is long.
+    """
+
+    area: str
+    before: str
+    after: str
+    tests: tuple[str, ...]
+
+
+def m(area: str, before: str, after: str, *tests: str) -> Mistake:
+    return Mistake(area, before, after, tests)
+
+
+MISTAKES: tuple[Mistake, ...] = (
+    # ------------------------------------------------------------------------------------------------------- capture
+    m(
+        "capture",
+        "if read[2] > written[1] and written[2] > read[1]:",
+        "if read[2] > written[2] and written[2] > read[1]:",
+        "graph/test_in_place.py",
+    ),
+    m(
+        "capture",
+        "            if read == written:\n                node.replace_all_uses_with(scatter.args[1])",
+        "            if read[:2] == written[:2]:\n                node.replace_all_uses_with(scatter.args[1])",
+        "graph/test_in_place.py",
+    ),
+    m(
+        "capture",
+        "        for module, training in modes:\n            module.training = training",
+        "        for module, _ in modes:\n            module.training = True",
+        "api/test_original_untouched.py",
+        "api/test_capture.py: labels or flags or no_plain or leaves",
+    ),
+    m(
+        "capture",
+        'if n not in ("labels", "return_loss") or n in required}',
+        "}",
+        "api/test_capture_inputs.py: cache or dict_is",
+        "api/test_capture.py: labels or flags or no_plain or leaves",
+    ),
+    m(
+        "capture",
+        "            for switch in CACHE_SWITCHES:\n                if getattr(part, switch, None):",
+        "            for switch in CACHE_SWITCHES:\n                if not getattr(part, switch, None):",
+        "api/test_capture.py: labels or flags or no_plain or leaves",
+        "api/test_capture_inputs.py: cache or dict_is",
+    ),
+    # ----------------------------------------------------------------------------------------------- detection rules
+    m(
+        "detection",
+        '    call.mix([k[-2]])\n    call.mix([q[-1]])\n    if call.get("is_causal"):\n',
+        '    call.mix([k[-2]])\n    call.mix([q[-1]])\n    if not call.get("is_causal"):\n',
+        "graph/test_find_structures_plain.py",
+        "graph/test_dataflow_oracles.py",
+        "graph/test_rule_bugs.py",
+    ),
+    m(
+        "detection",
+        "split_heads = product((k[-3], fresh(q[-3].size // k[-3].size)))",
+        "split_heads = product((fresh(q[-3].size // k[-3].size), k[-3]))",
+        "graph/test_find_structures_plain.py",
+        "graph/test_find_structures.py: Llama or packed or interleaved or grouped or conv1d",
+    ),
+    m(
+        "detection",
+        "    return tuple(product((fresh(s // a.size), a)) for a, s in zip(padded, shape, strict=True))",
+        "    return tuple(product((a, fresh(s // a.size))) for a, s in zip(padded, shape, strict=True))",
+        "graph/test_find_structures_plain.py",
+        "graph/test_dataflow_oracles.py",
+        "graph/test_rule_bugs.py",
+    ),
+    m(
+        "detection",
+        '    call.fix(table[:1], "@ reads it by index")\n',
+        "",
+        "graph/test_find_structures_plain.py",
+        "graph/test_dataflow_oracles.py",
+        "graph/test_rule_bugs.py",
+    ),
+    m(
+        "detection",
+        "    half = x[dim].size // 2\n    a, b = cut(x[dim], 0, half, call.name), cut(x[dim], half, 2 * half, call.name)\n    call.unify(a, b)\n",
+        "    half = x[dim].size // 2\n    a, b = cut(x[dim], 0, half, call.name), cut(x[dim], half, 2 * half, call.name)\n",
+        "graph/test_find_structures_plain.py",
+        "graph/test_dataflow_oracles.py",
+        "graph/test_rule_bugs.py",
+    ),
+    m(
+        "detection",
+        '    call.fix([x[dim]], "@ returns positions along it")\n    reason = call.constant("@ returns positions along it")\n',
+        '    reason = call.constant("@ returns positions along it")\n',
+        "graph/test_find_structures_plain.py",
+        "graph/test_dataflow_oracles.py",
+        "graph/test_rule_bugs.py",
+    ),
+    m(
+        "detection",
+        "    inner = fresh(x[1].size // groups)\n    unify(x[1], product((fresh(groups), inner)), call.name)\n",
+        "    inner = fresh(groups)\n    unify(x[1], product((inner, fresh(x[1].size // groups))), call.name)\n",
+        "graph/test_find_structures_plain.py",
+        "graph/test_dataflow_oracles.py",
+        "graph/test_rule_bugs.py",
+    ),
+    m(
+        "detection",
+        "            if not any(find(axis) is root and (stop <= low or high <= at) for axis, low, high in spans):",
+        "            if not any(find(axis) is root and (stop < low or high < at) for axis, low, high in spans):",
+        "graph/test_find_structures_plain.py",
+        "graph/test_find_structures.py: Llama or packed or interleaved or grouped or conv1d",
+    ),
+    m(
+        "detection",
+        "            if wanted & names_in(code):\n",
+        "            if wanted & set(code.co_names) and not code.co_consts:\n",
+        "api/test_prove_units.py",
+    ),
+    m(
+        "detection",
+        "        if isinstance(tensor, nn.Parameter) or tensor.numel() > 1:\n            return f\"'{name}' was not read by the trace",
+        "        if isinstance(tensor, nn.Parameter) and tensor.numel() < 1:\n            return f\"'{name}' was not read by the trace",
+        "api/test_prove_units.py",
+    ),
+    # --------------------------------------------------------------------------------------------------- permutation
+    m(
+        "permutation",
+        "return Permutation(tuple(tuple(a[i] for i in b) for a, b in zip(first, second, strict=True)))",
+        "return Permutation(tuple(tuple(b[i] for i in a) for a, b in zip(first, second, strict=True)))",
+        "property/test_permutation.py",
+    ),
+    m(
+        "permutation",
+        "        order = order.repeat_interleave(places.shape[0] // order.shape[0], dim=0)",
+        "        order = order.repeat(places.shape[0] // order.shape[0], 1)",
+        "property/test_permutation.py",
+    ),
+    m(
+        "permutation",
+        "indices[site.param, site.axis] = index if before is None else before[index]",
+        "indices[site.param, site.axis] = index if before is None else index[before]",
+        "property/test_permutation.py",
+        "property/test_equivalence.py: GPT-2 and permuted",
+        "api/test_select.py: straightforward or heads or grouped or balance or fraction or parameters or ties or independently or producer",
+    ),
+    m(
+        "permutation",
+        "            masks[param] = masks[param].index_select(axis, index.to(masks[param].device))",
+        "            masks[param] = masks[param]",
+        "api/test_prune.py: survivors or adapters_on or report or checkpoint",
+        "api/test_mixed_plans.py: every_part or sparse_values or mixed_adapter or side or state_dict",
+        "lifecycle/test_lifecycle.py: merge or restore_is or switching or training_moves",
+    ),
+    m(
+        "permutation",
+        "        for axis, inverse in reversed(self.inverses.get(leaf, [])):\n            tensor = tensor.index_select(axis, inverse.to(tensor.device))",
+        "        for axis, inverse in reversed(self.moves.get(leaf, [])):\n            tensor = tensor.index_select(axis, inverse.to(tensor.device))",
+        "api/test_live_state.py: same_names or loaders or same_layout or plainly or save_pretrained",
+        "property/test_exact_reload.py",
+    ),
+    # ----------------------------------------------------------------------------------------------------- selection
+    m(
+        "selection",
+        "        winner = int(best.values[:, :rest].mean(1).argmax())",
+        "        winner = int(best.values.mean(1).argmax())",
+        "property/test_permutation.py",
+        "api/test_select.py: straightforward or heads or grouped or balance or fraction or parameters or ties or independently or producer",
+        "property/test_parts.py",
+    ),
+    m(
+        "selection",
+        "    order = groups.mean(1).sort(descending=True, stable=True).indices.tolist()",
+        "    order = groups.mean(1).sort(descending=True).indices.flip(0).tolist()[::-1] if group == 1 else groups[:, 0].sort(descending=True, stable=True).indices.tolist()",
+        "api/test_select.py: straightforward or heads or grouped or balance or fraction or parameters or ties or independently or producer",
+        "property/test_permutation.py",
+        "property/test_parts.py",
+    ),
+    m(
+        "selection",
+        "        inner.append(others + heads if g in leading else heads + others)",
+        "        inner.append(heads + others)",
+        "api/test_select.py: straightforward or heads or grouped or balance or fraction or parameters or ties or independently or producer",
+        "property/test_permutation.py",
+        "property/test_parts.py",
+    ),
+    m(
+        "selection",
+        "    budget = rule.fraction * sum(totals.values()) / len(totals)",
+        "    budget = rule.fraction * sum(totals.values())",
+        "api/test_select.py: straightforward or heads or grouped or balance or fraction or parameters or ties or independently or producer",
+        "api/test_known_mistakes_s2ft.py",
+    ),
+    m(
+        "selection",
+        "                return by_group.reshape(structure.units * heads, rest * block)",
+        "                return by_group.reshape(rest * block, structure.units * heads).t()",
+        "api/test_select.py: straightforward or heads or grouped or balance or fraction or parameters or ties or independently or producer",
+        "property/test_permutation.py",
+        "property/test_parts.py",
+    ),
+    m(
+        "selection",
+        'digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()',
+        'digest = hashlib.sha256(f"{seed}".encode()).digest()',
+        "api/test_select.py: straightforward or heads or grouped or balance or fraction or parameters or ties or independently or producer",
+        "api/test_rosa.py: not trainer",
+        "api/test_paca.py",
+    ),
+    m(
+        "selection",
+        "    result = {name: s.sqrt() for name, s in squares.items()}\n",
+        "    result = {name: -s.sqrt() for name, s in squares.items()}\n",
+        "api/test_paca.py",
+        "api/test_known_mistakes_paca.py",
+    ),
+    # ------------------------------------------------------------------------------------- operators and their backward
+    m(
+        "operators",
+        "    return flat(g).t().mm(flat(x)).index_fill(axis, where.long(), 0)",
+        "    return flat(g).t().mm(flat(x)).index_fill(1 - axis, where.long(), 0)",
+        "numeric/test_partial_linear.py",
+    ),
+    m(
+        "operators",
+        "        read = _columns(outer, where, ctx.count) if axis == 1 else outer\n        d_block = _block_gradient(g, read",
+        "        read = _columns(outer, where, ctx.count) if axis == 1 else outer\n        d_block = _block_gradient(g * 2, read",
+        "numeric/test_second_order.py",
+    ),
+    m(
+        "operators",
+        "    return x.narrow(-1, where, count).clone(memory_format=torch.contiguous_format)",
+        "    return x.narrow(-1, where, count)",
+        "numeric/test_partial_linear.py",
+        "numeric/test_fresh_outputs.py",
+    ),
+    m(
+        "operators",
+        "    d_a = (scale * skinny(tokens_x, None, low)[1]).to(of_a) if of_a is not None else None",
+        "    d_a = skinny(tokens_x, None, low)[1].to(of_a) if of_a is not None else None",
+        "numeric/test_sparse_lowrank.py",
+    ),
+    m(
+        "operators",
+        "    return (flat(x), flat(g)) if transposed else (flat(g), flat(x))",
+        "    return flat(g), flat(x)",
+        "numeric/test_sparse_lowrank.py",
+    ),
+    m(
+        "operators",
+        "    return x.mm(kept.t()) if need[0] else None, g.mm(kept) if need[1] else None, None",
+        "    return x.mm(outer.t()) if need[0] else None, g.mm(kept) if need[1] else None, None",
+        "numeric/test_second_order.py",
+        "numeric/test_masked.py",
+    ),
+    m(
+        "operators",
+        "    edges = torch.arange(0, p + rows, rows, device=index.device) * q",
+        "    edges = torch.arange(0, p, rows, device=index.device) * q",
+        "numeric/test_sampled_product.py",
+    ),
+    m(
+        "operators",
+        "    free.view(-1)[index.long()] = False\n",
+        "",
+        "numeric/test_quantized_linear.py",
+        "api/test_mixed_plans.py: every_part or sparse_values or mixed_adapter or side or state_dict",
+    ),
+    m(
+        "operators",
+        'product.name() != "MulBackward0" or x._version or _observed():',
+        'product.name() != "MulBackward0" or _observed():',
+        "numeric/test_saved_input.py",
+    ),
+    m(
+        "operators",
+        "    padded = F.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)\n    weights = torch.tensor([1 << i for i in range(8)]",
+        "    padded = F.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)\n    weights = torch.tensor([128 >> i for i in range(8)]",
+        "numeric/test_masked.py",
+        "api/test_sparse_checkpoint.py",
+    ),
+    # ------------------------------------------------------------------------------------------------------- methods
+    m(
+        "methods",
+        "    bound = width**-0.5\n",
+        "    bound = width**-1.0\n",
+        "api/test_lora.py",
+        "api/test_rosa.py: not trainer",
+        "api/test_known_mistakes_rosa.py",
+    ),
+    m(
+        "methods",
+        '        found["lora_B"] = torch.zeros(n, part.rank, dtype=dtype, device=weight.device)',
+        '        found["lora_B"] = torch.full((n, part.rank), 1e-3, dtype=dtype, device=weight.device)',
+        "api/test_lora.py",
+    ),
+    m(
+        "methods",
+        "    return flat.values.to(index_dtype(shape)), original[flat.indices]",
+        "    return flat.values.to(index_dtype(shape)), original",
+        "api/test_mixed_plans.py: every_part or sparse_values or mixed_adapter or side or state_dict",
+        "api/test_rosa.py: not trainer",
+        "property/test_parts.py",
+    ),
+    m(
+        "methods",
+        "        return x.numel() * x.element_size() // x.shape[-1] * self.length",
+        "        return x.numel() * x.element_size()",
+        "api/test_report.py",
+        "api/test_known_mistakes_paca.py",
+    ),
+    m(
+        "methods",
+        "    if optimizer is not None:\n        forget(optimizer, [q for p in pending for q in handle.parts[p].parameters()])\n",
+        "",
+        "api/test_rosa.py: not trainer",
+        "api/test_known_mistakes_rosa.py",
+    ),
+    m(
+        "methods",
+        "        supports |= gradient_supports(handle.host, modules, counts, mask, found, context, handle.program.masks)",
+        "        supports |= gradient_supports(handle.host, modules, counts, mask, found[:1], context, handle.program.masks)",
+        "api/test_rosa.py: not trainer",
+        "api/test_known_mistakes_rosa.py",
+    ),
+    # --------------------------------------------------------------------------------------- merge, restore, switch
+    m(
+        "switch",
+        "        for part in self.parts.values():\n            with whole_parameters(part.module, keep=True):\n                part.reset()\n        for name, base in self.base_full.items():\n            write_whole(self.stored(name), base)\n        self.buffers.reset(self.host)",
+        "        for part in self.parts.values():\n            with whole_parameters(part.module, keep=True):\n                part.reset()\n        self.buffers.reset(self.host)",
+        "api/test_adapters.py: merge or switch or fusing or mix or fully or bit or channels or restore_is",
+        "lifecycle/test_lifecycle.py: merge or restore_is or switching or training_moves",
+    ),
+    m(
+        "merge",
+        "                self.merge_backups[param] = [module.weight.data.clone()]",
+        "                self.merge_backups[param] = [module.weight.data]",
+        "api/test_lora.py",
+        "lifecycle/test_lifecycle.py: merge or restore_is or switching or training_moves",
+        "api/test_adapters.py: merge or switch or fusing or mix or fully or bit or channels or restore_is",
+    ),
+    m(
+        "restore",
+        "                tensor = getattr(module, leaf)\n                if id(tensor) not in done:",
+        "                tensor = getattr(module, leaf)\n                if done or id(tensor) not in done:",
+        "api/test_adapters.py: merge or switch or fusing or mix or fully or bit or channels or restore_is",
+        "property/test_equivalence.py: GPT-2 and permuted",
+    ),
+    m(
+        "switch",
+        "                change = float(scale) * delta.scale * (delta.values.to(inner) @ delta.a.to(inner))",
+        "                change = float(scale) * (delta.values.to(inner) @ delta.a.to(inner))",
+        "api/test_adapters.py: merge or switch or fusing or mix or fully or bit or channels or restore_is",
+        "api/test_peft_read.py",
+        "api/test_load.py",
+    ),
+    m(
+        "switch",
+        "            alone = first.exact if len(parts) == 1 and parts[0][0] == 1 else None".strip(),
+        "alone = first.exact",
+        "property/test_exact_reload.py",
+        "api/test_adapters.py: merge or switch or fusing or mix or fully or bit or channels or restore_is",
+    ),
+    m(
+        "exact",
+        "    wrong = found.contiguous().view(kind) != trained.contiguous().view(kind)",
+        "    wrong = (found != trained) & (trained.abs() > 1e-3)",
+        "property/test_exact_reload.py",
+    ),
+    m(
+        "switch",
+        "        if set(by_param) - full != set(self.parts) or full != set(self.train):\n            return False\n",
+        "",
+        "api/test_adapters.py: merge or switch or fusing or mix or fully or bit or channels or restore_is",
+    ),
+    # ---------------------------------------------------------------------------------------------- files and hashes
+    m(
+        "files",
+        'return hashlib.sha256(f"{DTYPE_NAMES[self.dtype]} {list(self.shape)}\\n".encode())',
+        "return hashlib.sha256()",
+        "api/test_files.py",
+        "api/test_sparse_checkpoint.py",
+        "api/test_adapters.py: merge or switch or fusing or mix or fully or bit or channels or restore_is",
+    ),
+    m(
+        "files",
+        "        if self.hashes.get(name) != digest.hexdigest():\n",
+        "        if name not in self.hashes:\n",
+        "api/test_files.py",
+    ),
+    m(
+        "files",
+        "            if start != end:\n                raise self.bad(",
+        "            if start < end:\n                raise self.bad(",
+        "api/test_files.py",
+        "fuzz/test_fuzz.py",
+    ),
+    m(
+        "files",
+        "            with reported(target):\n                os.replace(temporary, target)\n            self.pending.pop(0)",
+        "            with reported(target):\n                target.write_bytes(temporary.read_bytes())\n            self.pending.pop(0)",
+        "api/test_files.py",
+    ),
+    m(
+        "files",
+        '        raise ValueError(f"the name {twice[:60]!r} stands twice in one object")',
+        "        pass",
+        "api/test_files.py",
+        "fuzz/test_fuzz.py",
+    ),
+    m(
+        "files",
+        "        lost += int(torch.count_nonzero(values.view(tensor.dtype)[~kept] != 0))".strip(),
+        "lost += 0",
+        "api/test_sparse_checkpoint.py",
+    ),
+    m(
+        "files",
+        '    return not alive(int(found["pid"]))\n',
+        "    return True\n",
+        "api/test_files.py",
+    ),
+    # -------------------------------------------------------------------------------------------------- PEFT formats
+    m(
+        "peft",
+        "        return float(alpha / rank**0.5 if self.rslora else alpha / rank)",
+        "        return float(alpha / rank)",
+        "api/test_peft_read.py",
+    ),
+    m(
+        "peft",
+        "        logical = (shape[1], shape[0]) if is_conv1d(linear) else (shape[0], shape[1])\n        if made != logical:",
+        "        logical = (shape[0], shape[1])\n        if made != logical:",
+        "api/test_peft_read.py",
+    ),
+    m(
+        "peft",
+        '            "alpha_pattern": dict(own),\n',
+        '            "alpha_pattern": {},\n',
+        "api/test_peft_export.py",
+        "api/test_lora.py",
+    ),
+    m(
+        "peft",
+        '    if word == "olora":\n        return "olora"\n',
+        '    if word == "olora":\n        return ""\n',
+        "api/test_peft_read.py",
+    ),
+    m(
+        "peft",
+        "        return ends_in(module, self.names) and self.layer_of(module) in self.layers",
+        "        return ends_in(module, self.names)",
+        "api/test_peft_read.py",
+    ),
+    m(
+        "peft",
+        '            b = torch.cat([self.tensors[name + "lora_B.weight"], b], dim=1)\n',
+        '            b = torch.cat([self.tensors[name + "lora_B.weight"], b * 2], dim=1)\n',
+        "api/test_peft_export.py",
+        "api/test_mixed_plans.py: every_part or sparse_values or mixed_adapter or side or state_dict",
+        "property/test_adapter_roundtrip.py",
+    ),
+    # ------------------------------------------------------------------------------------------------- lowering, CPU
+    m(
+        "lowering cpu",
+        "    return torch.stack(rows.chunk(2), 1).flatten(0, 1).contiguous()",
+        "    return rows.contiguous()",
+        "e2e/test_cpu_inference.py: gated_feed or damaged or threads_share or written_to or plain_gives or checkpoints",
+        "api/test_original_state.py",
+    ),
+    m(
+        "lowering cpu",
+        "    vectors = [torch.zeros(n.packed.rows) if n.bias is None else n.bias for n in linears]",
+        "    vectors = [torch.ones(n.packed.rows) if n.bias is None else n.bias for n in linears]",
+        "e2e/test_cpu_inference.py: gated_feed or damaged or threads_share or written_to or plain_gives or checkpoints",
+        "api/test_check_lowered.py",
+        "graph/test_fuse_linears.py",
+    ),
+    m(
+        "lowering cpu",
+        "            if tensor is not None and tensor.is_inference():\n                    self._buffers[name] = tensor.clone()".strip(),
+        "if tensor is None:\n                    self._buffers[name] = tensor",
+        "e2e/test_cpu_inference.py: gated_feed or damaged or threads_share or written_to or plain_gives or checkpoints",
+        "codegen/test_cpu_kernels.py",
+    ),
+    m(
+        "lowering cpu",
+        '    if len(values) != 2 or values[0].shape != values[1].shape:\n        return "no gated product: it is not split into two equal halves"',
+        '    if len(values) != 2:\n        return "no gated product: it is not split into two equal halves"',
+        "graph/test_fuse_linears.py",
+    ),
+    m(
+        "lowering cpu",
+        '    if len(other.users) != 1:\n        return f"no gated product: the output of {up} is read elsewhere too"\n',
+        "",
+        "graph/test_fuse_linears.py",
+    ),
+    m(
+        "lowering cpu",
+        "torch.allclose(epilogue(results[source], name, False, None), y, rtol=1e-5, atol=2e-6)",
+        "torch.allclose(epilogue(results[source], name, False, None), y, rtol=1e-2, atol=2e-2)",
+        "graph/test_fuse_linears.py",
+    ),
+    m(
+        "lowering cpu",
+        "        if float(excess.max()) <= 1.0:\n            return\n        worst = int(excess.argmax())",
+        "        if float(excess.mean()) <= 1.0:\n            return\n        worst = int(excess.argmax())",
+        "api/test_check_lowered.py",
+    ),
+    m(
+        "lowering cpu",
+        '        if found != expected:\n            raise VerifyError(f"node {node.name}: the argument {argument} is',
+        '        if type(found) is not type(expected):\n            raise VerifyError(f"node {node.name}: the argument {argument} is',
+        "api/test_verify_lowered.py",
+    ),
+    # ------------------------------------------------------------------------------------------------ lowering, CUDA
+    m(
+        "lowering cuda",
+        "        if packed.nbytes > WORTH * dense_bytes:",
+        "        if packed.nbytes > 10 * dense_bytes:",
+        "api/test_cuda_lowering.py: not launches",
+    ),
+    m(
+        "lowering cuda",
+        "        return (code[nibbles] * scales[blocks_of(place.numel(), BLOCK, data)]).view(shape).to(dtype)".strip(),
+        "return (code[nibbles] * scales[blocks_of(place.numel(), 2 * BLOCK, data)]).view(shape).to(dtype)",
+        "api/test_exported.py: nf4 or packed",
+        "numeric/test_quantized_linear.py",
+    ),
+    m(
+        "lowering cuda",
+        "            self._buffers[name] = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)\n        return self\n\n    def dense(self) -> torch.Tensor:\n        return self.packed.unpack()\n\n    def take(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:\n        self.repack(weight)",
+        "            self._buffers[name] = moved\n        return self\n\n    def dense(self) -> torch.Tensor:\n        return self.packed.unpack()\n\n    def take(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:\n        self.repack(weight)",
+        "api/test_cuda_lowering.py: not launches",
+    ),
+    # ----------------------------------------------------------------------------------------------- packing formats
+    m(
+        "formats",
+        "        word |= octets[..., bit] << bit",
+        "        word |= octets[..., 7 - bit] << bit",
+        "property/test_cpu_packing.py",
+    ),
+    m(
+        "formats",
+        "    whole = kept[: rows // PANEL]\n",
+        "    whole = kept[: -(-rows // PANEL)]\n",
+        "property/test_cpu_packing.py",
+        "numeric/test_cpu_formats.py",
+    ),
+    m(
+        "formats",
+        "            beyond = -1 << (self.cols % BLOCK)\n",
+        "            beyond = -1 << (self.cols % BLOCK + 1)\n",
+        "numeric/test_cpu_formats.py",
+        "property/test_cpu_packing.py",
+    ),
+    m(
+        "formats",
+        "        steps = ((meta[..., None] >> shifts) & ((1 << bits) - 1)) + 1",
+        "        steps = ((meta[..., None] >> shifts) & ((1 << bits) - 1))",
+        "property/test_gpu_packing.py",
+    ),
+    m(
+        "formats",
+        '        check(bool((seen == 1).all()), "order is not a permutation of the rows")',
+        '        check(bool((seen >= 1).all()), "order is not a permutation of the rows")',
+        "property/test_gpu_packing.py",
+        "numeric/test_triton_kernels.py",
+        "api/test_verify_lowered.py",
+    ),
+    m(
+        "formats",
+        "        return [codes[:, ::2] | (codes[:, 1::2] << 4), scale.to(torch.float32)]",
+        "        return [codes[:, 1::2] | (codes[:, ::2] << 4), scale.to(torch.float32)]",
+        "numeric/test_quantized_linear.py",
+        "api/test_quantize.py: alone or bytes or sixteen or int4",
+    ),
+    # ------------------------------------------------------------------------------------- code generation, kernels
+    m(
+        "kernels cpu",
+        "for (int64_t part = 1; part < parts; ++part) {",
+        "for (int64_t part = 2; part < parts; ++part) {",
+        "numeric/test_skinny_products.py",
+    ),
+    m(
+        "kernels cpu",
+        "      if (uint64_t(index[e]) < uint64_t(size)) weight[index[e]] = from_float(values[e]);",
+        "      if (int64_t(index[e]) < int64_t(size)) weight[index[e]] = from_float(values[e]);",
+        "numeric/test_sampled_product.py",
+        "numeric/test_sparse_lowrank.py",
+    ),
+    m(
+        "kernels cpu",
+        "  return v != v ? value_t((u >> 16) | 0x40) : value_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);",
+        "  return v != v ? value_t((u >> 16) | 0x40) : value_t((u + 0x8000) >> 16);",
+        "numeric/test_sampled_product.py",
+        "numeric/test_sparse_lowrank.py",
+    ),
+    m(
+        "kernels cpu",
+        "      for (int64_t i = 0; i < n; ++i) v[i] = 0.5f * v[i] * (1.0f + erf_approx(v[i] * 0.70710678118654752f));",
+        "      for (int64_t i = 0; i < n; ++i) v[i] = 0.5f * v[i] * (1.0f + erf_approx(v[i] * 0.7071f * 1.002f));",
+        "codegen/test_cpu_kernels.py",
+        "numeric/test_cpu_formats.py",
+        "numeric/test_inference_operators.py",
+    ),
+    m(
+        "kernels gpu",
+        "        here = valid[:, None] & (t < tokens)[None, :]",
+        "        here = valid[:, None] & (t <= tokens)[None, :]",
+        "numeric/test_triton_kernels.py",
+    ),
+    m(
+        "kernels gpu",
+        "{{ name }} = tl.where({{ name }} < 0, 0.0, {{ name }})",
+        "{{ name }} = tl.maximum({{ name }}, 0.0)",
+        "numeric/test_triton_kernels.py",
+        "codegen/test_triton_source.py",
+    ),
+    m(
+        "kernels gpu",
+        '    found = {"a_ptr": POINTERS[spec.x], "b_ptr": POINTERS[spec.x]}\n    if spec.gather:\n        found["index_ptr"] = "*i64"',
+        '    found = {"a_ptr": POINTERS[spec.x], "b_ptr": POINTERS[spec.x]}\n    if spec.gather:\n        found["index_ptr"] = "*i32"',
+        "codegen/test_triton_offline.py",
+        "codegen/test_triton_source.py",
+    ),
+    m(
+        "kernels gpu",
+        '        sums = [{"first": part * at_once + half, "stride": 2} for part in parts for half in (0, 1)]',
+        '        sums = [{"first": part * at_once + half, "stride": 1} for part in parts for half in (0, 1)]',
+        "numeric/test_triton_kernels.py",
+    ),
+    m(
+        "kernels cache",
+        "    if found.st_mode & 0o022:",
+        "    if found.st_mode & 0o002:",
+        "codegen/test_cache.py",
+    ),
+    # ------------------------------------------------------------------------------------------------------- pruning
+    m(
+        "pruning",
+        "            wanted = round(sparsity * rows * stop / unit) - zeros",
+        "            wanted = round(sparsity * rows * (stop - start) / unit)",
+        "numeric/test_pruning.py",
+        "property/test_pruning_property.py",
+    ),
+    m(
+        "pruning",
+        "            work[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)",
+        "            work[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=1)",
+        "numeric/test_pruning.py",
+    ),
+    m(
+        "pruning",
+        "    corner.copy_(lower[half:, half:].mm(corner).mm(lower[:half, :half]).neg_())",
+        "    corner.copy_(lower[half:, half:].mm(corner).mm(lower[:half, :half]))",
+        "numeric/test_pruning.py",
+    ),
+    m(
+        "pruning",
+        "    gone[(flat == threshold).nonzero().flatten()[:missing]] = True",
+        "    gone[(flat == threshold).nonzero().flatten()] = True",
+        "numeric/test_pruning.py",
+        "property/test_pruning_property.py",
+    ),
+    m(
+        "pruning",
+        "    scores = weight.float().square() * mean_squares.to(weight.device)\n    return keep_values(weight, mask_from_scores(scores, sparsity, pattern, per_row=True",
+        "    scores = weight.float().square() * mean_squares.to(weight.device)\n    return keep_values(weight, mask_from_scores(scores, sparsity, pattern, per_row=False",
+        "numeric/test_pruning.py",
+    ),
+    m(
+        "pruning",
+        '        masks["decoder"] = labels.reshape(-1) != IGNORED',
+        '        masks["decoder"] = labels.reshape(-1) == labels.reshape(-1)',
+        "numeric/test_pruning_model.py: padding or expert or encoder_decoders",
+    ),
+    m(
+        "pruning",
+        "                self.product(args[0][start:stop], args[1][slot], None, result[start:stop])\n                start = stop",
+        "                self.product(args[0][start:stop], args[1][slot], None, result[start:stop])",
+        "numeric/test_pruning_model.py: padding or expert or encoder_decoders",
+    ),
+    m(
+        "masks",
+        "            if id(getattr(module, leaf)) in stepped:\n                module.rezero(leaf)",
+        "            if id(getattr(module, leaf)) not in stepped:\n                module.rezero(leaf)",
+        "numeric/test_masked.py",
+        "api/test_known_mistakes_squarehead.py",
+    ),
+    # -------------------------------------------------------------------------------------- SquareHead, distillation
+    m(
+        "squarehead",
+        "            floor = torch.where(energy > 0, energy * (1 + eps),",
+        "            floor = torch.where(energy > 0, energy + eps,",
+        "numeric/test_squarehead.py: not ranks and not compiled and not trainer and not checkpointing",
+        "api/test_known_mistakes_squarehead.py",
+    ),
+    m(
+        "squarehead",
+        "    return logits[:, :-1], other[:, :-1], valid[:, 1:]",
+        "    return logits[:, :-1], other[:, :-1], valid[:, :-1]",
+        "numeric/test_squarehead.py: not ranks and not compiled and not trainer and not checkpointing",
+    ),
+    m(
+        "squarehead",
+        "        return per_token.sum() / count.clamp_min(1) * temperature**2",
+        "        return per_token.sum() / count.clamp_min(1)",
+        "numeric/test_squarehead.py: not ranks and not compiled and not trainer and not checkpointing",
+    ),
+    m(
+        "squarehead",
+        "                ce = ce * (world * self.count_targets(batch) / window.targets.clamp_min(1))",
+        "                ce = ce / window.batches * world",
+        "numeric/test_squarehead.py: not ranks and not compiled and not trainer and not checkpointing",
+    ),
+    # ----------------------------------------------------------------------------------------------------- schedules
+    m(
+        "schedules",
+        "    return final + (initial - final) * (1 - progress) ** 3",
+        "    return final + (initial - final) * (1 - progress) ** 2",
+        "numeric/test_squarehead.py: not ranks and not compiled and not trainer and not checkpointing",
+    ),
+    m(
+        "schedules",
+        "                clear_state(optimizer, getattr(module, leaf), fresh)",
+        "                pass",
+        "numeric/test_squarehead.py: not ranks and not compiled and not trainer and not checkpointing",
+    ),
+    m(
+        "schedules",
+        "        updates = int((time - self.start) / self.every + 1e-9)",
+        "        updates = (time - self.start) / self.every",
+        "numeric/test_squarehead.py: not ranks and not compiled and not trainer and not checkpointing",
+    ),
+    # ---------------------------------------------------------------------------------- command line, fast paths, reads
+    m(
+        "cli",
+        '    if isinstance(error, KeyboardInterrupt):\n        return INTERRUPTED, "; ".join',
+        '    if isinstance(error, KeyboardInterrupt):\n        return COULD_NOT, "; ".join',
+        "api/test_cli_rule.py",
+        "api/test_cli_prune.py: interrupt or Ctrl",
+    ),
+    m(
+        "cli",
+        "    if isinstance(error, OSError) and error.errno is not None:\n        return BAD_INPUT",
+        "    if isinstance(error, OSError) and error.errno is not None:\n        return FINE",
+        "api/test_cli_rule.py",
+    ),
+    m(
+        "fast paths",
+        '    nn.TransformerEncoder: ("use_nested_tensor", False),\n',
+        "",
+        "api/test_direct_reads.py",
+    ),
+    m(
+        "fast paths",
+        "            setattr(module, switch, module.__dict__.pop(KEPT))",
+        "            module.__dict__.pop(KEPT)",
+        "api/test_direct_reads.py",
+        "api/test_original_untouched.py",
+    ),
+    m(
+        "direct reads",
+        "        if belongs(steps[:number], child):\n            return True\n",
+        "        if steps[number - 1].argval == child:\n            return True\n",
+        "api/test_direct_reads.py",
+    ),
+    m(
+        "direct reads",
+        'CLOSED = {"pretraining_tp": 1}',
+        "CLOSED: dict = {}",
+        "api/test_direct_reads.py",
+        "property/test_equivalence.py: GPT-2 and permuted",
+    ),
+    # ------------------------------------------------------------------------------------------------- report, counts
+    m(
+        "report",
+        "    counted = {id(module._parameters.get(leaf)) for module in adapted for leaf in module.entries_of_weight}",
+        "    counted = set()",
+        "api/test_report.py",
+    ),
+    m(
+        "report",
+        "            total += module.shape.numel()\n        elif",
+        "            total += sum(t.numel() for t in module.packed())\n        elif",
+        "api/test_report.py",
+        "api/test_quantize.py: alone or bytes or sixteen or int4",
+    ),
+    m(
+        "report",
+        "    return ParameterCount(trainable - pruned, total, pruned)",
+        "    return ParameterCount(trainable, total, pruned)",
+        "api/test_report.py",
+        "api/test_prune.py: survivors or adapters_on or report or checkpoint",
+    ),
+    m(
+        "report",
+        "            whole[x.name] = node_bytes(x)\n",
+        "            whole[node.name] = node_bytes(x)\n",
+        "api/test_report.py",
+        "api/test_rosa.py: not trainer",
+    ),
+)
