@@ -83,7 +83,7 @@ def is_layers(value: Any) -> bool:
     return value is None or is_integer(value) or (isinstance(value, list) and all(is_integer(v) for v in value))
 
 
-def is_table_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def is_table_of(check: Callable[[object], bool]) -> Callable[[object], bool]:
     return lambda value: (
         value is None
         or (isinstance(value, dict) and len(value) <= MAX_ENTRIES and all(k and check(v) for k, v in value.items()))
@@ -91,7 +91,7 @@ def is_table_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 #: field → (what it may hold, in words)
-READ: dict[str, tuple[Callable[[Any], bool], str]] = {
+READ: dict[str, tuple[Callable[[object], bool], str]] = {
     "peft_type": (is_text, "a string"),
     "task_type": (is_text, "a string"),
     "base_model_name_or_path": (is_text, "a string"),

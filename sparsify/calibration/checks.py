@@ -11,13 +11,16 @@ measurement that failed is an error, which names the batch, the layer and the pl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sparsify.errors import SparsifyError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 IGNORED = -100  # the label of positions that carry no loss
 SAFE = (1e-15, 1e15)  # magnitudes whose squares fit fp32 with room for sums
@@ -91,19 +94,19 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor.detach()).all())
 
 
-def column_squares(x: Tensor) -> Tensor:
+def column_squares(x: Float[Tensor, "rows columns"]) -> Float[Tensor, " columns"]:
     """`Σ x²` over the rows of `x (rows, columns)`, fp64 on the CPU: squared in fp32, in fp64 where that over- or underflows."""
     if x.shape[0] == 0:
         return torch.zeros(x.shape[1], dtype=torch.float64)
     return squares_of(x).sum(0, dtype=torch.float64).cpu()
 
 
-def rows_of(weight: Tensor, axis: int) -> Tensor:
+def rows_of(weight: Float[Tensor, "*shape"], axis: int) -> Float[Tensor, "rows channels"]:
     """A weight as `(rows, channels)`, its channels on `axis`; rows of all experts, where it has a third axis."""
     return weight.movedim(axis, -1).reshape(-1, weight.shape[axis])
 
 
-def squares_of(x: Tensor) -> Tensor:
+def squares_of(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """`x²` entry by entry, in fp32, or in fp64 where that over- or underflows."""
     wide = x.detach().to(torch.float32) if x.dtype != torch.float64 else x.detach()
     largest = float(wide.abs().amax()) if wide.numel() else 0.0

@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,9 @@ from sparsify.calibration.statistics import (
 )
 from sparsify.errors import PlanError, SparsifyError
 from sparsify.program.capture import evaluating
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 MASKS = ("attention_mask", "decoder_attention_mask")
 BUDGET = 1 << 28
@@ -69,7 +72,7 @@ def sample_squares(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
     batches: Sequence[Any],
-    reduce: Callable[[str, Tensor], None],
+    reduce: Callable[[str, Float[Tensor, "n m"]], None],
     loss: Callable[[Any, Any], Tensor] | None = None,
     progress: bool = True,
     budget: int = BUDGET,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ from sparsify.calibration.ranks import sum_over_ranks, together
 from sparsify.errors import PlanError, SparsifyError
 from sparsify.model.linears import stored_transposed
 from sparsify.program.capture import evaluating
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 
 def run_batch(model: nn.Module, batch: Any) -> Any:
@@ -122,7 +125,7 @@ def hooks(handles: list[Any]) -> Iterator[None]:
 
 def input_squares(
     model: nn.Module, modules: Mapping[str, nn.Module], batches: Sequence[Any], progress: bool = True
-) -> dict[str, Tensor]:
+) -> dict[str, Float[Tensor, " m"]]:
     """Mean over tokens of the squared input of each module, per input channel, fp64 `(in,)`; padding is left out.
 
     Raises SparsifyError, on all ranks, naming batch and layer where a token's input is NaN or Inf, and the layer that no token
@@ -198,7 +201,7 @@ def gradient_statistics(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
     batches: Sequence[Any],
-    reduce: Callable[[str, Tensor], None],
+    reduce: Callable[[str, Float[Tensor, "n m"]], None],
     loss: Callable[[Any, Any], Tensor] | None = None,
     progress: bool = True,
 ) -> None:
@@ -284,7 +287,12 @@ def gradient_statistics(
             reduce(name, torch.zeros(logical_shape(module)))
 
 
-def weight_gradient(x: Tensor, g: Tensor, keep: Tensor | None, offsets: Tensor | None = None) -> Tensor | None:
+def weight_gradient(
+    x: Float[Tensor, "*t m"],
+    g: Float[Tensor, "*t n"],
+    keep: Bool[Tensor, " T"] | None,
+    offsets: Int[Tensor, " experts"] | None = None,
+) -> Float[Tensor, "*experts n m"] | None:
     """`gᵀ x` in fp32 over tokens, `(out, in)`; None when it is not finite. keep: flat mask of the rows that are no padding, which
     are looked at alone when the whole is not finite. offsets: ends of experts' groups of rows, for `(experts, out, in)`."""
     rows_g, rows_x = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])

@@ -61,10 +61,13 @@ class _Ruled:
         prog_name: str | None = None,
         complete_var: str | None = None,
         standalone_mode: bool = True,
+        windows_expand_args: bool = True,
         **extra: Any,
     ) -> Any:
         def body() -> Any:
-            return super(_Ruled, self).main(args, prog_name, complete_var, standalone_mode=False, **extra)  # type: ignore[misc]
+            return super(_Ruled, self).main(  # type: ignore[misc]
+                args, prog_name, complete_var, False, windows_expand_args, **extra
+            )
 
         if standalone_mode:
             sys.exit(run(body))

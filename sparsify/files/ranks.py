@@ -19,7 +19,7 @@ def on_first_rank(write: Callable[[], Any]) -> None:
     if not (dist.is_available() and dist.is_initialized()):
         write()
         return
-    failure: list[Any] = [None]
+    failure: list[tuple[bool, str] | None] = [None]
     caught: BaseException | None = None
     if dist.get_rank() == 0:
         try:

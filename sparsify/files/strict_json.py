@@ -10,7 +10,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from sparsify.errors import SparsifyError
 from sparsify.files.regular import check_regular, read_file
@@ -133,7 +133,7 @@ def number(text: str) -> float:
     return value
 
 
-def no_number(text: str) -> Any:
+def no_number(text: str) -> NoReturn:
     raise ValueError(f"{text} is not a number")
 
 

@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ class Part:
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
 
-    def digest(self) -> Any:
+    def digest(self) -> hashlib._Hash:
         """SHA-256 that has seen dtype and shape; the bytes follow."""
         return hashlib.sha256(f"{DTYPE_NAMES[self.dtype]} {list(self.shape)}\n".encode())
 
@@ -388,7 +388,7 @@ class TensorFile:
                     place, left = place + len(view), left - len(view)
                 self.compare(name, digest)
 
-    def compare(self, name: str, digest: Any) -> None:
+    def compare(self, name: str, digest: hashlib._Hash) -> None:
         assert self.hashes is not None
         if self.hashes.get(name) != digest.hexdigest():
             raise self.bad(
@@ -411,5 +411,5 @@ def identity(file: IO[bytes]) -> tuple[int, ...]:
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
-def is_sizes(value: Any) -> bool:
+def is_sizes(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)

@@ -14,6 +14,8 @@ and whatever is registered from outside (`register`; examples/write_a_format.py 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,9 @@ from sparsify.formats.int8 import Int8
 from sparsify.formats.nf4 import NF4
 from sparsify.formats.registry import REGISTERED, format_named, packing_format, register, register_family
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 for _own in (NF4(), Int8(), Int4()):
     register(_own)
 register_family("bnb4", read_four_bit)
@@ -33,12 +38,14 @@ register_family(LIBRARY, Foreign)
 FORMATS = tuple(REGISTERED)  # the package's own
 
 
-def pack(weight: Tensor, format: str) -> list[Tensor]:
+def pack(weight: Float[Tensor, "rows columns"], format: str) -> list[Tensor]:
     """Quantise a stored weight `(rows, columns)` to the tensors that `unpack` reads. Raises PlanError for an unknown format."""
     return format_named(format).pack(weight.detach())
 
 
-def unpack(packed: list[Tensor], format: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def unpack(
+    packed: list[Tensor], format: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> Float[Tensor, "rows columns"]:
     """The dense weight, a fresh tensor of `shape` in `dtype`."""
     return format_named(format).unpack(packed, shape, dtype)
 

@@ -11,12 +11,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from sparsify.errors import OperatorError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -51,22 +54,24 @@ class Format(ABC):
     packs_again: ClassVar[bool] = True
 
     @abstractmethod
-    def pack(self, weight: Tensor) -> list[Tensor]:
+    def pack(self, weight: Float[Tensor, "rows columns"]) -> list[Tensor]:
         """Quantise a stored weight `(rows, columns)` of 16, 32 or 64 bits; the tensors are fresh and contiguous."""
 
     @abstractmethod
-    def unpack(self, packed: list[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def unpack(self, packed: list[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
         """The dense weight, a fresh tensor of `shape` in `dtype`."""
 
     @abstractmethod
     def tensors(self, rows: int, columns: int) -> list[PackedTensor] | None:
         """What `pack` gives for a weight `(rows, columns)`; None where only the library that packed it can tell."""
 
-    def unpack_in_aten(self, packed: Sequence[Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def unpack_in_aten(
+        self, packed: Sequence[Tensor], shape: tuple[int, int], dtype: torch.dtype
+    ) -> Float[Tensor, "rows columns"]:
         """`unpack` in operators that every compiler and every process knows, for Inductor and `torch.export`."""
         return self.unpack(list(packed), shape, dtype)
 
-    def why_not(self, weight: Tensor) -> str | None:
+    def why_not(self, weight: Float[Tensor, "rows columns"]) -> str | None:
         """Why a finite weight of any float dtype cannot be held; None: it can."""
         return None
 
@@ -92,7 +97,7 @@ def blocks(count: int, size: int) -> int:
     return math.ceil(count / size)
 
 
-def blocks_of(count: int, block: int, like: Tensor) -> Tensor:
+def blocks_of(count: int, block: int, like: Tensor) -> Int[Tensor, " count"]:
     """The block that each of `count` entries lies in; block is a power of two.
 
     Positions come from `arange` and shifts, not from views of blocks: where a last block is not whole, Inductor (2.13) takes

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from torch import Tensor
 from sparsify.errors import PlanError
 from sparsify.formats.format import Format, PackedTensor, blocks
 from sparsify.formats.libraries import bitsandbytes
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 def four_bit_format(kind: str, block: int, dtype: torch.dtype, nested: int) -> str:
@@ -31,7 +35,7 @@ class FourBit(Format):
     dtype: torch.dtype
     nested: int
 
-    def pack(self, weight: Tensor) -> list[Tensor]:
+    def pack(self, weight: Float[Tensor, "rows columns"]) -> list[Tensor]:
         data, state = bitsandbytes().quantize_4bit(
             weight.to(self.dtype).contiguous(),
             blocksize=self.block,
@@ -42,7 +46,7 @@ class FourBit(Format):
             return [data, state.absmax, state.code]
         return [data, state.absmax, state.state2.absmax, state.state2.code, state.code, state.offset.reshape(1)]
 
-    def unpack(self, packed: list[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def unpack(self, packed: list[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
         """As bitsandbytes does it: in the dtype that it would give, then in `dtype`."""
         functional = bitsandbytes()
         data, absmax, *rest = packed

@@ -6,7 +6,7 @@ bitsandbytes has no grouped int4.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from sparsify.formats.format import FLOATS, Format, PackedTensor, blocks, blocks
 from sparsify.formats.libraries import torchao_primitives
 from sparsify.formats.nf4 import BLOCK
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 
 class Int4(Format):
     """[codes (rows, columns / 2 in whole groups), scales (rows, groups)]"""
@@ -22,7 +25,7 @@ class Int4(Format):
     name = "int4"
     kernel: ClassVar[str | None] = "int4"
 
-    def pack(self, weight: Tensor) -> list[Tensor]:
+    def pack(self, weight: Float[Tensor, "rows columns"]) -> list[Tensor]:
         primitives = torchao_primitives()
         padded = torch.nn.functional.pad(weight.float(), (0, -weight.shape[1] % BLOCK))
         size = (1, BLOCK)
@@ -32,7 +35,7 @@ class Int4(Format):
         codes = codes.to(torch.uint8)
         return [codes[:, ::2] | (codes[:, 1::2] << 4), scale.to(torch.float32)]
 
-    def unpack(self, packed: list[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def unpack(self, packed: list[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
         data, scale = packed
         codes = torch.stack((data & 15, data >> 4), dim=2).view(shape[0], -1).to(torch.float32) - 8
         dense = (codes.view(shape[0], -1, BLOCK) * scale.view(shape[0], -1, 1)).view(shape[0], -1)
@@ -42,7 +45,9 @@ class Int4(Format):
         groups = blocks(columns, BLOCK)
         return [PackedTensor(torch.uint8, (rows, groups * BLOCK // 2)), PackedTensor(FLOATS, rows * groups)]
 
-    def unpack_in_aten(self, packed: Sequence[Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def unpack_in_aten(
+        self, packed: Sequence[Tensor], shape: tuple[int, int], dtype: torch.dtype
+    ) -> Float[Tensor, "rows columns"]:
         data, scales = packed
         place = torch.arange(shape[1], device=data.device)
         codes = (data.int()[:, place >> 1] >> ((place & 1) << 2)) & 15

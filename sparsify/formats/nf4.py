@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from sparsify.formats.format import Format, PackedTensor, blocks, blocks_of
 from sparsify.formats.libraries import bitsandbytes
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 BLOCK = 64
 NESTED_BLOCK = 256
@@ -25,14 +28,14 @@ class NF4(Format):
     name = "nf4"
     kernel: ClassVar[str | None] = "nf4"
 
-    def pack(self, weight: Tensor) -> list[Tensor]:
+    def pack(self, weight: Float[Tensor, "rows columns"]) -> list[Tensor]:
         weight = weight.float() if weight.dtype == torch.float64 else weight  # the library takes 16 and 32 bits
         data, state = bitsandbytes().quantize_4bit(
             weight.contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
         )
         return [data, state.absmax, state.state2.absmax, state.state2.code, state.code, state.offset.reshape(1)]
 
-    def unpack(self, packed: list[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def unpack(self, packed: list[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
         functional = bitsandbytes()
         data, absmax, nested_absmax, nested_code, code, offset = packed
         nested = functional.QuantState(
@@ -57,7 +60,9 @@ class NF4(Format):
             PackedTensor(torch.float32, 1),
         ]
 
-    def unpack_in_aten(self, packed: Sequence[Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def unpack_in_aten(
+        self, packed: Sequence[Tensor], shape: tuple[int, int], dtype: torch.dtype
+    ) -> Float[Tensor, "rows columns"]:
         """Without bitsandbytes: two table look-ups and a product per weight."""
         data, absmax, nested_absmax, nested_code, code, offset = packed
         scales = nested_code[absmax.int()] * nested_absmax[blocks_of(absmax.numel(), NESTED_BLOCK, data)] + offset

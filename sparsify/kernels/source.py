@@ -10,13 +10,16 @@ from __future__ import annotations
 import hashlib
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sparsify.kernels.cache import keep, kept
 
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
 
 @cache
-def strict_environment(directory: Path) -> Any:
+def strict_environment(directory: Path) -> Environment:
     """Templates of a directory, in which an undefined name is an error."""
     import jinja2
 

@@ -143,6 +143,9 @@ def add_low_rank(module: Any, weight: Tensor) -> Tensor:
 class SparseLowRankLinear(SparseLowRankMixin, nn.Linear):
     """`nn.Linear` with a sparse and a low-rank part (RoSA, LoRA)."""
 
+    def forward(self, input: Tensor) -> Tensor:  # as `nn.Linear` calls it: a host may pass it by name
+        return super().forward(input)
+
 
 carries("SparseLowRank", SparseLowRankMixin, SparseLowRankLinear)
 

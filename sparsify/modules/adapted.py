@@ -29,10 +29,10 @@ class AdaptedMixin:
     rates: leaf → group of `Handle.param_groups`. follows_from_weight: whether what trained can be read from the folded weight.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-    _parameters: dict[str, Any]
-    _buffers: dict[str, Any]
+    weight: Tensor
+    bias: Tensor | None
+    _parameters: dict[str, nn.Parameter | None]
+    _buffers: dict[str, Tensor | None]
     conv1d = False
     trained_leaves: ClassVar[tuple[str, ...]] = ()
     part_buffers: ClassVar[tuple[str, ...]] = ()

@@ -25,12 +25,13 @@ user's own, and its forward is exactly the dense layer's GEMM.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sparsify.errors import SparsifyError
@@ -39,7 +40,7 @@ from sparsify.model.sharded import local, piece_of, refuse_sharded, whole
 from sparsify.ops.bits import pack_bits, unpack_bits
 
 _LIVE: weakref.WeakSet[MaskedModule] = weakref.WeakSet()
-_STEP_HOOK: list[Any] = []
+_STEP_HOOK: list[RemovableHandle] = []
 
 
 def bits_name(leaf: str) -> str:
@@ -116,7 +117,7 @@ class MaskedModule(nn.Module):
         for leaf in self.masked_leaves:
             self.rezero(leaf)
 
-    def train(self, mode: bool = True) -> Any:
+    def train(self, mode: bool = True) -> Self:
         self._watch()  # a parameter that was frozen may train now
         return super().train(mode)
 
@@ -124,7 +125,7 @@ class MaskedModule(nn.Module):
         super().__setstate__(state)
         self._watch()
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         result = super()._apply(fn, recurse)
         self._watch()
         return result

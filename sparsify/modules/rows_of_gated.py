@@ -9,8 +9,6 @@ In what order the kernel keeps its rows is the gated linear's own affair: it giv
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -35,17 +33,28 @@ class Gated(nn.Module):
         """Compute with another [gate; up] and, unless it is None, another bias from now on."""
         raise NotImplementedError
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(self, destination: object, prefix: str, keep_vars: bool) -> None:
         pass
 
-    def _load_from_state_dict(self, *arguments: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: object,
+        prefix: str,
+        local_metadata: object,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         pass
 
 
 class RowsOfGated(RowsOfWhole):
     """Rows of a gated linear's [gate; up]: their weight in `state_dict`, their product when somebody asks for it alone."""
 
-    whole: Gated
+    @property
+    def whole(self) -> Gated:
+        return self.owner[0]
 
     @property
     def bias(self) -> torch.Tensor | None:

@@ -21,6 +21,13 @@ derivatives of any order are right. Importing this package registers them all, a
     shapes.py  bits.py  saved_input.py    tokens and turned weights, masks as bits, what is saved of an input
     added_parts.py                        sparse values and low-rank factors, beside a dense or a packed base
     dispatch.py                           which kernel serves; no other file here imports `sparsify.kernels`
+
+Shapes stand in annotations (`Float[Tensor, "*t m"]`, read by people and type checkers, never at run time):
+
+    *t  tokens of any leading shape, T flattened     n m  outputs and inputs of a linear
+    p q  a weight as it is stored: (n, m), or (m, n) where `transposed`; also the sides of a product that is sampled there
+    i j  a trained block of channels: (s, m) for output rows (axis 0), (n, s) for input columns (axis 1)
+    s  trained channels     k  entries of a support     r  rank of two factors     c  channels, of whatever side
 """
 
 from sparsify.ops import (

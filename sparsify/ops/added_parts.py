@@ -10,6 +10,7 @@ own, so derivatives of any order are right.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,13 +20,23 @@ from sparsify.ops.checks import require, require_index, require_shape, require_t
 from sparsify.ops.shapes import Sizes, flat
 from sparsify.ops.skinny_products import reduced
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
 # --- what is checked ------------------------------------------------------------------------------------------------------
 
 
 def check_linear(
-    name: str, x: Tensor, rows: Sizes, columns: Sizes, bias: Tensor | None, values: Tensor | None, index: Tensor | None,
-    a: Tensor | None, b: Tensor | None,
-) -> None:  # fmt: skip
+    name: str,
+    x: Float[Tensor, "*t m"],
+    rows: Sizes,
+    columns: Sizes,
+    bias: Float[Tensor, " n"] | None,
+    values: Float[Tensor, " k"] | None,
+    index: Int[Tensor, " k"] | None,
+    a: Float[Tensor, "r m"] | None,
+    b: Float[Tensor, "n r"] | None,
+) -> None:
     """That the parts of a linear `(rows, columns)` fit; without reading any tensor."""
     require(x.dim() >= 1, lambda: f"{name}: the input has no dimension")
     require(
@@ -45,9 +56,15 @@ def check_linear(
 
 
 def check_dx(
-    name: str, g: Tensor, rows: Sizes, columns: Sizes, values: Tensor | None, index: Tensor | None, low: Tensor | None,
-    a: Tensor | None,
-) -> None:  # fmt: skip
+    name: str,
+    g: Float[Tensor, "*t n"],
+    rows: Sizes,
+    columns: Sizes,
+    values: Float[Tensor, " k"] | None,
+    index: Int[Tensor, " k"] | None,
+    low: Float[Tensor, "T r"] | None,
+    a: Float[Tensor, "r m"] | None,
+) -> None:
     require(g.dim() >= 1, lambda: f"{name}: the gradient has no dimension")
     require(g.shape[-1] == rows, lambda: f"{name}: the gradient {tuple(g.shape)} has not the weight's {rows} rows")
     check_support(name, values, index)
@@ -59,14 +76,14 @@ def check_dx(
         require_shape(name, "low", low, math.prod(g.shape[:-1]), a.shape[0])
 
 
-def check_support(name: str, values: Tensor | None, index: Tensor | None) -> None:
+def check_support(name: str, values: Float[Tensor, " k"] | None, index: Int[Tensor, " k"] | None) -> None:
     require((values is None) == (index is None), lambda: f"{name}: of values and their positions, one is missing")
     if values is not None and index is not None:
         require_index(name, "index", index)
         require_shape(name, "values", values, index.shape[0])
 
 
-def check_weight(name: str, weight: Tensor, index: Tensor | None) -> None:
+def check_weight(name: str, weight: Float[Tensor, "p q"], index: Int[Tensor, " k"] | None) -> None:
     require(weight.dim() == 2, lambda: f"{name}: the weight {tuple(weight.shape)} is no matrix")
     require(
         index is None or weight.is_contiguous(),
@@ -79,7 +96,9 @@ def check_weight(name: str, weight: Tensor, index: Tensor | None) -> None:
 # --- forward and dX with a dense weight -----------------------------------------------------------------------------------
 
 
-def write_values(weight: Tensor, values: Tensor | None, index: Tensor | None) -> None:
+def write_values(
+    weight: Float[Tensor, "p q"], values: Float[Tensor, " k"] | None, index: Int[Tensor, " k"] | None
+) -> None:
     """Write the sparse values into a contiguous stored weight; bypasses the version counter (see `partial_linear`)."""
     if values is None or index is None:
         return
@@ -93,7 +112,9 @@ def write_values(weight: Tensor, values: Tensor | None, index: Tensor | None) ->
         weight.data.view(-1).index_copy_(0, index.long(), values.to(weight.dtype))
 
 
-def project(y: Tensor, low: Tensor, second: Tensor, scale: float) -> Tensor:
+def project(
+    y: Float[Tensor, "*t n"], low: Float[Tensor, "T r"], second: Float[Tensor, "r n"], scale: float
+) -> Float[Tensor, "*t n"]:
     """`y + s low second`, in place on y, for `low (T, r)`, `second (r, n)`."""
     flat = y.view(-1, y.shape[-1])
     if not dispatch.update_low_rank(flat, low, second, scale):
@@ -102,14 +123,27 @@ def project(y: Tensor, low: Tensor, second: Tensor, scale: float) -> Tensor:
 
 
 def dense_forward(
-    x: Tensor, stored: Tensor, transposed: bool, bias: Tensor | None, a: Tensor | None, b: Tensor | None, scale: float
-) -> Tensor:
+    x: Float[Tensor, "*t m"],
+    stored: Float[Tensor, "p q"],
+    transposed: bool,
+    bias: Float[Tensor, " n"] | None,
+    a: Float[Tensor, "r m"] | None,
+    b: Float[Tensor, "n r"] | None,
+    scale: float,
+) -> Float[Tensor, "*t n"]:
     weight = (stored.t() if transposed else stored).to(x.dtype)
     y = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
     return y if a is None or b is None else project(y, reduced(x, a), b.t(), scale)
 
 
-def dense_dx(g: Tensor, stored: Tensor, transposed: bool, low: Tensor | None, a: Tensor | None, scale: float) -> Tensor:
+def dense_dx(
+    g: Float[Tensor, "*t n"],
+    stored: Float[Tensor, "p q"],
+    transposed: bool,
+    low: Float[Tensor, "T r"] | None,
+    a: Float[Tensor, "r m"] | None,
+    scale: float,
+) -> Float[Tensor, "*t m"]:
     weight = (stored.t() if transposed else stored).to(g.dtype)
     dx = g.matmul(weight)
     return dx if a is None or low is None else project(dx, low, a, scale)
@@ -118,15 +152,22 @@ def dense_dx(g: Tensor, stored: Tensor, transposed: bool, low: Tensor | None, a:
 # --- the same in ATen -----------------------------------------------------------------------------------------------------
 
 
-def with_values(stored: Tensor, values: Tensor | None, index: Tensor | None) -> Tensor:
+def with_values(
+    stored: Float[Tensor, "p q"], values: Float[Tensor, " k"] | None, index: Int[Tensor, " k"] | None
+) -> Float[Tensor, "p q"]:
     if values is None or index is None:
         return stored
     return stored.reshape(-1).index_copy(0, index.long(), values.to(stored.dtype)).view(stored.shape)
 
 
 def linear_in_aten(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, scale: float
-) -> Tensor:
+    x: Float[Tensor, "*t m"],
+    weight: Float[Tensor, "n m"],
+    bias: Float[Tensor, " n"] | None,
+    a: Float[Tensor, "r m"] | None,
+    b: Float[Tensor, "n r"] | None,
+    scale: float,
+) -> Float[Tensor, "*t n"]:
     """`x Wᵀ + s (x Aᵀ) Bᵀ + b` of a logical weight `(n, m)`, in the dtype of `x`."""
     y = torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     if a is None or b is None:
@@ -134,7 +175,13 @@ def linear_in_aten(
     return y + scale * (x.matmul(a.to(x.dtype).t())).matmul(b.to(x.dtype).t())
 
 
-def dx_in_aten(g: Tensor, weight: Tensor, low: Tensor | None, a: Tensor | None, scale: float) -> Tensor:
+def dx_in_aten(
+    g: Float[Tensor, "*t n"],
+    weight: Float[Tensor, "n m"],
+    low: Float[Tensor, "T r"] | None,
+    a: Float[Tensor, "r m"] | None,
+    scale: float,
+) -> Float[Tensor, "*t m"]:
     dx = g.matmul(weight.to(g.dtype))
     return dx if low is None or a is None else dx + scale * low.matmul(a.to(low.dtype)).view(dx.shape)
 
@@ -143,9 +190,15 @@ def dx_in_aten(g: Tensor, weight: Tensor, low: Tensor | None, a: Tensor | None, 
 
 
 def low_rank_gradients(
-    g: Tensor, x: Tensor | None, a: Tensor | None, b: Tensor | None, scale: float, want_x: bool, of_a: torch.dtype | None,
+    g: Float[Tensor, "*t n"],
+    x: Float[Tensor, "*t m"] | None,
+    a: Float[Tensor, "r m"] | None,
+    b: Float[Tensor, "n r"] | None,
+    scale: float,
+    want_x: bool,
+    of_a: torch.dtype | None,
     of_b: torch.dtype | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+) -> tuple[Float[Tensor, "T r"] | None, Float[Tensor, "r m"] | None, Float[Tensor, "n r"] | None]:
     """`(low, dA, dB)`: `low = g B (T, r)`, which dX and dA share, `dA = s lowᵀ x`, `dB = s gᵀ (x Aᵀ)`; one pass over g for
     `low` and dB. of_a, of_b: dtypes of the gradients, None where none is wanted; a and b may then be missing."""
     skinny = torch.ops.sparsify.skinny_products
@@ -159,14 +212,20 @@ def low_rank_gradients(
     return None if rows is None else low, d_a, (scale * product.t()).to(of_b) if of_b is not None else None
 
 
-def stored_factors(g: Tensor, x: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
+def stored_factors(
+    g: Float[Tensor, "*t n"], x: Float[Tensor, "*t m"], transposed: bool
+) -> tuple[Float[Tensor, "T p"], Float[Tensor, "T q"]]:
     """`(p, q)` such that `pᵀ q` is the gradient of the stored weight."""
     return (flat(x), flat(g)) if transposed else (flat(g), flat(x))
 
 
 def sparse_gradient(
-    g: Tensor, x: Tensor | None, index: Tensor | None, transposed: bool, dtype: torch.dtype | None
-) -> Tensor | None:
+    g: Float[Tensor, "*t n"],
+    x: Float[Tensor, "*t m"] | None,
+    index: Int[Tensor, " k"] | None,
+    transposed: bool,
+    dtype: torch.dtype | None,
+) -> Float[Tensor, " k"] | None:
     """`dS = (gᵀ x)[support]` in `dtype`; None where no gradient is wanted."""
     if dtype is None or x is None or index is None:
         return None
@@ -174,13 +233,13 @@ def sparse_gradient(
 
 
 def added_gradients(
-    outer: Tensor,
-    low: Tensor | None,
-    a: Tensor | None,
+    outer: Float[Tensor, "*t m"],
+    low: Float[Tensor, "T r"] | None,
+    a: Float[Tensor, "r m"] | None,
     scale: float,
     of_low: torch.dtype | None,
     of_a: torch.dtype | None,
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Float[Tensor, "T r"] | None, Float[Tensor, "r m"] | None]:
     """Of `s low A` in dX: `(s outer Aᵀ, s lowᵀ outer)`, in the dtypes given; None where there is none."""
     if low is None or a is None or (of_low is None and of_a is None):
         return None, None

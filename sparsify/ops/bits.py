@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,8 +10,11 @@ from torch.nn import functional as F
 
 from sparsify.ops.checks import require
 
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Int, UInt8
 
-def pack_bits(mask: Tensor) -> Tensor:
+
+def pack_bits(mask: Bool[Tensor, "*shape"]) -> UInt8[Tensor, " bytes"]:
     """Bool mask of any shape → uint8 `(ceil(numel / 8),)`; unused bits are zero."""
     flat = mask.reshape(-1).to(torch.uint8)
     padded = F.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
@@ -22,7 +25,7 @@ def pack_bits(mask: Tensor) -> Tensor:
 _TABLES: dict[torch.device, Tensor] = {}
 
 
-def byte_table(device: torch.device) -> Tensor:
+def byte_table(device: torch.device) -> Int[Tensor, " 256"]:
     """The eight bools of every byte, as one int64 each: unpacking is one gather."""
     if device not in _TABLES:
         byte = torch.arange(256, dtype=torch.int64)[:, None]
@@ -31,7 +34,7 @@ def byte_table(device: torch.device) -> Tensor:
     return _TABLES[device]
 
 
-def unpack_bits(bits: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
+def unpack_bits(bits: UInt8[Tensor, " bytes"], shape: tuple[int, ...] | torch.Size) -> Bool[Tensor, "*shape"]:
     """Inverse of `pack_bits`: bool of `shape`."""
     count = int(torch.Size(shape).numel())
     if bits.device.type == "meta" or torch.compiler.is_compiling():
@@ -41,12 +44,12 @@ def unpack_bits(bits: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
     return flat[:count].view(shape)
 
 
-def unpack_by_shifts(bits: Tensor) -> Tensor:
+def unpack_by_shifts(bits: UInt8[Tensor, " bytes"]) -> Bool[Tensor, " 8*bytes"]:
     """All bits as bools, in arithmetic that compilers and torch.func can see through."""
     return ((bits[:, None] >> torch.arange(8, device=bits.device, dtype=torch.uint8)) & 1).flatten().to(torch.bool)
 
 
-def check_bits(name: str, bits: Tensor, count: Any) -> None:
+def check_bits(name: str, bits: UInt8[Tensor, " bytes"], count: int) -> None:
     """That `bits` hold one bit for each of `count` entries; shapes only."""
     require(
         bits.dim() == 1 and bits.dtype == torch.uint8,

@@ -7,19 +7,22 @@ All rows where `rows` is absent. On other devices than CUDA `partial_linear` for
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from sparsify.library import LIBRARY
+from sparsify.library import LIBRARY, Context
 from sparsify.ops import dispatch
 from sparsify.ops.checks import require, require_floats, require_index, require_together, require_within
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 LIBRARY.define("channel_grad(Tensor g, Tensor x, Tensor? rows) -> Tensor")
 
 
-def _check_channels(g: Tensor, x: Tensor, rows: Tensor | None) -> None:
+def _check_channels(g: Float[Tensor, "T n"], x: Float[Tensor, "T m"], rows: Int[Tensor, " s"] | None) -> None:
     name = "channel_grad"
     require(g.dim() == 2 and x.dim() == 2, lambda: f"{name}: g and x are matrices, not {g.dim()}-D and {x.dim()}-D")
     require(g.shape[0] == x.shape[0], lambda: f"{name}: g has {g.shape[0]} tokens, x {x.shape[0]}")
@@ -28,7 +31,9 @@ def _check_channels(g: Tensor, x: Tensor, rows: Tensor | None) -> None:
         require_index(name, "rows", rows)
 
 
-def _channel_grad(g: Tensor, x: Tensor, rows: Tensor | None) -> Tensor:
+def _channel_grad(
+    g: Float[Tensor, "T n"], x: Float[Tensor, "T m"], rows: Int[Tensor, " s"] | None
+) -> Float[Tensor, "s m"]:
     _check_channels(g, x, rows)
     require_together("channel_grad", g, x, rows)
     require_floats("channel_grad", g=g, x=x)
@@ -37,24 +42,28 @@ def _channel_grad(g: Tensor, x: Tensor, rows: Tensor | None) -> Tensor:
     return dispatch.channel_gradient(g, x, rows)
 
 
-def _sum_type(g: Tensor) -> torch.dtype:
+def _sum_type(g: Float[Tensor, "T n"]) -> torch.dtype:
     return torch.float32 if g.dtype in (torch.float16, torch.bfloat16) else g.dtype
 
 
-def _channel_grad_fake(g: Tensor, x: Tensor, rows: Tensor | None) -> Tensor:
+def _channel_grad_fake(
+    g: Float[Tensor, "T n"], x: Float[Tensor, "T m"], rows: Int[Tensor, " s"] | None
+) -> Float[Tensor, "s m"]:
     _check_channels(g, x, rows)
     return g.new_empty((g.shape[1] if rows is None else rows.shape[0], x.shape[1]), dtype=_sum_type(g))
 
 
-def _channel_grad_in_aten(g: Tensor, x: Tensor, rows: Tensor | None) -> Tensor:
+def _channel_grad_in_aten(
+    g: Float[Tensor, "T n"], x: Float[Tensor, "T m"], rows: Int[Tensor, " s"] | None
+) -> Float[Tensor, "s m"]:
     return (g if rows is None else g.index_select(1, rows)).t().mm(x).to(_sum_type(g))
 
 
-def _setup_channel_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_channel_grad(ctx: Context, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward_channel_grad(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_channel_grad(ctx: Context, outer: Float[Tensor, "s m"]) -> tuple[Tensor | None, ...]:
     g, x, rows = ctx.saved_tensors
     outer = outer.to(g.dtype)
     dg = dx = None

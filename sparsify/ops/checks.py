@@ -6,7 +6,7 @@ All comparisons are of numbers that Python holds already. Positions are read onc
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,12 +14,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from sparsify.errors import OperatorError, PositionError
 
+if TYPE_CHECKING:
+    from jaxtyping import Int
+
 _PLAIN = (Tensor, torch.nn.Parameter)  # whose sizes are numbers
 #: index → (what it was, its smallest and largest position, whether positions ascend without repetition)
 _KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def require(holds: Any, message: Callable[[], str]) -> None:
+def require(holds: bool | torch.SymBool, message: Callable[[], str]) -> None:
     """Raise OperatorError unless `holds`; of a symbolic shape, let the compiler assume that it does."""
     if holds is True:
         return
@@ -32,7 +35,7 @@ def shape_of(t: Tensor) -> str:
     return f"{t.dtype} {tuple(t.shape)}".removeprefix("torch.")
 
 
-def require_shape(operator: str, name: str, t: Tensor, *shape: Any) -> None:
+def require_shape(operator: str, name: str, t: Tensor, *shape: int) -> None:
     """`t` must have this shape."""
     if type(t) in _PLAIN and t.shape == shape:
         return
@@ -58,7 +61,7 @@ def require_together(operator: str, first: Tensor, *others: Tensor | None) -> No
             raise OperatorError(f"{operator}: tensors lie on {both}; move them to one")
 
 
-def require_index(operator: str, name: str, index: Tensor) -> None:
+def require_index(operator: str, name: str, index: Int[Tensor, " k"]) -> None:
     """A list of positions: one dimension, int32 or int64, contiguous or not."""
     require(
         index.dim() == 1 and index.dtype in (torch.int32, torch.int64),
@@ -66,7 +69,7 @@ def require_index(operator: str, name: str, index: Tensor) -> None:
     )
 
 
-def require_within(operator: str, name: str, index: Tensor, size: int, of: str) -> None:
+def require_within(operator: str, name: str, index: Int[Tensor, " k"], size: int, of: str) -> None:
     """Positions must lie in `[0, size)`; `of` says of what. Waits for the device once per tensor and version."""
     lowest, highest, _ = _positions(index)
     if lowest < 0 or highest >= size:
@@ -74,12 +77,12 @@ def require_within(operator: str, name: str, index: Tensor, size: int, of: str) 
         raise PositionError(f"{operator}: {name} holds {wrong}, a position outside the {of} of {size} entries")
 
 
-def ascending(index: Tensor) -> bool:
+def ascending(index: Int[Tensor, " k"]) -> bool:
     """Whether positions are sorted and distinct."""
     return _positions(index)[2]
 
 
-def _positions(index: Tensor) -> tuple[int, int, bool]:
+def _positions(index: Int[Tensor, " k"]) -> tuple[int, int, bool]:
     if index.numel() == 0 or index.device.type == "meta":
         return 0, -1, True
     state = None if index.is_inference() else (index._version, index.data_ptr(), index.numel(), index.stride(0))

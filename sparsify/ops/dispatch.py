@@ -12,6 +12,8 @@ What no kernel serves is computed by the operator's own file. `SPARSIFY_KERNELS=
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,9 @@ from sparsify.kernels.gpu import launch
 from sparsify.kernels.gpu.build import can_launch, kernels_take
 from sparsify.ops.checks import ascending
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
 # Up to these densities the generated CPU kernel, else PyTorch's SDDMM over a CSR support, is cheaper than the dense tile, and
 # below the last one a dot product per entry is (kernels/README.md has the measurements).
 KERNEL_DENSITY = 0.06
@@ -31,7 +36,9 @@ PER_ENTRY_DENSITY = {"cpu": 0.0, "cuda": 0.0035}
 ONE_PASS_DENSITY = {1: 1.0, 16: 0.01, launch.QUANTIZED_TOKENS: 0.005}
 
 
-def update_low_rank(y: Tensor, low: Tensor, second: Tensor, scale: float) -> bool:
+def update_low_rank(
+    y: Float[Tensor, "T n"], low: Float[Tensor, "T r"], second: Float[Tensor, "r n"], scale: float
+) -> bool:
     """`y += s low second` in place, for `y (T, n)`, `low (T, r)`, `second (r, n)`; False where no kernel serves."""
     if not update_serves(y, low.shape[1]):
         return False
@@ -39,7 +46,7 @@ def update_low_rank(y: Tensor, low: Tensor, second: Tensor, scale: float) -> boo
     return True
 
 
-def write_values(weight: Tensor, values: Tensor, index: Tensor) -> bool:
+def write_values(weight: Float[Tensor, "p q"], values: Float[Tensor, " k"], index: Int[Tensor, " k"]) -> bool:
     """`weight.view(-1)[index] = values`, past the version counter; False where no kernel serves."""
     if weight.is_contiguous() and kernels_take(weight, values):
         launch.write_values(weight.data, values, index)
@@ -50,7 +57,9 @@ def write_values(weight: Tensor, values: Tensor, index: Tensor) -> bool:
     return True
 
 
-def sampled_product(a: Tensor, b: Tensor, index: Tensor, density: float) -> Tensor | None:
+def sampled_product(
+    a: Float[Tensor, "T p"], b: Float[Tensor, "T q"], index: Int[Tensor, " k"], density: float
+) -> Float[Tensor, " k"] | None:
     """`(aᵀ b)[index]` for sorted, distinct positions of this density; None where no kernel serves."""
     if kernels_take(a, b) and a.dtype == b.dtype:
         if density < PER_ENTRY_DENSITY["cuda"]:
@@ -61,7 +70,9 @@ def sampled_product(a: Tensor, b: Tensor, index: Tensor, density: float) -> Tens
     return None
 
 
-def quantized_serves(x: Tensor, rows: int, columns: int, transposed: bool, index: Tensor | None) -> bool:
+def quantized_serves(
+    x: Float[Tensor, "*t m"], rows: int, columns: int, transposed: bool, index: Int[Tensor, " k"] | None
+) -> bool:
     """Whether the kernel over the packed weight serves the forward: few tokens, so that the weight's bytes are what counts (0.5
     to 1 per weight, where unpacking reads those, writes 2 and reads 2 again), rows of whole blocks, and a support so thin
     that its entries, which several tokens make dear, cost less than the unpacking (kernels/gpu/README.md has the sums)."""
@@ -80,9 +91,17 @@ def quantized_serves(x: Tensor, rows: int, columns: int, transposed: bool, index
 
 
 def quantized_product(
-    packed: list[Tensor], format: str, x: Tensor, bias: Tensor | None, values: Tensor | None, index: Tensor | None,
-    u: Tensor | None, b: Tensor | None, scale: float, rows: int,
-) -> Tensor:  # fmt: skip
+    packed: list[Tensor],
+    format: str,
+    x: Float[Tensor, "T m"],
+    bias: Float[Tensor, " n"] | None,
+    values: Float[Tensor, " k"] | None,
+    index: Int[Tensor, " k"] | None,
+    u: Float[Tensor, "T r"] | None,
+    b: Float[Tensor, "n r"] | None,
+    scale: float,
+    rows: int,
+) -> Float[Tensor, "T n"]:
     """`x W'ᵀ + s u Bᵀ + bias` over the packed weight, where `quantized_serves`."""
     return launch.quantized_product(packed, format, x, bias, values, index, u, b, scale, rows)
 
@@ -92,7 +111,9 @@ def channel_grad_serves(device: torch.device) -> bool:
     return device.type == "cuda" or can_launch(device)
 
 
-def channel_gradient(g: Tensor, x: Tensor, rows: Tensor | None) -> Tensor:
+def channel_gradient(
+    g: Float[Tensor, "T n"], x: Float[Tensor, "T m"], rows: Int[Tensor, " s"] | None
+) -> Float[Tensor, "s m"]:
     """`(g[:, rows])ᵀ x` in fp32: the generated kernel, which gathers as it reads, for an index; a GEMM for all rows."""
     if rows is not None and kernels_take(g, x):
         return launch.partial_grad(g, x, rows)

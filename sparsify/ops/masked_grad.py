@@ -7,22 +7,25 @@ Masked in place, in pieces that stay in cache.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from sparsify.library import LIBRARY
+from sparsify.library import LIBRARY, Context
 from sparsify.ops.apply_mask import apply_mask_in_aten
 from sparsify.ops.bits import check_bits, unpack_bits
 from sparsify.ops.checks import require, require_together
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, UInt8
 
 LIBRARY.define("masked_grad(Tensor g, Tensor x, Tensor bits) -> Tensor")
 
 PIECE = 1 << 18
 
 
-def _check_masked_grad(g: Tensor, x: Tensor, bits: Tensor) -> None:
+def _check_masked_grad(g: Float[Tensor, "T n"], x: Float[Tensor, "T m"], bits: UInt8[Tensor, " bytes"]) -> None:
     require(
         g.dim() == 2 and x.dim() == 2, lambda: f"masked_grad: g and x are matrices, not {g.dim()}-D and {x.dim()}-D"
     )
@@ -30,7 +33,9 @@ def _check_masked_grad(g: Tensor, x: Tensor, bits: Tensor) -> None:
     check_bits("masked_grad", bits, g.shape[1] * x.shape[1])
 
 
-def _masked_grad(g: Tensor, x: Tensor, bits: Tensor) -> Tensor:
+def _masked_grad(
+    g: Float[Tensor, "T n"], x: Float[Tensor, "T m"], bits: UInt8[Tensor, " bytes"]
+) -> Float[Tensor, "n m"]:
     _check_masked_grad(g, x, bits)
     require_together("masked_grad", g, x, bits)
     dense = g.t().mm(x)
@@ -42,20 +47,24 @@ def _masked_grad(g: Tensor, x: Tensor, bits: Tensor) -> Tensor:
     return dense
 
 
-def _masked_grad_fake(g: Tensor, x: Tensor, bits: Tensor) -> Tensor:
+def _masked_grad_fake(
+    g: Float[Tensor, "T n"], x: Float[Tensor, "T m"], bits: UInt8[Tensor, " bytes"]
+) -> Float[Tensor, "n m"]:
     _check_masked_grad(g, x, bits)
     return g.new_empty((g.shape[1], x.shape[1]))
 
 
-def _masked_grad_in_aten(g: Tensor, x: Tensor, bits: Tensor) -> Tensor:
+def _masked_grad_in_aten(
+    g: Float[Tensor, "T n"], x: Float[Tensor, "T m"], bits: UInt8[Tensor, " bytes"]
+) -> Float[Tensor, "n m"]:
     return apply_mask_in_aten(g.t().mm(x), bits)
 
 
-def _save_factors(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_factors(ctx: Context, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _masked_grad_backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+def _masked_grad_backward(ctx: Context, outer: Float[Tensor, "n m"]) -> tuple[Tensor | None, Tensor | None, None]:
     g, x, bits = ctx.saved_tensors
     kept = torch.ops.sparsify.apply_mask(outer, bits)
     need = ctx.needs_input_grad

@@ -21,15 +21,19 @@ and `dX` is a separate operator that is pruned when nobody needs it. `dX` is dif
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from sparsify.library import LIBRARY, recorded
+from sparsify.library import LIBRARY, Context, recorded
 from sparsify.ops import dispatch
 from sparsify.ops.checks import require, require_floats, require_index, require_together, require_within
 from sparsify.ops.shapes import flat
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 LIBRARY.define("partial_linear(Tensor x, Tensor weight, Tensor? bias, Tensor block, int start, int axis) -> Tensor")
 LIBRARY.define("partial_linear_dx(Tensor g, Tensor weight, Tensor block, int start, int axis) -> Tensor")
@@ -42,22 +46,34 @@ LIBRARY.define("partial_linear_at_dx(Tensor g, Tensor weight, Tensor block, Tens
 # --- the oracle: what the operators mean, written out, in any precision -------------------------------------------------
 
 
-def effective_weight(weight: Tensor, block: Tensor, channels: Tensor, axis: int) -> Tensor:
+def effective_weight(
+    weight: Float[Tensor, "n m"], block: Float[Tensor, "i j"], channels: Int[Tensor, " s"], axis: int
+) -> Float[Tensor, "n m"]:
     """`W'`: a new tensor `(n, m)`, `weight` with the channels `channels (s,)` on `axis` replaced by `block`."""
     return weight.index_copy(axis, channels, block.to(weight.dtype))
 
 
 def oracle_partial_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, channels: Tensor, axis: int
-) -> Tensor:
+    x: Float[Tensor, "*t m"],
+    weight: Float[Tensor, "n m"],
+    bias: Float[Tensor, " n"] | None,
+    block: Float[Tensor, "i j"],
+    channels: Int[Tensor, " s"],
+    axis: int,
+) -> Float[Tensor, "*t n"]:
     """Eager definition of the forward."""
     y = x @ effective_weight(weight, block, channels, axis).transpose(0, 1)
     return y if bias is None else y + bias
 
 
 def oracle_partial_linear_backward(
-    g: Tensor, x: Tensor, weight: Tensor, block: Tensor, channels: Tensor, axis: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    g: Float[Tensor, "*t n"],
+    x: Float[Tensor, "*t m"],
+    weight: Float[Tensor, "n m"],
+    block: Float[Tensor, "i j"],
+    channels: Int[Tensor, " s"],
+    axis: int,
+) -> tuple[Float[Tensor, "*t m"], Float[Tensor, "i j"], Float[Tensor, " n"]]:
     """`(dX, dBlock, dBias)`, written out: `dX = g W'`, `dBlock = (gᵀ X)` on the selected channels, `dBias = Σ g`."""
     tokens_g, tokens_x = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
     full = tokens_g.transpose(0, 1) @ tokens_x
@@ -67,23 +83,33 @@ def oracle_partial_linear_backward(
 # --- partial_linear: a contiguous block ----------------------------------------------------------------------------------
 
 
-def write_block(weight: Tensor, block: Tensor, start: int, axis: int) -> None:
+def write_block(weight: Float[Tensor, "n m"], block: Float[Tensor, "i j"], start: int, axis: int) -> None:
     """Copy `block` into its region of `weight`; bypasses the version counter (see the module docstring)."""
     weight.data.narrow(axis, start, block.shape[axis]).copy_(block)
 
 
-def write_block_at(weight: Tensor, block: Tensor, index: Tensor, axis: int) -> None:
+def write_block_at(
+    weight: Float[Tensor, "n m"], block: Float[Tensor, "i j"], index: Int[Tensor, " s"], axis: int
+) -> None:
     """Copy `block` to the channels `index` of `weight`; bypasses the version counter."""
     weight.data.index_copy_(axis, index.long(), block.to(weight.dtype))
 
 
-def _matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _matmul(
+    x: Float[Tensor, "*t m"], weight: Float[Tensor, "n m"], bias: Float[Tensor, " n"] | None
+) -> Float[Tensor, "*t n"]:
     """`x Wᵀ + b` in the dtype of `x` (under autocast the weight is still in its own)."""
     return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def _check_sizes(
-    name: str, x: Tensor, weight: Tensor, block: Tensor, where: int | Tensor, axis: int, side: int
+    name: str,
+    x: Float[Tensor, "*t c"],
+    weight: Float[Tensor, "n m"],
+    block: Float[Tensor, "i j"],
+    where: int | Int[Tensor, " s"],
+    axis: int,
+    side: int,
 ) -> None:
     """That block and weight fit, and that `x` has as many channels as the weight on `side`; without reading any tensor."""
     require(axis in (0, 1), lambda: f"{name}: axis must be 0 or 1, got {axis}")
@@ -116,7 +142,15 @@ def _check_sizes(
         )
 
 
-def _write(name: str, x: Tensor, weight: Tensor, block: Tensor, where: int | Tensor, axis: int, side: int) -> None:
+def _write(
+    name: str,
+    x: Float[Tensor, "*t c"],
+    weight: Float[Tensor, "n m"],
+    block: Float[Tensor, "i j"],
+    where: int | Int[Tensor, " s"],
+    axis: int,
+    side: int,
+) -> None:
     """Check everything, then write the block into its region."""
     _check_sizes(name, x, weight, block, where, axis, side)
     require_floats(name, x=x, weight=weight, block=block)
@@ -128,7 +162,7 @@ def _write(name: str, x: Tensor, weight: Tensor, block: Tensor, where: int | Ten
         write_block(weight, block, where, axis)
 
 
-def _check_bias(name: str, bias: Tensor | None, rows: Any) -> None:
+def _check_bias(name: str, bias: Float[Tensor, " n"] | None, rows: int) -> None:
     if bias is not None:
         require(
             bias.dim() == 1 and bias.shape[0] == rows,
@@ -136,8 +170,15 @@ def _check_bias(name: str, bias: Tensor | None, rows: Any) -> None:
         )
 
 
-def _forward_kernel(name: str) -> Any:
-    def kernel(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, where: Any, axis: int) -> Tensor:
+def _forward_kernel(name: str) -> Callable[..., Tensor]:
+    def kernel(
+        x: Float[Tensor, "*t m"],
+        weight: Float[Tensor, "n m"],
+        bias: Float[Tensor, " n"] | None,
+        block: Float[Tensor, "i j"],
+        where: int | Int[Tensor, " s"],
+        axis: int,
+    ) -> Float[Tensor, "*t c"]:
         _check_bias(name, bias, weight.shape[0])
         _write(name, x, weight, block, where, axis, 1)
         return _matmul(x, weight, bias)
@@ -145,16 +186,29 @@ def _forward_kernel(name: str) -> Any:
     return kernel
 
 
-def _dx_kernel(name: str) -> Any:
-    def kernel(g: Tensor, weight: Tensor, block: Tensor, where: Any, axis: int) -> Tensor:
+def _dx_kernel(name: str) -> Callable[..., Tensor]:
+    def kernel(
+        g: Float[Tensor, "*t n"],
+        weight: Float[Tensor, "n m"],
+        block: Float[Tensor, "i j"],
+        where: int | Int[Tensor, " s"],
+        axis: int,
+    ) -> Float[Tensor, "*t c"]:
         _write(name, g, weight, block, where, axis, 0)
         return g.matmul(weight.to(g.dtype))
 
     return kernel
 
 
-def _forward_fake(name: str) -> Any:
-    def fake(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, where: Any, axis: int) -> Tensor:
+def _forward_fake(name: str) -> Callable[..., Tensor]:
+    def fake(
+        x: Float[Tensor, "*t m"],
+        weight: Float[Tensor, "n m"],
+        bias: Float[Tensor, " n"] | None,
+        block: Float[Tensor, "i j"],
+        where: int | Int[Tensor, " s"],
+        axis: int,
+    ) -> Float[Tensor, "*t c"]:
         _check_sizes(name, x, weight, block, where, axis, 1)
         _check_bias(name, bias, weight.shape[0])
         return x.new_empty((*x.shape[:-1], weight.shape[0]))
@@ -162,37 +216,60 @@ def _forward_fake(name: str) -> Any:
     return fake
 
 
-def _dx_fake(name: str) -> Any:
-    def fake(g: Tensor, weight: Tensor, block: Tensor, where: Any, axis: int) -> Tensor:
+def _dx_fake(name: str) -> Callable[..., Tensor]:
+    def fake(
+        g: Float[Tensor, "*t n"],
+        weight: Float[Tensor, "n m"],
+        block: Float[Tensor, "i j"],
+        where: int | Int[Tensor, " s"],
+        axis: int,
+    ) -> Float[Tensor, "*t c"]:
         _check_sizes(name, g, weight, block, where, axis, 0)
         return g.new_empty((*g.shape[:-1], weight.shape[1]))
 
     return fake
 
 
-def _replaced(weight: Tensor, block: Tensor, where: int | Tensor, axis: int) -> Tensor:
+def _replaced(
+    weight: Float[Tensor, "n m"], block: Float[Tensor, "i j"], where: int | Int[Tensor, " s"], axis: int
+) -> Float[Tensor, "n m"]:
     """`W'` as a new tensor, differentiable in both."""
     if not isinstance(where, Tensor):
         where = torch.arange(where, where + block.shape[axis], device=weight.device)
     return effective_weight(weight, block, where.long(), axis)
 
 
-def _forward_in_aten(x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, where: Any, axis: int) -> Tensor:
+def _forward_in_aten(
+    x: Float[Tensor, "*t m"],
+    weight: Float[Tensor, "n m"],
+    bias: Float[Tensor, " n"] | None,
+    block: Float[Tensor, "i j"],
+    where: int | Int[Tensor, " s"],
+    axis: int,
+) -> Float[Tensor, "*t n"]:
     return _matmul(x, _replaced(weight, block, where, axis), bias)
 
 
-def _dx_in_aten(g: Tensor, weight: Tensor, block: Tensor, where: Any, axis: int) -> Tensor:
+def _dx_in_aten(
+    g: Float[Tensor, "*t n"],
+    weight: Float[Tensor, "n m"],
+    block: Float[Tensor, "i j"],
+    where: int | Int[Tensor, " s"],
+    axis: int,
+) -> Float[Tensor, "*t m"]:
     return g.matmul(_replaced(weight, block, where, axis).to(g.dtype))
 
 
-def _columns(x: Tensor, where: int | Tensor, count: int) -> Tensor:
+def _columns(x: Float[Tensor, "*t m"], where: int | Int[Tensor, " s"], count: int) -> Float[Tensor, "*t s"]:
     """A copy of the channels of `x` that an axis-1 block multiplies."""
     if isinstance(where, Tensor):
         return x.index_select(-1, where)
     return x.narrow(-1, where, count).clone(memory_format=torch.contiguous_format)
 
 
-def _block_gradient(g: Tensor, kept: Tensor, rows: Tensor | slice | None) -> Tensor:
+def _block_gradient(
+    g: Float[Tensor, "*t n"], kept: Float[Tensor, "*t j"], rows: Int[Tensor, " s"] | slice | None
+) -> Float[Tensor, "i j"]:
     """`(gᵀ kept)` for all rows, a range of them, or those at an index. On CUDA in fp32: cuBLAS on a view for a range, the
     generated kernel, which gathers as it reads, for an index."""
     tokens_g, tokens_x = flat(g), flat(kept)
@@ -203,21 +280,34 @@ def _block_gradient(g: Tensor, kept: Tensor, rows: Tensor | slice | None) -> Ten
     return (tokens_g if rows is None else tokens_g.index_select(1, rows)).t().mm(tokens_x)
 
 
-def _block_rows(where: int | Tensor, count: int, axis: int) -> Tensor | slice | None:
+def _block_rows(where: int | Int[Tensor, " s"], count: int, axis: int) -> Int[Tensor, " s"] | slice | None:
     """The rows of the weight gradient that belong to the block; None for all (axis 1, whose columns are taken beforehand)."""
     if axis == 1 or isinstance(where, Tensor):
         return None if axis == 1 else where  # type: ignore[return-value]
     return slice(where, where + count)
 
 
-def _frozen_gradient(g: Tensor, x: Tensor, where: int | Tensor, count: int, axis: int) -> Tensor:
+def _frozen_gradient(
+    g: Float[Tensor, "*t n"], x: Float[Tensor, "*t m"], where: int | Int[Tensor, " s"], count: int, axis: int
+) -> Float[Tensor, "n m"]:
     """`gᵀ x` with zeros under the block: for a weight that was made to require a gradient in spite of the plan."""
     if not isinstance(where, Tensor):
         where = torch.arange(where, where + count, device=g.device)
     return flat(g).t().mm(flat(x)).index_fill(axis, where.long(), 0)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+class _Saved(Context, Protocol):
+    """What a backward keeps: where the block starts (unset where an index is saved), its channels, and the gradients' types."""
+
+    where: int
+    axis: int
+    count: int
+    dtypes: tuple[torch.dtype | None, ...]
+
+
+def _setup_context(
+    ctx: _Saved, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor, int | Tensor, int], output: Tensor
+) -> None:
     x, weight, bias, block, where, axis = inputs
     need = ctx.needs_input_grad
     if need[1] or (need[3] and axis == 0):
@@ -228,13 +318,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         kept = recorded(_columns, x, where, block.shape[1])
     else:
         kept = _columns(x, where, block.shape[1])
-    index = where if isinstance(where, Tensor) else None
+    index = None
+    if isinstance(where, Tensor):
+        index = where
+    else:
+        ctx.where = where
     ctx.save_for_backward(kept, weight if need[0] else None, block if need[0] else None, index)
-    ctx.where, ctx.axis, ctx.count = where if index is None else None, axis, block.shape[axis]
+    ctx.axis, ctx.count = axis, block.shape[axis]
     ctx.dtypes = weight.dtype, None if bias is None else bias.dtype, block.dtype
 
 
-def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: _Saved, g: Float[Tensor, "*t n"]) -> tuple[Tensor | None, ...]:
     kept, weight, block, index = ctx.saved_tensors
     where, axis, need = ctx.where if index is None else index, ctx.axis, ctx.needs_input_grad
     weight_dtype, bias_dtype, block_dtype = ctx.dtypes
@@ -252,17 +346,21 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     return dx, d_weight, d_bias, d_block, None, None
 
 
-def _setup_dx(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_dx(ctx: _Saved, inputs: tuple[Tensor, Tensor, Tensor, int | Tensor, int], output: Tensor) -> None:
     g, weight, block, where, axis = inputs
     need = ctx.needs_input_grad
-    index = where if isinstance(where, Tensor) else None
+    index = None
+    if isinstance(where, Tensor):
+        index = where
+    else:
+        ctx.where = where
     parts = (weight, block) if need[0] else (None, None)
     ctx.save_for_backward(g if need[1] or need[2] else None, *parts, index)
-    ctx.where, ctx.axis, ctx.count = where if index is None else None, axis, block.shape[axis]
+    ctx.axis, ctx.count = axis, block.shape[axis]
     ctx.dtypes = weight.dtype, block.dtype
 
 
-def _backward_dx(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_dx(ctx: _Saved, outer: Float[Tensor, "*t m"]) -> tuple[Tensor | None, ...]:
     """Of `dX = g W'`: `outer W'ᵀ` for g, `gᵀ outer` on the channels for the block and beside them for the weight."""
     g, weight, block, index = ctx.saved_tensors
     where, axis, need = ctx.where if index is None else index, ctx.axis, ctx.needs_input_grad

@@ -9,13 +9,13 @@ The base is unpacked inside the operator, forward and backward, and dropped: at 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from sparsify.formats import check_packed, format_named, unpack
-from sparsify.library import LIBRARY, recorded
+from sparsify.library import LIBRARY, Context, recorded
 from sparsify.ops import dispatch
 from sparsify.ops.added_parts import (
     added_gradients,
@@ -38,6 +38,9 @@ from sparsify.ops.saved_input import input_link, restored_input, saved_input
 from sparsify.ops.shapes import Sizes, flat, logical_shape
 from sparsify.ops.skinny_products import reduced
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
 LIBRARY.define(
     "quantized_linear(Tensor x, str format, int rows, int columns, bool transposed, Tensor? bias, Tensor? block, "
     "Tensor? channels, int axis, Tensor? values, Tensor? index, Tensor? a, Tensor? b, float scale, Tensor[] packed) -> Tensor"
@@ -49,7 +52,12 @@ LIBRARY.define(
 
 
 def _check_block(
-    name: str, rows: Sizes, columns: Sizes, block: Tensor | None, channels: Tensor | None, axis: int
+    name: str,
+    rows: Sizes,
+    columns: Sizes,
+    block: Float[Tensor, "i j"] | None,
+    channels: Int[Tensor, " s"] | None,
+    axis: int,
 ) -> None:
     require((block is None) == (channels is None), lambda: f"{name}: of a block and its channels, one is missing")
     if block is not None and channels is not None:
@@ -60,9 +68,17 @@ def _check_block(
 
 
 def dense_weight(
-    packed: list[Tensor], format: str, shape: list[int], transposed: bool, dtype: torch.dtype, block: Tensor | None,
-    channels: Tensor | None, axis: int, values: Tensor | None, index: Tensor | None,
-) -> Tensor:  # fmt: skip
+    packed: list[Tensor],
+    format: str,
+    shape: list[int],
+    transposed: bool,
+    dtype: torch.dtype,
+    block: Float[Tensor, "i j"] | None,
+    channels: Int[Tensor, " s"] | None,
+    axis: int,
+    values: Float[Tensor, " k"] | None,
+    index: Int[Tensor, " k"] | None,
+) -> Float[Tensor, "p q"]:
     """Unpack one layer and put the trained parts into it; `(stored)` layout, a fresh tensor."""
     check_packed(packed, format, (shape[0], shape[1]))
     _check_block("quantized base", *logical_shape(shape, transposed), block, channels, axis)
@@ -77,9 +93,20 @@ def dense_weight(
 
 
 def one_pass(
-    x: Tensor, kernel: str, rows: int, bias: Tensor | None, block: Tensor | None, channels: Tensor | None, axis: int,
-    values: Tensor | None, index: Tensor | None, a: Tensor | None, b: Tensor | None, scale: float, packed: list[Tensor],
-) -> Tensor:  # fmt: skip
+    x: Float[Tensor, "*t m"],
+    kernel: str,
+    rows: int,
+    bias: Float[Tensor, " n"] | None,
+    block: Float[Tensor, "i j"] | None,
+    channels: Int[Tensor, " s"] | None,
+    axis: int,
+    values: Float[Tensor, " k"] | None,
+    index: Int[Tensor, " k"] | None,
+    a: Float[Tensor, "r m"] | None,
+    b: Float[Tensor, "n r"] | None,
+    scale: float,
+    packed: list[Tensor],
+) -> Float[Tensor, "*t n"]:
     """The forward without an unpacked weight. A trained block of channels is a small product beside the kernel's: its columns
     read x where the kernel reads zeros, its rows are computed over."""
     flat = x.reshape(-1, x.shape[-1])
@@ -99,10 +126,22 @@ def one_pass(
 
 
 def _quantized(
-    x: Tensor, format: str, rows: int, columns: int, transposed: bool, bias: Tensor | None, block: Tensor | None,
-    channels: Tensor | None, axis: int, values: Tensor | None, index: Tensor | None, a: Tensor | None, b: Tensor | None,
-    scale: float, packed: list[Tensor],
-) -> Tensor:  # fmt: skip
+    x: Float[Tensor, "*t m"],
+    format: str,
+    rows: int,
+    columns: int,
+    transposed: bool,
+    bias: Float[Tensor, " n"] | None,
+    block: Float[Tensor, "i j"] | None,
+    channels: Int[Tensor, " s"] | None,
+    axis: int,
+    values: Float[Tensor, " k"] | None,
+    index: Int[Tensor, " k"] | None,
+    a: Float[Tensor, "r m"] | None,
+    b: Float[Tensor, "n r"] | None,
+    scale: float,
+    packed: list[Tensor],
+) -> Float[Tensor, "*t n"]:
     name = "quantized_linear"
     check_linear(name, x, *logical_shape((rows, columns), transposed), bias, values, index, a, b)
     _check_block(name, *logical_shape((rows, columns), transposed), block, channels, axis)
@@ -122,10 +161,21 @@ def _quantized(
 
 
 def _quantized_dx(
-    g: Tensor, format: str, rows: int, columns: int, transposed: bool, block: Tensor | None, channels: Tensor | None,
-    axis: int, values: Tensor | None, index: Tensor | None, low: Tensor | None, a: Tensor | None, scale: float,
+    g: Float[Tensor, "*t n"],
+    format: str,
+    rows: int,
+    columns: int,
+    transposed: bool,
+    block: Float[Tensor, "i j"] | None,
+    channels: Int[Tensor, " s"] | None,
+    axis: int,
+    values: Float[Tensor, " k"] | None,
+    index: Int[Tensor, " k"] | None,
+    low: Float[Tensor, "T r"] | None,
+    a: Float[Tensor, "r m"] | None,
+    scale: float,
     packed: list[Tensor],
-) -> Tensor:  # fmt: skip
+) -> Float[Tensor, "*t m"]:
     name = "quantized_linear_dx"
     check_dx(name, g, *logical_shape((rows, columns), transposed), values, index, low, a)
     require_together(name, g, block, channels, values, index, low, a, *packed)
@@ -135,9 +185,22 @@ def _quantized_dx(
 
 
 def _quantized_fake(
-    x: Tensor, format: str, rows: int, columns: int, transposed: bool, bias: Any, block: Any, channels: Any, axis: int,
-    values: Any, index: Any, a: Any, b: Any, scale: float, packed: list[Tensor],
-) -> Tensor:  # fmt: skip
+    x: Float[Tensor, "*t m"],
+    format: str,
+    rows: int,
+    columns: int,
+    transposed: bool,
+    bias: Float[Tensor, " n"] | None,
+    block: Float[Tensor, "i j"] | None,
+    channels: Int[Tensor, " s"] | None,
+    axis: int,
+    values: Float[Tensor, " k"] | None,
+    index: Int[Tensor, " k"] | None,
+    a: Float[Tensor, "r m"] | None,
+    b: Float[Tensor, "n r"] | None,
+    scale: float,
+    packed: list[Tensor],
+) -> Float[Tensor, "*t n"]:
     shape = logical_shape((rows, columns), transposed)
     check_linear("quantized_linear", x, *shape, bias, values, index, a, b)
     _check_block("quantized_linear", *shape, block, channels, axis)
@@ -145,9 +208,21 @@ def _quantized_fake(
 
 
 def _quantized_dx_fake(
-    g: Tensor, format: str, rows: int, columns: int, transposed: bool, block: Any, channels: Any, axis: int, values: Any,
-    index: Any, low: Any, a: Any, scale: float, packed: list[Tensor],
-) -> Tensor:  # fmt: skip
+    g: Float[Tensor, "*t n"],
+    format: str,
+    rows: int,
+    columns: int,
+    transposed: bool,
+    block: Float[Tensor, "i j"] | None,
+    channels: Int[Tensor, " s"] | None,
+    axis: int,
+    values: Float[Tensor, " k"] | None,
+    index: Int[Tensor, " k"] | None,
+    low: Float[Tensor, "T r"] | None,
+    a: Float[Tensor, "r m"] | None,
+    scale: float,
+    packed: list[Tensor],
+) -> Float[Tensor, "*t m"]:
     shape = logical_shape((rows, columns), transposed)
     check_dx("quantized_linear_dx", g, *shape, values, index, low, a)
     _check_block("quantized_linear_dx", *shape, block, channels, axis)
@@ -155,9 +230,17 @@ def _quantized_dx_fake(
 
 
 def _base_in_aten(
-    packed: list[Tensor], format: str, shape: tuple[int, int], transposed: bool, dtype: torch.dtype, block: Tensor | None,
-    channels: Tensor | None, axis: int, values: Tensor | None, index: Tensor | None,
-) -> Tensor:  # fmt: skip
+    packed: list[Tensor],
+    format: str,
+    shape: tuple[int, int],
+    transposed: bool,
+    dtype: torch.dtype,
+    block: Float[Tensor, "i j"] | None,
+    channels: Int[Tensor, " s"] | None,
+    axis: int,
+    values: Float[Tensor, " k"] | None,
+    index: Int[Tensor, " k"] | None,
+) -> Float[Tensor, "n m"]:
     """The logical weight `(n, m)` that `dense_weight` stands for, differentiable in block and values."""
     check_packed(packed, format, shape)
     stored = unpack(packed, format, shape, dtype)
@@ -169,24 +252,81 @@ def _base_in_aten(
 
 
 def _quantized_in_aten(
-    x: Tensor, format: str, rows: int, columns: int, transposed: bool, bias: Tensor | None, block: Tensor | None,
-    channels: Tensor | None, axis: int, values: Tensor | None, index: Tensor | None, a: Tensor | None, b: Tensor | None,
-    scale: float, packed: list[Tensor],
-) -> Tensor:  # fmt: skip
+    x: Float[Tensor, "*t m"],
+    format: str,
+    rows: int,
+    columns: int,
+    transposed: bool,
+    bias: Float[Tensor, " n"] | None,
+    block: Float[Tensor, "i j"] | None,
+    channels: Int[Tensor, " s"] | None,
+    axis: int,
+    values: Float[Tensor, " k"] | None,
+    index: Int[Tensor, " k"] | None,
+    a: Float[Tensor, "r m"] | None,
+    b: Float[Tensor, "n r"] | None,
+    scale: float,
+    packed: list[Tensor],
+) -> Float[Tensor, "*t n"]:
     weight = _base_in_aten(packed, format, (rows, columns), transposed, x.dtype, block, channels, axis, values, index)
     return linear_in_aten(x, weight, bias, a, b, scale)
 
 
 def _quantized_dx_in_aten(
-    g: Tensor, format: str, rows: int, columns: int, transposed: bool, block: Tensor | None, channels: Tensor | None,
-    axis: int, values: Tensor | None, index: Tensor | None, low: Tensor | None, a: Tensor | None, scale: float,
+    g: Float[Tensor, "*t n"],
+    format: str,
+    rows: int,
+    columns: int,
+    transposed: bool,
+    block: Float[Tensor, "i j"] | None,
+    channels: Int[Tensor, " s"] | None,
+    axis: int,
+    values: Float[Tensor, " k"] | None,
+    index: Int[Tensor, " k"] | None,
+    low: Float[Tensor, "T r"] | None,
+    a: Float[Tensor, "r m"] | None,
+    scale: float,
     packed: list[Tensor],
-) -> Tensor:  # fmt: skip
+) -> Float[Tensor, "*t m"]:
     weight = _base_in_aten(packed, format, (rows, columns), transposed, g.dtype, block, channels, axis, values, index)
     return dx_in_aten(g, weight, low, a, scale)
 
 
-def _setup_quantized(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+class _Saved(Context, Protocol):
+    """meta: format, rows, columns, transposed. whole: whether all of x was saved. dtypes: of the gradients that are wanted."""
+
+    meta: tuple[str, int, int, bool]
+    whole: bool
+    axis: int
+    scale: float
+    dtypes: tuple[torch.dtype | None, ...]
+
+
+#: one gradient an argument; those of `packed` are a list
+Gradients = tuple[Tensor | list[None] | None, ...]
+
+
+def _setup_quantized(
+    ctx: _Saved,
+    inputs: tuple[
+        Tensor,
+        str,
+        int,
+        int,
+        bool,
+        Tensor | None,
+        Tensor | None,
+        Tensor | None,
+        int,
+        Tensor | None,
+        Tensor | None,
+        Tensor | None,
+        Tensor | None,
+        float,
+        list[Tensor],
+    ],
+    output: Tensor,
+) -> None:
     x, format, rows, columns, transposed, bias, block, channels, axis, values, index, a, b, scale, packed = inputs
     need = ctx.needs_input_grad  # flattened: positions hold up to `packed`, which is why it stands last
     whole = any(need[i] for i in (9, 11, 12)) or (need[6] and axis == 0)
@@ -194,20 +334,34 @@ def _setup_quantized(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     if whole:
         first, second = saved_input(x)
     elif need[6]:
+        assert channels is not None  # a block has its channels
         first = recorded(x.index_select, -1, channels) if need[0] else x.index_select(-1, channels)
     own = (block, values) if need[0] else (None, None)
     ctx.save_for_backward(
-        first, second, input_link(x, second), *own, channels, index, a if need[0] or need[12] else None,
-        b if need[0] or need[11] else None, *packed,
-    )  # fmt: skip
+        first,
+        second,
+        input_link(x, second),
+        *own,
+        channels,
+        index,
+        a if need[0] or need[12] else None,
+        b if need[0] or need[11] else None,
+        *packed,
+    )
     ctx.meta, ctx.whole = (format, rows, columns, transposed), whole
     ctx.axis, ctx.scale = axis, scale
     ctx.dtypes = tuple(dtype_if(need[i], t) for i, t in ((5, bias), (6, block), (9, values), (11, a), (12, b)))
 
 
 def _quantized_block_gradient(
-    g: Tensor, x: Tensor, channels: Tensor, axis: int, index: Tensor | None, shape: tuple[int, int], transposed: bool
-) -> Tensor:
+    g: Float[Tensor, "*t n"],
+    x: Float[Tensor, "*t m"],
+    channels: Int[Tensor, " s"],
+    axis: int,
+    index: Int[Tensor, " k"] | None,
+    shape: tuple[int, int],
+    transposed: bool,
+) -> Float[Tensor, "i j"]:
     """`(gᵀ x)` on trained channels, zero where the sparse part is written over them; of axis 1, `x` holds these columns only."""
     tokens_g, tokens_x = flat(g), flat(x)
     tokens_g = tokens_g if axis == 1 else tokens_g.index_select(1, channels)
@@ -219,8 +373,8 @@ def _quantized_block_gradient(
     return gradient * (free.t() if transposed else free).index_select(axis, channels)
 
 
-def _backward_quantized(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-    saved: Any = ctx.saved_tensors  # asked for once: checkpointing gives each tensor back once
+def _backward_quantized(ctx: _Saved, g: Float[Tensor, "*t n"]) -> Gradients:
+    saved = ctx.saved_tensors  # asked for once: checkpointing gives each tensor back once
     *kept, block, values, channels, index, a, b = saved[:9]
     packed = list(saved[9:])
     need, (of_bias, of_block, of_values, of_a, of_b) = ctx.needs_input_grad, ctx.dtypes
@@ -243,7 +397,26 @@ def _backward_quantized(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     return (*gradients, [None] * len(packed))
 
 
-def _setup_quantized_dx(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_quantized_dx(
+    ctx: _Saved,
+    inputs: tuple[
+        Tensor,
+        str,
+        int,
+        int,
+        bool,
+        Tensor | None,
+        Tensor | None,
+        int,
+        Tensor | None,
+        Tensor | None,
+        Tensor | None,
+        Tensor | None,
+        float,
+        list[Tensor],
+    ],
+    output: Tensor,
+) -> None:
     g, format, rows, columns, transposed, block, channels, axis, values, index, low, a, scale, packed = inputs
     need = ctx.needs_input_grad
     own = (block, values) if need[0] else (None, None)
@@ -252,9 +425,9 @@ def _setup_quantized_dx(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
     ctx.dtypes = tuple(dtype_if(need[i], t) for i, t in ((5, block), (8, values), (10, low), (11, a)))
 
 
-def _backward_quantized_dx(ctx: Any, outer: Tensor) -> tuple[Any, ...]:
+def _backward_quantized_dx(ctx: _Saved, outer: Float[Tensor, "*t m"]) -> Gradients:
     """As of `sparse_lowrank_linear_dx`, with the block's gradient beside."""
-    saved: Any = ctx.saved_tensors
+    saved = ctx.saved_tensors
     g, block, values, channels, index, low, a = saved[:7]
     packed = list(saved[7:])
     of_block, of_values, of_low, of_a = ctx.dtypes

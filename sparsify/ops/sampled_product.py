@@ -11,12 +11,12 @@ from __future__ import annotations
 import functools
 import itertools
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from sparsify.library import LIBRARY
+from sparsify.library import LIBRARY, Context
 from sparsify.ops import dispatch
 from sparsify.ops.checks import (
     ascending,
@@ -28,17 +28,22 @@ from sparsify.ops.checks import (
     require_within,
 )
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
 LIBRARY.define("sampled_product(Tensor a, Tensor b, Tensor index) -> Tensor")
 
 TILE_BYTES = 32 * 2**20
 
 
-def oracle_sampled_product(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
+def oracle_sampled_product(
+    a: Float[Tensor, "T p"], b: Float[Tensor, "T q"], index: Int[Tensor, " k"]
+) -> Float[Tensor, " k"]:
     """`(aᵀ b)` at flat positions `index`; a `(T, p)`, b `(T, q)`."""
     return (a.t() @ b).reshape(-1)[index.long()]
 
 
-def _check_sampled(a: Tensor, b: Tensor, index: Tensor) -> None:
+def _check_sampled(a: Float[Tensor, "T p"], b: Float[Tensor, "T q"], index: Int[Tensor, " k"]) -> None:
     name = "sampled_product"
     require(a.dim() == 2 and b.dim() == 2, lambda: f"{name}: a and b are matrices, not {a.dim()}-D and {b.dim()}-D")
     require_shape(name, "b", b, a.shape[0], b.shape[1])
@@ -46,7 +51,7 @@ def _check_sampled(a: Tensor, b: Tensor, index: Tensor) -> None:
     require(a.dtype == b.dtype, lambda: f"{name}: a is {a.dtype}, b {b.dtype}; cast one")
 
 
-def sampled_by_tile(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
+def sampled_by_tile(a: Float[Tensor, "T p"], b: Float[Tensor, "T q"], index: Int[Tensor, " k"]) -> Float[Tensor, " k"]:
     """Dense tiles of `aᵀ b`, a block of rows at a time, each gathered at once: at most `TILE_BYTES` of gradient alive."""
     p, q = a.shape[1], b.shape[1]
     rows = max(1, min(p, TILE_BYTES // max(1, q * a.element_size())))
@@ -63,7 +68,9 @@ def sampled_by_tile(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
     return out
 
 
-def sampled_per_entry(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
+def sampled_per_entry(
+    a: Float[Tensor, "T p"], b: Float[Tensor, "T q"], index: Int[Tensor, " k"]
+) -> Float[Tensor, " k"]:
     """One dot product over the tokens per entry, in chunks; work proportional to the support."""
     columns = b.shape[1]
     at, bt = a.t().contiguous(), b.t().contiguous()
@@ -76,7 +83,7 @@ def sampled_per_entry(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
     return torch.cat(parts) if parts else a.new_zeros(0)
 
 
-def csr_support(index: Tensor, p: int, q: int, dtype: torch.dtype) -> Tensor:
+def csr_support(index: Int[Tensor, " k"], p: int, q: int, dtype: torch.dtype) -> Float[Tensor, "p q"]:
     """Sorted flat positions in a `(p, q)` matrix as a CSR tensor of zeros."""
     index = index.long()
     starts = torch.searchsorted(index, torch.arange(p + 1, device=index.device) * q)
@@ -84,7 +91,7 @@ def csr_support(index: Tensor, p: int, q: int, dtype: torch.dtype) -> Tensor:
     return torch.sparse_csr_tensor(starts, index % q, values, (p, q), check_invariants=False)
 
 
-def sampled_csr(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
+def sampled_csr(a: Float[Tensor, "T p"], b: Float[Tensor, "T q"], index: Int[Tensor, " k"]) -> Float[Tensor, " k"]:
     """PyTorch's SDDMM; 16-bit inputs go through fp32, which the kernel wants (a copy of the inputs, not of the product)."""
     dtype = a.dtype if a.dtype in (torch.float32, torch.float64) else torch.float32
     support = csr_support(index, a.shape[1], b.shape[1], dtype)
@@ -103,7 +110,7 @@ def csr_works() -> bool:
     return found.tolist() == [1.0]
 
 
-def _sampled_product(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
+def _sampled_product(a: Float[Tensor, "T p"], b: Float[Tensor, "T q"], index: Int[Tensor, " k"]) -> Float[Tensor, " k"]:
     _check_sampled(a, b, index)
     require_together("sampled_product", a, b, index)
     require_floats("sampled_product", a=a, b=b)
@@ -123,20 +130,20 @@ def _sampled_product(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
     return (sampled_per_entry if per_entry else sampled_by_tile)(a, b, index)
 
 
-def _sampled_fake(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
+def _sampled_fake(a: Float[Tensor, "T p"], b: Float[Tensor, "T q"], index: Int[Tensor, " k"]) -> Float[Tensor, " k"]:
     _check_sampled(a, b, index)
     return a.new_empty(index.shape)
 
 
-def _sampled_in_aten(a: Tensor, b: Tensor, index: Tensor) -> Tensor:
+def _sampled_in_aten(a: Float[Tensor, "T p"], b: Float[Tensor, "T q"], index: Int[Tensor, " k"]) -> Float[Tensor, " k"]:
     return a.t().mm(b).reshape(-1).index_select(0, index)
 
 
-def _setup_sampled(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_sampled(ctx: Context, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward_sampled(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_sampled(ctx: Context, outer: Float[Tensor, " k"]) -> tuple[Tensor | None, ...]:
     """Of `(aᵀ b)[index]`: `b Dᵀ` and `a D`, where D `(p, q)` holds the outer gradient at the positions. D is dense, for once."""
     a, b, index = ctx.saved_tensors
     p, q = a.shape[1], b.shape[1]

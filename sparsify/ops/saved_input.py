@@ -8,11 +8,15 @@ every model whose code multiplies two activations (a compiled graph decides for 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch.autograd.function import FunctionCtx
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 class _Link(torch.autograd.Function):
@@ -21,19 +25,19 @@ class _Link(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor) -> Tensor:
+    def forward(x: Float[Tensor, "*t m"]) -> Float[Tensor, "*t m"]:
         return x.new_zeros(()).expand(x.shape)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor], output: Tensor) -> None:
         pass
 
     @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> Tensor:
+    def backward(ctx: FunctionCtx, *outer: Tensor) -> Float[Tensor, "*t m"]:
         return outer[0]
 
 
-def saved_input(x: Tensor) -> tuple[Tensor, Tensor | None]:
+def saved_input(x: Float[Tensor, "*t m"]) -> tuple[Float[Tensor, "*t m"], Float[Tensor, "*t m"] | None]:
     """`(x, None)`, or the factors of `x` where autograd holds them already; `restored_input` makes `x` of it, bit for bit."""
     product = x.grad_fn
     if product is None or product.name() != "MulBackward0" or x._version or _observed():
@@ -50,7 +54,7 @@ def saved_input(x: Tensor) -> tuple[Tensor, Tensor | None]:
     return first, second
 
 
-def input_link(x: Tensor, second: Tensor | None) -> Tensor | None:
+def input_link(x: Float[Tensor, "*t m"], second: Float[Tensor, "*t m"] | None) -> Float[Tensor, "*t m"] | None:
     """What connects an input that was taken apart (`second` is a factor) with the graph: one number, whatever its size."""
     if second is None:
         return None
@@ -58,7 +62,9 @@ def input_link(x: Tensor, second: Tensor | None) -> Tensor | None:
         return _Link.apply(x)
 
 
-def restored_input(first: Tensor | None, second: Tensor | None, link: Tensor | None = None) -> Tensor | None:
+def restored_input(
+    first: Float[Tensor, "*t m"] | None, second: Float[Tensor, "*t m"] | None, link: Float[Tensor, "*t m"] | None = None
+) -> Float[Tensor, "*t m"] | None:
     """The input that `saved_input` took apart; None if none was saved.
 
     Where the backward itself is recorded (create_graph), the product hangs on `x` by its link, as `x` itself would: a derivative

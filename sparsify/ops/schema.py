@@ -36,7 +36,7 @@ def argument(node: fx.Node, name: str) -> Any:
     return found[name]
 
 
-def positional(op: Any, given: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def positional(op: torch._ops.OpOverload, given: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """`(args, kwargs)` of a call of `op` with arguments by name; what is left out takes its default.
 
     Defaults at the end are not written out. Raises VerifyError for an unknown name, and for a missing argument without a default.
@@ -87,7 +87,7 @@ def checked_arguments(node: fx.Node) -> dict[str, Any]:
     return found
 
 
-def fits(value: Any, kind: Any) -> bool:
+def fits(value: object, kind: torch.JitType) -> bool:
     """Whether a value of a node can stand for an argument of a schema's type."""
     if isinstance(kind, torch.OptionalType):
         return value is None or fits(value, kind.getElementType())

@@ -14,12 +14,12 @@ made of the same operators, so derivatives of any order are right.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from sparsify.library import LIBRARY
+from sparsify.library import LIBRARY, Context
 from sparsify.ops.added_parts import (
     added_gradients,
     check_dx,
@@ -40,6 +40,9 @@ from sparsify.ops.checks import require_floats, require_together
 from sparsify.ops.saved_input import input_link, restored_input, saved_input
 from sparsify.ops.shapes import flat, logical_shape
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
 LIBRARY.define(
     "sparse_lowrank_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? values, Tensor? index, Tensor? a, Tensor? b, "
     "float scale, bool transposed) -> Tensor"
@@ -51,8 +54,13 @@ LIBRARY.define(
 
 
 def oracle_weight(
-    weight: Tensor, values: Tensor | None, index: Tensor | None, a: Tensor | None, b: Tensor | None, scale: float
-) -> Tensor:
+    weight: Float[Tensor, "n m"],
+    values: Float[Tensor, " k"] | None,
+    index: Int[Tensor, " k"] | None,
+    a: Float[Tensor, "r m"] | None,
+    b: Float[Tensor, "n r"] | None,
+    scale: float,
+) -> Float[Tensor, "n m"]:
     """The dense weight that the operator stands for, `(n, m)`; differentiable in values, a and b."""
     if values is not None and index is not None:
         weight = weight.reshape(-1).index_copy(0, index.long(), values.to(weight.dtype)).view(weight.shape)
@@ -62,9 +70,16 @@ def oracle_weight(
 
 
 def _sparse_lowrank(
-    x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor | None, index: Tensor | None,
-    a: Tensor | None, b: Tensor | None, scale: float, transposed: bool,
-) -> Tensor:  # fmt: skip
+    x: Float[Tensor, "*t m"],
+    weight: Float[Tensor, "p q"],
+    bias: Float[Tensor, " n"] | None,
+    values: Float[Tensor, " k"] | None,
+    index: Int[Tensor, " k"] | None,
+    a: Float[Tensor, "r m"] | None,
+    b: Float[Tensor, "n r"] | None,
+    scale: float,
+    transposed: bool,
+) -> Float[Tensor, "*t n"]:
     name = "sparse_lowrank_linear"
     check_weight(name, weight, index)
     check_linear(name, x, *logical_shape(weight.shape, transposed), bias, values, index, a, b)
@@ -75,9 +90,15 @@ def _sparse_lowrank(
 
 
 def _sparse_lowrank_dx(
-    g: Tensor, weight: Tensor, values: Tensor | None, index: Tensor | None, low: Tensor | None, a: Tensor | None,
-    scale: float, transposed: bool,
-) -> Tensor:  # fmt: skip
+    g: Float[Tensor, "*t n"],
+    weight: Float[Tensor, "p q"],
+    values: Float[Tensor, " k"] | None,
+    index: Int[Tensor, " k"] | None,
+    low: Float[Tensor, "T r"] | None,
+    a: Float[Tensor, "r m"] | None,
+    scale: float,
+    transposed: bool,
+) -> Float[Tensor, "*t m"]:
     name = "sparse_lowrank_linear_dx"
     check_weight(name, weight, index)
     check_dx(name, g, *logical_shape(weight.shape, transposed), values, index, low, a)
@@ -88,59 +109,113 @@ def _sparse_lowrank_dx(
 
 
 def _sparse_lowrank_fake(
-    x: Tensor, weight: Tensor, bias: Any, values: Any, index: Any, a: Any, b: Any, scale: float, transposed: bool
-) -> Tensor:
+    x: Float[Tensor, "*t m"],
+    weight: Float[Tensor, "p q"],
+    bias: Float[Tensor, " n"] | None,
+    values: Float[Tensor, " k"] | None,
+    index: Int[Tensor, " k"] | None,
+    a: Float[Tensor, "r m"] | None,
+    b: Float[Tensor, "n r"] | None,
+    scale: float,
+    transposed: bool,
+) -> Float[Tensor, "*t n"]:
     rows, columns = logical_shape(weight.shape, transposed)
     check_linear("sparse_lowrank_linear", x, rows, columns, bias, values, index, a, b)
     return x.new_empty((*x.shape[:-1], rows))
 
 
 def _sparse_lowrank_dx_fake(
-    g: Tensor, weight: Tensor, values: Any, index: Any, low: Any, a: Any, scale: float, transposed: bool
-) -> Tensor:
+    g: Float[Tensor, "*t n"],
+    weight: Float[Tensor, "p q"],
+    values: Float[Tensor, " k"] | None,
+    index: Int[Tensor, " k"] | None,
+    low: Float[Tensor, "T r"] | None,
+    a: Float[Tensor, "r m"] | None,
+    scale: float,
+    transposed: bool,
+) -> Float[Tensor, "*t m"]:
     rows, columns = logical_shape(weight.shape, transposed)
     check_dx("sparse_lowrank_linear_dx", g, rows, columns, values, index, low, a)
     return g.new_empty((*g.shape[:-1], columns))
 
 
 def _sparse_lowrank_in_aten(
-    x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor | None, index: Tensor | None,
-    a: Tensor | None, b: Tensor | None, scale: float, transposed: bool,
-) -> Tensor:  # fmt: skip
+    x: Float[Tensor, "*t m"],
+    weight: Float[Tensor, "p q"],
+    bias: Float[Tensor, " n"] | None,
+    values: Float[Tensor, " k"] | None,
+    index: Int[Tensor, " k"] | None,
+    a: Float[Tensor, "r m"] | None,
+    b: Float[Tensor, "n r"] | None,
+    scale: float,
+    transposed: bool,
+) -> Float[Tensor, "*t n"]:
     stored = with_values(weight, values, index)
     return linear_in_aten(x, stored.t() if transposed else stored, bias, a, b, scale)
 
 
 def _sparse_lowrank_dx_in_aten(
-    g: Tensor, weight: Tensor, values: Tensor | None, index: Tensor | None, low: Tensor | None, a: Tensor | None,
-    scale: float, transposed: bool,
-) -> Tensor:  # fmt: skip
+    g: Float[Tensor, "*t n"],
+    weight: Float[Tensor, "p q"],
+    values: Float[Tensor, " k"] | None,
+    index: Int[Tensor, " k"] | None,
+    low: Float[Tensor, "T r"] | None,
+    a: Float[Tensor, "r m"] | None,
+    scale: float,
+    transposed: bool,
+) -> Float[Tensor, "*t m"]:
     stored = with_values(weight, values, index)
     return dx_in_aten(g, stored.t() if transposed else stored, low, a, scale)
 
 
-def _frozen_gradient(g: Tensor, x: Tensor, index: Tensor | None, transposed: bool, dtype: torch.dtype) -> Tensor:
+def _frozen_gradient(
+    g: Float[Tensor, "*t n"],
+    x: Float[Tensor, "*t m"],
+    index: Int[Tensor, " k"] | None,
+    transposed: bool,
+    dtype: torch.dtype,
+) -> Float[Tensor, "p q"]:
     """`gᵀ x` with zeros at the support: for a weight that was made to require a gradient in spite of the plan."""
     first, second = stored_factors(g, x, transposed)
     dense = first.t().mm(second).to(dtype)
     return dense if index is None else dense.view(-1).index_fill(0, index.long(), 0).view(dense.shape)
 
 
-def _setup_sparse_lowrank(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+class _Saved(Context, Protocol):
+    """dtypes: of the gradients that are wanted, in the order of the arguments; None where none is."""
+
+    scale: float
+    transposed: bool
+    dtypes: tuple[torch.dtype | None, ...]
+
+
+def _setup_sparse_lowrank(
+    ctx: _Saved,
+    inputs: tuple[
+        Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, float, bool
+    ],
+    output: Tensor,
+) -> None:
     x, weight, bias, values, index, a, b, scale, transposed = inputs
     need = ctx.needs_input_grad
     trained = any(need[i] for i in (1, 3, 5, 6))
     first, second = saved_input(x) if trained else (None, None)
     link = input_link(x, second)
     ctx.save_for_backward(
-        first, second, link, weight if need[0] else None, values if need[0] else None, index,
-        a if need[0] or need[6] else None, b if need[0] or need[5] else None,
-    )  # fmt: skip
+        first,
+        second,
+        link,
+        weight if need[0] else None,
+        values if need[0] else None,
+        index,
+        a if need[0] or need[6] else None,
+        b if need[0] or need[5] else None,
+    )
     ctx.scale, ctx.transposed = scale, transposed
     ctx.dtypes = tuple(dtype_if(need[i], t) for i, t in ((1, weight), (2, bias), (3, values), (5, a), (6, b)))
 
 
-def _backward_sparse_lowrank(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_sparse_lowrank(ctx: _Saved, g: Float[Tensor, "*t n"]) -> tuple[Tensor | None, ...]:
     *kept, weight, values, index, a, b = ctx.saved_tensors
     need, (of_weight, of_bias, of_values, of_a, of_b) = ctx.needs_input_grad, ctx.dtypes
     x = restored_input(*kept)
@@ -156,7 +231,11 @@ def _backward_sparse_lowrank(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     return dx, d_weight, d_bias, d_values, None, d_a, d_b, None, None
 
 
-def _setup_sparse_lowrank_dx(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_sparse_lowrank_dx(
+    ctx: _Saved,
+    inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, float, bool],
+    output: Tensor,
+) -> None:
     g, weight, values, index, low, a, scale, transposed = inputs
     need = ctx.needs_input_grad
     own = (weight, values) if need[0] else (None, None)
@@ -165,7 +244,7 @@ def _setup_sparse_lowrank_dx(ctx: Any, inputs: tuple[Any, ...], output: Tensor) 
     ctx.dtypes = tuple(dtype_if(need[i], t) for i, t in ((1, weight), (2, values), (4, low), (5, a)))
 
 
-def _backward_sparse_lowrank_dx(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_sparse_lowrank_dx(ctx: _Saved, outer: Float[Tensor, "*t m"]) -> tuple[Tensor | None, ...]:
     """Of `dX = g W' + s low A`: the operator itself, without its low-rank part, for g, and sampled and skinny products."""
     g, weight, values, index, low, a = ctx.saved_tensors
     of_weight, of_values, of_low, of_a = ctx.dtypes

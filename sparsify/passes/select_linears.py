@@ -7,7 +7,7 @@ RoSA(…)        over down_proj              ──▶  SparseLowRank(down_proj,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -29,6 +29,9 @@ from sparsify.plan import LinearRule, LoRA, PaCA, Quantize, RoSA, nearest, patte
 from sparsify.plan.unmatched import unmatched_patterns
 from sparsify.program import ChannelChoice, LinearNode, Program, UnitChoice
 from sparsify.program.selection import choose, generator, index_dtype, random_scores, unit_channels
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 VIEWS = frozenset(
     getattr(torch.ops.aten, name)
@@ -148,7 +151,7 @@ def why_not_experts(rule: LinearRule) -> str | None:
     return None
 
 
-def why_not_packed(program: Program, param: str, weight: Tensor, format: str) -> str | None:
+def why_not_packed(program: Program, param: str, weight: Float[Tensor, "rows columns"], format: str) -> str | None:
     """Why a weight cannot be stored in `format`."""
     if param in program.bases:
         return f"it is packed already, by {program.bases[param].library} ({program.quantize[param]})"
@@ -265,7 +268,7 @@ def column_scores(
     if rule.select == "gradient":
         sums: dict[str, Tensor] = {}
 
-        def reduce(name: str, gradient: Tensor) -> None:
+        def reduce(name: str, gradient: Float[Tensor, "n m"]) -> None:
             total = column_squares(rows_of(gradient, -1))
             sums[name] = sums[name] + total if name in sums else total
 
@@ -340,7 +343,7 @@ def plain_support(
     return best_entries(scores, count, survivors)
 
 
-def best_entries(scores: Tensor, count: int, survivors: Tensor | None) -> Tensor:
+def best_entries(scores: Float[Tensor, " p*q"], count: int, survivors: Bool[Tensor, "p q"] | None) -> Int[Tensor, " k"]:
     """Top `count` of flat scores ≥ 0 among the survivors of a pruned weight, sorted."""
     if survivors is not None:
         kept = survivors.reshape(-1).to(scores.device)
@@ -365,7 +368,7 @@ def gradient_supports(
     """
     sums: dict[str, Tensor] = {}
 
-    def reduce(name: str, gradient: Tensor) -> None:
+    def reduce(name: str, gradient: Float[Tensor, "n m"]) -> None:
         part = (squares_of(gradient) if mask == "gradient" else gradient).cpu()
         sums[name] = sums[name] + part if name in sums else part.clone()  # (fp64 where fp32 squares would not fit)
 

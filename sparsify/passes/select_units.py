@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -32,6 +32,9 @@ from sparsify.program import Program, UnitChoice
 from sparsify.program.selection import choose, random_scores, selectable_units, unit_channels, unit_norms
 from sparsify.program.structure import Site, Structure
 from sparsify.program.unit_budget import Budget, Row, at_least_one, cost_of, unit_counts
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 def select_units(program: Program, context: Context) -> PassResult:
@@ -201,7 +204,7 @@ def why_in_place(program: Program, structure: Structure, rule: S2FT) -> str:
     return program.unproven.get(structure.name, "")
 
 
-def score_units(program: Program, assignment: Assignment, context: Context) -> dict[str, Tensor]:
+def score_units(program: Program, assignment: Assignment, context: Context) -> dict[str, Float[Tensor, " units"]]:
     """Scores `(selectable units,)` in fp64 for each structure; several consumers add their squares."""
     rule, plan = assignment.rule, context.plan
     if rule.select == "random":
@@ -218,14 +221,16 @@ def score_units(program: Program, assignment: Assignment, context: Context) -> d
     return result
 
 
-def weight_squares(program: Program, site: Site) -> Tensor:
+def weight_squares(program: Program, site: Site) -> Float[Tensor, " channels"]:
     """Sum of squares of each channel of the site's weight, fp64 `(channels,)`."""
     weight = program.tensor(site.param).detach()
     check_weights([(site.param, weight)])
     return column_squares(rows_of(weight, site.axis))
 
 
-def consumer_squares(program: Program, assignment: Assignment, context: Context) -> dict[tuple[str, int], Tensor]:
+def consumer_squares(
+    program: Program, assignment: Assignment, context: Context
+) -> dict[tuple[str, int], Float[Tensor, " channels"]]:
     """Per consumer input channel: squares of the weight, of the activation, or of the gradient."""
     rule: S2FT = assignment.rule
     sites = [site for structure in assignment.structures for site in structure.consumers]
@@ -236,7 +241,7 @@ def consumer_squares(program: Program, assignment: Assignment, context: Context)
     if rule.select == "gradient":
         sums: dict[str, Tensor] = {}
 
-        def reduce(name: str, gradient: Tensor) -> None:
+        def reduce(name: str, gradient: Float[Tensor, "n m"]) -> None:
             total = column_squares(rows_of(gradient, -1))
             sums[name] = sums[name] + total if name in sums else total
 

@@ -81,17 +81,17 @@ class Char:
 
 @dataclass(frozen=True)
 class Sequence:
-    items: tuple[Any, ...]
+    items: tuple[Syntax, ...]
 
 
 @dataclass(frozen=True)
 class Choice:
-    items: tuple[Any, ...]
+    items: tuple[Syntax, ...]
 
 
 @dataclass(frozen=True)
 class Repeat:
-    item: Any
+    item: Syntax
     least: int
     most: int | None
 
@@ -103,9 +103,12 @@ class Assert:
 
 @dataclass(frozen=True)
 class Ahead:
-    item: Any
+    item: Syntax
     negative: bool
 
+
+#: what a regular expression is made of
+Syntax = Char | Sequence | Choice | Repeat | Assert | Ahead
 
 ESCAPED_CLASSES: dict[str, Test] = {
     "d": str.isdecimal,
@@ -144,25 +147,25 @@ class Reader:
         self.at += len(ahead)
         return True
 
-    def read(self) -> Any:
+    def read(self) -> Syntax:
         found = self.choice()
         if self.at < len(self.text):
             raise self.fail(f"has an unbalanced parenthesis at position {self.at}")
         return found
 
-    def choice(self) -> Any:
+    def choice(self) -> Syntax:
         branches = [self.sequence()]
         while self.take("|"):
             branches.append(self.sequence())
         return branches[0] if len(branches) == 1 else Choice(tuple(branches))
 
-    def sequence(self) -> Any:
+    def sequence(self) -> Syntax:
         items = []
         while self.at < len(self.text) and self.text[self.at] not in "|)":
             items.append(self.repeated())
         return Sequence(tuple(items))
 
-    def repeated(self) -> Any:
+    def repeated(self) -> Syntax:
         start = self.at
         item = self.atom()
         bounds = self.bounds()
@@ -194,7 +197,7 @@ class Reader:
             raise self.fail(f"repeats more than {MAX_INSTRUCTIONS} times")
         return least, most
 
-    def atom(self) -> Any:
+    def atom(self) -> Syntax:
         c = self.text[self.at]
         self.at += 1
         if c == "(":
@@ -211,7 +214,7 @@ class Reader:
             raise self.fail(f"has nothing to repeat at position {self.at - 1}")
         return Char(equal(c))
 
-    def group(self) -> Any:
+    def group(self) -> Syntax:
         ahead = None
         if self.take("?"):
             if self.take(":"):
@@ -239,7 +242,7 @@ class Reader:
             raise self.fail("has an unbalanced parenthesis")
         return inside if ahead is None else Ahead(inside, ahead == "!")
 
-    def escape(self) -> Any:
+    def escape(self) -> Syntax:
         if self.at >= len(self.text):
             raise self.fail("ends in a backslash")
         c = self.text[self.at]
@@ -316,7 +319,7 @@ class Regex:
         #: one test per character when the pattern is of fixed length, which nearly all are
         self.fixed = [i[1] for i in self.code[:-1]] if all(i[0] == "char" for i in self.code[:-1]) else None
 
-    def emit(self, node: Any) -> None:
+    def emit(self, node: Syntax) -> None:
         code = self.code
         if len(code) > MAX_INSTRUCTIONS:
             raise PatternError(

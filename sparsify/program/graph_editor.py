@@ -12,22 +12,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
+from torch.fx.node import Argument
 
 from sparsify.errors import VerifyError
 from sparsify.ops.schema import argument, arguments, positional
 from sparsify.program import Input, LinearNode, Program, through_transpose
 from sparsify.program.names import placeholder
 
+A = TypeVar("A", bound=Argument)
+
 
 @dataclass(frozen=True)
 class LinearArguments:
     """What a matrix product reads, in the copied graph. weight: the stored weight's input, under any transpose."""
 
-    x: Any
+    x: Argument
     weight: fx.Node
     bias: fx.Node | None
 
@@ -94,7 +98,7 @@ class GraphEditor:
 
     # --- nodes -------------------------------------------------------------------------------------------------------------
 
-    def nodes(self, *targets: Any) -> Iterator[fx.Node]:
+    def nodes(self, *targets: object) -> Iterator[fx.Node]:
         """Calls of any of these operators, in order."""
         for node in list(self.graph.nodes):
             if node.op == "call_function" and node.target in targets:
@@ -105,7 +109,7 @@ class GraphEditor:
         weight = self.input(linear.weight)
         return LinearArguments(self.copied(linear.x), weight, self.copied(linear.bias_node))
 
-    def call(self, op: Any, before: fx.Node, like: fx.Node | None = None, /, **given: Any) -> fx.Node:
+    def call(self, op: OpOverload, before: fx.Node, like: fx.Node | None = None, /, **given: Argument) -> fx.Node:
         """A call of `op` with arguments by name, before a node; with the fake value of the node `like`."""
         args, kwargs = positional(op, {name: self.copied(value) for name, value in given.items()})
         with self.graph.inserting_before(self.copied(before)):
@@ -114,7 +118,7 @@ class GraphEditor:
             node.meta["val"] = like.meta["val"]
         return node
 
-    def replace(self, node: fx.Node, op: Any, /, **given: Any) -> fx.Node:
+    def replace(self, node: fx.Node, op: OpOverload, /, **given: Argument) -> fx.Node:
         """Let `op`, with arguments by name, compute what `node` does; views that only `node` read go with it."""
         old = self.copied(node)
         new = self.call(op, old, **given)
@@ -132,7 +136,7 @@ class GraphEditor:
         old.replace_all_uses_with(new)
         self._replaced[old] = new
 
-    def change(self, node: fx.Node, /, **given: Any) -> None:
+    def change(self, node: fx.Node, /, **given: Argument) -> None:
         """Other values for some arguments of a node."""
         node = self.copied(node)
         node.args, node.kwargs = positional(node.target, arguments(node) | given)
@@ -144,7 +148,7 @@ class GraphEditor:
             self.graph.erase_node(node)
             node = above
 
-    def copied(self, value: Any) -> Any:
+    def copied(self, value: A) -> A:
         """`value` with nodes of the program replaced by their copies, and these by what stands in their place now."""
 
         def current(node: fx.Node) -> fx.Node:

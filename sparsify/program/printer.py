@@ -21,14 +21,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import fx
 
 from sparsify.console import one_line
 from sparsify.model.sharded import class_name
-from sparsify.program import Packed, Program, Stage
+from sparsify.program import Packed, Program, Stage, UnitChoice
 from sparsify.program.names import printable as without_controls
 from sparsify.program.repeats import (
     OWN,
@@ -45,6 +45,7 @@ from sparsify.program.structure import Site, Structure
 
 if TYPE_CHECKING:
     from sparsify.methods.channels import TrainedSlice
+    from sparsify.methods.part import TrainedPart
 
 NOISE = frozenset({"_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size", "_guards_fn"})
 """Operations that compute nothing: checks that torch.export leaves behind."""
@@ -101,7 +102,7 @@ def print_program(
     return "\n".join(without_controls(line) for line in lines)
 
 
-def tensor_text(value: Any) -> str:
+def tensor_text(value: object) -> str:
     """`bf16[2, 7, 32]` for a tensor, real or fake; lists of tensors in brackets, anything else by its type or value."""
     if isinstance(value, torch.Tensor):
         return f"{dtype_text(value.dtype)}[{', '.join(str(size) for size in value.shape)}]"
@@ -143,7 +144,24 @@ def packed_text(packed: Packed) -> Line:
     return Line.about(packed.param, f"@{packed.param} {packed.format}, {size}, error ", f"{packed.error:.3f}")
 
 
-def pruned_line(pruned: Any, before: str = "@") -> Line:
+class Pruned(Protocol):
+    """What the text says of one pruned weight."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def pattern(self) -> str: ...
+    @property
+    def method(self) -> str: ...
+    @property
+    def note(self) -> str: ...
+    @property
+    def sparsity(self) -> float: ...
+    @property
+    def error(self) -> float: ...
+
+
+def pruned_line(pruned: Pruned, before: str = "@") -> Line:
     """`@w: 75.0% unstructured, sparsegpt, error 1.20e-02`: what pruning says of one weight (`program.pruned`)."""
     kind, note = f" {pruned.pattern}, {pruned.method}, error ", f" ({pruned.note})" if pruned.note else ""
     head, error = f"{before}{pruned.name}: ", f"{pruned.error:.2e}"
@@ -192,7 +210,7 @@ def structure_text(structure: Structure) -> Line:
 def _choices(program: Program, ids: int) -> list[str]:
     units = {s.name: s for s in program.structures}
 
-    def line(choice: Any) -> Line:
+    def line(choice: UnitChoice) -> Line:
         structure = units.get(choice.structure)
         sides = (choice.consumers, choice.producers)
         counts = structure.chosen_text(*map(len, sides)) if structure else ("", "")
@@ -245,7 +263,7 @@ def _permuted(program: Program, ids: int) -> list[str]:
 
 def _parts(program: Program, ids: int) -> list[tuple[str, list[str]]]:
     """Title and lines for every kind of trained part."""
-    kinds: dict[type, list[Any]] = {}
+    kinds: dict[type[TrainedPart], list[TrainedPart]] = {}
     for part in program.parts:
         kinds.setdefault(type(part), []).append(part)
     return [kind.section(parts, program, lambda values: ids_text(values, ids)) for kind, parts in kinds.items()]
@@ -381,7 +399,7 @@ def _module_of(node: fx.Node) -> str:
 
 
 def _node(node: fx.Node, tensors: dict[str, str], note: str, noise: bool) -> str:
-    def text(value: Any) -> str:
+    def text(value: object) -> str:
         if isinstance(value, fx.Node):
             return f"@{tensors[value.name]}" if value.name in tensors else f"%{value.name}"
         if isinstance(value, tuple | list):

@@ -15,7 +15,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Hashable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import fx
 
@@ -177,6 +176,7 @@ class Run:
 
 
 Describe = Callable[[fx.Node], str]
+Form = tuple[fx.node.Target, str, tuple[Hashable, Hashable]]  # what an operation calls, its line, its arguments
 
 
 def split_blocks(nodes: Sequence[fx.Node], place: Callable[[fx.Node], str], level: int) -> list[Block | fx.Node]:
@@ -254,7 +254,7 @@ class Ref:
     """A value that an operation reads: by its position in the same repetition or in the one before, or a node outside."""
 
     kind: str
-    at: Any
+    at: int | fx.Node
 
 
 def argument_form(
@@ -263,10 +263,10 @@ def argument_form(
     blocks: Sequence[Block],
     here: dict[fx.Node, int],
     before: dict[fx.Node, int],
-) -> tuple[Any, ...]:
+) -> tuple[Hashable, Hashable]:
     """Arguments with values by position and layers by their distance from the first: equal for equal operations of a run."""
 
-    def form(value: Any) -> Hashable:
+    def form(value: object) -> Hashable:
         if isinstance(value, fx.Node):
             if value.name in tensors:
                 return "@" + relative(tensors[value.name], blocks)
@@ -291,7 +291,7 @@ def relative(text: str, blocks: Sequence[Block]) -> str:
     return text
 
 
-def pytree_map(value: Any, change: Callable[[Any], Any]) -> Any:
+def pytree_map(value: object, change: Callable[[object], object]) -> object:
     return tuple(pytree_map(v, change) for v in value) if type(value) is tuple else change(value)
 
 
@@ -302,7 +302,7 @@ def longest_run(
     units = [tuple(blocks[i : i + period]) for i in range(0, len(blocks), period)]
     numbers = [block.index for block in blocks]
     positions = [{node: i for i, node in enumerate(n for block in unit for n in block.nodes)} for unit in units]
-    forms: list[list[Any]] = []
+    forms: list[list[Form]] = []
     for k, unit in enumerate(units):
         before = positions[k - 1] if k else {}
         forms.append(
@@ -331,7 +331,7 @@ def longest_run(
     return Run(blocks[0].stack, period, count, chosen, pairs, tuple(outside))
 
 
-def carried_values(first: list[Any], second: list[Any]) -> dict[int, fx.Node] | None:
+def carried_values(first: list[Form], second: list[Form]) -> dict[int, fx.Node] | None:
     """What the first repetition reads where the others read the one before: position there → value outside.
 
     None when the two differ in anything else, or when one could not tell from the first which reads are carried.
@@ -339,7 +339,7 @@ def carried_values(first: list[Any], second: list[Any]) -> dict[int, fx.Node] | 
     carried: dict[int, fx.Node] = {}
     fixed: set[fx.Node] = set()
 
-    def agree(a: Any, b: Any) -> bool:
+    def agree(a: object, b: object) -> bool:
         if isinstance(a, Ref) and isinstance(b, Ref):
             if b.kind == "before" and a.kind == "outside":
                 return carried.setdefault(b.at, a.at) is a.at

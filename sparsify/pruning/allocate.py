@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sparsify.errors import PlanError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 SAMPLES = 1 << 16
 
@@ -26,7 +30,9 @@ class SaliencyCurve:
     sample: Tensor
 
 
-def saliency_curve(weight: Tensor, mean_squares: Tensor | None, seed: int = 0) -> SaliencyCurve:
+def saliency_curve(
+    weight: Float[Tensor, "n m"], mean_squares: Float[Tensor, " m"] | None, seed: int = 0
+) -> SaliencyCurve:
     """The curve of `weight (n, m)` with `E[x²] (m,)` per input (None: ones)."""
     saliency = weight.detach().float().square()
     if mean_squares is not None:

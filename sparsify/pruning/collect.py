@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
 from sparsify.calibration.checks import IGNORED
 
@@ -167,7 +168,7 @@ class PaddingDropper:
 
     def __init__(self, modules: Iterable[nn.Module], mask: Tensor | None) -> None:
         self.modules, self.mask = list(modules), mask
-        self.handles: list[Any] = []
+        self.handles: list[RemovableHandle] = []
 
     def __enter__(self) -> PaddingDropper:
         mask = self.mask

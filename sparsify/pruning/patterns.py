@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
 from sparsify.console import printable
 from sparsify.errors import PlanError
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Num
 
 
 @printable
@@ -114,7 +117,7 @@ def check_sparsity(where: str, sparsity: float) -> None:
         )
 
 
-def keep_largest(scores: Tensor, zeros: int) -> Tensor:
+def keep_largest(scores: Float[Tensor, "*shape"], zeros: int) -> Bool[Tensor, "*shape"]:
     """Mask of the shape of `scores` with exactly `zeros` False entries, at the smallest scores (ties: first in order)."""
     flat = scores.reshape(-1)
     if zeros <= 0:
@@ -128,7 +131,7 @@ def keep_largest(scores: Tensor, zeros: int) -> Tensor:
     return ~gone.view(scores.shape)
 
 
-def keep_largest_per_row(scores: Tensor, zeros: int) -> Tensor:
+def keep_largest_per_row(scores: Float[Tensor, "rows columns"], zeros: int) -> Bool[Tensor, "rows columns"]:
     """Mask with exactly `zeros` False entries in every row of `scores (rows, columns)`, at the smallest scores."""
     if zeros <= 0:
         return torch.ones_like(scores, dtype=torch.bool)
@@ -136,26 +139,26 @@ def keep_largest_per_row(scores: Tensor, zeros: int) -> Tensor:
     return torch.ones_like(scores, dtype=torch.bool).scatter_(-1, index, False)
 
 
-def keep_nm(scores: Tensor, pattern: NM) -> Tensor:
+def keep_nm(scores: Float[Tensor, "n m"], pattern: NM) -> Bool[Tensor, "n m"]:
     """Mask of N:M form, `scores (n, m)`; per row and group of M the N largest survive."""
     groups = scores.reshape(-1, pattern.m)
     return keep_largest_per_row(groups, pattern.m - pattern.n).view(scores.shape)
 
 
-def block_scores(scores: Tensor, pattern: Block) -> Tensor:
+def block_scores(scores: Num[Tensor, "n m"], pattern: Block) -> Num[Tensor, "n/h m/w"]:
     """Sum of `scores (n, m)` over each block, `(n / h, m / w)`."""
     rows, columns = scores.shape
     return scores.reshape(rows // pattern.h, pattern.h, columns // pattern.w, pattern.w).sum((1, 3))
 
 
-def spread_blocks(mask: Tensor, pattern: Block) -> Tensor:
+def spread_blocks(mask: Bool[Tensor, "n/h m/w"], pattern: Block) -> Bool[Tensor, "n m"]:
     """A mask over blocks `(n / h, m / w)` → over entries `(n, m)`."""
     return mask.repeat_interleave(pattern.h, 0).repeat_interleave(pattern.w, 1)
 
 
 def mask_from_scores(
-    scores: Tensor, sparsity: float, pattern: Pattern, *, per_row: bool = False, where: str = "layer"
-) -> Tensor:
+    scores: Float[Tensor, "n m"], sparsity: float, pattern: Pattern, *, per_row: bool = False, where: str = "layer"
+) -> Bool[Tensor, "n m"]:
     """Survivor mask `(n, m)` of a pattern: the smallest `scores (n, m)` go.
 
     sparsity: fraction of zeros; for N:M it must equal `1 − N/M`.
@@ -176,7 +179,7 @@ def mask_from_scores(
     return keep_largest(scores, round(sparsity * scores.numel()))
 
 
-def fits_pattern(mask: Tensor, pattern: Pattern) -> bool:
+def fits_pattern(mask: Bool[Tensor, "n m"], pattern: Pattern) -> bool:
     """Whether a survivor mask `(n, m)` has the pattern's form."""
     if isinstance(pattern, NM):
         return bool((mask.reshape(-1, pattern.m).sum(1) == pattern.n).all())

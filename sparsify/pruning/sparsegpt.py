@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -29,6 +30,9 @@ from sparsify.pruning.patterns import (
     spread_blocks,
 )
 
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
 COLUMN_BLOCK = 128
 INNER_BLOCK = 32
 
@@ -43,7 +47,7 @@ class Hessian:
         self.matrix = torch.zeros(width, width, dtype=torch.float32, device=device)
         self.tokens = 0
 
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Float[Tensor, "*t m"]) -> None:
         """Add tokens `x (…, m)`; padding must have been dropped before. Raises SparsifyError for NaN or Inf."""
         x = x.reshape(-1, x.shape[-1]).to(self.matrix)
         if x.shape[0] == 0:
@@ -62,7 +66,7 @@ class Hessian:
         self.matrix = sum_over_ranks(self.matrix)
         self.tokens = round(float(sum_over_ranks(torch.tensor([float(self.tokens)], dtype=torch.float64))))
 
-    def value(self) -> Tensor:
+    def value(self) -> Float[Tensor, "m m"]:
         """`H (m, m)`; consumes the accumulator's memory (scaled in place)."""
         scaled = self.matrix.mul_(2 / max(self.tokens, 1))
         del self.matrix
@@ -83,7 +87,9 @@ class Pruned:
     error: float
 
 
-def inverse_factor(hessian: Tensor, damping: float = 0.01, *, where: str = "layer") -> tuple[Tensor, Tensor]:
+def inverse_factor(
+    hessian: Float[Tensor, "m m"], damping: float = 0.01, *, where: str = "layer"
+) -> tuple[Float[Tensor, "m m"], Bool[Tensor, " m"]]:
     """`(U, dead)`: `U` upper triangular with `UᵀU = (H + damping · mean(diag H) · I)⁻¹`, and the inputs that never fired.
 
     hessian: `(m, m)` fp32; overwritten. damping: fraction of the mean of the diagonal.
@@ -110,7 +116,7 @@ def inverse_factor(hessian: Tensor, damping: float = 0.01, *, where: str = "laye
     )
 
 
-def invert_lower(lower: Tensor, leaf: int = 256) -> Tensor:
+def invert_lower(lower: Float[Tensor, "m m"], leaf: int = 256) -> Float[Tensor, "m m"]:
     """Inverse of a lower triangular matrix, in place: halves joined by GEMMs (m³/3 multiplications)."""
     size = lower.shape[0]
     if size <= leaf:
@@ -131,7 +137,7 @@ def block_columns(pattern: Pattern) -> tuple[int, int]:
     return max(inner, COLUMN_BLOCK // inner * inner), inner
 
 
-def block_mask(scores_t: Tensor, zeros: int, pattern: Pattern) -> Tensor:
+def block_mask(scores_t: Float[Tensor, "columns n"], zeros: int, pattern: Pattern) -> Bool[Tensor, "columns n"]:
     """Survivors of one block of columns from `scores_t (columns, n)` (transposed); `zeros` counts blocks for Block."""
     if isinstance(pattern, Block):
         columns, rows = scores_t.shape
@@ -141,8 +147,8 @@ def block_mask(scores_t: Tensor, zeros: int, pattern: Pattern) -> Tensor:
 
 
 def sparsegpt_prune(
-    weight: Tensor,
-    hessian: Tensor,
+    weight: Float[Tensor, "n m"],
+    hessian: Float[Tensor, "m m"],
     sparsity: float,
     pattern: Pattern,
     *,
@@ -194,7 +200,13 @@ def sparsegpt_prune(
     return Pruned(pruned.masked_fill_(~mask, 0), mask, float(loss))
 
 
-def prune_columns(work: Tensor, survivors: Tensor, errors: Tensor, upper: Tensor, pattern: Pattern) -> None:
+def prune_columns(
+    work: Float[Tensor, "c n"],
+    survivors: Bool[Tensor, "c n"],
+    errors: Float[Tensor, "c n"],
+    upper: Float[Tensor, "c c"],
+    pattern: Pattern,
+) -> None:
     """The inner level, in place: `work (c, n)` columns of the weight, `survivors (c, n)` read, for N:M also written.
 
     errors: `(c, n)`, filled with `(w − q) / U_jj`. upper: `(c, c)`.
@@ -214,7 +226,9 @@ def prune_columns(work: Tensor, survivors: Tensor, errors: Tensor, upper: Tensor
             work[j + 1 :].addr_(upper[j, j + 1 :], error, alpha=-1)
 
 
-def reconstruction_error(weight: Tensor, pruned: Tensor, hessian: Tensor) -> float:
+def reconstruction_error(
+    weight: Float[Tensor, "n m"], pruned: Float[Tensor, "n m"], hessian: Float[Tensor, "m m"]
+) -> float:
     """Relative squared error of the layer's output: `tr(Δ H Δᵀ) / tr(W H Wᵀ)`, in fp64."""
     weight, pruned, hessian = weight.double(), pruned.double(), hessian.double()
     delta = weight - pruned

@@ -112,7 +112,7 @@ class Residence(Protocol):
         """The mapping that the run's masks go to."""
         ...
 
-    def opened(self, host: nn.Module, run: str) -> AbstractContextManager[Any]:
+    def opened(self, host: nn.Module, run: str) -> AbstractContextManager[object]:
         """Around the whole run: everything outside of repeated blocks is usable inside. run: hash of rules, weights, calibration."""
         ...
 
@@ -120,11 +120,11 @@ class Residence(Protocol):
         """Statistics of what an earlier start of the same run has put away for `unit`; None when it has to be pruned."""
         ...
 
-    def loaded(self, unit: str, *, keep: bool = False) -> AbstractContextManager[Any]:
+    def loaded(self, unit: str, *, keep: bool = False) -> AbstractContextManager[object]:
         """The module `unit` is usable inside; keep: at the end its pruned weights are put away."""
         ...
 
-    def loading_forward(self, watcher: Watcher) -> AbstractContextManager[Any]:
+    def loading_forward(self, watcher: Watcher) -> AbstractContextManager[object]:
         """Inside, a forward of the host loads each block as it comes and drops it after; the watcher is told."""
         ...
 
@@ -142,16 +142,16 @@ class NoStreaming:
     def masks(self) -> dict[str, Tensor]:
         return {}
 
-    def opened(self, host: nn.Module, run: str) -> AbstractContextManager[Any]:
+    def opened(self, host: nn.Module, run: str) -> AbstractContextManager[object]:
         return nullcontext()
 
     def finished(self, unit: str) -> list[dict[str, Any]] | None:
         return None
 
-    def loaded(self, unit: str, *, keep: bool = False) -> AbstractContextManager[Any]:
+    def loaded(self, unit: str, *, keep: bool = False) -> AbstractContextManager[object]:
         return nullcontext()
 
-    def loading_forward(self, watcher: Watcher) -> AbstractContextManager[Any]:
+    def loading_forward(self, watcher: Watcher) -> AbstractContextManager[object]:
         return nullcontext()
 
     def keep(self, result: Any, name: str, tensor: Tensor, mask: Tensor) -> None:

@@ -54,7 +54,7 @@ def record_events(
     host: nn.Module,
     run: Callable[[], Any],
     params: Callable[[], Mapping[str, Tensor]],
-    scope: Callable[[Watcher], AbstractContextManager[Any]],
+    scope: Callable[[Watcher], AbstractContextManager[object]],
 ) -> tuple[list[Event], dict[str, str]]:
     """Run one batch inside `scope` and list every product with a named parameter; also how else each parameter was used."""
     events: list[Event] = []

@@ -27,7 +27,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -39,13 +39,18 @@ from sparsify.errors import PlanError, SparsifyError
 from sparsify.model.blocks import Stack, repeated_blocks
 from sparsify.train.teacher import TeacherCache, TeacherStates, int8_copy
 
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Shaped
+
 IGNORED = -100
 
 
 # --- the losses as functions -----------------------------------------------------------------------------------------------------
 
 
-def token_sums(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def token_sums(
+    values: Float[Tensor, "*t hidden"], mask: Shaped[Tensor, "*t"] | None
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """`(Σ over tokens and channels, number of tokens)` of `values (…, hidden)` in fp32; `mask (…)` True for tokens."""
     per_token = values.sum(-1)
     if mask is None:
@@ -54,20 +59,22 @@ def token_sums(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return per_token.masked_fill(~kept, 0).sum(), kept.sum().float()
 
 
-def hidden_energy(hidden: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def hidden_energy(
+    hidden: Float[Tensor, "*t hidden"], mask: Shaped[Tensor, "*t"] | None
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """`(Σ h², tokens)` of one layer, fp32 scalars."""
     return token_sums(hidden.float().square(), mask)
 
 
 def squarehead_loss(
-    student: Sequence[Tensor],
-    teacher: Sequence[Tensor],
-    mask: Tensor | Sequence[Tensor | None] | None = None,
+    student: Sequence[Float[Tensor, "batch tokens hidden"]],
+    teacher: Sequence[Float[Tensor, "batch tokens hidden"]],
+    mask: Shaped[Tensor, "batch tokens"] | Sequence[Shaped[Tensor, "batch tokens"] | None] | None = None,
     *,
     eps: float = 1e-6,
     totals: Sequence[tuple[Tensor, Tensor]] | None = None,
     normalise: Literal["layer", "token"] = "layer",
-) -> Tensor:
+) -> Float[Tensor, ""]:
     """`Σ_l mean((h_s − h_t)²) / (mean(h_t²) · (1 + ε))`, an fp32 scalar.
 
     student, teacher: block outputs, `(batch, tokens, hidden)` each, the embedding's output left out.
@@ -111,20 +118,28 @@ def relative_errors(student: Tensor, teacher: Tensor, eps: float) -> Tensor:
     return squared / torch.where(energy > 0, energy * (1 + eps), torch.ones_like(energy))
 
 
-def shift_targets(logits: Tensor, other: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def shift_targets(
+    logits: Float[Tensor, "batch tokens vocabulary"],
+    other: Float[Tensor, "batch tokens vocabulary"],
+    valid: Bool[Tensor, "batch tokens"],
+) -> tuple[
+    Float[Tensor, "batch tokens-1 vocabulary"],
+    Float[Tensor, "batch tokens-1 vocabulary"],
+    Bool[Tensor, "batch tokens-1"],
+]:
     """Causal alignment: position `t` predicts token `t + 1`, so it counts when token `t + 1` is valid."""
     return logits[:, :-1], other[:, :-1], valid[:, 1:]
 
 
 def kl_loss(
-    student: Tensor,
-    teacher: Tensor,
-    valid: Tensor | None = None,
+    student: Float[Tensor, "*t vocabulary"],
+    teacher: Float[Tensor, "*t vocabulary"],
+    valid: Shaped[Tensor, "*t"] | None = None,
     *,
     temperature: float = 1.0,
     shift: bool = True,
-    total: Tensor | None = None,
-) -> Tensor:
+    total: Float[Tensor, ""] | None = None,
+) -> Float[Tensor, ""]:
     """`T² · mean KL(teacher ‖ student)` over valid predictions, an fp32 scalar.
 
     student, teacher: logits `(batch, tokens, vocabulary)`, or `(batch, classes)` without tokens.
@@ -230,7 +245,9 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-def token_mask(batch: Mapping[str, Any], hidden: Tensor, encoder: bool, seq2seq: bool) -> Tensor | None:
+def token_mask(
+    batch: Mapping[str, Any], hidden: Float[Tensor, "batch tokens hidden"], encoder: bool, seq2seq: bool
+) -> Bool[Tensor, "batch tokens"] | None:
     """Non-padding tokens `(batch, tokens)` of a hidden state `(batch, tokens, hidden)`, or None when every position counts.
 
     Encoder blocks and plain models use `attention_mask`. Decoder blocks of an encoder–decoder use `decoder_attention_mask`,
@@ -321,7 +338,8 @@ class Distiller:
         check_teacher(student, teacher, tokenizers, logits=kl > 0)
         self.student, self.teacher = student, int8_copy(teacher) if int8 else teacher
         self.ce, self.kl, self.sq, self.temperature, self.eps = ce, kl, sq, temperature, eps
-        self.task_loss, self.normalise = task_loss, normalise
+        self.task_loss = task_loss
+        self.normalise: Literal["layer", "token"] = normalise
         self.student_outputs = BlockOutputs(student)
         self.teacher_outputs = BlockOutputs(self.teacher)
         self.cache = None if cache is None else TeacherCache(None if cache == "memory" else Path(cache))
@@ -447,7 +465,9 @@ class Distiller:
                 'gradient_checkpointing_kwargs={"use_reentrant": False}'
             )
 
-    def valid_targets(self, batch: Mapping[str, Any], logits: Tensor) -> Tensor | None:
+    def valid_targets(
+        self, batch: Mapping[str, Any], logits: Float[Tensor, "batch tokens vocabulary"]
+    ) -> Bool[Tensor, "batch tokens"] | None:
         """Tokens that are targets, `(batch, tokens)`: labels ≠ −100, else the attention mask of the side that has the logits."""
         labels = batch.get("labels")
         if isinstance(labels, Tensor) and labels.shape == logits.shape[:-1] and logits.dim() == 3:

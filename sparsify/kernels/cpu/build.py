@@ -79,7 +79,7 @@ def compile_source(source: str, command: Sequence[str]) -> bytes:
         return library.read_bytes()
 
 
-def load_library(source: str, flags: tuple[str, ...], entries: Sequence[str]) -> Any:
+def load_library(source: str, flags: tuple[str, ...], entries: Sequence[str]) -> ctypes.CDLL:
     """The library built from `source`, with its `entries` and `sparsify_init` called. Raises BuildError for whatever goes wrong."""
     place, content = built(source, flags)
     try:

@@ -366,7 +366,7 @@ def choose(
         outputs = packed.rows // 2 if layer.gated else packed.rows
         margin = 4 if size <= COMMON else 2  # products of many tokens take long, and the model knows them better
         plausible = [option for option in options if costs[option] <= margin * costs[best]]
-        calls: dict[str, Callable[[], Any]] = {
+        calls: dict[str, Callable[[], object]] = {
             option_name(o): partial(run_module, kernels, o[0], layer, x, outputs, o[1]) for o in plausible
         }
         if dense is not None:

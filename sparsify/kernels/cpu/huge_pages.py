@@ -11,7 +11,6 @@ import ctypes
 import math
 import mmap
 from functools import cache
-from typing import Any
 
 import torch
 
@@ -43,7 +42,7 @@ def in_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @cache
-def libc() -> Any:
+def libc() -> ctypes.CDLL:
     """The C library of this process, with `madvise(address, bytes, advice)`."""
     library = ctypes.CDLL(None, use_errno=True)
     library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]

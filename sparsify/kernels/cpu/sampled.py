@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +38,7 @@ def generate_sampled(isa: Isa, value: str) -> str:
 
 
 @cache
-def load_sampled(isa: Isa, value: str) -> Any:
+def load_sampled(isa: Isa, value: str) -> ctypes.CDLL | None:
     """The built library, or None (remembered) where it cannot be built, which a warning says once."""
     entries = ("sparsify_scratch", "sparsify_sampled", "sparsify_write")
     try:

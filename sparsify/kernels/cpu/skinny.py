@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +38,7 @@ def generate_skinny(isa: Isa) -> str:
 
 
 @cache
-def load_skinny(isa: Isa) -> Any:
+def load_skinny(isa: Isa) -> ctypes.CDLL | None:
     """The built library, or None (remembered) where it cannot be built, which a warning says once."""
     try:
         library = load_library(generate_skinny(isa), FLAGS[isa], ("sparsify_skinny", "sparsify_update"))

@@ -16,6 +16,8 @@ import linecache
 import os
 import threading
 import types
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -134,7 +136,7 @@ def load_kernel(spec: KernelSpec) -> Any:
     return found
 
 
-def launch(spec: KernelSpec, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+def launch(spec: KernelSpec, grid: tuple[int, ...], arguments: Mapping[str, object]) -> None:
     """Run a kernel on the current stream. `arguments` must be the kernel's, in order; tensors are reinterpreted as the
     kernel reads them and must be contiguous, of one device, and of the right width."""
     types = parameters(spec)
@@ -163,7 +165,7 @@ def as_pointer(name: str, tensor: Tensor, type: str) -> Tensor:
     return tensor.view(expected)
 
 
-def on_device(device: torch.device | None) -> Any:
+def on_device(device: torch.device | None) -> AbstractContextManager[object]:
     """Triton launches on the current device: make it the tensors' one."""
     if device is None or device.type != "cuda" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from sparsify.kernels.gpu.formats import FIRST_BITS, GAP_BITS
 from sparsify.kernels.gpu.spec import KernelSpec
@@ -136,11 +135,11 @@ def generate(spec: KernelSpec) -> str:
     return f"# {spec}\n{text.strip()}\n"
 
 
-def gap_context(spec: KernelSpec) -> dict[str, Any]:
+def gap_context(spec: KernelSpec) -> dict[str, object]:
     return {"first_bits": FIRST_BITS, "gap_bits": GAP_BITS.get(spec.width, 0)}
 
 
-def stream_context(spec: KernelSpec) -> dict[str, Any]:
+def stream_context(spec: KernelSpec) -> dict[str, object]:
     """How x is read: `parts` loads per column of `lanes_x` elements each, into one sum per part, or into two where two
     bf16 tokens come as one 32-bit word; `step` elements lie between columns."""
     paired = spec.x == "bf16" and spec.tokens > 1

@@ -11,7 +11,6 @@ write_values                     the trained values of a support into the merged
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -267,7 +266,7 @@ def quantized_product(
     )
     x, y = x.contiguous(), torch.empty(count, rows, dtype=x.dtype, device=x.device)
     data, *scales = [aligned(t.reshape(-1)) for t in packed]
-    arguments: dict[str, Any] = {"x_ptr": x}
+    arguments: dict[str, object] = {"x_ptr": x}
     arguments |= {"entry_ptr": x, "data_ptr": data} if count == 1 else {"data_ptr": data, "bytes_ptr": data}
     names = ("absmax_ptr", "nested_ptr", "nested_code_ptr", "code_ptr", "offset_ptr")
     arguments |= dict(zip(names, scales, strict=True)) if format == "nf4" else {"scale_ptr": scales[0].float()}

@@ -11,7 +11,7 @@ goes to sparse tensor cores.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from sparsify.kernels.gpu import launch, semi_structured
 from sparsify.kernels.gpu.build import kernels_take
 from sparsify.kernels.gpu.formats import Blocks, Stream
 from sparsify.kernels.gpu.spec import ACTIVATIONS
-from sparsify.library import LIBRARY
+from sparsify.library import LIBRARY, Context
 
 LIBRARY.define(
     "gpu_linear(Tensor x, Tensor? bias, Tensor? residual, str format, int rows, int cols, bool gated, str activation, "
@@ -135,7 +135,19 @@ def _gpu_linear_fake(
     return x.new_empty((*x.shape[:-1], rows // 2 if gated else rows))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+class _Saved(Context, Protocol):
+    """meta: format, rows, columns, gated. wants: gradients of x, bias, residual. added: shapes and types of bias and residual."""
+
+    meta: tuple[str, int, int, bool]
+    wants: tuple[bool, ...]
+    added: list[tuple[torch.Size, torch.dtype] | None]
+
+
+def _setup_context(
+    ctx: _Saved,
+    inputs: tuple[Tensor, Tensor | None, Tensor | None, str, int, int, bool, str, list[Tensor]],
+    output: Tensor,
+) -> None:
     _x, bias, residual, format, rows, cols, gated, activation, packed = inputs
     if activation != "none" or gated:
         raise RefusedError("gpu_linear: a fused activation has no gradient; run under torch.inference_mode()")
@@ -144,13 +156,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.added = [None if t is None else (t.shape, t.dtype) for t in (bias, residual)]
 
 
-def _backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: _Saved, g: Tensor) -> tuple[Tensor | list[None] | None, ...]:
     format, rows, cols, gated = ctx.meta
     packed = list(ctx.saved_tensors)
     want_x, want_bias, want_residual = ctx.wants
     dx = g @ rebuild(format, rows, cols, gated, packed, g.dtype).unpack() if want_x else None
-    d_bias = sum_to(g, *ctx.added[0]) if want_bias else None
-    d_residual = sum_to(g, *ctx.added[1]) if want_residual else None
+    of_bias, of_residual = ctx.added
+    d_bias = sum_to(g, *of_bias) if want_bias and of_bias is not None else None
+    d_residual = sum_to(g, *of_residual) if want_residual and of_residual is not None else None
     return (dx, d_bias, d_residual, *[None] * 5, [None] * len(packed))
 
 

@@ -110,7 +110,7 @@ def tune_stream(
     *,
     seconds: float = 2.0,
     candidates: Sequence[Tile] = CANDIDATES,
-    timer: Callable[[Callable[[], Any]], float] = device_seconds,
+    timer: Callable[[Callable[[], object]], float] = device_seconds,
 ) -> Tile:
     """Time the candidate tiles over `packed` and x (t, cols), keep the fastest for this GPU, and return it.
 

@@ -132,10 +132,10 @@ class DenseProducts:
         """The weight in oneDNN's layout, made when it is first measured."""
         return prepack(self.weight)
 
-    def __call__(self, tokens: int) -> dict[str, Callable[[], Any]]:
+    def __call__(self, tokens: int) -> dict[str, Callable[[], object]]:
         """Name → product with random activations."""
         x = activations(tokens, self.weight.shape[1]).to(self.weight.dtype)
-        calls: dict[str, Callable[[], Any]] = {"torch": lambda: F.linear(x, self.weight)}
+        calls: dict[str, Callable[[], object]] = {"torch": lambda: F.linear(x, self.weight)}
         if can_prepack(self.weight):
             calls["onednn"] = lambda: prepacked_product(x, self.blocked, None)
         return calls

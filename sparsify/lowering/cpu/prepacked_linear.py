@@ -83,7 +83,7 @@ class PrepackedLinear(KernelModule):
         return torch.empty(shape[::-1] if self.transposed else shape, dtype=self.dtype, device="meta")
 
     @property
-    def operator(self) -> Any:
+    def operator(self) -> torch._ops.OpOverload:
         return torch.ops.sparsify.prepacked_linear.default
 
     def arguments(self, tensor: Callable[[str], Any]) -> dict[str, Any]:

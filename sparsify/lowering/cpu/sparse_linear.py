@@ -141,7 +141,7 @@ class SparseLinear(KernelModule):
         return found
 
     @property
-    def operator(self) -> Any:
+    def operator(self) -> torch._ops.OpOverload:
         return torch.ops.sparsify.packed_linear.default
 
     def arguments(self, tensor: Callable[[str], Any]) -> dict[str, Any]:

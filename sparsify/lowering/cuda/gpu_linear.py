@@ -93,7 +93,7 @@ class GpuSparseLinear(KernelModule):
         return torch.empty(shape[::-1] if self.transposed else shape, dtype=self.dtype, device="meta")
 
     @property
-    def operator(self) -> Any:
+    def operator(self) -> torch._ops.OpOverload:
         return torch.ops.sparsify.gpu_linear.default
 
     def arguments(self, tensor: Callable[[str], Any]) -> dict[str, Any]:

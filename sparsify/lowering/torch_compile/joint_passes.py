@@ -8,6 +8,7 @@ recompute_cheap    silu(gate) · up, the norm's x · rsqrt, casts, slices       
 from __future__ import annotations
 
 import operator
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ SMALL = 8
 
 def share_copies(graph: fx.Graph) -> int:
     """Replace repeated copies by the first; returns how many went. Reductions and products are left to the compiler."""
-    seen: dict[Any, fx.Node] = {}
+    seen: dict[Hashable, fx.Node] = {}
     gone = 0
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target not in COPIES:
@@ -88,7 +89,7 @@ def fuse_gradients(graph: fx.Graph) -> int:
     Only products that nothing but casts and the outputs of the graph read, and whose gradients together are no wider than
     `x`, which they save reading again: gradients of trained rows, or of low-rank factors, in linears that share an input.
     """
-    groups: dict[Any, list[tuple[fx.Node, fx.Node]]] = {}
+    groups: dict[Hashable, list[tuple[fx.Node, fx.Node]]] = {}
     for node in graph.nodes:
         found = product_of_rows(node)
         if found is not None and leads_to_outputs(node):
@@ -105,7 +106,7 @@ def fuse_gradients(graph: fx.Graph) -> int:
     return gone
 
 
-def product_of_rows(node: fx.Node) -> tuple[Any, fx.Node] | None:
+def product_of_rows(node: fx.Node) -> tuple[Hashable, fx.Node] | None:
     """`(key, g)` of a product `gᵀ x` with g (T, s); products with equal keys share kind, x and the type of g."""
     if node.op != "call_function":
         return None
@@ -164,7 +165,7 @@ def join_products(graph: fx.Graph, members: list[tuple[fx.Node, fx.Node]], rows:
     last, _ = members[-1]
     x = input_of(last)
 
-    def call(target: Any, *args: Any) -> fx.Node:
+    def call(target: torch._ops.OpOverload, *args: fx.node.Argument) -> fx.Node:
         node = graph.call_function(target, args)
         with enable_python_dispatcher():
             node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
@@ -207,7 +208,7 @@ def sort_stably(graph: fx.Graph) -> None:
         pending += reversed(waiting.pop(node, []))
 
 
-def freeze(value: Any) -> Any:
+def freeze(value: object) -> Hashable:
     """Arguments as something hashable; numbers of different types stay apart."""
     if isinstance(value, list | tuple):
         return tuple(freeze(v) for v in value)

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 #: Whether a bug in a rule (any exception but `Refuse`) is raised. The tests set it; else the operation counts as unknown.
 strict_rules = False
@@ -453,7 +454,7 @@ def written_nodes(graph: fx.Graph) -> set[fx.Node]:
             node = node.args[0] if node.args else None
 
     for node in graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and schema_of(node.target)[2]:
+        if isinstance(node.target, OpOverload) and schema_of(node.target)[2]:
             for argument in node.args:
                 mark(argument)
         elif isinstance(node.target, torch._ops.HigherOrderOperator):
@@ -473,10 +474,10 @@ def written_nodes(graph: fx.Graph) -> set[fx.Node]:
 
 
 SUBGRAPHS = {"wrap_with_set_grad_enabled", "wrap_with_autocast", "wrap", "invoke_subgraph", "tag_activation_checkpoint"}
-_SCHEMAS: dict[Any, tuple[str, list[tuple[str, bool, Any]], bool]] = {}
+_SCHEMAS: dict[OpOverload, tuple[str, list[tuple[str, bool, Any]], bool]] = {}
 
 
-def schema_of(target: Any) -> tuple[str, list[tuple[str, bool, Any]], bool]:
+def schema_of(target: OpOverload) -> tuple[str, list[tuple[str, bool, Any]], bool]:
     """(qualified name, [(argument, has a default, default)], whether it writes to an argument), cached per operator."""
     if target not in _SCHEMAS:
         schema = target._schema
@@ -580,7 +581,7 @@ class Interpreter:
                 if isinstance(argument, fx.GraphModule):
                     return self.subgraph(argument.graph, arguments[i + 1 :])
         outputs = tensors_of(node.meta.get("val"))
-        if not isinstance(target, torch._ops.OpOverload):
+        if not isinstance(target, OpOverload):
             inputs = tuple(values_of(self.lookup([node.args, node.kwargs], env)))
             return self.unknown(node, getattr(target, "__name__", str(target)), inputs, outputs) if inputs else None
         op, arguments, mutable = schema_of(target)
@@ -601,7 +602,7 @@ class Interpreter:
         if not outputs and not (mutable and inputs):
             return None
         call = Call(self, node, op, bound)
-        axes: Any = None
+        axes = None
         if rule is not None:
             axes = self.answer(rule, call, outputs)
         if axes is None:
@@ -612,7 +613,7 @@ class Interpreter:
             self.mutate(node, op, env, inputs, result)
         return result
 
-    def answer(self, rule: Rule, call: Call, outputs: list[torch.Tensor]) -> Any:
+    def answer(self, rule: Rule, call: Call, outputs: list[torch.Tensor]) -> Axes | list[Axes] | None:
         """The axes that a rule gives the outputs, or None where it refuses, fails, or gives others than export recorded.
 
         What a rule unified and fixed before it refused stays so: that forbids more than it must, never less.
@@ -643,7 +644,7 @@ class Interpreter:
         value.origin = argument.origin
         return value
 
-    def record(self, call: Call, axes: Any, inputs: tuple[Value, ...]) -> Any:
+    def record(self, call: Call, axes: Axes | list[Axes], inputs: tuple[Value, ...]) -> Any:
         view = call.op.removeprefix("aten::") in self.views
         inputs = inputs if call.inputs is None else call.inputs
         origin: frozenset[str] | None = frozenset()

@@ -12,6 +12,7 @@ from math import prod
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 
 from sparsify.passes.detect.axes import (
     ONE,
@@ -31,7 +32,7 @@ from sparsify.passes.detect.axes import (
 )
 
 RULES: dict[str, Rule] = {}
-POINTWISE_TAG: dict[Any, bool] = {}
+POINTWISE_TAG: dict[OpOverload, bool] = {}
 MANY = 64  # an axis taken apart into single positions may have this many at most
 
 # Element-wise operations that PyTorch does not tag as such. Casts and copies count: they read one element each.
@@ -63,7 +64,7 @@ def rule(*names: str):
     return register
 
 
-def rule_for(target: Any, op: str, mutable: bool) -> Rule | None:
+def rule_for(target: OpOverload, op: str, mutable: bool) -> Rule | None:
     """The rule of an operator overload, or None when it has none."""
     namespace, _, name = op.partition("::")
     if mutable:
