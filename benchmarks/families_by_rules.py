@@ -38,7 +38,7 @@ def rules() -> dict[str, Callable[[], list[Any]]]:
 
     return {
         "S2FT ffn": lambda: [S2FT(structure="ffn", fraction=0.2)],
-        "S2FT attention": lambda: [S2FT(structure="attention", fraction=0.3)],
+        "S2FT attention": lambda: [S2FT(structure="attention", fraction=0.3, budget="structure")],
         "PaCA": lambda: [PaCA(rank=3)],
         "RoSA": lambda: [RoSA(rank=2, density=0.02, mask="random")],
         "LoRA": lambda: [LoRA(rank=2)],

@@ -14,6 +14,7 @@
     lora, miss, shira, supra
                 PEFT's LoRA, MiSS (the lightest method in PEFT), SHiRA and Super-Tuning with its low-rank part, on all linears
     qlora       PEFT LoRA over bitsandbytes' Linear4bit
+With `--preset moe`, a small Mixtral, `lora` adapts packed experts by PEFT's target_parameters; the other peers leave them out.
 
 Trainable sizes are made equal: `--rank` is LoRA's, everybody else's size follows from it (units are whole, so up to about a
 tenth remains; the table has the counts). AdamW is the fused one for all, as in Hugging Face's Trainer.
@@ -24,6 +25,7 @@ A method is one entry of METHODS; one that fails is shown with its reason.
 
     python benchmarks/train_step.py --compile --save
     python benchmarks/train_step.py --preset 8b --dtype bf16          # a GPU
+    python benchmarks/train_step.py --preset moe --methods floor s2ft paca rosa our_lora lora
     python benchmarks/train_step.py --profile s2ft
 """
 
@@ -64,7 +66,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Preset:
-    """Shape of a Llama; `rank` is LoRA's, which sets everybody's trainable size."""
+    """Shape of a Llama, or with `experts` of a Mixtral; `rank` is LoRA's, which sets everybody's trainable size."""
 
     width: int
     ffn: int
@@ -75,11 +77,13 @@ class Preset:
     sequence: int
     batch: int
     rank: int
+    experts: int = 0
 
 
 PRESETS = {
     "tiny": Preset(64, 176, 4, 4, 128, 2, 16, 1, 4),
     "small": Preset(1024, 2816, 16, 16, 4096, 4, 512, 1, 8),
+    "moe": Preset(512, 1024, 8, 8, 4096, 2, 256, 1, 8, experts=8),
     "7b": Preset(4096, 11008, 32, 32, 32000, 4, 512, 4, 16),
     "8b": Preset(4096, 14336, 32, 8, 128256, 4, 512, 4, 16),
 }
@@ -96,10 +100,11 @@ class Case:
 
     def model(self) -> nn.Module:
         """A new model; the same weights for every call."""
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
         shape = self.shape
-        config = LlamaConfig(
+        experts: dict[str, Any] = {"num_local_experts": shape.experts} if shape.experts else {}
+        config = (MixtralConfig if experts else LlamaConfig)(
             vocab_size=shape.vocab,
             hidden_size=shape.width,
             intermediate_size=shape.ffn,
@@ -108,11 +113,12 @@ class Case:
             num_key_value_heads=shape.kv_heads,
             max_position_embeddings=max(shape.sequence, 32),
             use_cache=False,
+            **experts,
         )
         config._attn_implementation = "sdpa"
         torch.manual_seed(self.seed)
         with torch.device(self.device):
-            model = LlamaForCausalLM(config)
+            model = (MixtralForCausalLM if experts else LlamaForCausalLM)(config)
         return model.to(self.dtype).train()
 
     @functools.cached_property
@@ -122,10 +128,14 @@ class Case:
         return torch.randint(0, self.shape.vocab, size, generator=generator).to(self.device)
 
     def linears(self) -> dict[str, tuple[int, int]]:
-        """Kind of linear → `(in, out)`, of one layer."""
+        """Kind of linear → `(in, out)`, of one layer; of every expert too."""
         width, ffn = self.shape.width, self.shape.ffn
         kv = width // self.shape.heads * self.shape.kv_heads
         attention = {"q": (width, width), "k": (width, kv), "v": (width, kv), "o": (width, width)}
+        if self.shape.experts:
+            for expert in range(self.shape.experts):
+                attention |= {f"{expert}.gate_up": (width, 2 * ffn), f"{expert}.down": (ffn, width)}
+            return attention
         return attention | {"gate": (width, ffn), "up": (width, ffn), "down": (ffn, width)}
 
     def lora_parameters(self) -> int:
@@ -134,8 +144,9 @@ class Case:
 
     def s2ft_fraction(self) -> float:
         """Share of O and Down with as many parameters."""
-        shapes = self.linears()
-        return self.lora_parameters() / sum(shapes[k][0] * shapes[k][1] for k in ("o", "down"))
+        return self.lora_parameters() / sum(
+            m * n for k, (m, n) in self.linears().items() if k == "o" or k.endswith("down")
+        )
 
     def weights(self) -> int:
         """Entries of all linears of one layer."""
@@ -293,7 +304,7 @@ def build_peft(case: Case, config: Any, model: nn.Module | None = None) -> Train
     """A method of PEFT on all linears."""
     from peft import get_peft_model
 
-    config.target_modules, config.task_type = "all-linear", "CAUSAL_LM"
+    config.target_modules, config.task_type = config.target_modules or "all-linear", "CAUSAL_LM"
     made = get_peft_model(model if model is not None else case.model(), config)
     return Trainee(made, {"input_ids": case.tokens, "labels": case.tokens})
 
@@ -301,7 +312,11 @@ def build_peft(case: Case, config: Any, model: nn.Module | None = None) -> Train
 def build_lora(case: Case) -> Trainee:
     from peft import LoraConfig
 
-    return build_peft(case, LoraConfig(r=case.shape.rank, lora_alpha=2 * case.shape.rank))
+    settings: dict[str, Any] = {"r": case.shape.rank, "lora_alpha": 2 * case.shape.rank}
+    if case.shape.experts:  # "all-linear" would take the router too, and double the rank of gate and up
+        settings["target_parameters"] = ["experts.gate_up_proj", "experts.down_proj"]
+        settings["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    return build_peft(case, LoraConfig(**settings))
 
 
 def build_miss(case: Case) -> Trainee:
@@ -555,7 +570,7 @@ def profile(case: Case, name: str) -> None:
 
 def options() -> argparse.ArgumentParser:
     made = parser(__doc__.splitlines()[0])
-    made.add_argument("--preset", choices=list(PRESETS), default="small", help="shape of the Llama")
+    made.add_argument("--preset", choices=list(PRESETS), default="small", help="shape of the model")
     for name in ("layers", "sequence", "batch", "rank", "vocab"):
         made.add_argument(f"--{name}", type=int, help="instead of the preset's")
     made.add_argument("--dtype", choices=list(DTYPES), help="default: fp32 on CPU, bf16 on CUDA")
@@ -596,7 +611,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
         kept=lambda rows: keep("train_step", arguments, rows, notes=["stopped before it was timed"]),
     )
     notes = [
-        f"Llama, {shape.layers} layers of {shape.width}/{shape.ffn}, {shape.heads}/{shape.kv_heads} heads, vocabulary "
+        f"{f'Mixtral, {shape.experts} experts of which 2 serve a token' if shape.experts else 'Llama'}, {shape.layers} layers of {shape.width}/{shape.ffn}, {shape.heads}/{shape.kv_heads} heads, vocabulary "
         f"{shape.vocab}, {shape.batch} × {shape.sequence} tokens, {dtype}, {arguments.device}; "
         f"{min((len(t.samples) for t in times.values()), default=0)} rounds; ratios of medians, of minima in brackets",
         *([f"compiled by {arguments.backend}"] if arguments.compile or arguments.no_eager else []),

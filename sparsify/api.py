@@ -122,7 +122,7 @@ def compile(
 def with_bases(program: Program, bases: dict[str, PackedBase]) -> Program:
     """A captured program that knows which weights came packed, under their canonical names."""
     known = {program.aliases.get(name, name): base for name, base in bases.items()}
-    return replace(program, bases=known, quantize={name: base.format for name, base in known.items()})
+    return program.replaced(bases=known, quantize={name: base.format for name, base in known.items()})
 
 
 def compile_for_training(
@@ -136,7 +136,7 @@ def compile_for_training(
     flags = {name: p.requires_grad for name, p in source.named_parameters()}
     train = tuple(sorted(trained_in_full(program, tuple(plan.train))))
     host, layouts = install(program, tuple(plan.train), whole=not plan.adapts)
-    program.host, program.tensors, program.packed = host, {}, {}
+    program = program.on(host)
     host.train(source.training)
     host.__dict__["sparsify"] = Handle(host, program, plan, layouts, train, flags, dict(program.hashes))
     return host
@@ -182,7 +182,7 @@ def load(
     )
     flags = {key: p.requires_grad for key, p in source.named_parameters()}
     host, layouts = install(program, ())
-    program.host, program.tensors = host, {}
+    program = program.on(host)
     host.eval()
     handle = Handle(host, program, plan, layouts, (), flags, hashes, active=Mix({}), serving=True)
     host.__dict__["sparsify"] = handle
@@ -235,13 +235,13 @@ def compile_for_inference(
             "use Quantize(format='int8')"
         )
     quantize: dict[str, Literal["int8"]] = {param.rpartition(".")[0]: "int8" for param in program.quantize}
-    host, layouts = install(replace(program, quantize={}), ())
+    host, layouts = install(program.replaced(quantize={}), ())
     host.eval()
     for parameter in host.parameters():
         parameter.requires_grad_(False)
-    dense = replace(program, host=host, tensors={}, quantize={})
+    dense = program.replaced(host=host, tensors={}, quantize={})
     report, lowered = lower(host, dense, quantize=quantize, check=plan.check == "numeric")
     flags = {name: p.requires_grad for name, p in source.named_parameters()}
-    done = replace(lowered, quantize=program.quantize)
+    done = lowered.replaced(quantize=program.quantize)
     host.__dict__["sparsify"] = Handle(host, done, plan, layouts, (), flags, cpu=report)
     return host

@@ -114,7 +114,7 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 def lower(model: nn.Module, *rules: Any, **options: Any) -> nn.Module:
     """`sparsify.compile` with a default rule that trains every kind of slice."""
     plan_fields = {k: options.pop(k) for k in ("seed", "check", "train") if k in options}
-    rules = rules or (S2FT(fraction=0.1, producer_fraction=0.1),)
+    rules = rules or (S2FT(fraction=0.1, producer_fraction=0.1, budget="structure"),)
     return sparsify.compile(model, Plan(list(rules), **plan_fields), progress=False, **options)
 
 

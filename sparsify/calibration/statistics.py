@@ -28,6 +28,7 @@ from sparsify.calibration.checks import (
 )
 from sparsify.calibration.ranks import sum_over_ranks, together
 from sparsify.errors import PlanError, SparsifyError
+from sparsify.model.linears import stored_transposed
 from sparsify.program.capture import evaluating
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ def logical_shape(module: nn.Module) -> tuple[int, int]:
     if hasattr(own, "logical_shape"):
         return own.logical_shape()
     shape = own.weight.shape
-    return (shape[1], shape[0]) if type(own).__name__.endswith("Conv1D") else (shape[0], shape[1])
+    return (shape[1], shape[0]) if stored_transposed(module) else (shape[0], shape[1])
 
 
 def gradient_statistics(

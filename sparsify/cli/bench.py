@@ -130,13 +130,13 @@ def prune_rows(model: Any, sparsity: float) -> None:
     """Zero the smallest `sparsity` of every row of every linear but those whose weight an embedding shares."""
     import torch
 
-    from sparsify.lowering.target import is_conv1d
+    from sparsify.model.linears import is_conv1d, logical_weight
 
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     with torch.no_grad():
         for module in model.modules():
             if (isinstance(module, torch.nn.Linear) or is_conv1d(module)) and id(module.weight) not in embeddings:
-                weight = module.weight.t() if is_conv1d(module) else module.weight
+                weight = logical_weight(module)
                 count = int(weight.shape[1] * sparsity)
                 if count:
                     bound = weight.abs().kthvalue(count, dim=1, keepdim=True).values

@@ -27,11 +27,11 @@ from sparsify.cli.model_folder import (
     check_kinds,
     read_index,
     read_object,
-    regular_file,
 )
 from sparsify.cli.rule import line_of, reading
 from sparsify.console import one_line
 from sparsify.errors import InputError
+from sparsify.files.regular import check_regular
 
 if TYPE_CHECKING:
     from sparsify.pruning.sparse_checkpoint import SparseCheckpoint
@@ -91,7 +91,7 @@ def what_is_at(path: Path) -> str:
     Raises InputError for what is not there, for FIFOs and devices, and for a file that is not safetensors.
     """
     if not path.is_dir():
-        regular_file(path, "file or folder")
+        check_regular(path, InputError, "file or folder")
         if path.suffix == ".sparse":
             return "sparse"
         return {"sparsify-sparse": "sparse", "sparsify-adapter": "adapter"}.get(declared_format(path), "model")
@@ -153,7 +153,7 @@ def peft_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     path = next((folder / name for name in PEFT_WEIGHTS if (folder / name).exists()), None)
     if path is None:
         raise InputError(f"{folder}: has {PEFT_CONFIG}, but neither {' nor '.join(PEFT_WEIGHTS)}")
-    regular_file(path)
+    check_regular(path, InputError)
     if path.suffix == ".bin":
         return {name: tuple(tensor.shape) for name, tensor in sorted(read_pickled(path).items())}
     with reading(f"{path}: damaged or not a safetensors file"), safe_open(path, framework="pt") as file:
@@ -188,7 +188,7 @@ def checkpoint(
     from sparsify.pruning.sparse_checkpoint import open_sparse
 
     file = path / SPARSE_FILE if path.is_dir() else path
-    regular_file(file)
+    check_regular(file, InputError)
     with reading(f"{file}: not a sparse checkpoint"):
         found = open_sparse(file)
     if to_dense is not None:
@@ -333,7 +333,7 @@ def dense_tensors(path: Path) -> Iterator[tuple[str, Any]]:
     if not files:
         raise InputError(f"{path}: no safetensors and no pytorch_model.bin there")
     seen: set[str] = set()
-    for file in map(regular_file, files):
+    for file in (check_regular(file, InputError) for file in files):
         if file.suffix == ".bin":
             tensors = read_pickled(file)
             for name in sorted(tensors):

@@ -8,7 +8,6 @@ Whatever is wrong with the folder is an InputError that names the file.
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -16,7 +15,8 @@ from typing import Any
 
 from sparsify.cli.rule import reading
 from sparsify.errors import InputError
-from sparsify.files.regular import kind_of
+from sparsify.files import strict_json
+from sparsify.files.regular import check_regular, kind_of
 
 CONFIG, PEFT_CONFIG = "config.json", "adapter_config.json"
 ADAPTER_FILE, SPARSE_FILE = "adapter.safetensors", "model.sparse"
@@ -29,25 +29,13 @@ DEPTHS = (
 )  # fmt: skip
 
 
-def regular_file(path: Path, what: str = "file") -> Path:
-    """`path`, if reading it ends: InputError for folders, FIFOs, devices, sockets and what is not there."""
-    try:
-        mode = os.stat(path).st_mode
-    except FileNotFoundError as error:
-        kind = "a link to something that is not there" if path.is_symlink() else "not there"
-        raise InputError(f"{path}: {kind}; expected a {what}") from error
-    if not stat.S_ISREG(mode):
-        raise InputError(f"{path}: {kind_of(mode)}, not a {what}")
-    return path
-
-
 def check_folder(folder: Path) -> dict[str, Any]:
     """The document in `config.json` of a folder that holds a model. Nothing in it is a FIFO or a device.
 
     Raises InputError for other kinds of folder, saying which command takes them, and for damaged configs and indices.
     """
     if not folder.is_dir():
-        regular_file(folder, "folder")
+        check_regular(folder, InputError, "folder")
         raise InputError(f"{folder}: a file, not a folder with a model in it{hint_for_file(folder)}")
     check_kinds(folder)
     if (folder / PEFT_CONFIG).exists():
@@ -87,15 +75,8 @@ def check_kinds(folder: Path) -> None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises InputError for anything else."""
-    regular_file(path)
-    if path.stat().st_size > LARGEST_JSON:
-        raise InputError(f"{path}: {path.stat().st_size:,} bytes, too large for a JSON file of a model")
-    with reading(f"{path}: not JSON"):
-        document = json.loads(path.read_bytes())
-    if not isinstance(document, dict):
-        raise InputError(f"{path}: expected a JSON object, found {json_kind(document)}")
-    return document
+    """A JSON object of a model's folder; configurations of transformers may hold infinities. Raises InputError."""
+    return strict_json.read_object(path, InputError, LARGEST_JSON, infinite=True)
 
 
 def known_type(name: Any) -> bool:
@@ -103,11 +84,6 @@ def known_type(name: Any) -> bool:
     from transformers import CONFIG_MAPPING
 
     return isinstance(name, str) and name in CONFIG_MAPPING
-
-
-def json_kind(value: Any) -> str:
-    names = {list: "a list", str: "a string", bool: "a truth value", int: "a number", float: "a number"}
-    return names.get(type(value), "nothing")
 
 
 def check_depth(path: Path, config: dict[str, Any]) -> None:
@@ -130,7 +106,7 @@ def read_index(path: Path) -> dict[str, Path]:
             for kind in (PurePosixPath, PureWindowsPath)
         ):
             raise InputError(f"{path}: names the file {file!r}, which lies outside of the folder")
-        regular_file(path.parent / file)
+        check_regular(path.parent / file, InputError)
     return {name: path.parent / file for name, file in places.items()}
 
 

@@ -23,6 +23,24 @@ def kind_of(mode: int) -> str:
     return next((name for test, name in KINDS if test(mode)), "something else")
 
 
+def check_regular(path: str | os.PathLike[str], error: type[SparsifyError] = SparsifyError, what: str = "file") -> Path:
+    """`path`, if reading it ends. Raises `error` for folders, FIFOs, devices, sockets, and what is not there.
+
+    For files that somebody else opens; our own readers look again at what they have opened (`open_regular`).
+    """
+    from sparsify.files.atomic import shown
+
+    path = Path(path)
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError as cause:
+        kind = "a link to something that is not there" if path.is_symlink() else "not there"
+        raise error(f"{shown(path)}: {kind}; expected a {what}") from cause
+    if not stat.S_ISREG(mode):
+        raise error(f"{shown(path)}: {kind_of(mode)}, not a {what}")
+    return path
+
+
 def open_regular(path: str | os.PathLike[str], error: type[SparsifyError] = SparsifyError) -> IO[bytes]:
     """A regular file, open for binary reading. Raises `error`, naming the path, for anything else."""
     from sparsify.files.atomic import shown

@@ -13,23 +13,35 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sparsify.errors import SparsifyError
-from sparsify.files.regular import read_file
+from sparsify.files.regular import check_regular, read_file
 
 LIMIT = 64 << 20  # bytes
 DIGITS = 300  # any such number is a finite float
 
 
 def parse(
-    text: str | bytes, where: str, error: type[SparsifyError] = SparsifyError, *, depth: int | None = None
+    text: str | bytes,
+    where: str,
+    error: type[SparsifyError] = SparsifyError,
+    *,
+    depth: int | None = None,
+    infinite: bool = False,
 ) -> Any:
-    """The value. Raises `error` with `where` in front: "…: not JSON that can be read: …". depth: most levels of nesting."""
+    """The value. Raises `error` with `where` in front: "…: not JSON that can be read: …".
+
+    depth: most levels of nesting. infinite: NaN and infinities may stand there, as Python's own writer leaves them.
+    """
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
         else:
             text.encode()
         value = json.loads(
-            text, parse_int=whole_number, parse_float=number, parse_constant=no_number, object_pairs_hook=once
+            text,
+            parse_int=whole_number,
+            parse_float=number,
+            parse_constant=float if infinite else no_number,
+            object_pairs_hook=once,
         )
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()
@@ -53,6 +65,36 @@ def read(
     from sparsify.files.atomic import shown
 
     return parse(read_file(path, limit, error), shown(Path(path)), error, depth=depth)
+
+
+def read_object(
+    path: str | os.PathLike[str],
+    error: type[SparsifyError] = SparsifyError,
+    limit: int = LIMIT,
+    *,
+    infinite: bool = False,
+) -> dict[str, Any]:
+    """The JSON object in a regular file. Raises `error`, naming the file, for anything else."""
+    from sparsify.files.atomic import shown
+
+    check_regular(path, error)
+    document = parse(read_file(path, limit, error), shown(Path(path)), error, infinite=infinite)
+    if not isinstance(document, dict):
+        raise error(f"{shown(Path(path))}: expected a JSON object, found {kind(document)}")
+    return document
+
+
+def kind(value: Any) -> str:
+    """What a JSON value is, in words."""
+    names = {
+        list: "a list",
+        dict: "an object",
+        str: "a string",
+        bool: "a truth value",
+        int: "a number",
+        float: "a number",
+    }
+    return names.get(type(value), "nothing")
 
 
 def check_depth(value: Any, depth: int) -> None:

@@ -337,10 +337,9 @@ def clear_trained(module: Any, stored: Tensor, places: list[Tensor]) -> None:
 
 def check_entries(module: nn.Module, layout: Layout, state: State, prefix: str, live: bool) -> None:
     """Raise StateError for what must not be loaded; nothing is written."""
-    found: Any = module
-    index = state.get(prefix + "sparse_index")
-    if isinstance(index, Tensor) and layout.adopt is not None and "sparse_index" in module._buffers:
-        if found.sparse_index.is_meta or index.is_meta:
+    leaf, index, own = support_in(module, layout, state, prefix)
+    if isinstance(module, AdaptedMixin) and index is not None and own is not None and layout.adopt is not None:
+        if own.is_meta or index.is_meta:
             known = layout.adopt.known()
             if (
                 not live
@@ -349,11 +348,11 @@ def check_entries(module: nn.Module, layout: Layout, state: State, prefix: str, 
                 or not torch.equal(whole(index).cpu().long(), known.cpu().long())
             ):
                 raise StateError(
-                    f"{prefix}sparse_index: the model is on the meta device, and its support there cannot be compared with the "
+                    f"{prefix}{leaf}: the model is on the meta device, and its support there cannot be compared with the "
                     "checkpoint's; load it into a model that has its buffers (accelerate: fsdp_cpu_ram_efficient_loading: false)"
                 )
-        elif bool((whole(index) < 0).any()) and not found.mask_open:
-            raise StateError(f"{prefix}sparse_index: the checkpoint's mask was still open, this model's is chosen")
+        elif module.support_open(whole(index)) and not module.support_open():
+            raise StateError(f"{prefix}{leaf}: the checkpoint's mask was still open, this model's is chosen")
     weight = state.get(prefix + "weight")
     if live or not isinstance(module, AdaptedMixin) or not isinstance(weight, Tensor):
         return
@@ -368,15 +367,26 @@ def check_entries(module: nn.Module, layout: Layout, state: State, prefix: str, 
             continue
         value = whole(state[prefix + leaf])
         known = value.shape == region.shape and not value.is_meta and not region.is_meta
-        if known and not near(masked(module, value), region):
+        if known and not near(masked(module, leaf, value), region):
             raise StateError(
                 f"{prefix}{leaf} is not what {prefix}weight holds in the trained channels: these two do not come from one "
                 f"checkpoint of a host with this selection, and {MARKER}, which would say how a live state dict lies, is missing"
             )
 
 
-def masked(module: Any, block: Tensor) -> Tensor:
-    bits = getattr(module, "slice_mask_bits", None)
+def support_in(
+    module: nn.Module, layout: Layout, state: State, prefix: str
+) -> tuple[str, Tensor | None, Tensor | None]:
+    """`(leaf, the support that a dict brings, the module's own)` of a part whose support may be another one; None for none."""
+    leaf = module.support_leaf if isinstance(module, AdaptedMixin) else ""
+    brought, own = state.get(prefix + leaf), module._buffers.get(leaf)
+    if not leaf or layout.adopt is None or own is None or not isinstance(brought, Tensor):
+        return leaf, None, own
+    return leaf, brought, own
+
+
+def masked(module: AdaptedMixin, leaf: str, block: Tensor) -> Tensor:
+    bits = module.trained_masks().get(leaf)
     return block if bits is None or bits.is_meta else torch.ops.sparsify.apply_mask(block, bits.to(block.device))
 
 
@@ -409,10 +419,10 @@ def check_parts(module: Any, state: State, prefix: str, current: Tensor) -> None
     held = (module.weight, *(module._parameters[n] for n in own), *parts.values(), *module._buffers.values(), current)
     if any(t is not None and t.is_meta for t in held):
         return
-    index = state.get(prefix + "sparse_index")
-    places = (
-        {"sparse_index": whole(index)} if isinstance(index, Tensor) and index.shape == module.sparse_index.shape else {}
-    )
+    leaf, own_index = module.support_leaf, module._buffers.get(module.support_leaf)
+    index = state.get(prefix + leaf)
+    same_size = isinstance(index, Tensor) and own_index is not None and index.shape == own_index.shape
+    places = {leaf: whole(index)} if same_size else {}
     if not near(fold(module, parts | places), current):
         raise StateError(
             f"{prefix}weight: the checkpoint was made over another base, and only its trained parts would be taken; "
@@ -450,13 +460,13 @@ def note_base(module: Any, layout: Layout, state: State, prefix: str, live: bool
 
 def take_support(module: Any, layout: Layout, state: State, prefix: str) -> None:
     """Adopt a support that the host does not have yet."""
-    index = state.get(prefix + "sparse_index")
-    if not isinstance(index, Tensor) or layout.adopt is None or "sparse_index" not in module._buffers:
+    _, index, own = support_in(module, layout, state, prefix)
+    if index is None or own is None or layout.adopt is None:
         return
-    index, own = whole(index), module.sparse_index
-    if index.shape != own.shape or own.is_meta or bool((index < 0).any()):
+    index = whole(index)
+    if index.shape != own.shape or own.is_meta or module.support_open(index):
         return
-    if module.mask_open or not torch.equal(index.to(own), own):
+    if module.support_open() or not torch.equal(index.to(own), own):
         layout.adopt(index)
 
 

@@ -22,7 +22,7 @@ from sparsify.files.strict_json import short
 from sparsify.formats import pack, unpack
 from sparsify.plan import Plan, Quantize, Rule
 from sparsify.plan.name_patterns import matches
-from sparsify.program import Program, Stage, canonical_names
+from sparsify.program import Captured, Program, Stage, canonical_names
 from sparsify.pruning.rule import Prune, head_parameters
 
 AdapterPath = str | os.PathLike[str]
@@ -102,13 +102,10 @@ def bare_program(host: nn.Module, note: str) -> Program:
     return Program(
         graph_module=fx.GraphModule(nn.Module(), graph),
         inputs=(),
-        in_spec=pytree.tree_flatten(((), {}))[1],
-        out_spec=pytree.tree_flatten(())[1],
-        mutations=0,
         host=host,
-        example=((), {}),
-        aliases=canonical_names(host),
-        constants={},
+        captured=Captured(
+            pytree.tree_flatten(((), {}))[1], pytree.tree_flatten(())[1], 0, ((), {}), canonical_names(host), {}
+        ),
         stage=Stage.LOWERED,
         history=(note,),
     )

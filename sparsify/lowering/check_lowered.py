@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from sparsify.errors import VerifyError
 from sparsify.kernels.cpu.operator import epilogue
+from sparsify.model.linears import is_plain_linear, logical_weight
 from sparsify.modules.original_state import OriginalState
 from sparsify.modules.rows_of_gated import RowsOfGated
 from sparsify.passes.verify import check_outputs
@@ -48,10 +49,9 @@ class LoweringCheck:
     def __init__(self, host: nn.Module, program: Program, target: str) -> None:
         self.target, self.example = target, program.example
         self.pieces = [
-            Piece(name, weight, getattr(module, "bias", None))
+            Piece(name, logical_weight(module), getattr(module, "bias", None))
             for name, module in host.named_modules()
-            if isinstance(getattr(module, "weight", None), nn.Parameter)
-            and (weight := logical_weight(module)) is not None
+            if is_plain_linear(module) and isinstance(module.weight, nn.Parameter)
         ]
         self.expected = run(host, self.example)
         self.expected_graph = program.run_example()
@@ -71,14 +71,6 @@ class LoweringCheck:
                 compare_outputs("the lowered program", self.expected_graph, program.run_example())
         except VerifyError as error:
             raise VerifyError(f"in pass 'lower-{self.target}': {error}") from error
-
-
-def logical_weight(module: Any) -> Tensor | None:
-    """The (out, in) weight of a linear or Conv1D; None for other modules."""
-    weight: Any = module.weight
-    if type(module) is nn.Linear:
-        return weight.detach()
-    return weight.detach().t() if type(module).__name__ == "Conv1D" and hasattr(module, "nf") else None
 
 
 def run(host: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:

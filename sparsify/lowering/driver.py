@@ -25,8 +25,9 @@ from sparsify.lowering.fuse_linears import FusedActivation, GatedProduct, Join, 
 from sparsify.lowering.fused_modules import MovedActivation, fuse_feed_forward
 from sparsify.lowering.restore import set_module, take_over
 from sparsify.lowering.rewrite import rewrite
-from sparsify.lowering.target import Fusion, Joined, Layer, Outcome, Target, is_conv1d
+from sparsify.lowering.target import Fusion, Joined, Layer, Outcome, Target
 from sparsify.model.fast_paths import close_fast_paths
+from sparsify.model.linears import is_plain_linear
 from sparsify.model.module_tree import copy_module_tree
 from sparsify.modules.rows_of_gated import Gated, RowsOfGated
 from sparsify.passes.verify import verify
@@ -89,7 +90,7 @@ def lower(
     install(host, decision)
     if lowered is None:
         return decision, None
-    lowered = replace(lowered, host=host, tensors={})
+    lowered = lowered.on(host)
     try:
         verify(lowered)
     except VerifyError as error:
@@ -155,7 +156,7 @@ def find_layers(host: nn.Module, names: Sequence[str] | None, quantize: Quantize
     found = {
         name: module
         for name, module in host.named_modules(remove_duplicate=False)
-        if (type(module) is nn.Linear or is_conv1d(module)) and (names is None or name in names)
+        if is_plain_linear(module) and (names is None or name in names)
     }
     missing = sorted(set(names or ()) - set(found))
     if missing:

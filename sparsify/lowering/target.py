@@ -20,13 +20,9 @@ from torch import nn
 from sparsify.console import printable
 from sparsify.errors import Refusal
 from sparsify.lowering.fuse_linears import FusedActivation, GatedProduct, Join
+from sparsify.model.linears import is_conv1d
 from sparsify.modules.kernel_module import KernelModule
 from sparsify.program import Program
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Hugging Face's Conv1D: a linear whose weight is stored (in, out)."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and isinstance(module.weight, torch.Tensor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,4 +138,4 @@ class Target(Protocol):
         ...
 
 
-__all__ = ["Fusion", "Joined", "Layer", "Outcome", "Seconds", "Target", "is_conv1d"]
+__all__ = ["Fusion", "Joined", "Layer", "Outcome", "Seconds", "Target"]

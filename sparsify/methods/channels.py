@@ -65,6 +65,10 @@ class PartialMixin(AdaptedMixin):
         bits = getattr(self, "slice_mask_bits", None)
         return self.weight_slice if bits is None else ops.apply_mask(self.weight_slice, bits)
 
+    def trained_masks(self) -> dict[str, Tensor]:
+        bits = getattr(self, "slice_mask_bits", None)
+        return {} if bits is None else {"weight_slice": bits}
+
     def forward(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
         weight, block = self.logical(self.weight), self.trained_block()
         if offsets is not None:
@@ -349,7 +353,7 @@ def slices_of(program: Program, structure: Structure, choice: UnitChoice) -> lis
     """Where the chosen units of a structure ended up in each weight that trains."""
     found = []
     lies = bool(choice.in_place)
-    for site in structure.consumers:
+    for site in structure.consumers if choice.consumers else ():
         channels = channels_of(structure, site, choice.consumers)
         place = (structure.name, choice.rule, not lies, lies)
         found.append(slice_at(program, site.param, site.axis, channels, "column", *place))

@@ -24,6 +24,7 @@ class QuantizedMixin(SparseLowRankMixin, PartialMixin):
     part_buffers = (*SparseLowRankMixin.part_buffers, *PartialMixin.part_buffers)
     placing_buffers = PartialMixin.placing_buffers
     part_settings = (*PartialMixin.part_settings, *SparseLowRankMixin.part_settings)
+    support_leaf = SparseLowRankMixin.support_leaf
     entries_of_weight = (*PartialMixin.entries_of_weight, *SparseLowRankMixin.entries_of_weight)
     follows_from_weight = False
 

@@ -187,6 +187,9 @@ class LivePart(ABC):
     #: whether it keeps values of the base, so that it must hear of another one
     keeps_base: bool = True
 
+    #: whether its support may be chosen, or brought by a state dict, after the host was made (`sparsify.methods.supports`)
+    takes_support: bool = False
+
     @property
     def param(self) -> str:
         return self.part.param

@@ -56,6 +56,7 @@ class SparseLowRankMixin(AdaptedMixin):
     part_buffers = ("sparse_index",)
     part_settings = ("scale", "dropout", "mask_open")
     entries_of_weight = ("sparse_values",)
+    support_leaf = "sparse_index"
     rates = {"sparse_values": "sparse", "lora_A": "lora", "lora_B": "lora"}  # noqa: RUF012
 
     def parts(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
@@ -103,7 +104,14 @@ class SparseLowRankMixin(AdaptedMixin):
 
     def supports(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         index = tensors.get("sparse_index")
-        return [] if index is None or index.is_meta or bool((index < 0).any()) else [index.flatten().long()]
+        return [] if index is None or index.is_meta or self.support_open(index) else [index.flatten().long()]
+
+    def support_open(self, support: Tensor | None = None) -> bool:
+        return self.mask_open if support is None else bool((support < 0).any())
+
+    def read_settings(self) -> None:
+        if "sparse_index" in self._buffers:
+            self.__dict__["mask_open"] = self.support_open(self.sparse_index)
 
     def base_follows(self, tensors: Mapping[str, Tensor]) -> bool:
         return "lora_B" not in tensors or not bool(tensors["lora_B"].any())
@@ -367,6 +375,10 @@ class LowRankPart(LivePart):
 
     @property
     def keeps_base(self) -> bool:  # type: ignore[override]
+        return self.part.count > 0
+
+    @property
+    def takes_support(self) -> bool:  # type: ignore[override]
         return self.part.count > 0
 
     def tensors(self) -> dict[str, Any]:

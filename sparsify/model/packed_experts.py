@@ -185,7 +185,7 @@ def write_out(model: Model, wanted: Callable[[str, tuple[str, ...]], bool]) -> M
 def plain_names(host: nn.Module) -> dict[str, str]:
     """Name of a grouped linear's weight in the host → its name in the user's model."""
     modules = host.named_modules(remove_duplicate=False)
-    return {f"{path}.weight": path for path, module in modules if isinstance(module, GroupedLinear)}
+    return {f"{path}.weight": path for path, module in modules if path and isinstance(module, GroupedLinear)}
 
 
 def write_back_experts(host: nn.Module) -> None:

@@ -25,6 +25,7 @@ class AdaptedMixin:
     trained_leaves: parameters that train, by leaf. part_buffers: buffers beside them.
     placing_buffers: those of `part_buffers` that say where the part lies (not in the state dict, but in the layout's digest).
     part_settings: plain attributes. entries_of_weight: trained leaves that stand for entries of the weight, which is scratch there.
+    support_leaf: the one of `part_buffers` that says which entries of the weight train, and that a state dict may bring anew.
     rates: leaf → group of `Handle.param_groups`. follows_from_weight: whether what trained can be read from the folded weight.
     """
 
@@ -38,6 +39,7 @@ class AdaptedMixin:
     placing_buffers: ClassVar[tuple[str, ...]] = ()
     part_settings: ClassVar[tuple[str, ...]] = ()
     entries_of_weight: ClassVar[tuple[str, ...]] = ()
+    support_leaf: ClassVar[str] = ""
     rates: ClassVar[Mapping[str, str]] = {}
     follows_from_weight: ClassVar[bool] = False
 
@@ -88,6 +90,17 @@ class AdaptedMixin:
     def supports(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
         """Flat entries of the stored weight under the part that `tensors` (by leaf) are of; beside `clear_trained`."""
         return []
+
+    def trained_masks(self) -> dict[str, Tensor]:
+        """Trained leaf → packed bits (`sparsify.ops.bits`) of its entries that are no pruned ones, where the base is pruned."""
+        return {}
+
+    def support_open(self, support: Tensor | None = None) -> bool:
+        """Whether the support (the module's own unless given) is still to be collected."""
+        return False
+
+    def read_settings(self) -> None:
+        """Settings that follow from the tensors are theirs, after the module was given others."""
 
     def base_follows(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether the frozen base is the folded weight outside of its scratch, if the part holds `tensors`."""
@@ -212,3 +225,13 @@ def write_folded(module: Any) -> None:
     found = module.folded(weight.data)
     if found is not weight.data and found.data_ptr() != weight.data_ptr():
         weight.data.copy_(found)
+
+
+def value_names(model: nn.Module) -> list[str]:
+    """Qualified names of trained parameters that hold values of a weight's entries, not changes of them."""
+    found = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, AdaptedMixin):
+            leaves = [leaf for leaf in module.entries_of_weight if module._parameters.get(leaf) is not None]
+            found += [f"{path}.{leaf}" if path else leaf for leaf in leaves]
+    return found

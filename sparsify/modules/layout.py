@@ -153,6 +153,5 @@ def fold(module: nn.Module, tensors: Mapping[str, Any]) -> Tensor:
     held = {n: tensors.get(n, t) for n, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
     device = whole(held["weight"]).device
     twin = stand_in(module, {n: whole(t).detach().to(device) for n, t in held.items()})
-    if "sparse_index" in twin._buffers:
-        twin.__dict__["mask_open"] = bool((twin.sparse_index < 0).any())  # that of the tensors, not of the module
+    twin.read_settings()  # those of the tensors, not of the module
     return effective_weight(twin)

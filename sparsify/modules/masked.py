@@ -35,6 +35,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sparsify.errors import SparsifyError
+from sparsify.model.linears import is_conv1d_class
 from sparsify.model.sharded import local, piece_of, refuse_sharded, whole
 from sparsify.ops.bits import pack_bits, unpack_bits
 
@@ -189,7 +190,7 @@ def masked_class(base: type[nn.Module]) -> type[nn.Module]:
         return base
     if base not in _CLASSES:
         body: dict[str, Any] = {"__module__": __name__, "__qualname__": f"Masked{base.__name__}", "_base": base}
-        if base.__name__ == "Conv1D" and base.__module__ == "transformers.pytorch_utils":
+        if is_conv1d_class(base):
             doc = "A transformers Conv1D `(in, out)` whose pruned entries stay zero."
             body |= {"forward": _conv1d_forward, "_operator_leaves": ("weight",), "__doc__": doc}
         elif issubclass(base, nn.Linear) and base.forward is nn.Linear.forward:

@@ -149,7 +149,9 @@ def _grouped_outer(g: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     require_together("grouped_outer", g, x, offsets)
     require_floats("grouped_outer", g=g, x=x)
     if in_one_call(g, x):
-        return torch.nn.functional.grouped_mm(g.t(), x, offs=offsets.to(torch.int32))
+        found = torch.nn.functional.grouped_mm(g.t(), x, offs=offsets.to(torch.int32))
+        empty = offsets.diff(prepend=offsets.new_zeros(1)) == 0  # of which nothing is promised there
+        return found.masked_fill_(empty.view(-1, 1, 1), 0)
     found = g.new_zeros(offsets.shape[0], g.shape[1], x.shape[1])
     for expert, start, end in groups("grouped_outer", offsets, x.shape[0]):
         torch.mm(g[start:end].t(), x[start:end], out=found[expert])

@@ -160,9 +160,7 @@ def snapshot(program: Program) -> Snapshot:
         (n.op, n.name, n.target, repr(n.args), repr(n.kwargs), n.meta.get("kernel"), describe(n.meta.get("val")))
         for n in program.graph.nodes
     )
-    fields = {
-        f.name: shallow(getattr(program, f.name)) for f in dataclasses.fields(program) if f.name not in SAID_ELSEWHERE
-    }
+    fields = {name: shallow(value) for name, value in program.facts().items() if name not in SAID_ELSEWHERE}
     tensors = {**dict(program.host.named_parameters()), **dict(program.host.named_buffers()), **program.tensors}
     return Snapshot(nodes, fields, {name: (id(t), version(t)) for name, t in tensors.items()})
 

@@ -9,7 +9,6 @@ one hide nothing. A site whose values do not matter to the outputs at all has no
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,7 +63,7 @@ def run(program: Program, tensors: dict[str, Tensor], dtype: torch.dtype | None 
     args, kwargs = pytree.tree_map(cast, (args, kwargs))
     constants: dict[str, Any] = {n: tensors.get(n, c) for n, c in program.constants.items()}
     with torch.no_grad():
-        outputs = replace(program, tensors=tensors, constants=constants)(*args, **kwargs)
+        outputs = program.replaced(tensors=tensors, constants=constants)(*args, **kwargs)
     return [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
 
 

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -58,7 +57,7 @@ def insert_partial(program: Program, context: Context) -> PassResult:
         base = program.bases.get(param)
         return tensors[param] if base is None else base.dense()
 
-    program = replace(program, tensors=tensors, packed=packed, parts=tuple(parts))
+    program = program.replaced(tensors=tensors, packed=packed, parts=tuple(parts))
     for part in parts:
         tensors |= part.initial(partial(filled, part.param), program, context.plan.seed)
     survivors = [] if context.plan.adapts else [p for p in program.masks if can_mask(program, p)]

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -20,6 +19,7 @@ from sparsify.calibration.statistics import (
     need_batches,
     sum_over_ranks,
 )
+from sparsify.errors import Refusal, RefusedError
 from sparsify.formats import pack, unpack
 from sparsify.model.linears import owner_name
 from sparsify.passes.assign_rules import WHOLE, Assignment, assign_rule
@@ -30,6 +30,7 @@ from sparsify.plan import DATA_DRIVEN, S2FT, LinearRule, PaCA, Quantize, RoSA
 from sparsify.program import Program, UnitChoice
 from sparsify.program.selection import choose, random_scores, selectable_units, unit_channels, unit_norms
 from sparsify.program.structure import Site, Structure
+from sparsify.program.unit_budget import Budget, Row, at_least_one, cost_of, unit_counts
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -49,13 +50,13 @@ def select_units(program: Program, context: Context) -> PassResult:
             added = select_linears(program, context, index, rule, quantized)
             quantize = added.pop("quantize")
             quantized.update(dict.fromkeys(quantize, index))
-            program = extend(replace(program, quantize=program.quantize | quantize), added)
+            program = extend(program.replaced(quantize=program.quantize | quantize), added)
     with dequantised(program, any(scored(rule) for _, rule in rules)):
         for index, rule in rules:
             if isinstance(rule, S2FT):
                 assignment, refusals = assign_rule(program, index, rule, taken)
-                choices = choose_units(program, assignment, context)
-                program = extend(program, {"choices": choices, "refusals": refusals})
+                program = extend(program, choose_units(program, assignment, context))
+                program = extend(program, {"refusals": refusals})
             elif isinstance(rule, LinearRule) and not isinstance(rule, Quantize):
                 program = extend(program, select_linears(program, context, index, rule, taken))
     units = sum(len(c.consumers) for c in program.choices)
@@ -72,7 +73,7 @@ def select_units(program: Program, context: Context) -> PassResult:
 
 
 def extend(program: Program, added: Mapping[str, Any]) -> Program:
-    return replace(program, **{name: (*getattr(program, name), *new) for name, new in added.items()})
+    return program.replaced(**{name: (*getattr(program, name), *new) for name, new in added.items()})
 
 
 def scored(rule: Any) -> bool:
@@ -103,48 +104,81 @@ def dequantised(program: Program, wanted: bool) -> Iterator[None]:
             module._parameters[leaf] = parameter
 
 
-def consumer_parameters(program: Program, structure: Structure) -> int:
-    """Trainable parameters if every unit of the structure's consumers trained."""
-    total = 0
-    for site in structure.consumers:
-        weight = program.tensor(site.param)
-        total += unit_channels(site, structure).numel() * weight.numel() // weight.shape[site.axis]
-    return total
+ROLE_WORDS = {"o": "O", "down": "Down", "v": "V", "up": "Up"}
 
 
-def shares(program: Program, assignment: Assignment) -> dict[str, float]:
-    """Share of consumer units per kind of structure, so that O and Down get equal parameters (or equal shares)."""
-    rule = assignment.rule
-    totals: dict[str, int] = {}
-    for structure in assignment.structures:
-        totals[structure.kind] = totals.get(structure.kind, 0) + consumer_parameters(program, structure)
-    if rule.fraction is None:
-        return {}
-    if rule.balance == "units" or len(totals) == 1:
-        return dict.fromkeys(totals, rule.fraction)
-    budget = rule.fraction * sum(totals.values()) / len(totals)
-    return {kind: min(1.0, budget / total) for kind, total in totals.items()}
+def consumer_row(program: Program, structure: Structure) -> Row:
+    """Heads or channels, and the columns of O or Down that one of them trains."""
+    cost = sum(unit_cost(program, site, unit_channels(site, structure)) for site in structure.consumers)
+    return Row(structure.name, structure.kind, selectable_units(structure), cost)
 
 
-def choose_units(program: Program, assignment: Assignment, context: Context) -> list[UnitChoice]:
-    rule = assignment.rule
-    share = shares(program, assignment)
+def producer_row(program: Program, structure: Structure) -> Row:
+    """KV groups or channels, and the rows of V or Up that one of them trains."""
+    sites = structure.with_role("v", "up")
+    cost = sum(unit_cost(program, site, site.positions(structure.units).transpose(0, 1).flatten(1)) for site in sites)
+    return Row(structure.name, structure.kind, structure.units, cost)
+
+
+def unit_cost(program: Program, site: Site, channels: Tensor) -> int:
+    """Parameters of one unit of a site. channels: of every unit, `(units, channels per unit)`."""
+    weight = program.tensor(site.param)
+    return channels.shape[1] * weight.numel() // weight.shape[site.axis]
+
+
+def counts_of(
+    rule: S2FT, index: int, rows: list[Row], fraction: float | None, balance: str, roles: list[str]
+) -> tuple[dict[str, int], list[Budget]]:
+    """Units by structure, and the budget for the report. fraction: None where the rule counts units."""
+    if fraction is None:
+        return {row.name: rule.units or 0 for row in rows}, []
+    count = unit_counts if rule.budget == "total" else at_least_one
+    counts = count(rows, fraction, balance)
+    total = sum(row.size for row in rows)
+    of = ", ".join(ROLE_WORDS[role] for role in ROLE_WORDS if role in roles)
+    return counts, [Budget(index, of, fraction * total, cost_of(rows, counts), total)]
+
+
+def choose_units(program: Program, assignment: Assignment, context: Context) -> dict[str, Any]:
+    """Choices, budgets and refusals to add to the program. Raises RefusedError for a named structure that the budget does not reach."""
+    rule, index = assignment.rule, assignment.index
     scores = score_units(program, assignment, context)
-    choices = []
-    for structure in assignment.structures:
-        total = selectable_units(structure)
-        wanted = rule.units if rule.fraction is None else round(share[structure.kind] * total)
+    rows = [consumer_row(program, s) for s in assignment.structures]
+    roles = [site.role for s in assignment.structures for site in s.consumers]
+    counts, budgets = counts_of(rule, index, rows, rule.fraction, rule.balance, roles)
+    makers: dict[str, int] = {}
+    makes = [s for s in assignment.structures if s.with_role("v", "up")] if rule.producer_fraction else []
+    if makes:
+        roles = [site.role for s in makes for site in s.with_role("v", "up")]
+        rows_made = [producer_row(program, s) for s in makes]
+        makers, more = counts_of(rule, index, rows_made, rule.producer_fraction, "units", roles)
+        budgets += more
+    choices, refusals = [], []
+    for structure, row in zip(assignment.structures, rows, strict=True):
         heads = structure.inner.units if structure.inner is not None else 1
         score = scores[structure.name]
-        consumers = choose(score, max(1, wanted or 0), group=heads, largest=rule.largest)
-        producers: tuple[int, ...] = ()
-        if rule.producer_fraction:
-            per_group = score.view(-1, heads).mean(1)
-            producers = choose(per_group, max(1, round(rule.producer_fraction * structure.units)), largest=rule.largest)
+        consumers = choose(score, counts[structure.name], group=heads, largest=rule.largest)
+        per_group = score.view(-1, heads).mean(1)
+        producers = choose(per_group, makers.get(structure.name, 0), largest=rule.largest)
+        if not consumers and not producers:
+            refusals.append(out_of_reach(index, rule, structure, row, budgets[0]))
+            continue
         kept = tuple(float(score[i]) for i in consumers)
         reason = why_in_place(program, structure, rule)
-        choices.append(UnitChoice(structure.name, assignment.index, consumers, producers, rule.select, kept, reason))
-    return choices
+        choices.append(UnitChoice(structure.name, index, consumers, producers, rule.select, kept, reason))
+    return {"choices": choices, "budgets": budgets, "refusals": refusals}
+
+
+def out_of_reach(index: int, rule: S2FT, structure: Structure, row: Row, budget: Budget) -> Refusal:
+    """Why no unit of a structure trains. Raises RefusedError where the rule names it."""
+    refusal = Refusal(
+        structure.name,
+        f"the budget of rule {index} ({budget.asked:,.0f} parameters) has no {structure.inner_unit} of {row.cost:,} parameters for it: "
+        'ask for more, or let each structure train one at least (budget="structure")',
+    )
+    if rule.is_named(structure.name, *map(owner_name, structure.params())):
+        raise RefusedError(f"rule {index}, {rule}: {refusal}")
+    return refusal
 
 
 def why_in_place(program: Program, structure: Structure, rule: S2FT) -> str:

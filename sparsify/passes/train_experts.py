@@ -12,7 +12,7 @@ from typing import TypeVar
 from torch import nn
 
 from sparsify.model.packed_experts import write_out
-from sparsify.plan import Plan, Rule
+from sparsify.plan import S2FT, Plan, Rule
 from sparsify.pruning.rule import Prune
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -26,13 +26,15 @@ def write_out_experts(model: Model, plan: Plan) -> Model:
 
 
 def may_train(plan: Plan, path: str, names: tuple[str, ...]) -> bool:
-    """Whether a rule of the plan that trains parts matches a module of experts, one of its weights, or what holds it."""
-    known = (path, path.rpartition(".")[0], *(f"{path}.{name}" for name in names))
-    return any(rule.phase == "adapt" and reaches(rule, known) for rule in plan.rules)
+    """Whether a rule of the plan that trains parts matches the weights of a module of experts, or for S2FT the module."""
+    weights = tuple(f"{path}.{name}" for name in names)
+    return any(rule.phase == "adapt" and reaches(rule, path, weights) for rule in plan.rules)
 
 
-def reaches(rule: Rule, names: tuple[str, ...]) -> bool:
-    return getattr(rule, "structure", "ffn") != "attention" and rule.matches(*names)
+def reaches(rule: Rule, path: str, weights: tuple[str, ...]) -> bool:
+    if isinstance(rule, S2FT):
+        return rule.structure != "attention" and rule.matches(path, *weights)
+    return rule.matches(*weights)
 
 
 __all__ = ["write_out_experts"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -24,6 +24,19 @@ from sparsify.ops.schema import arguments
 from sparsify.program.names import LONGEST, identifier, is_safe
 from sparsify.program.permutation import Permutation
 from sparsify.program.structure import Declined, Structure
+from sparsify.program.values import (
+    Captured,
+    ChannelChoice,
+    Chosen,
+    Found,
+    Input,
+    LinearNode,
+    Move,
+    Packed,
+    Packing,
+    Pruning,
+    UnitChoice,
+)
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -32,6 +45,7 @@ if TYPE_CHECKING:
     from sparsify.methods.channels import TrainedSlice
     from sparsify.methods.part import TrainedPart
     from sparsify.methods.sparse_lowrank import SparseLowRank
+    from sparsify.program.unit_budget import Budget
 
 
 class Stage(enum.IntEnum):
@@ -45,126 +59,27 @@ class Stage(enum.IntEnum):
     LOWERED = 5
 
 
-@dataclass(frozen=True)
-class Input:
-    """What one placeholder of the graph stands for. `target` is the qualified name, or None for a user input."""
-
-    name: str
-    kind: Literal["parameter", "buffer", "constant", "user"]
-    target: str | None = None
-
-
-@dataclass(frozen=True)
-class LinearNode:
-    """One matrix product with a weight: `y = x Wᵀ + b`, tied to its parameter's qualified name.
-
-    transposed: the stored weight is `(in, out)` (Conv1D) instead of `(out, in)`. bias_node: what is added, named or computed.
-    offsets: of packed experts, `(experts, out, in)`: the ends of the groups of rows, sorted by expert; None for a matrix.
-    """
-
-    node: fx.Node
-    x: fx.Node
-    weight: str
-    bias: str | None
-    transposed: bool
-    bias_node: fx.Node | None = None
-    offsets: fx.Node | None = None
-
-    @property
-    def lead(self) -> int:
-        """Axes of the weight before its two: 1 of packed experts."""
-        return 0 if self.offsets is None else 1
-
-    @property
-    def in_axis(self) -> int:
-        return (0 if self.transposed else 1) + self.lead
-
-    @property
-    def out_axis(self) -> int:
-        return (1 if self.transposed else 0) + self.lead
-
-
-@dataclass(frozen=True)
-class ChannelChoice:
-    """Input channels that train in every weight of a group that shares its input, in original coordinates."""
-
-    params: tuple[str, ...]
-    rule: int
-    channels: tuple[int, ...]
-    method: str
-
-
-@dataclass(frozen=True)
-class Packed:
-    """One weight is stored quantised: `format`, dense shape, bytes before and after, relative error of the weight (Frobenius)."""
-
-    param: str
-    format: str
-    shape: torch.Size
-    dense_bytes: int
-    packed_bytes: int
-    error: float
-
-
-@dataclass(frozen=True)
-class UnitChoice:
-    """What a rule trains in one structure: ids of consumer units and producer units, in original coordinates.
-
-    Under grouped-query attention consumer ids are query heads and producer ids KV heads.
-    in_place: why the units train where they lie, by blocks or gathered channels; empty when co-permutation brings them together.
-    """
-
-    structure: str
-    rule: int
-    consumers: tuple[int, ...]
-    producers: tuple[int, ...]
-    method: str
-    scores: tuple[float, ...] = ()
-    in_place: str = ""
-
-
-@dataclass(frozen=True)
-class Move:
-    """One tensor was reordered: `new = old.index_select(axis, index)`. Exact data, exactly invertible."""
-
-    param: str
-    axis: int
-    index: torch.Tensor
-
-
 @printable
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Program:
-    """See the module docstring. Passes return a new Program (`evolve`); tensors are never written in place."""
+    """See the module docstring. Passes return a new Program (`evolve`); tensors are never written in place. Frozen.
+
+    tensors: values that passes changed, by name, until a host has them. parts: what trains beside a frozen weight. refusals: what a rule
+    matched and could not serve. history: one note a pass. The rest lies in groups, see `sparsify.program.values`.
+    """
 
     graph_module: fx.GraphModule
     inputs: tuple[Input, ...]
-    in_spec: pytree.TreeSpec
-    out_spec: pytree.TreeSpec
-    mutations: int
     host: nn.Module
-    example: tuple[tuple[Any, ...], dict[str, Any]]
-    aliases: dict[str, str]
-    constants: dict[str, Any]
+    captured: Captured
     stage: Stage = Stage.CAPTURED
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    structures: tuple[Structure, ...] = ()
-    declined: tuple[Declined, ...] = ()
-    refusals: tuple[Refusal, ...] = ()
-    unproven: dict[str, str] = field(default_factory=dict)
-    choices: tuple[UnitChoice, ...] = ()
-    permutations: dict[str, tuple[Permutation, Permutation | None]] = field(default_factory=dict)
-    moves: tuple[Move, ...] = ()
+    found: Found = field(default_factory=Found)
+    chosen: Chosen = field(default_factory=Chosen)
     parts: tuple[TrainedPart, ...] = ()
-    channel_choices: tuple[ChannelChoice, ...] = ()
-    quantize: dict[str, str] = field(default_factory=dict)
-    packed: dict[str, list[torch.Tensor]] = field(default_factory=dict)
-    packings: tuple[Packed, ...] = ()
-    bases: dict[str, Any] = field(default_factory=dict)
-    hashes: dict[str, str] = field(default_factory=dict)
-    masks: dict[str, torch.Tensor] = field(default_factory=dict)
-    pruned: tuple[Any, ...] = ()
-    dense_hash: str | None = None
+    packing: Packing = field(default_factory=Packing)
+    pruning: Pruning = field(default_factory=Pruning)
+    refusals: tuple[Refusal, ...] = ()
     history: tuple[str, ...] = ()
 
     @classmethod
@@ -203,13 +118,8 @@ class Program:
         return cls(
             graph_module=exported.graph_module,
             inputs=tuple(inputs),
-            in_spec=in_spec,
-            out_spec=out_spec,
-            mutations=mutations,
             host=host,
-            example=(args, kwargs),
-            aliases=canonical,
-            constants=dict(exported.constants),
+            captured=Captured(in_spec, out_spec, mutations, (args, kwargs), canonical, dict(exported.constants)),
             history=(
                 f"capture: {type(host).__name__}, {sum(n.op == 'call_function' for n in exported.graph.nodes)} operations",
             ),
@@ -217,7 +127,138 @@ class Program:
 
     def evolve(self, note: str, **changes: Any) -> Program:
         """A new program with `changes`; `note` goes on top of the printed history."""
-        return replace(self, history=(*self.history, note), **changes)
+        return self.replaced(history=(*self.history, note), **changes)
+
+    def replaced(self, **changes: Any) -> Program:
+        """A new program with `changes`, by the names of fields or of what stands in their groups."""
+        whole = {name: value for name, value in changes.items() if name not in GROUP_OF}
+        for group in dict.fromkeys(GROUP_OF[name] for name in changes if name in GROUP_OF):
+            inside = {name: value for name, value in changes.items() if GROUP_OF.get(name) == group}
+            whole[group] = replace(getattr(self, group), **inside)
+        return replace(self, **whole)
+
+    def on(self, host: nn.Module) -> Program:
+        """The program over a host that holds its tensors now, packed ones too."""
+        return self.replaced(host=host, tensors={}, packed={})
+
+    def facts(self) -> dict[str, Any]:
+        """Every field by name, those of the groups one by one."""
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in GROUPS}
+        return found | {name: getattr(self, name) for name in GROUP_OF}
+
+    # --- what stands in the groups ---------------------------------------------------------------------------------------------
+
+    @property
+    def in_spec(self) -> pytree.TreeSpec:
+        """Structure of the inputs."""
+        return self.captured.in_spec
+
+    @property
+    def out_spec(self) -> pytree.TreeSpec:
+        """Structure of the output."""
+        return self.captured.out_spec
+
+    @property
+    def mutations(self) -> int:
+        """How many outputs of the graph are written buffers, before the model's own."""
+        return self.captured.mutations
+
+    @property
+    def example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The inputs of the trace, `(args, kwargs)`."""
+        return self.captured.example
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Every name of a parameter or buffer → the first name of the same tensor."""
+        return self.captured.aliases
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Tensors of the trace that belong to no module."""
+        return self.captured.constants
+
+    @property
+    def structures(self) -> tuple[Structure, ...]:
+        """Coupled structures that detection found."""
+        return self.found.structures
+
+    @property
+    def declined(self) -> tuple[Declined, ...]:
+        """What detection declined, with its reason."""
+        return self.found.declined
+
+    @property
+    def unproven(self) -> dict[str, str]:
+        """Structure → why its units are not moved."""
+        return self.found.unproven
+
+    @property
+    def choices(self) -> tuple[UnitChoice, ...]:
+        """Units that train, by structure."""
+        return self.chosen.choices
+
+    @property
+    def channel_choices(self) -> tuple[ChannelChoice, ...]:
+        """Channels that train in weights that share an input."""
+        return self.chosen.channel_choices
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """What rules with `fraction=` asked for, and what their whole units train."""
+        return self.chosen.budgets
+
+    @property
+    def permutations(self) -> dict[str, tuple[Permutation, Permutation | None]]:
+        """Structure → permutation of its units, and of the heads inside them."""
+        return self.chosen.permutations
+
+    @property
+    def moves(self) -> tuple[Move, ...]:
+        """Tensors that were reordered."""
+        return self.chosen.moves
+
+    @property
+    def quantize(self) -> dict[str, str]:
+        """Weight → the format in which it is stored."""
+        return self.packing.quantize
+
+    @property
+    def packed(self) -> dict[str, list[torch.Tensor]]:
+        """Weight → packed tensors, until a host has them."""
+        return self.packing.packed
+
+    @property
+    def packings(self) -> tuple[Packed, ...]:
+        """What packing saved and changed."""
+        return self.packing.packings
+
+    @property
+    def bases(self) -> dict[str, Any]:
+        """Weights that came packed."""
+        return self.packing.bases
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """Hashes of weights before they were packed."""
+        return self.packing.hashes
+
+    @property
+    def masks(self) -> dict[str, torch.Tensor]:
+        """Pruned weight → which entries survive, in the current order."""
+        return self.pruning.masks
+
+    @property
+    def pruned(self) -> tuple[Any, ...]:
+        """What pruning did to each layer."""
+        return self.pruning.pruned
+
+    @property
+    def dense_hash(self) -> str | None:
+        """Hash of the model before it was pruned."""
+        return self.pruning.dense_hash
+
+    # --- asked of a program ---------------------------------------------------------------------------------------------------
 
     @property
     def graph(self) -> fx.Graph:
@@ -364,6 +405,11 @@ class Program:
         from sparsify.show.drawing import draw_program
 
         return draw_program(self, path, fold=fold)
+
+
+GROUPS = {"captured": Captured, "found": Found, "chosen": Chosen, "packing": Packing, "pruning": Pruning}
+#: a field of a group → the field of `Program` that holds the group
+GROUP_OF = {f.name: group for group, kind in GROUPS.items() for f in fields(kind)}
 
 
 def is_grouped(node: fx.Node) -> bool:

@@ -43,6 +43,7 @@ from sparsify.calibration.ranks import (
 from sparsify.console import printable
 from sparsify.errors import PlanError, Refusal, SparsifyError
 from sparsify.model.blocks import repeated_blocks
+from sparsify.model.linears import stored_transposed
 from sparsify.program import Program, canonical_names
 from sparsify.program.capture import evaluating
 from sparsify.pruning.allocate import SaliencyCurve, by_sensitivity, saliency_curve
@@ -269,7 +270,9 @@ class Driver:
         order = {name: place for place, name in enumerate(self.rules)}
         self.result.layers.sort(key=lambda s: order[s.name])
         if self.short:
-            warnings.warn(too_few_tokens(self.short, len(self.result.layers)), stacklevel=2)
+            few = {name: found for name, found in self.short.items() if found[0] < found[1]}
+            text = too_few_tokens(few, len(self.result.layers)) if few else None
+            warnings.warn(text or sparse_for_tokens(self.short, len(self.result.layers)), stacklevel=2)
         return self.result
 
     def trace(self, source: int) -> tuple[list[Unit], list[Refusal]]:
@@ -619,7 +622,7 @@ class Driver:
         view.of(parameter.data).copy_(values)
         view.of(state["mask"]).copy_(mask)
         state["numel"] += view.numel
-        if stats["method"] == "sparsegpt" and stats["tokens"] < view.shape[1]:
+        if stats["method"] == "sparsegpt" and stats["tokens"] < tokens_wanted(view.shape[1], mask):
             self.short[name] = min(
                 self.short.get(name, (stats["tokens"], view.shape[1])), (stats["tokens"], view.shape[1])
             )
@@ -669,11 +672,6 @@ def units_without_data(host: nn.Module, names: list[str]) -> list[Unit]:
     return list(units.values())
 
 
-def stored_transposed(module: nn.Module) -> bool:
-    """Whether a module stores its matrices as `(in, out)`: Conv1D, and packed experts that say so."""
-    return type(module).__name__.endswith("Conv1D") or bool(getattr(module, "is_transposed", False))
-
-
 def too_few_tokens(short: Mapping[str, tuple[int, int]], layers: int) -> str:
     """The warning for Hessians with fewer tokens than inputs. short: `(tokens, inputs)` by parameter."""
     worst = min(short, key=lambda name: short[name][0] / short[name][1])
@@ -682,6 +680,30 @@ def too_few_tokens(short: Mapping[str, tuple[int, int]], layers: int) -> str:
         f"Prune(method='sparsegpt'): {len(short)} of {layers} weights were pruned with fewer calibration tokens than inputs; the worst "
         f"is {worst}: {tokens:,} tokens for a Hessian {width:,} wide, which is singular without damping, so that the survivors are "
         f"fitted to these tokens. Give at least {width:,} tokens, better {8 * width:,}, or use method='wanda', which needs no Hessian"
+    )
+
+
+def tokens_wanted(width: int, mask: Tensor) -> float:
+    """Calibration tokens below which SparseGPT is warned of: one per input, and more where few weights survive to carry the others' part.
+
+    Inputs times zeros per survivor: 1 × at 50 %, 3 × at 75 %. On SmolLM2-135M (1,536 inputs at most) 1,024 tokens destroy the model at
+    75 %; 3,072 give a perplexity of 213 there and of 54.6 at 50 %, where the dense model has 38.4.
+    """
+    kept = int(torch.count_nonzero(mask))
+    return width * max(
+        1.0, (mask.numel() - kept) / max(kept, 1) - 1e-3
+    )  # (a rounded sparsity of 50 % may be a little more)
+
+
+def sparse_for_tokens(short: Mapping[str, tuple[int, int]], layers: int) -> str:
+    """The warning for more zeros than the tokens pay for. short: `(tokens, inputs)` by parameter."""
+    worst = min(short, key=lambda name: short[name][0] / short[name][1])
+    tokens, width = short[worst]
+    return (
+        f"Prune(method='sparsegpt'): {len(short)} of {layers} weights lost more than half of their entries on few calibration tokens; the "
+        f"worst is {worst}: {tokens:,} tokens for {width:,} inputs. A Hessian of so few tokens does not tell which weights matter, and the "
+        f"model may be destroyed (a small language model at 75 % zeros: perplexity 38 → 213 with 2 tokens an input). Give {8 * width:,} "
+        "tokens or more, prune less, or train the survivors, and measure the loss"
     )
 
 

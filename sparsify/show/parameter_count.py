@@ -57,9 +57,10 @@ def pruned_entries(host: nn.Module) -> int:
         if parameter.requires_grad:
             masks[id(parameter)] = (getattr(module, f"{leaf}_mask_bits"), parameter.shape)
     for module in host.modules():
-        bits, block = getattr(module, "slice_mask_bits", None), module._parameters.get("weight_slice")
-        if isinstance(bits, torch.Tensor) and block is not None and block.requires_grad:
-            masks[id(block)] = (bits, block.shape)
+        for leaf, bits in module.trained_masks().items() if isinstance(module, AdaptedMixin) else ():
+            block = module._parameters.get(leaf)
+            if block is not None and block.requires_grad:
+                masks[id(block)] = (bits, block.shape)
     return sum(
         shape.numel() - int(torch.count_nonzero(unpack_bits(bits, shape)))
         for bits, shape in masks.values()

@@ -13,6 +13,7 @@ from sparsify.console import in_full, one_line, printable
 from sparsify.errors import Refusal
 from sparsify.kernels.fallback import notes
 from sparsify.model.sharded import class_name
+from sparsify.modules.adapted import value_names
 from sparsify.ops.schema import argument
 from sparsify.passes.verify import operators
 from sparsify.plan import Plan
@@ -20,6 +21,7 @@ from sparsify.program import Program
 from sparsify.program.names import printable as without_controls
 from sparsify.program.printer import pruned_line
 from sparsify.program.repeats import Line, fold_lines
+from sparsify.program.unit_budget import Budget
 from sparsify.pruning.sparse_checkpoint import stored_bytes
 from sparsify.show.parameter_count import count_parameters
 
@@ -32,6 +34,8 @@ class Report:
     trainable, total: parameters, packed weights as what they stand for; pruned: entries of trainable parameters that stay zero under
     a mask, which `trainable` leaves out. saved_bytes: bytes that the trained slices keep for backward on the captured example;
     saved_bytes_full: what weight gradients of all captured linears would keep (each distinct input once).
+    values: trained parameters that hold values of weights, which weight decay would pull to zero.
+    budgets: what S2FT's rules with `fraction=` asked for, of what, and what their whole units train.
     """
 
     model: str
@@ -45,6 +49,8 @@ class Report:
     history: tuple[str, ...]
     cpu: str = ""
     pruned: int = 0
+    budgets: tuple[Budget, ...] = ()
+    values: int = 0
 
     def __str__(self) -> str:
         return self.text()
@@ -59,9 +65,15 @@ class Report:
         if fold:
             chosen, declined = fold_lines(chosen), fold_lines(declined)
         lines += [("chosen     " if i == 0 else "           ") + line for i, line in enumerate(chosen)]
+        lines += [("budget     " if i == 0 else "           ") + str(budget) for i, budget in enumerate(self.budgets)]
         lines += [("declined   " if i == 0 else "           ") + line for i, line in enumerate(declined)]
         survivors = f": the survivors; {self.pruned:,} pruned entries stay zero" if self.pruned else ""
         lines.append(f"trainable  {self.trainable:,} of {self.total:,} parameters ({share:.4f} %){survivors}")
+        if self.values:
+            lines.append(
+                f"decay      {self.values:,} trained parameters hold values of weights, not changes: weight decay would pull them to zero; "
+                "sparsify.train.param_groups and keep_out_of_decay(trainer) keep them out of it"
+            )
         if self.saved_bytes_full:
             lines.append(
                 f"backward   keeps {human(self.saved_bytes)} of linear inputs on the captured example; "
@@ -126,6 +138,8 @@ def make_report(program: Program, plan: Plan, host: nn.Module, cpu: Any = None) 
         trainable=count.trainable,
         total=count.total,
         pruned=count.pruned,
+        budgets=program.budgets,
+        values=sum(host.get_parameter(name).numel() for name in value_names(host)),
         saved_bytes=saved,
         saved_bytes_full=full,
         history=(*program.history, *(f"note: {text}" for text in notes())),

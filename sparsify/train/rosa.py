@@ -5,7 +5,15 @@
     collect_masks(model, batches, optimizer=optimizer)                       choose the supports, restart
     …train…                                                                  both parts
 
-or, under Hugging Face's Trainer, `callbacks=[RosaCallback(batches, warmup_steps=64)]`.
+The paper's second run is a full run. In a loop of your own, what `collect_masks` cannot know of starts anew by hand:
+
+    optimizer = AdamW(param_groups(model, lr=2e-4, lora_lr=7e-4)); schedule = …           for the warm-up, over its 64 steps
+    collect_masks(model, batches)
+    model.sparsify.restart()                                                              everything that trained is the base again
+    optimizer = AdamW(param_groups(model, lr=2e-4, lora_lr=7e-4)); schedule = …           new, over all steps of the run
+    for batch in loader: …                                                                from the first batch
+
+Under Hugging Face's Trainer: `train_rosa(trainer, batches, warmup_steps=64)`, or in one run `callbacks=[RosaCallback(batches)]`.
 """
 
 from __future__ import annotations
@@ -21,6 +29,7 @@ from sparsify.errors import SparsifyError
 from sparsify.model.linears import owner_name
 from sparsify.passes.base import Context
 from sparsify.passes.select_linears import gradient_supports
+from sparsify.train.rosa_trainer import restart_schedule
 
 if TYPE_CHECKING:
     from sparsify.host.handle import Handle
@@ -101,8 +110,10 @@ def RosaCallback(
     loss: Callable[[Any, Any], Tensor] | None = None,
     progress: bool = True,
 ) -> Any:
-    """A `transformers.TrainerCallback` that collects the masks after `warmup_steps` optimizer steps and restarts.
+    """A `transformers.TrainerCallback` that collects the masks after `warmup_steps` optimizer steps and restarts, inside one run.
 
+    Factors, their optimizer state and the learning-rate schedule (with its warm-up, over the steps that are left) start anew; what else
+    trains, and the data, go on. The paper's second run is a full one beside the warm-up: `sparsify.train.rosa_trainer.train_rosa`.
     A run that resumes from a checkpoint taken after the collection finds the supports in the checkpoint and leaves them alone.
     """
     from transformers import TrainerCallback
@@ -112,12 +123,28 @@ def RosaCallback(
     class Callback(TrainerCallback):
         """Low-rank warm-up, mask collection, restart."""
 
+        def on_train_begin(
+            self, args: Any, state: Any, control: Any, model: Any = None, lr_scheduler: Any = None, **_: Any
+        ) -> None:
+            resumed = model is not None and state.global_step > warmup_steps and not handle_of(model).open_masks()
+            if resumed and lr_scheduler is not None:
+                restart_schedule(lr_scheduler, args, max(1, state.max_steps - warmup_steps), rewind=False)
+
         def on_step_end(
-            self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
+            self,
+            args: Any,
+            state: Any,
+            control: Any,
+            model: Any = None,
+            optimizer: Any = None,
+            lr_scheduler: Any = None,
+            **_: Any,
         ) -> None:
             if model is None or state.global_step < warmup_steps or not handle_of(model).open_masks():
                 return
             inner = getattr(optimizer, "optimizer", optimizer)
             collect_masks(model, kept, loss=loss, optimizer=inner, progress=progress)
+            if lr_scheduler is not None:
+                restart_schedule(lr_scheduler, args, max(1, state.max_steps - state.global_step))
 
     return Callback()

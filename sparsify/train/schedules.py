@@ -27,6 +27,7 @@ from sparsify.files import strict_json
 from sparsify.files.atomic import committing, shown
 from sparsify.files.ranks import on_first_rank
 from sparsify.files.tensors import TensorFile, write_tensors
+from sparsify.model.linears import stored_transposed
 from sparsify.model.sharded import whole
 from sparsify.modules.masked import (
     MaskedModule,
@@ -37,7 +38,6 @@ from sparsify.modules.masked import (
     masked_parameters,
 )
 from sparsify.pruning.patterns import NM, Pattern, keep_largest, mask_from_scores, parse_pattern
-from sparsify.pruning.sequential import stored_transposed
 
 MASK_FILE = "sparsify_masks.safetensors"
 STATE_FILE = "sparsify_pruning.json"

@@ -6,6 +6,9 @@
 output is not one of them. Reductions are in fp32, also under autocast. ε is *relative* to each layer's own energy, so a layer
 with small hidden states counts like any other.
 
+`normalise="token"` is *not* the paper's: SQ = Σ_l mean_t  mean_h((h_s − h_t)²) / mean_h(h_t²), every token relative to its own energy.
+Where one token (an attention sink) holds 99 % of a layer's energy, as in SmolLM2, the paper's loss hardly sees the others; this one does.
+
     distiller = Distiller(student, teacher, ce=1, kl=0, sq=1)
     for batch in loader:                                        # any loop
         result = distiller(batch)                               # result.loss, .ce, .kl, .sq, .outputs
@@ -24,7 +27,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal, TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -70,6 +73,7 @@ def squarehead_loss(
     *,
     eps: float = 1e-6,
     totals: Sequence[tuple[Tensor, Tensor]] | None = None,
+    normalise: Literal["layer", "token"] = "layer",
 ) -> Float[Tensor, ""]:
     """`Σ_l mean((h_s − h_t)²) / (mean(h_t²) · (1 + ε))`, an fp32 scalar.
 
@@ -78,6 +82,8 @@ def squarehead_loss(
     eps: relative to each layer's own `mean(h_t²)`. A layer whose teacher is exactly zero is divided by 1 instead.
     totals: per layer `(Σ h_t², tokens)` over *all* micro-batches and ranks of the step: then the losses of the micro-batches add up
         to the loss of the full batch, however unevenly the tokens lie.
+    normalise: "layer", the paper's; or "token", which is not: `Σ_l mean over tokens of mean_h((h_s − h_t)²) / (mean_h(h_t²) · (1 + ε))`. A
+        token whose teacher state is exactly zero is divided by 1.
     Raises PlanError when numbers of layers or shapes differ.
     """
     if len(student) != len(teacher):
@@ -93,12 +99,23 @@ def squarehead_loss(
                     f"hidden state {layer}: the student has shape {tuple(own.shape)}, the teacher {tuple(other.shape)}"
                 )
             other = other.to(own.device)
+            if normalise == "token":
+                relative, tokens = token_sums(relative_errors(own, other, eps), kept)
+                loss = loss + relative / (tokens if totals is None else totals[layer][1]).clamp_min(1)
+                continue
             squared, _ = token_sums((own.float() - other.float()).square(), kept)
             energy, all_tokens = hidden_energy(other, kept) if totals is None else totals[layer]
             # mean(d²) / mean(h_t²) = Σ d² / Σ h_t²: both means have the same count
             floor = torch.where(energy > 0, energy * (1 + eps), (all_tokens * own.shape[-1]).clamp_min(1))
             loss = loss + squared / floor
     return loss
+
+
+def relative_errors(student: Tensor, teacher: Tensor, eps: float) -> Tensor:
+    """`mean_h((h_s − h_t)²) / (mean_h(h_t²) · (1 + ε))` of every token, fp32 `(…, 1)`."""
+    energy = teacher.float().square().mean(-1, keepdim=True)
+    squared = (student.float() - teacher.float()).square().mean(-1, keepdim=True)
+    return squared / torch.where(energy > 0, energy * (1 + eps), torch.ones_like(energy))
 
 
 def shift_targets(
@@ -284,6 +301,7 @@ class Distiller:
         `model=` on each call.
     teacher: run in eval mode under `inference_mode`; never written, kept on its device.
     ce, kl, sq: weights. temperature: of the KL term. eps: relative, see `squarehead_loss`.
+    normalise: "layer" is the paper's SquareHead; "token" is a variant of ours, see there.
     task_loss: `(outputs, batch) → scalar`, a mean over the batch; default: the model's own `outputs.loss`.
     cache: None, "memory", or a folder: the teacher's states of a batch are computed once (batches must repeat unchanged).
     int8: run the teacher with int8 weights (per output row, dequantised for each product).
@@ -302,6 +320,7 @@ class Distiller:
         sq: float = 1.0,
         temperature: float = 1.0,
         eps: float = 1e-6,
+        normalise: Literal["layer", "token"] = "layer",
         task_loss: Callable[[Any, Mapping[str, Any]], Tensor] | None = None,
         cache: str | Path | None = None,
         int8: bool = False,
@@ -314,10 +333,12 @@ class Distiller:
         for name, weight in (("ce", ce), ("kl", kl), ("sq", sq)):
             if not weight >= 0:
                 raise PlanError(f"Distiller({name}={weight:g}): a weight must be ≥ 0")
+        if normalise not in ("layer", "token"):
+            raise PlanError(f"Distiller(normalise={normalise!r}): expected 'layer' (the paper's) or 'token'")
         check_teacher(student, teacher, tokenizers, logits=kl > 0)
         self.student, self.teacher = student, int8_copy(teacher) if int8 else teacher
         self.ce, self.kl, self.sq, self.temperature, self.eps = ce, kl, sq, temperature, eps
-        self.task_loss = task_loss
+        self.task_loss, self.normalise = task_loss, normalise
         self.student_outputs = BlockOutputs(student)
         self.teacher_outputs = BlockOutputs(self.teacher)
         self.cache = None if cache is None else TeacherCache(None if cache == "memory" else Path(cache))
@@ -432,7 +453,8 @@ class Distiller:
             ):
                 self._explain_detached(hidden)
             totals = None if window is None else window.energies
-            sq = squarehead_loss(hidden, taught.hidden, masks, eps=self.eps, totals=totals) * world
+            sq = squarehead_loss(hidden, taught.hidden, masks, eps=self.eps, totals=totals, normalise=self.normalise)
+            sq = sq * world
         return Distilled(self.ce * ce + self.kl * kl + self.sq * sq, ce.detach(), kl.detach(), sq.detach(), outputs)
 
     def _explain_detached(self, hidden: list[Tensor]) -> None:

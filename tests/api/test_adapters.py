@@ -24,7 +24,7 @@ from sparsify import S2FT, AdapterError, SparsifyError
 from sparsify.adapters import adapter as files
 from sparsify.files.tensors import write_tensors
 
-BOTH = S2FT(fraction=0.1, producer_fraction=0.1)
+BOTH = S2FT(fraction=0.1, producer_fraction=0.1, budget="structure")
 LAYOUTS = ["Llama", "Qwen2", "GPT-2", "GPT-NeoX", "Phi-3"]
 
 
@@ -526,7 +526,10 @@ TAMPER: dict[str, tuple[Callable[[File], Any], str]] = {
         r"values \(36, 3\) do not fit 4 channels",
     ),
     "values of another width": (lambda f: f.set("delta", f.get("delta")[1:]), r"is \(36, 44\) here"),
-    "values in three dimensions": (lambda f: f.set("delta", f.get("delta")[None]), "do not fit 4 channels"),
+    "values in three dimensions": (
+        lambda f: f.set("delta", f.get("delta")[None]),
+        r"is \(36, 44\) here; the file has values \(1, 36, 4\)",
+    ),
     "document says another shape": (
         lambda f: f.set("delta", f.get("delta")[:, 1:], fix=False),
         "other shapes than the document says",

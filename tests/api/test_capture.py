@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import sparsify
 from sparsify import S2FT, CaptureError
 from sparsify.program import Stage
-from sparsify.program.capture import capture, dummy_inputs, example_inputs
+from sparsify.program.capture import capture, dummy_inputs, evaluating, example_inputs
 
 pytestmark = pytest.mark.fresh_trace
 
@@ -216,7 +216,7 @@ def test_shared_modules_train_once_and_restore():
     base = tiny.snapshot(model)
     x = torch.randn(3, 12)
     expected = model(x)
-    host = tiny.lower(model, S2FT(units=5, producer_fraction=0.2), example=x, check="numeric")
+    host = tiny.lower(model, S2FT(units=5, producer_fraction=0.2, budget="structure"), example=x, check="numeric")
     assert host.first is host.second
     assert host.decode.weight is host.encode.weight
     torch.testing.assert_close(host(x), expected)
@@ -245,7 +245,7 @@ def test_meta_device_needs_no_memory():
     program = sparsify.analyse(model)
     assert {s.kind for s in program.structures} == {"ffn", "attention"}
     assert len(program.structures) == 4
-    host = tiny.lower(model, S2FT(fraction=0.05, producer_fraction=0.05))
+    host = tiny.lower(model, S2FT(fraction=0.05, producer_fraction=0.05, budget="structure"))
     assert all(p.device.type == "meta" for p in host.parameters())
     assert host.sparsify.count_parameters()[0] > 0
     choices = tiny.lower(tiny.llama(), S2FT(units=3)).sparsify.program.choices
@@ -264,3 +264,16 @@ def test_16_bit_models_are_captured_in_their_own_dtype():
     model = tiny.llama(torch.bfloat16)
     program = capture(model)
     assert tiny.output_of(program.run_example()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_every_module_gets_its_own_mode_back(training):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Dropout(), nn.Linear(2, 2)))
+    model.train()
+    model[1].eval()
+    model[1][1].train()
+    before = [module.training for module in model.modules()]
+    assert len(set(before)) == 2
+    with evaluating(model, training):
+        assert {module.training for module in model.modules()} == {training}
+    assert [module.training for module in model.modules()] == before

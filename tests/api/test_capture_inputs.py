@@ -393,7 +393,9 @@ class Mean(nn.Module):
         return {**features, "embedding": features["tokens"].mean(1)}
 
 
-@pytest.mark.parametrize("rule", [S2FT(fraction=0.2), LoRA(rank=4), Prune(sparsity=0.5, method="magnitude")])
+@pytest.mark.parametrize(
+    "rule", [S2FT(fraction=0.2, budget="structure"), LoRA(rank=4), Prune(sparsity=0.5, method="magnitude")]
+)
 def test_wrappers_with_read_only_attributes(rule, tmp_path):
     model = ReadOnly(Encoder(), Mean()).eval()
     features = {"input_ids": torch.randint(3, 60, (2, 7)), "attention_mask": torch.ones(2, 7, dtype=torch.long)}

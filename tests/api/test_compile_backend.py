@@ -302,7 +302,7 @@ def test_repeated_blocks_share_one_graph() -> None:
 @pytest.mark.parametrize("name", ["Llama", pytest.param("GPT-2", marks=pytest.mark.slow)])
 def test_training_at_many_lengths_takes_two_graphs(name: str) -> None:
     """The first length is compiled as it is, the second once for all: Dynamo's default, with no mark from the user."""
-    host = tiny.lower(tiny.build(name), S2FT(fraction=0.1, producer_fraction=0.1))
+    host = tiny.lower(tiny.build(name), S2FT(fraction=0.1, producer_fraction=0.1, budget="structure"))
     tiny.disturb(host)
     torch._dynamo.utils.counters.clear()
     run = torch.compile(host, backend=backend("aot_eager"), fullgraph=True)
@@ -335,7 +335,7 @@ def test_blocks_of_a_model_share_one_graph_at_every_length(training: bool) -> No
 
     In training twice as many: the first layer's input comes from a frozen embedding and needs no gradient.
     """
-    host: Any = tiny.lower(tiny.llama(num_hidden_layers=4), S2FT(fraction=0.1)).eval()
+    host: Any = tiny.lower(tiny.llama(num_hidden_layers=4), S2FT(fraction=0.1, budget="structure")).eval()
     lengths = (5, 8, 11)
     torch._dynamo.utils.counters.clear()
     graphs = []

@@ -12,7 +12,7 @@ from torch import nn
 
 from sparsify import S2FT
 
-BOTH = S2FT(fraction=0.1, producer_fraction=0.1)
+BOTH = S2FT(fraction=0.1, producer_fraction=0.1, budget="structure")
 
 
 class Counter:

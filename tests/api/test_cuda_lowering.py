@@ -490,7 +490,7 @@ def test_copies_pickles_casts_and_gradients(launched: Counter[str]) -> None:
 @pytest.mark.parametrize(
     ("rule", "kernels"),
     [
-        (S2FT(units=2, producer_fraction=0.2), {"partial_grad"}),  # rows of heads in place
+        (S2FT(units=2, producer_fraction=0.2, budget="structure"), {"partial_grad"}),  # rows of heads in place
         (PaCA(rank=3, permute=False), set()),
         (RoSA(rank=2, density=0.05, mask="random"), {"write_values", "sampled_tile"}),
         (RoSA(rank=2, density=0.002, mask="random"), {"write_values", "sampled_entries"}),

@@ -19,7 +19,7 @@ import sparsify
 from sparsify import S2FT, CaptureError, LoRA, PaCA, Plan, RoSA
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
-RULE = S2FT(fraction=0.15, producer_fraction=0.1)
+RULE = S2FT(fraction=0.15, producer_fraction=0.1, budget="structure")
 STEPS = 3
 
 
@@ -87,7 +87,7 @@ def test_two_processes_train_as_one_with_the_joint_batch():
 
 
 PLANS = {
-    "s2ft": [S2FT(fraction=0.2, select="gradient")],
+    "s2ft": [S2FT(fraction=0.2, select="gradient", budget="structure")],
     "paca": [PaCA(rank=3, select="activation")],
     "rosa": [RoSA(rank=2, density=0.05, mask="gradient")],
     "mixed": [PaCA(match="*.up", rank=2, select="gradient"), LoRA(match="*", rank=2)],

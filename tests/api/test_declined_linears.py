@@ -319,3 +319,22 @@ def test_too_little_calibration_is_said_with_numbers() -> None:
         warnings.simplefilter("error")
         compiled(Prune(sparsity=0.5), calibration=[(torch.randn(80, 4),)])
         compiled(Prune(sparsity=0.5, method="wanda"), calibration=batches)
+
+
+def test_more_zeros_ask_for_more_calibration() -> None:
+    """64 inputs: 80 tokens are enough for half, and not for three quarters of the weights (three zeros per survivor)."""
+    tokens = [(torch.randn(80, 4),)]
+    with pytest.warns(UserWarning, match="on few calibration tokens") as caught:
+        host = compiled(Prune(sparsity=0.75), calibration=tokens)
+    (text,) = [str(w.message) for w in caught if "calibration tokens" in str(w.message)]
+    assert (
+        "1 of 3 weights lost more than half of their entries on few calibration tokens; the worst is 2.weight" in text
+    )
+    assert "80 tokens for 64 inputs" in text
+    assert "Give 512 tokens or more" in text
+    assert "only 80 calibration tokens for 64 inputs" in str(host.sparsify.report)
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled(Prune(sparsity=0.75), calibration=[(torch.randn(200, 4),)])

@@ -65,14 +65,14 @@ def check(lowered: ExportedProgram, host: nn.Module, atol: float = 2e-6) -> None
 
 
 RULES = {
-    "s2ft": (S2FT(fraction=0.1, producer_fraction=0.1),),
+    "s2ft": (S2FT(fraction=0.1, producer_fraction=0.1, budget="structure"),),
     "paca": (PaCA(rank=3),),
     "rosa": (ROSA,),
     "lora": (LoRA(rank=2),),
     "pruned": (Prune(sparsity=0.5, method="magnitude"),),
-    "pruned s2ft": (Prune(sparsity=0.5, method="magnitude"), S2FT(fraction=0.1)),
+    "pruned s2ft": (Prune(sparsity=0.5, method="magnitude"), S2FT(fraction=0.1, budget="structure")),
     "nf4 lora": (Quantize(format="nf4"), LoRA(rank=2)),
-    "int8 s2ft": (Quantize(format="int8"), S2FT(fraction=0.1)),
+    "int8 s2ft": (Quantize(format="int8"), S2FT(fraction=0.1, budget="structure")),
     "int4 rosa": (Quantize(format="int4"), ROSA),
 }
 
@@ -130,7 +130,9 @@ def test_what_is_not_lowered_stays_as_it_was() -> None:
 
 
 def test_a_program_exported_by_the_user_in_strict_mode_too() -> None:
-    host = tiny.lower(tiny.Mlp(), S2FT(fraction=0.1, producer_fraction=0.1), example=torch.randn(3, 12)).eval()
+    host = tiny.lower(
+        tiny.Mlp(), S2FT(fraction=0.1, producer_fraction=0.1, budget="structure"), example=torch.randn(3, 12)
+    ).eval()
     tiny.disturb(host)
     exported = torch.export.export(host, (torch.randn(3, 12),), strict=True, dynamic_shapes=({0: Dim.DYNAMIC},))
     lowered = lower_exported(exported)
@@ -281,7 +283,7 @@ def test_a_package_runs_without_sparsify(rules: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_package_exchanges_its_adapter(tmp_path: Path) -> None:
-    host = adapted("Llama", S2FT(fraction=0.1), RoSA(rank=2, density=0.02, mask="random"))
+    host = adapted("Llama", S2FT(fraction=0.1, budget="structure"), RoSA(rank=2, density=0.02, mask="random"))
     first = references(host)
     path = package(host, tmp_path / "model.pt2", {"input_ids": tiny.tokens()}, dynamic_shapes=ANY, fold=False)
     loaded = torch._inductor.aoti_load_package(str(path))

@@ -44,7 +44,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_avai
 FAMILIES = ("Llama", "GPT-2", "T5 (gated)")
 BLOCKS = ("LlamaDecoderLayer", "GPT2Block", "T5Block", "MixtralDecoderLayer")
 PLANS = {
-    "s2ft": Plan([S2FT(fraction=0.2, producer_fraction=0.1)]),
+    "s2ft": Plan([S2FT(fraction=0.2, producer_fraction=0.1, budget="structure")]),
     "paca": Plan([PaCA(rank=3)]),
     "rosa": Plan([RoSA(rank=2, density=0.05, mask="random")]),
     "lora": Plan([LoRA(rank=2)]),

@@ -14,7 +14,7 @@ from sparsify import S2FT
 from sparsify.program.selection import arrange, choose
 from sparsify.program.structure import Site, Structure
 
-BOTH = S2FT(fraction=0.1, producer_fraction=0.1)
+BOTH = S2FT(fraction=0.1, producer_fraction=0.1, budget="structure")
 
 
 def layer(rows: bool = False, width: int = 12, hidden: int = 20) -> tuple[nn.Module, nn.Module]:
@@ -160,7 +160,9 @@ def test_only_three_dimensional_inputs(shape):
 
 
 def test_global_random_draw_leaves_layers_without_heads():
-    host = tiny.lower(tiny.llama(num_hidden_layers=8), S2FT(structure="attention", fraction=0.02))
+    host = tiny.lower(tiny.llama(num_hidden_layers=8), S2FT(structure="attention", fraction=0.02, budget="structure"))
+    assert [len(c.consumers) for c in host.sparsify.program.choices] == [1] * 8
+    host = tiny.lower(tiny.llama(num_hidden_layers=8), S2FT(structure="attention", fraction=0.2))  # 1.2 heads in each
     assert [len(c.consumers) for c in host.sparsify.program.choices] == [1] * 8
 
 

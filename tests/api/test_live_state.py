@@ -28,7 +28,7 @@ from sparsify.modules.layout import MARKER
 
 SPARSE = RoSA(rank=2, density=0.03, mask="random")
 RULES: dict[str, tuple[Any, ...]] = {
-    "s2ft": (S2FT(fraction=0.2, producer_fraction=0.1),),
+    "s2ft": (S2FT(fraction=0.2, producer_fraction=0.1, budget="structure"),),
     "paca": (PaCA(rank=4),),
     "rosa": (SPARSE,),
     "lora": (LoRA(rank=3),),

@@ -22,15 +22,15 @@ def logits(model: nn.Module) -> Tensor:
 
 
 PLANS = {
-    "S2FT": ([S2FT(0.2, producer_fraction=0.1)], []),
-    "S2FT in place": ([S2FT(0.2, permute=False)], []),
+    "S2FT": ([S2FT(0.2, producer_fraction=0.1, budget="structure")], []),
+    "S2FT in place": ([S2FT(0.2, permute=False, budget="structure")], []),
     "PaCA": ([PaCA(4)], []),
     "RoSA": ([RoSA(4, mask="random", density=0.03)], []),
     "LoRA": ([LoRA(r=4, lora_alpha=3, target_modules=["q_proj", "down_proj"])], []),
     "train": ([LoRA(4, match="q_proj")], ["model.embed_tokens", "*norm*", "lm_head"]),
     "mixed": ([S2FT(0.2, structure="ffn"), RoSA(match="o_proj", rank=2, mask="magnitude"), PaCA(3, match="q_proj")], ["lm_head"]),
     "LoRA over nf4": ([LoRA(4), Quantize("nf4")], []),
-    "S2FT over int8": ([S2FT(0.2), Quantize("int8", match="*.mlp.*")], []),
+    "S2FT over int8": ([S2FT(0.2, budget="structure"), Quantize("int8", match="*.mlp.*")], []),
 }  # fmt: skip
 
 
@@ -104,7 +104,7 @@ def save(directory: Any, *rules: Any, seed: int = 1, **plan: Any) -> nn.Module:
 
 
 def test_several_adapters(tmp_path):
-    a = save(tmp_path / "a", S2FT(0.2), train=["lm_head"])
+    a = save(tmp_path / "a", S2FT(0.2, budget="structure"), train=["lm_head"])
     b = save(tmp_path / "b", LoRA(4, match="q_proj"), seed=2)
     host = sparsify.load(tiny.build("Llama"), [tmp_path / "a", tmp_path / "b"])
     assert set(host.sparsify.adapters) == {"a", "b"}
@@ -146,7 +146,7 @@ def test_a_served_host_goes_on(tmp_path):
 
 
 def test_what_cannot_be_served_is_refused(tmp_path):
-    trained = save(tmp_path / "a", S2FT(0.2))
+    trained = save(tmp_path / "a", S2FT(0.2, budget="structure"))
     save(tmp_path / "nf4", LoRA(4), Quantize("nf4"))
     save(tmp_path / "pruned", LoRA(4, match="q_proj"), Prune(0.5, method="magnitude"))
     model = lambda: tiny.build("Llama")  # noqa: E731

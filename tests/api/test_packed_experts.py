@@ -232,3 +232,89 @@ def test_what_peft_has_no_form_for_is_refused(tmp_path: Any) -> None:
     _, host = compiled("Mixtral", "RoSA")
     with pytest.raises(AdapterError, match="sparse part"):
         host.sparsify.export_lora(tmp_path / "lora")
+
+
+@pytest.mark.parametrize("rule", ["S2FT", "PaCA", "RoSA", "LoRA"])
+@pytest.mark.parametrize("training", [True, False])
+def test_sixteen_bits_train_in_fp32_beside_the_base(rule: str, training: bool) -> None:
+    """Over bfloat16 the trained parameters are fp32; gradients are the dense ones up to the rounding of 16 bits."""
+    model, host = compiled("Mixtral", rule, torch.bfloat16)
+    assert all(p.dtype == torch.float32 for p in host.parameters() if p.requires_grad)
+    host.train(training)
+    loss = host(**batch()).loss
+    loss.backward()
+    expected, dense = dense_gradients(model.train(training), host.sparsify.original_state_dict())
+    torch.testing.assert_close(loss.detach(), expected, rtol=2e-2, atol=2e-2)
+    for part in host.sparsify.program.parts:
+        gradients = wanted(host, part, dense[part.param.removesuffix(".weight")].float())
+        for leaf, value in gradients.items():
+            found = host.sparsify.parts[part.param].tensors()[leaf].grad
+            if leaf == "lora_A":  # B is zero
+                assert not bool(found.any())
+            else:
+                close(found, value, torch.bfloat16)
+
+
+def test_a_rule_for_other_linears_leaves_the_experts_alone() -> None:
+    model = build("Mixtral")
+    host: Any = sparsify.compile(model, Plan([LoRA(rank=2, match="*.q_proj")]), progress=False)
+    assert [type(m) for m in host.model.layers[0].mlp.experts.modules()] == [
+        type(m) for m in model.model.layers[0].mlp.experts.modules()
+    ]
+    assert "model.layers.0.mlp.experts.gate_up_proj" in dict(host.named_parameters())
+
+
+def test_the_program_agrees_with_its_host_and_says_what_trains() -> None:
+    _, host = compiled("Mixtral", "S2FT")
+    perturb(host)
+    host.eval()
+    program = host.sparsify.program
+    args, kwargs = program.example
+    kwargs = {k: v for k, v in kwargs.items() if k in ("input_ids", "attention_mask")} or kwargs
+    torch.testing.assert_close(program.run_example()["logits"], host(*args, **kwargs).logits, rtol=1e-4, atol=1e-5)
+    text = program.text(fold=False)
+    assert text.count("sparsify.partial_grouped_linear") == 2
+    assert "channels of every expert" in text
+    assert "moves nothing" not in str(host.sparsify.report)
+
+
+def test_gradient_scores_see_every_expert_by_itself() -> None:
+    """Squares of the experts' own gradients, which a sum over experts would cancel."""
+    model = build("Mixtral")
+    rule = PaCA(rank=3, match="*.experts.down_proj", select="gradient", permute=False)
+    host: Any = sparsify.compile(model, Plan([rule]), calibration=[batch()], progress=False)
+    _, dense = dense_gradients(model.eval(), model.state_dict())
+    for choice in host.sparsify.program.channel_choices:
+        (param,) = choice.params
+        scores = dense[param.removesuffix(".weight")].square().sum((0, 1))
+        best = scores.topk(3, largest=rule.largest).indices.sort().values.tolist()
+        assert list(choice.channels) == best
+    assert len(host.sparsify.program.channel_choices) == 2
+
+
+def test_quantize_leaves_experts_dense_and_says_so() -> None:
+    from sparsify import Quantize
+
+    model = build("Mixtral")
+    host: Any = sparsify.compile(model, Plan([Quantize("nf4"), LoRA(rank=2)]), progress=False)
+    assert any("packed experts are not quantised" in str(r) for r in host.sparsify.report.declined)
+    host(**batch()).loss.backward()
+    assert host.sparsify.parts["model.layers.0.mlp.experts.down_proj.weight"].tensors()["lora_B"].grad is not None
+
+
+@pytest.mark.parametrize("rule", ["S2FT in place", "LoRA"])
+def test_checkpoints_are_the_users(rule: str, tmp_path: Any) -> None:
+    """transformers writes packed experts one by one; what trains beside them must not be taken for one of them."""
+    from transformers import MixtralForCausalLM
+
+    _, host = compiled("Mixtral", rule)
+    perturb(host)
+    host.eval()
+    inputs = {"input_ids": batch()["input_ids"]}
+    trained = host(**inputs).logits.detach()
+    host.save_pretrained(tmp_path / "plain")
+    again = MixtralForCausalLM.from_pretrained(tmp_path / "plain").eval()
+    torch.testing.assert_close(again(**inputs).logits.detach(), trained, rtol=1e-4, atol=1e-5)
+    host.save_pretrained(tmp_path / "checkpoint", state_dict=host.state_dict())
+    again = MixtralForCausalLM.from_pretrained(tmp_path / "checkpoint").eval()
+    torch.testing.assert_close(again(**inputs).logits.detach(), trained, rtol=1e-4, atol=1e-5)

@@ -570,7 +570,7 @@ def test_a_forward_that_cannot_be_observed_is_not_proven(monkeypatch: pytest.Mon
 def test_feed_forward_structures_of_known_families_are_proven(family: str) -> None:
     model = tiny.build(family)
     inputs = tiny.inputs_of(model, family)
-    host = sparsify.compile(model, Plan([S2FT(fraction=0.2)]), example=inputs, progress=False)
+    host = sparsify.compile(model, Plan([S2FT(fraction=0.2, budget="structure")]), example=inputs, progress=False)
     blocks = [
         c
         for c in host.sparsify.program.choices
@@ -587,7 +587,7 @@ def test_what_the_model_shows_is_the_bases(family: str) -> None:
     """Attention maps, hidden states and caches, and a cache that the base filled."""
     model = tiny.build(family)
     model.set_attn_implementation("eager")
-    host = tiny.lower(copy.deepcopy(model), S2FT(fraction=0.2, producer_fraction=0.2))
+    host = tiny.lower(copy.deepcopy(model), S2FT(fraction=0.2, producer_fraction=0.2, budget="structure"))
     ids = tiny.tokens()
     with torch.no_grad():
         options = {"output_attentions": True, "output_hidden_states": True, "use_cache": True}

@@ -92,7 +92,9 @@ def test_the_program_and_the_report_show_the_masks() -> None:
         host.sparsify.restore()
 
 
-@pytest.mark.parametrize("rules", [(), (LoRA(rank=2),), (S2FT(fraction=0.2),)], ids=["alone", "LoRA", "S2FT"])
+@pytest.mark.parametrize(
+    "rules", [(), (LoRA(rank=2),), (S2FT(fraction=0.2, budget="structure"),)], ids=["alone", "LoRA", "S2FT"]
+)
 def test_a_checkpoint_carries_the_hash_of_the_dense_model(rules: tuple[Any, ...], tmp_path: Path) -> None:
     """Recorded at compile, before the dense values are gone; training and merging do not change it."""
     dense = model_of()
@@ -170,14 +172,14 @@ def test_errors_at_the_door() -> None:
 # --- beside the other rules -------------------------------------------------------------------------------------------------
 
 BESIDE: dict[str, tuple[Any, ...]] = {
-    "s2ft": (S2FT(fraction=0.1, producer_fraction=0.1),),
+    "s2ft": (S2FT(fraction=0.1, producer_fraction=0.1, budget="structure"),),
     "paca": (PaCA(rank=4),),
     "paca in place": (PaCA(rank=4, permute=False),),
     "rosa": (RoSA(rank=2, density=0.05),),
     "rosa, sparse only": (RoSA(rank=0, density=0.05),),
     "lora": (LoRA(rank=2),),
     "int8 + lora": (Quantize(format="int8"), LoRA(rank=2)),
-    "int8 + s2ft": (Quantize(format="int8"), S2FT(fraction=0.1)),
+    "int8 + s2ft": (Quantize(format="int8"), S2FT(fraction=0.1, budget="structure")),
     "int8 + rosa": (Quantize(format="int8"), RoSA(rank=2, density=0.05)),
 }
 

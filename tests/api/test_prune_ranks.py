@@ -103,7 +103,7 @@ def worker(rank: int, store: str, results: str) -> None:
     for number, shares in enumerate(SHARES):
         found[f"paca {number}"] = result(run(PaCA(rank=3, select="activation", permute=False), shares[rank]))
         found[f"rosa {number}"] = result(run(RoSA(rank=0, density=0.05), shares[rank]))
-    found["s2ft 0"] = result(run(S2FT(fraction=0.2, select="gradient"), SHARES[0][rank]))
+    found["s2ft 0"] = result(run(S2FT(fraction=0.2, select="gradient", budget="structure"), SHARES[0][rank]))
     host = run(RoSA(rank=2, density=0.05), None)
     collect_masks(host, SHARES[1][rank], loss=lambda y, _: y.square().mean(), progress=False)
     found["collected"] = result(host)

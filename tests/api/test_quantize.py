@@ -21,7 +21,7 @@ from sparsify.formats import FORMATS, pack, unpack
 from sparsify.methods.packed import QuantizedMixin
 
 METHODS = {
-    "s2ft": S2FT(fraction=0.1, producer_fraction=0.1),
+    "s2ft": S2FT(fraction=0.1, producer_fraction=0.1, budget="structure"),
     "paca": PaCA(rank=4),
     "rosa": RoSA(rank=2, density=0.03, mask="magnitude"),
     "lora": LoRA(rank=3),

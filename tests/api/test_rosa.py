@@ -268,14 +268,14 @@ def test_training_moves_support_and_factors_and_nothing_else():
 def test_param_groups_give_separate_learning_rates():
     host = compiled(RoSA(match="*attn*", rank=3, density=0.04, mask="random"), PaCA(match="*mlp*", rank=3))
     groups = host.sparsify.param_groups(sparse_lr=2e-4, lora_lr=7e-4, lr=1e-5)
-    assert {g["name"]: g["lr"] for g in groups} == {"sparse": 2e-4, "lora": 7e-4, "rest": 1e-5}
+    assert {g["name"]: g["lr"] for g in groups} == {"sparse": 2e-4, "lora": 7e-4, "values": 1e-5}
     assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in tiny.trainable(host))
-    assert {g["name"]: g["lr"] for g in host.sparsify.param_groups(1.0, 2.0)}["rest"] == 1.0
+    assert {g["name"]: g["lr"] for g in host.sparsify.param_groups(1.0, 2.0)}["values"] == 1.0
     by_name = {g["name"]: {id(p) for p in g["params"]} for g in groups}
     for name, parameter in host.named_parameters():
         leaf = name.rpartition(".")[2]
         if parameter.requires_grad:
-            kind = {"sparse_values": "sparse", "lora_A": "lora", "lora_B": "lora"}.get(leaf, "rest")
+            kind = {"sparse_values": "sparse", "lora_A": "lora", "lora_B": "lora"}.get(leaf, "values")
             assert id(parameter) in by_name[kind]
     optimizer = torch.optim.SGD(host.sparsify.param_groups(0.0, 1e-2))
     sparse = [p.detach().clone() for p in groups[0]["params"]]

@@ -162,9 +162,13 @@ def test_layers_draw_independently():
 
 @pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_every_layer_trains_at_least_one_unit(name):
-    host = tiny.lower(tiny.build(name), S2FT(fraction=1e-6, producer_fraction=1e-6))
-    assert host.sparsify.program.choices
+    """With budget="structure"; within a total budget one unit trains at least."""
+    model = tiny.build(name)
+    host = tiny.lower(model, S2FT(fraction=1e-6, producer_fraction=1e-6, budget="structure"))
+    assert len(host.sparsify.program.choices) > 1
     assert all(len(c.consumers) == 1 and len(c.producers) == 1 for c in host.sparsify.program.choices)
+    choices = tiny.lower(model, S2FT(fraction=1e-6, producer_fraction=1e-6)).sparsify.program.choices
+    assert sum(len(c.consumers) for c in choices) == sum(len(c.producers) for c in choices) == 1
 
 
 def test_o_and_down_get_equal_parameters_within_one_unit():

@@ -70,16 +70,19 @@ def eager(host: Any, ids: Tensor) -> Tensor:
 
 
 HOSTS = [
-    pytest.param("Llama", S2FT(fraction=0.1), id="Llama S2FT"),
+    pytest.param("Llama", S2FT(fraction=0.1, budget="structure"), id="Llama S2FT"),
     pytest.param("GPT-2", ROSA, id="GPT-2 RoSA"),
     pytest.param("Llama", "cpu", id="Llama cpu"),
     pytest.param("GPT-2", "cpu", id="GPT-2 cpu", marks=pytest.mark.slow),
     pytest.param("Llama", ROSA, id="Llama RoSA", marks=pytest.mark.slow),
-    pytest.param("GPT-2", S2FT(fraction=0.1), id="GPT-2 S2FT", marks=pytest.mark.slow),
+    pytest.param("GPT-2", S2FT(fraction=0.1, budget="structure"), id="GPT-2 S2FT", marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize(("name", "rule"), HOSTS)
+# the adapted Llama decodes in one graph in the test below
+@pytest.mark.parametrize(
+    ("name", "rule"), [pytest.param(*HOSTS[0].values, marks=pytest.mark.slow, id=HOSTS[0].id), *HOSTS[1:]]
+)
 @torch.no_grad()
 def test_one_graph_for_the_prompt_and_one_for_every_token(name: str, rule: Any) -> None:
     host: Any = lowered(name) if rule == "cpu" else adapted(name, rule)
@@ -118,7 +121,7 @@ def test_generate_decodes_in_one_graph(name: str, rule: Any) -> None:
 @torch.no_grad()
 def test_switching_adapters_back_and_forth_compiles_twice_at_most() -> None:
     """No more than once while the adapter trains, and once for the frozen base, where Dynamo guards `requires_grad`."""
-    host: Any = adapted("Llama", S2FT(fraction=0.1))
+    host: Any = adapted("Llama", S2FT(fraction=0.1, budget="structure"))
     compiling = hf.CompileConfig(backend=backend("aot_eager"), fullgraph=True, mode=None)  # type: ignore[arg-type]
     compiling._compile_all_devices = True
     ids = tiny.tokens(2, 6)

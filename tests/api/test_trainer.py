@@ -12,7 +12,7 @@ import transformers as hf
 
 from sparsify import S2FT
 
-BOTH = S2FT(fraction=0.1, producer_fraction=0.1)
+BOTH = S2FT(fraction=0.1, producer_fraction=0.1, budget="structure")
 
 
 class Rows(torch.utils.data.Dataset):

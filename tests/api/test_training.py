@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import sparsify
 from sparsify import S2FT, Plan
 
-BOTH = S2FT(fraction=0.1, producer_fraction=0.1)
+BOTH = S2FT(fraction=0.1, producer_fraction=0.1, budget="structure")
 
 
 def host_of(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[nn.Module, nn.Module]:
@@ -141,7 +141,7 @@ def test_checkpoint_over_a_single_partial_linear(reentrant):
 
 
 def test_backward_stops_below_the_lowest_trained_layer():
-    host = tiny.lower(tiny.llama(), S2FT(match="model.layers.1.*", fraction=0.1))
+    host = tiny.lower(tiny.llama(), S2FT(match="model.layers.1.*", fraction=0.1, budget="structure"))
     seen: dict[str, bool] = {}
     host.model.layers[0].register_forward_hook(lambda _m, _a, out: seen.update(low=out.requires_grad))
     host.model.layers[1].register_forward_hook(lambda _m, _a, out: seen.update(high=out.requires_grad))
@@ -504,7 +504,7 @@ def test_train_patterns_add_whole_parameters_with_memory_of_their_own():
     model = tiny.build("BERT (classifier)")
     inputs = tiny.inputs_of(model, "BERT (classifier)")
     base = tiny.snapshot(model)
-    host = tiny.lower(model, S2FT(fraction=0.1, structure="attention"), train=["classifier"])
+    host = tiny.lower(model, S2FT(fraction=0.1, structure="attention", budget="structure"), train=["classifier"])
     full = {n for n, p in host.named_parameters() if p.requires_grad and not n.endswith("_slice")}
     assert full == {"classifier.weight", "classifier.bias"}
     tiny.train(host, **inputs)
@@ -515,7 +515,11 @@ def test_train_patterns_add_whole_parameters_with_memory_of_their_own():
 def test_train_pattern_that_matches_nothing_names_the_nearest():
     message = r"Plan\(train=\['clasifier'\]\) matches no parameter or module; did you mean 'classifier'"
     with pytest.raises(sparsify.PlanError, match=message):
-        tiny.lower(tiny.build("BERT (classifier)"), S2FT(fraction=0.1, structure="attention"), train=["clasifier"])
+        tiny.lower(
+            tiny.build("BERT (classifier)"),
+            S2FT(fraction=0.1, structure="attention", budget="structure"),
+            train=["clasifier"],
+        )
 
 
 def test_what_trains_in_full_is_kept_from_the_rules():

@@ -86,9 +86,20 @@ def check(script: str, folder: Path, fresh: bool) -> None:
         assert text in output, output
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+#: long ones → where the default run does the same: prune, distil, save and read back in tests/e2e/test_demo.py and
+#: tests/api/test_sparse_checkpoint.py; Trainer in tests/api/test_trainer.py; a decoder that generates with an adapter in
+#: tests/property/test_equivalence.py. Their imports and options are still read here.
+LONG = ("prune_and_distil.py", "trainer.py", "tiny_decoder.py")
+
+
+@pytest.mark.parametrize("script", [s if s not in LONG else pytest.param(s, marks=pytest.mark.slow) for s in SCRIPTS])
 def test_example(script: str, tmp_path: Path) -> None:
     check(script, tmp_path, fresh=False)
+
+
+@pytest.mark.parametrize("script", LONG)
+def test_a_long_example_is_read_to_its_options(script: str) -> None:
+    assert "--fast" in run(script, "--help")
 
 
 # the others differ from this one in what they import, and `test_example` runs them to the end

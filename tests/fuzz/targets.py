@@ -124,7 +124,7 @@ def adapter_target(plan: Plan, folder: Path, tries: int) -> Target:
 
 @target
 def adapter_of_channels(folder: Path) -> Target:
-    return adapter_target(Plan([S2FT(fraction=0.2)]), folder, 40)
+    return adapter_target(Plan([S2FT(fraction=0.2, budget="structure")]), folder, 40)
 
 
 @target
@@ -280,7 +280,7 @@ def model_folder(folder: Path) -> Target:
 def plan_json(folder: Path) -> Target:
     plan = Plan(
         [
-            S2FT(fraction=0.1, match="*.mlp"),
+            S2FT(fraction=0.1, match="*.mlp", budget="structure"),
             RoSA(rank={"*.q": 4, "*": 2}, density=0.01),
             Quantize(format="nf4"),
             Prune(pattern="2:4"),

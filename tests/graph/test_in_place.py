@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import sparsify
 from sparsify import S2FT, LoRA, Plan
 from sparsify.passes.detect.find_structures import find_structures
-from sparsify.program.capture import capture
+from sparsify.program.capture import capture, read_through_scatters
 from sparsify.testing import check_structure, perturbed
 
 WIDTH, HIDDEN = 10, 14
@@ -192,3 +192,31 @@ def test_inputs_that_the_forward_writes_to():
     assert torch.equal(x, kept), "the example is not written to"
     assert [s.kind for s in program.structures] == ["ffn"]
     torch.testing.assert_close(program(x), model(kept.clone()))
+
+
+@pytest.mark.parametrize(
+    "read", [(0, 2), (1, 3), (2, 3), (2, 4), (2, 5), (3, 6), (4, 5), (5, 8), (0, 8), (3, 3)], ids=str
+)
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_read_past_a_write_is_the_same_read(read: tuple[int, int], dim: int) -> None:
+    """Rows 2 to 5 are written; whatever part of them a slice reads, it reads what it read before."""
+
+    def graph() -> torch.fx.GraphModule:
+        made = torch.fx.Graph()
+        base, new = made.placeholder("base"), made.placeholder("new")
+        base.meta["val"], new.meta["val"] = torch.empty(8, 8), torch.empty(8, 8).narrow(0, 0, 3)
+        scatter = made.call_function(torch.ops.aten.slice_scatter.default, (base, new, 0, 2, 5))
+        scatter.meta["val"] = torch.empty(8, 8)
+        found = made.call_function(torch.ops.aten.slice.Tensor, (scatter, dim, *read))
+        found.meta["val"] = torch.empty(8, 8)[slice(*read)]
+        made.output(found)
+        return torch.fx.GraphModule(nn.Module(), made)
+
+    before, after = graph(), graph()
+    read_through_scatters(after.graph)
+    after.recompile()
+    base, new = torch.randn(8, 8), torch.randn(3, 8)
+    assert torch.equal(after(base, new), before(base, new))
+    left = [n for n in after.graph.nodes if n.target is torch.ops.aten.slice_scatter.default]
+    through = dim == 0 and (read == (2, 5) or read[1] <= 2 or read[0] >= 5)
+    assert bool(left) != through, "past the write exactly where nothing of it is read, or just that"

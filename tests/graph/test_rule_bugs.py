@@ -106,3 +106,28 @@ def test_in_place_operations_of_other_makers_of_graphs():
     assert all(find(axis).size == axis.size for value in machine.values for axis in value.axes)
     relu = next(v for v in machine.values if v.node == "relu_")
     assert relu.op == "aten::relu"
+
+
+class Latents(nn.Module):
+    """Attention among learned rows, of which only the mean is seen."""
+
+    def __init__(self, causal: bool) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(7, 12))
+        self.q, self.k, self.v, self.o = (nn.Linear(12, 12, bias=False) for _ in range(4))
+        self.causal = causal
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part(self.rows).view(1, 7, 3, 4).transpose(1, 2) for part in (self.q, self.k, self.v))
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return x + self.o(y.transpose(1, 2).reshape(1, 7, 12)).mean(1)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_learned_rows_are_free_unless_attention_is_causal_along_them(causal: bool) -> None:
+    program = capture(Latents(causal).eval(), (torch.randn(2, 12),))
+    machine = Interpreter(program.tensor_names, [i.name for i in program.inputs if i.kind == "parameter"], {})
+    machine.run(program.graph)
+    reason = find(machine.placeholders["rows"].axes[0]).fixed
+    assert (reason is not None) == causal
+    assert not causal or "is causal along it" in str(reason)

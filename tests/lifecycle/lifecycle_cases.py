@@ -30,7 +30,7 @@ class Case:
 
 
 METHODS = {
-    "S2FT": Case(S2FT(fraction=0.2, producer_fraction=0.1)),
+    "S2FT": Case(S2FT(fraction=0.2, producer_fraction=0.1, budget="structure")),
     "PaCA": Case(PaCA(rank=3)),
     "RoSA": Case(RoSA(rank=2, density=0.03, mask="random"), "has a sparse part of"),
     "LoRA": Case(LoRA(rank=2)),

@@ -188,6 +188,20 @@ def test_row_block_saves_the_input_and_nothing_else():
     assert sum(t.untyped_storage().nbytes() for t in kept) == 6 * M * 4
 
 
+@pytest.mark.parametrize("at", [False, True], ids=["range", "index"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_weight_that_asks_for_a_gradient_gets_the_dense_one_with_zeros_under_the_block(axis, at):
+    x, weight, _, block, where, channels = make(axis, at)
+    weight.requires_grad_(True)
+    g = torch.randn(7, N, dtype=torch.float64)
+    op_of(at)(x, weight, None, block, where, axis).backward(g)
+    dense = g.t() @ x.detach()
+    assert weight.grad is not None
+    assert block.grad is not None
+    torch.testing.assert_close(weight.grad, dense.index_fill(axis, channels, 0))
+    torch.testing.assert_close(block.grad, dense.index_select(axis, channels))
+
+
 def test_frozen_block_saves_nothing_of_the_input():
     x, weight, b, block, where, _ = make(1, False, (2, 3, M), torch.float32)
     kept = saved_for_backward(lambda: op_of(False)(x, weight, b, block.detach(), where, 1), [weight, block, b])

@@ -277,3 +277,26 @@ def test_sensitivity_keeps_the_total_and_moves_sparsity_to_where_it_costs_least(
     assert shares["spiky"] > 0.6 > shares["flat"]
     assert max(abs(s - 0.6) for s in shares.values()) <= 0.2 + 1e-9
     assert by_sensitivity(curves, 0.6, 0.0) == pytest.approx({"spiky": 0.6, "flat": 0.6})
+
+
+@pytest.mark.parametrize("sparsity", [0.45, 0.333])
+def test_what_a_block_of_columns_rounds_off_the_next_one_makes_up_for(sparsity: float) -> None:
+    """One row of 300 columns in blocks of 128: each block alone would round to another total."""
+    h = Hessian(300)
+    h.add(torch.randn(600, 300))
+    found = sparsegpt_prune(torch.randn(1, 300), h.value(), sparsity, Unstructured())
+    assert int((~found.mask).sum()) == round(sparsity * 300)
+    alone = sum(round(sparsity * width) for width in (128, 128, 44))
+    assert sparsity != 0.45 or alone != round(sparsity * 300), "or the test shows nothing"
+
+
+def test_wanda_compares_inside_each_output_row() -> None:
+    """Rows of very different size lose equally many entries, those of least |w| · ‖x‖; magnitude empties the small rows."""
+    weight = torch.randn(6, 20) * torch.logspace(-3, 3, 6)[:, None]
+    squares = torch.rand(20) + 0.1
+    found = wanda_prune(weight, squares, 0.4, Unstructured()).mask
+    assert (~found).sum(1).tolist() == [8] * 6
+    scores = weight.abs() * squares.sqrt()
+    for row, kept in zip(scores, found, strict=True):
+        assert row[kept].min() > row[~kept].max()
+    assert (~magnitude_prune(weight, 0.4, Unstructured()).mask).sum(1).tolist() != [8] * 6

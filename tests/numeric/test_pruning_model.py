@@ -18,6 +18,7 @@ from sparsify.errors import PlanError, SparsifyError
 from sparsify.program import Program
 from sparsify.program.capture import capture
 from sparsify.pruning import sequential
+from sparsify.pruning.collect import token_masks
 from sparsify.pruning.lockstep import LockstepForward, intercepted
 from sparsify.pruning.patterns import NM, fits_pattern
 from sparsify.pruning.rule import Prune
@@ -496,3 +497,14 @@ def test_the_table_prints_every_layer() -> None:
     text = str(result)
     assert all(layer.name in text for layer in result.layers)
     assert json.dumps(sequential.stats_table(result))
+
+
+def test_labels_that_do_not_count_are_no_tokens_of_the_decoder() -> None:
+    labels = torch.tensor([[5, 4, -100], [3, -100, -100]])
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    found = token_masks({"attention_mask": mask, "labels": labels})
+    assert found["encoder"].tolist() == mask.flatten().bool().tolist()
+    assert found["decoder"].tolist() == [True, True, False, True, False, False]
+    own = {"decoder_attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]), "labels": labels}
+    assert token_masks(own)["decoder"].tolist() == [True] * 5 + [False], "the decoder's own mask goes before its labels"
+    assert "decoder" not in token_masks({"labels": labels.float()}), "numbers to be predicted are no tokens"

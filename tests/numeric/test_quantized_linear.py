@@ -325,3 +325,26 @@ def test_linear_of_the_dequantised_weight_is_the_same():
             x, format, N, M, False, None, None, None, 1, None, None, None, None, 1.0, packed
         )
         torch.testing.assert_close(y, nn.functional.linear(x, unpack(packed, format, (N, M), torch.float32)))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("side", ["columns", "rows"])
+def test_a_sparse_part_over_a_block_takes_its_entries_gradients(side: str, transposed: bool) -> None:
+    """The values are written last: where they lie on trained channels, the block is not seen and gets no gradient."""
+    case = make(frozenset({side, "sparse"}), "int8", transposed, dtype=torch.float64)
+    assert case.channels is not None
+    assert case.block is not None
+    logical = torch.zeros(N, M, dtype=torch.bool).index_fill(case.axis, case.channels, True)
+    covered = (logical.t() if transposed else logical).flatten().nonzero().flatten()[::3]
+    free = case.index[COUNT // 2 :]  # type: ignore[index]
+    case.index = torch.cat([covered.int(), free]).unique()
+    case.values = torch.randn(case.index.numel(), dtype=torch.float64).requires_grad_(True)
+    y = case.call()
+    g = torch.randn_like(y)
+    y.backward(g)
+    expected, leaves = case.oracle()
+    expected.backward(g)
+    torch.testing.assert_close(y.detach(), expected.detach(), rtol=1e-12, atol=1e-12)
+    for found, leaf in zip(case.trained(), leaves, strict=True):
+        torch.testing.assert_close(found.grad, leaf.grad, rtol=1e-10, atol=1e-12)
+    assert int((case.block.grad == 0).sum()) == covered.numel()

@@ -78,12 +78,60 @@ def test_squarehead_is_its_fp64_oracle() -> None:
     assert float(squarehead_loss(student, teacher)) == pytest.approx(oracle(student, teacher, everything), rel=1e-4)
 
 
-def test_padding_does_not_count() -> None:
+def token_oracle(student: list[Tensor], teacher: list[Tensor], mask: Tensor) -> float:
+    """`Σ_l mean over tokens of mean_h((h_s − h_t)²) / mean_h(h_t²)` in fp64, token by token."""
+    total = 0.0
+    for own, other in zip(student, teacher, strict=True):
+        terms = []
+        for row, column in mask.nonzero().tolist():
+            h_s, h_t = own[row, column].detach().double(), other[row, column].double()
+            terms.append(float((h_s - h_t).square().mean() / h_t.square().mean()))
+        total += sum(terms) / len(terms)
+    return total
+
+
+def test_the_variant_per_token_is_its_fp64_oracle() -> None:
     student, teacher, mask = states()
-    expected = squarehead_loss(student, teacher, mask)
+    teacher[0][:, 0] *= 40  # an attention sink
+    for kept in (mask, torch.ones_like(mask)):
+        found = float(squarehead_loss(student, teacher, kept, normalise="token"))
+        assert found == pytest.approx(token_oracle(student, teacher, kept), rel=1e-4)
+        assert found != pytest.approx(oracle(student, teacher, kept), rel=0.1), "the paper's is another number"
+    assert float(squarehead_loss(student, teacher, mask)) == pytest.approx(oracle(student, teacher, mask), rel=1e-4)
+    wanted = [h.double().requires_grad_() for h in student]
+    x = [h.clone().requires_grad_() for h in student]
+    squarehead_loss(x, teacher, mask, normalise="token").backward()
+    kept = mask.bool()
+    sum(
+        ((a - b).square().mean(-1) / b.square().mean(-1))[kept].mean() for a, b in zip(wanted, teacher, strict=True)
+    ).backward()
+    for own, right in zip(x, wanted, strict=True):
+        assert own.grad is not None
+        assert right.grad is not None
+        torch.testing.assert_close(own.grad.double(), right.grad, rtol=1e-4, atol=1e-8)
+
+
+def test_a_token_that_holds_the_energy_hides_the_others_from_the_paper_s_loss_only() -> None:
+    """Every token but the first is wrong by its own size: SmolLM2's first token holds 99.4 % of a layer's energy."""
+    teacher = torch.ones(1, 8, 4)
+    teacher[:, 0] *= 34  # 99.4 %
+    student = teacher.clone()
+    student[:, 1:] *= 2
+    assert float(squarehead_loss([student], [teacher])) < 0.01
+    assert float(squarehead_loss([student], [teacher], normalise="token")) == pytest.approx(7 / 8, rel=1e-4)
+    zero = torch.zeros(1, 8, 4)
+    assert float(squarehead_loss([student], [zero], normalise="token")) == pytest.approx(float(student.square().mean()))
+    with pytest.raises(PlanError, match="expected 'layer' .* or 'token'"):
+        Distiller(disturbed(tiny.llama()), tiny.llama(), normalise="row")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("normalise", ["layer", "token"])
+def test_padding_does_not_count(normalise: Any) -> None:
+    student, teacher, mask = states()
+    expected = squarehead_loss(student, teacher, mask, normalise=normalise)
     for h in (*student, *teacher):
         h[mask == 0] = 1e4
-    assert torch.allclose(squarehead_loss(student, teacher, mask), expected)
+    assert torch.allclose(squarehead_loss(student, teacher, mask, normalise=normalise), expected)
 
 
 def test_epsilon_is_relative() -> None:
@@ -257,10 +305,11 @@ def test_teachers_that_do_not_fit_are_refused() -> None:
 # --- loops -----------------------------------------------------------------------------------------------------------------------
 
 
-def test_accumulation_over_uneven_micro_batches_is_the_full_batch() -> None:
+@pytest.mark.parametrize("normalise", ["layer", "token"])
+def test_accumulation_over_uneven_micro_batches_is_the_full_batch(normalise: Any) -> None:
     teacher = tiny.llama()
     student = disturbed(teacher)
-    distiller = Distiller(student, teacher, ce=1.0, kl=0.5, sq=2.0)
+    distiller = Distiller(student, teacher, ce=1.0, kl=0.5, sq=2.0, normalise=normalise)
     whole = batch()
     full = distiller(whole)
     full.loss.backward()

@@ -92,7 +92,9 @@ def test_reload_restores_the_trained_blocks(seed, scale, fraction):
     """Bit for bit, also where base + (value − base) rounds to another value."""
     torch.manual_seed(3)
     model, example = tiny.Mlp(), torch.randn(4, 12)
-    host = tiny.lower(model, S2FT(fraction=fraction, producer_fraction=0.2), example=example, seed=seed)
+    host = tiny.lower(
+        model, S2FT(fraction=fraction, producer_fraction=0.2, budget="structure"), example=example, seed=seed
+    )
     tiny.disturb(host, scale=scale, seed=seed)
     trained = [p.detach().clone() for p in tiny.trainable(host)]
     with tempfile.TemporaryDirectory() as directory:

@@ -15,6 +15,7 @@ from torch import nn
 
 import sparsify.program.capture
 from sparsify import S2FT
+from sparsify.ops.schema import arguments
 from sparsify.program import Program
 
 # one base per family: `compile` must not write to it, which every example checks
@@ -73,14 +74,16 @@ def test_permuted_equals_original_and_restores_bit_for_bit(name, plan):
 def partial_nodes(program: Program) -> list[tuple[str, str, str, int]]:
     """(weight, block, start or places, axis) of every partial linear, by qualified names."""
     names, found = program.tensor_names, []
-    ours = (torch.ops.sparsify.partial_linear.default, torch.ops.sparsify.partial_linear_at.default)
+    ops = torch.ops.sparsify
+    ours = (ops.partial_linear.default, ops.partial_linear_at.default, ops.partial_grouped_linear.default)
     for node in program.graph.nodes:
         if node.target in ours:
-            weight, where = node.args[1], node.args[4]
+            given = arguments(node)
+            weight, index = given["weight"], given.get("index")
             while weight.op != "placeholder":  # Conv1D: the transposed view
                 weight = weight.args[0]
-            where = where if isinstance(where, int) else names[where.name]
-            found.append((names[weight.name], names[node.args[3].name], str(where), node.args[5]))
+            where = given["start"] if index is None else names[index.name]
+            found.append((names[weight.name], names[given["block"].name], str(where), given["axis"]))
     return sorted(found)
 
 
@@ -95,9 +98,9 @@ def test_graph_and_host_agree_in_outputs_and_nodes(name):
     """After training-like changes: the program computes what the host does, and a re-capture of the host shows its nodes."""
     model = tiny.build(name)
     try:
-        host = tiny.lower(model, S2FT(fraction=0.15, producer_fraction=0.15), seed=5)
-    except sparsify.PlanError:  # producers packed with their own consumers' weight, or 3-D experts: consumers alone
-        host = tiny.lower(model, S2FT(fraction=0.15), seed=5)
+        host = tiny.lower(model, S2FT(fraction=0.15, producer_fraction=0.15, budget="structure"), seed=5)
+    except sparsify.PlanError:  # producers packed with their own consumers' weight: consumers alone
+        host = tiny.lower(model, S2FT(fraction=0.15, budget="structure"), seed=5)
     tiny.disturb(host)
     program = host.sparsify.program
     with torch.no_grad():
@@ -116,7 +119,7 @@ def test_graph_and_host_agree_in_outputs_and_nodes(name):
 @pytest.mark.parametrize("name", tiny.DECODERS)
 def test_generation_with_a_cache_is_unchanged(name, implementation):
     model = tiny.build(name)
-    host = tiny.lower(model, S2FT(fraction=0.2, producer_fraction=0.2))
+    host = tiny.lower(model, S2FT(fraction=0.2, producer_fraction=0.2, budget="structure"))
     x = tiny.tokens(2, 5)
     options: dict[str, Any] = {
         "attention_mask": torch.ones_like(x),
@@ -151,7 +154,7 @@ def test_generation_with_a_cache_is_unchanged(name, implementation):
 
 def test_generation_of_an_encoder_decoder_is_unchanged():
     model = tiny.build("T5 (gated)")
-    host = tiny.lower(model, S2FT(fraction=0.2))
+    host = tiny.lower(model, S2FT(fraction=0.2, budget="structure"))
     x = tiny.tokens(2, 5)
     options: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "num_beams": 2}
     expected = model.generate(x, **options)

@@ -40,6 +40,14 @@ def test_group_laws(found):
     assert same(a.then(b).inverse(), b.inverse().then(a.inverse()))
 
 
+def test_orders_of_the_outermost_loops_serve_all_loops_inside():
+    """Two groups with an order each, three loops inside a group: what an order says holds for the three of its group."""
+    site = Site("w", axis=0, block=1, outer=((2, 12), (3, 4)))
+    index = Permutation(((1, 0, 2, 3), (0, 1, 3, 2))).expand(site, 24).view(2, 3, 4)
+    assert (index[0] - index[0, :, 1:2]).tolist() == [[1, 0, 2, 3]] * 3
+    assert (index[1] - index[1, :, :1]).tolist() == [[0, 1, 3, 2]] * 3
+
+
 @st.composite
 def sites(draw: st.DrawFn) -> tuple[Site, int, int]:
     """A site of `units` units, somewhere on an axis of `length` channels: side by side, or strided with loops around."""

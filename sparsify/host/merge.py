@@ -1,0 +1,137 @@
+"""`merge` and `unmerge`: what is active as plain weights, and back bit for bit.
+
+dense     W ──▶ W with the part folded in             the original is kept where it is written over
+packed    W ──▶ pack(unpack(W) with the part)          moves by what `MergeNote` says
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from sparsify.console import printable
+from sparsify.errors import SparsifyError
+from sparsify.formats import format_named, pack, unpack
+from sparsify.methods.packed import QuantizedMixin
+from sparsify.model.sharded import refuse_sharded
+from sparsify.modules.adapted import effective_weight, make_plain, write_folded
+from sparsify.program.capture import evaluating
+
+if TYPE_CHECKING:
+    from sparsify.host.handle import Handle
+
+
+@printable
+@dataclass(frozen=True)
+class MergeNote:
+    """What folding an adapter into packed weights did: it quantises again, so the result is not exact.
+
+    weights: relative Frobenius change per weight. outputs: largest change of the captured example's outputs, relative to
+    their largest entry; NaN where the example cannot be run.
+    """
+
+    weights: dict[str, float]
+    outputs: float
+
+
+def merge(handle: Handle) -> nn.Module:
+    """See `Handle.merge`."""
+    handle.need_unmerged("merge")
+    refuse_sharded(handle.host, "merge")
+    packed = [p for p in handle.parts if handle.is_packed(p)]
+    fixed = next((p for p in packed if not format_named(handle.module(p).format).packs_again), None)
+    if fixed is not None:
+        raise SparsifyError(
+            f"merge: {fixed} came packed as {handle.module(fixed).format}, and sparsify cannot pack a changed weight so: save_adapter "
+            "keeps what trained beside the base exactly, and save_pretrained writes the dense model"
+        )
+    masked = [p for p, part in handle.parts.items() if part.fills_pruned and p in handle.program.masks]
+    before = example_outputs(handle) if packed or masked else None
+    moved: dict[str, float] = {}
+    for param, part in handle.parts.items():
+        module = part.module
+        if isinstance(module, QuantizedMixin):
+            dense = effective_weight(module)
+            exact = dense.float()
+            if param in handle.program.masks:
+                keep_mask(handle, param, dense := dense.clone())
+            fresh = pack(dense, module.format)
+            back = unpack(fresh, module.format, tuple(module.shape), dense.dtype)
+            moved[param] = float((back.float() - exact).norm() / exact.norm().clamp_min(1e-30))
+            handle.merge_backups[param] = [b.clone() for b in module.packed()]
+            for name, tensor in zip(module.packed_names, fresh, strict=True):
+                setattr(module, name, tensor)
+            part.detach()
+            module.without_part()
+            continue
+        if part.overwrites_base:
+            handle.merge_backups[param] = [module.weight.data.clone()]
+        write_folded(module)
+        if param in masked:
+            moved[param] = keep_mask(handle, param, module.weight)
+        part.detach()
+        make_plain(module)
+        part.layout.mark(module)
+    handle.merged = True
+    if packed or masked:
+        handle.merge_note = MergeNote(moved, largest_move(before, example_outputs(handle)))
+        worst = max(moved.values())
+        what = f"{len(packed)} packed weights were quantised again" if packed else ""
+        what += " and " if packed and masked else ""
+        what += f"{len(masked)} low-rank parts lost what fell on pruned entries" if masked else ""
+        warnings.warn(
+            f"merge: {what}; a weight moves by up to {worst:.2%} (Frobenius), the "
+            f"example's outputs by {handle.merge_note.outputs:.2%}. save_adapter keeps base + delta exactly instead.",
+            stacklevel=3,
+        )
+    return handle.host
+
+
+def keep_mask(handle: Handle, param: str, weight: Tensor) -> float:
+    """Zero what a dense low-rank product put on pruned entries; returns the relative Frobenius change."""
+    gone = ~handle.program.masks[param].to(weight.device)
+    lost = float(weight.data[gone].float().norm() / weight.data.float().norm().clamp_min(1e-30))
+    weight.data.masked_fill_(gone, 0)
+    return lost
+
+
+def example_outputs(handle: Handle) -> Any:
+    args, kwargs = handle.program.example
+    with evaluating(handle.host), torch.no_grad():
+        return handle.host(*args, **kwargs)
+
+
+def unmerge(handle: Handle) -> nn.Module:
+    """See `Handle.unmerge`."""
+    if not handle.merged:
+        raise SparsifyError("unmerge: nothing is merged")
+    refuse_sharded(handle.host, "unmerge")
+    for param, part in handle.parts.items():
+        kept = handle.merge_backups.pop(param, None)
+        if isinstance(part.module, QuantizedMixin):
+            assert kept is not None
+            for name, tensor in zip(part.module.packed_names, kept, strict=True):
+                setattr(part.module, name, tensor)
+        elif kept is not None:
+            part.module.weight.data.copy_(kept[0])
+        part.attach()
+        module: Any = part.module
+        part.layout.mark(module)
+    handle.merged = False
+    return handle.host
+
+
+def largest_move(before: Any, after: Any) -> float:
+    """Largest change between two outputs, relative to the largest entry."""
+    pairs = zip(pytree.tree_leaves(before), pytree.tree_leaves(after), strict=True)
+    moves = [
+        float((a.float() - b.float()).abs().max() / a.float().abs().max().clamp_min(1e-30))
+        for a, b in pairs
+        if isinstance(a, Tensor) and a.is_floating_point() and a.numel()
+    ]
+    return max(moves, default=float("nan"))
