@@ -131,7 +131,8 @@ def describe_slice(module: Any) -> str:
 class PartialLinear(PartialMixin, nn.Linear):
     """`nn.Linear` with trained input columns (S2FT Down and O, PaCA) or output rows (S2FT Up and V)."""
 
-    def forward(self, input: Tensor) -> Tensor:  # as `nn.Linear` calls it: a host may pass it by name
+    # as `nn.Linear` calls it, whose input a host may name; the mixin says `x`, as Conv1D does, and serves experts too
+    def forward(self, input: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return super().forward(input)
 
 

@@ -28,7 +28,8 @@ class QuantizedMixin(SparseLowRankMixin, PartialMixin):
     entries_of_weight = (*PartialMixin.entries_of_weight, *SparseLowRankMixin.entries_of_weight)
     follows_from_weight = False
 
-    def forward(self, x: Tensor) -> Tensor:
+    # no experts over a packed base, so no offsets
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         if self.compute_dtype is None or x.dtype == self.compute_dtype:
             return super().forward(x)
         return super().forward(x.to(self.compute_dtype)).to(x.dtype)
@@ -95,7 +96,8 @@ class QuantizedMixin(SparseLowRankMixin, PartialMixin):
 class QuantizedLinear(QuantizedMixin, nn.Linear):
     """`nn.Linear` over a packed base."""
 
-    def forward(self, input: Tensor) -> Tensor:  # as `nn.Linear` calls it: a host may pass it by name
+    # as `nn.Linear` calls it, whose input a host may name; the mixin says `x`, as Conv1D does, and serves experts too
+    def forward(self, input: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return super().forward(input)
 
 

@@ -143,7 +143,8 @@ def add_low_rank(module: Any, weight: Tensor) -> Tensor:
 class SparseLowRankLinear(SparseLowRankMixin, nn.Linear):
     """`nn.Linear` with a sparse and a low-rank part (RoSA, LoRA)."""
 
-    def forward(self, input: Tensor) -> Tensor:  # as `nn.Linear` calls it: a host may pass it by name
+    # as `nn.Linear` calls it, whose input a host may name; the mixin says `x`, as Conv1D does, and serves experts too
+    def forward(self, input: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return super().forward(input)
 
 

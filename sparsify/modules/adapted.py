@@ -31,8 +31,8 @@ class AdaptedMixin:
 
     weight: Tensor
     bias: Tensor | None
-    _parameters: dict[str, nn.Parameter | None]
-    _buffers: dict[str, Tensor | None]
+    _parameters: dict[str, Any]
+    _buffers: dict[str, Any]
     conv1d = False
     trained_leaves: ClassVar[tuple[str, ...]] = ()
     part_buffers: ClassVar[tuple[str, ...]] = ()

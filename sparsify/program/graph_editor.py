@@ -139,7 +139,9 @@ class GraphEditor:
     def change(self, node: fx.Node, /, **given: Argument) -> None:
         """Other values for some arguments of a node."""
         node = self.copied(node)
-        node.args, node.kwargs = positional(node.target, arguments(node) | given)
+        changed = arguments(node) | given  # raises for a node whose target has no schema
+        assert isinstance(node.target, OpOverload)
+        node.args, node.kwargs = positional(node.target, changed)
 
     def erase_unread(self, node: fx.Node) -> None:
         """Take out a transpose, or a chain of them, that nobody reads."""

@@ -15,8 +15,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Hashable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx
+from torch.fx.node import Target
 
 from sparsify.console import one_line
 
@@ -176,7 +178,7 @@ class Run:
 
 
 Describe = Callable[[fx.Node], str]
-Form = tuple[fx.node.Target, str, tuple[Hashable, Hashable]]  # what an operation calls, its line, its arguments
+Form = tuple[Target, str, tuple[Hashable, Hashable]]  # what an operation calls, its line, its arguments
 
 
 def split_blocks(nodes: Sequence[fx.Node], place: Callable[[fx.Node], str], level: int) -> list[Block | fx.Node]:
@@ -254,7 +256,7 @@ class Ref:
     """A value that an operation reads: by its position in the same repetition or in the one before, or a node outside."""
 
     kind: str
-    at: int | fx.Node
+    at: Any
 
 
 def argument_form(

@@ -121,6 +121,7 @@ def write_by_kernel(weight: Tensor, values: Tensor, index: Tensor) -> None:
             f"sparse part: {values.dtype} values into a {weight.dtype} weight; the kernel writes float32 values"
         )
     library = load_sampled(best_isa(), VALUES[weight.dtype])
+    assert library is not None  # `kernel_writes` has loaded it
     outside = library.sparsify_write(
         weight.data_ptr(), weight.numel(), values.data_ptr(), index.data_ptr(), int(index.dtype == torch.int64),
         index.numel(), torch.get_num_threads(),

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch.fx.node import Argument
 
 aten = torch.ops.aten
 
@@ -165,7 +166,7 @@ def join_products(graph: fx.Graph, members: list[tuple[fx.Node, fx.Node]], rows:
     last, _ = members[-1]
     x = input_of(last)
 
-    def call(target: torch._ops.OpOverload, *args: fx.node.Argument) -> fx.Node:
+    def call(target: Any, *args: Argument) -> fx.Node:
         node = graph.call_function(target, args)
         with enable_python_dispatcher():
             node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
