@@ -127,7 +127,7 @@ class Tree:
         command = [sys.executable, str(Path(__file__).resolve()), "--commit", "", "--worker", job]
         command += ["--layers", str(arguments.layers), "--threads", environment["OMP_NUM_THREADS"]]
         self.root, self.job = root, job
-        self.errors: Any = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed with the process
+        self.errors: Any = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115  closed with the process
         self.process = subprocess.Popen(
             command, cwd=root, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
         )  # fmt: skip

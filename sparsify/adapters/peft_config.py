@@ -68,6 +68,10 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e9
 
 
+def is_share(value: Any) -> bool:
+    return is_number(value) and 0 <= value <= 1
+
+
 def is_rank(value: Any) -> bool:
     return is_integer(value) and 1 <= value <= MAX_RANK
 
@@ -102,7 +106,7 @@ READ: dict[str, tuple[Callable[[object], bool], str]] = {
     "merge_weights": (is_bool, "true or false"),
     "r": (is_rank, f"a rank from 1 to {MAX_RANK:,}"),
     "lora_alpha": (is_number, "a finite number"),
-    "lora_dropout": (lambda v: is_number(v) and 0 <= v <= 1, "a number from 0 to 1"),
+    "lora_dropout": (is_share, "a number from 0 to 1"),
     "use_rslora": (is_bool, "true or false"),
     "fan_in_fan_out": (is_bool, "true or false"),
     "ensure_weight_tying": (is_bool, "true or false"),

@@ -93,7 +93,7 @@ def ready(place: Path, source: dict[str, Any], save: Callable[[Path], None]) -> 
 def intact(place: Path, source: dict[str, Any]) -> bool:
     """Whether the folder was made from this source and every file still holds what was written."""
     try:
-        stamp = json.loads((place / STAMP).read_text())
+        stamp = json.loads((place / STAMP).read_text(encoding="utf-8"))
         files = stamp.pop("files")
         return stamp == source and bool(files) and all(sha256(place / name) == known for name, known in files.items())
     except (OSError, ValueError, KeyError, AttributeError, TypeError):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from sparsify.console import printable
 from sparsify.errors import OperatorError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+@printable
 @dataclass(frozen=True)
 class PackedTensor:
     """One tensor of a packed weight. dtypes: that it may have. size: its shape, or how many entries in any shape."""

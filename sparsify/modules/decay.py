@@ -60,7 +60,7 @@ def keep_out_of_decay(trainer: Trainer) -> Trainer:
     when the optimizer is there already.
     """
     decays: Any = getattr(trainer, "get_decay_parameter_names", None)
-    if not callable(decays):
+    if decays is None:
         raise SparsifyError(f"keep_out_of_decay: {type(trainer).__name__} is no transformers.Trainer")
     if getattr(trainer, "optimizer", None) is not None:
         raise SparsifyError(
