@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sparsify.errors import OperatorError, PlanError
 from sparsify.formats.foreign_tensors import LIBRARY, Foreign
 from sparsify.formats.format import FLOATS, Format, PackedTensor
 from sparsify.formats.four_bit import read_four_bit
@@ -52,7 +53,15 @@ def unpack(
 
 def check_packed(packed: list[Tensor], format: str, shape: tuple[int, int]) -> None:
     """That packed tensors are what `pack` gives for a stored weight of `shape`. Raises OperatorError."""
-    format_named(format).check(packed, shape)
+    format_of_operator(format).check(packed, shape)
+
+
+def format_of_operator(name: str) -> Format:
+    """`format_named` for operators, whose arguments may hold anything. Raises OperatorError."""
+    try:
+        return format_named(name)
+    except PlanError as error:
+        raise OperatorError(str(error)) from None
 
 
 def packed_bytes(packed: list[Tensor]) -> int:
@@ -66,6 +75,7 @@ __all__ = [
     "PackedTensor",
     "check_packed",
     "format_named",
+    "format_of_operator",
     "pack",
     "packed_bytes",
     "packing_format",

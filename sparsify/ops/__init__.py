@@ -4,8 +4,8 @@
     sparse_lowrank_linear    y = x W'ᵀ + s (x Aᵀ) Bᵀ + b,  entries of W replaced at a support
     quantized_linear         both, over a packed base
     masked_linear            y = x (W∘M)ᵀ + b,  the gradient masked
-    grouped_linear           y_e = x_e W_eᵀ,  rows sorted by expert; with trained parts: `partial_grouped_linear`,
-                             `sparse_lowrank_grouped_linear`
+    grouped_linear           y_e = x_e W_eᵀ           rows sorted by expert
+    partial_grouped_linear   the same with trained channels, and `sparse_lowrank_grouped_linear`
     apply_mask               t∘M
     masked_grad              (gᵀ x)∘M                 weight gradients: under a mask,
     sampled_product          (aᵀ b)[index]            on a support,
@@ -34,9 +34,9 @@ from sparsify.ops import (
     apply_mask,
     channel_grad,
     grouped_linear,
-    grouped_parts,
     masked_grad,
     masked_linear,
+    partial_grouped_linear,
     partial_linear,
     quantized_linear,
     sampled_product,
@@ -48,9 +48,9 @@ __all__ = [
     "apply_mask",
     "channel_grad",
     "grouped_linear",
-    "grouped_parts",
     "masked_grad",
     "masked_linear",
+    "partial_grouped_linear",
     "partial_linear",
     "quantized_linear",
     "sampled_product",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from sparsify.formats import check_packed, format_named, unpack
+from sparsify.formats import check_packed, format_of_operator, unpack
 from sparsify.library import LIBRARY, Context, recorded
 from sparsify.ops import dispatch
 from sparsify.ops.added_parts import (
@@ -148,7 +148,7 @@ def _quantized(
     require_together(name, x, bias, block, channels, values, index, a, b, *packed)
     require_floats(name, x=x, bias=bias, block=block, values=values, a=a, b=b)
     one_sided = values is None or block is None
-    kernel = format_named(format).kernel
+    kernel = format_of_operator(format).kernel
     if kernel is not None and one_sided and dispatch.quantized_serves(x, rows, columns, transposed, index):
         check_packed(packed, format, (rows, columns))
         if channels is not None:

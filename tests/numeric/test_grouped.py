@@ -11,7 +11,7 @@ from torch import Tensor
 import sparsify.methods  # noqa: F401  registers the operators
 from sparsify.errors import OperatorError
 from sparsify.ops.grouped_linear import oracle_grouped_backward, oracle_grouped_linear
-from sparsify.ops.grouped_parts import (
+from sparsify.ops.partial_grouped_linear import (
     oracle_partial_grouped_backward,
     oracle_partial_grouped_linear,
     oracle_sparse_lowrank_grouped,
