@@ -89,3 +89,17 @@ def test_state_dicts_go_out_and_in_and_what_lacks_is_named(kind, transposed):
     module.load_state_dict(stored)
     x = torch.randn(5, IN)
     torch.testing.assert_close(module(x), nn.functional.linear(x, fresh["weight"], fresh["bias"]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_of_two_joined_linears_one_may_have_no_bias(place: int) -> None:
+    """`act(gate x) · (up x)` as one product: the side without a bias adds nothing."""
+    torch.manual_seed(0)
+    weights, biases = [sparse(3), sparse(7)], [torch.randn(OUT), torch.randn(OUT)]
+    given = [None if side == place else bias for side, bias in enumerate(biases)]
+    gated = GatedLinear(SparseLinear(pack(weights[0]), given[0]), SparseLinear(pack(weights[1]), given[1]), "silu")
+    x = torch.randn(5, IN)
+    gate, up = (
+        x.double() @ w.double().t() + (0 if b is None else b.double()) for w, b in zip(weights, given, strict=True)
+    )
+    torch.testing.assert_close(gated(x).double(), nn.functional.silu(gate) * up, atol=1e-4, rtol=1e-4)

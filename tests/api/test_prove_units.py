@@ -555,6 +555,32 @@ def test_a_hook_that_sees_the_units_keeps_them_in_place(register: str) -> None:
     torch.testing.assert_close(seen[1], seen[0])
 
 
+class Unread(Base):
+    """Something of the module that no forward reads: another method may, or code that is not there yet."""
+
+    def __init__(self, kind: str, entries: int) -> None:
+        super().__init__()
+        if kind == "parameter":
+            self.gain = nn.Parameter(torch.ones(entries))
+        else:
+            self.register_buffer("gain", torch.ones(entries))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "entries", "stays"),
+    [("parameter", HIDDEN, True), ("parameter", 1, True), ("buffer", HIDDEN, True), ("buffer", 1, False)],
+)
+def test_what_no_run_read_keeps_units_in_place(kind: str, entries: int, stays: bool) -> None:
+    """A lone number that nobody reads, such as a counter, holds no units."""
+    torch.manual_seed(0)
+    reason = compiled(Unread(kind, entries)).sparsify.program.choices[0].in_place
+    assert ("'gain' was not read by the trace" in reason) == stays
+    assert bool(reason) == stays
+
+
 def test_a_forward_that_cannot_be_observed_is_not_proven(monkeypatch: pytest.MonkeyPatch) -> None:
     from sparsify.passes import prove_units
 
