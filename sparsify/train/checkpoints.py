@@ -2,7 +2,7 @@
 
 checkpoint-500/  model.safetensors 270 MB, optimizer.pt …   ──▶   adapter.safetensors 1.8 MB, adapter.json, optimizer.pt …
 
-    trainer = adapter_checkpoints(Trainer(model=host, args=…))          TRL's trainers too, before train()
+    trainer = adapter_checkpoints(Trainer(model=host, args=…))          before train()
     accelerator = adapter_checkpoints(accelerator, host)                save_state and load_state
 
 A run that resumes goes on bit for bit: the adapter keeps the trained values themselves beside their changes. The folder is an adapter
