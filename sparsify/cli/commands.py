@@ -13,6 +13,7 @@ import typer
 
 from sparsify.cli.bench import bench
 from sparsify.cli.files import adapter, checkpoint
+from sparsify.cli.finetune import finetune
 from sparsify.cli.prune import prune
 from sparsify.cli.rule import RuledGroup, reading
 from sparsify.console import one_line
@@ -109,6 +110,7 @@ app.command()(adapter)
 app.command()(checkpoint)
 app.command()(prune)
 app.command()(bench)
+app.command()(finetune)
 
 
 def main() -> None:
