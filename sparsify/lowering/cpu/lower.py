@@ -29,7 +29,7 @@ from sparsify.kernels.cpu import operator as packed_operator
 from sparsify.kernels.cpu.build import BuildError
 from sparsify.kernels.cpu.dispatch import activations, best_isa, bucket, kernels_for, predict_dense
 from sparsify.kernels.cpu.formats import Bitmask, FormatError, pack, pack_int8, quantize_int8
-from sparsify.kernels.cpu.tune import TUNE_VERSION, Timing, cpu_name, measured
+from sparsify.kernels.cpu.tune import TUNE_VERSION, Timing, cpu_name, last_level_cache, measured
 from sparsify.kernels.fallback import note, switched_on
 from sparsify.lowering.cpu.fuse import Counted, absorb_activation, join_gated
 from sparsify.lowering.cpu.options import DEFAULT_TOKENS
@@ -40,6 +40,7 @@ from sparsify.lowering.driver import Decision, Quantize, lower
 from sparsify.lowering.fuse_linears import FusedActivation, GatedProduct
 from sparsify.lowering.restore import plain_linear
 from sparsify.lowering.target import Fusion, Joined, Layer, Outcome, Seconds
+from sparsify.model.linears import is_plain_linear
 from sparsify.program import Program
 
 SLACK = 1.05  # smallest times of equally fast products differ by this much from run to run
@@ -140,13 +141,13 @@ class DenseProducts:
             calls["onednn"] = lambda: prepacked_product(x, self.blocked, None)
         return calls
 
-    def timing(self, tokens: int) -> Timing:
-        """Both products alone, for a weight that is not packed."""
+    def timing(self, tokens: int, cold: bool = False) -> Timing:
+        """Both products alone, for a weight that is not packed. cold: the weight comes from memory."""
         rows, cols = self.weight.shape
         layout = "" if self.weight.is_contiguous() else "/transposed"
         shape = f"{rows}x{cols}/{self.weight.dtype}{layout}"
         key = f"dense/{TUNE_VERSION}/{cpu_name()}/{torch.get_num_threads()}/{shape}/{tokens}"
-        return measured(key, self(tokens))
+        return measured(key, self(tokens), cold=cold)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +156,8 @@ class CpuTarget:
 
     group: columns that share a scale in int8 (0: a row). int8_activations, mode, tied: see `CpuOptions`. tokens: numbers of tokens to
     measure; None: the usual ones, and those of the example. example: linear → numbers of tokens that it sees on the user's example.
-    timed: time the whole model on that example.
+    timed: time the whole model on that example. cold: the model's weights do not fit into the caches, so every layer is timed with
+    weights that come from memory.
     """
 
     group: int = 0
@@ -165,6 +167,7 @@ class CpuTarget:
     tied: Literal["skip", "copy"] = "skip"
     example: Mapping[str, Sequence[int]] = field(default_factory=dict)
     timed: bool = False
+    cold: bool = False
 
     name = "cpu"
 
@@ -208,7 +211,7 @@ class CpuTarget:
         blocked: dict[int, float] = {}
         steady = True
         for count in self.asked(layer.name):
-            choice = sparse.choice(count, measure=True, dense=dense)
+            choice = sparse.choice(count, measure=True, dense=dense, cold=self.cold)
             spent = choice.measured if choice.measured is not None else choice.predicted
             seconds[bucket(count)] = (choice.kernel, choice.predicted, spent, choice.dense["torch"])
             blocked[bucket(count)] = choice.dense.get("onednn", choice.dense["torch"])
@@ -237,7 +240,7 @@ class CpuTarget:
         weight = layer.weight
         if self.small or not can_prepack(weight):
             return Outcome(None, None, refusal)
-        timings = {bucket(count): dense.timing(bucket(count)) for count in self.asked(layer.name)}
+        timings = {bucket(count): dense.timing(bucket(count), self.cold) for count in self.asked(layer.name)}
         ratios = [t.seconds["onednn"] / t.seconds["torch"] for t in timings.values()]
         if max(ratios) > SLACK or mean_ratio(ratios) > WORTH:
             return Outcome(None, None, refusal)
@@ -255,10 +258,10 @@ class CpuTarget:
         return type(module) is SparseLinear and module.activation == "none"
 
     def join(self, found: GatedProduct, linears: Sequence[SparseLinear]) -> Joined | str:
-        return join_gated(found, linears, Counted(self.asked(None), self.small))
+        return join_gated(found, linears, Counted(self.asked(None), self.small, self.cold))
 
     def absorb(self, found: FusedActivation, linear: SparseLinear) -> Joined | str:
-        return absorb_activation(found, linear, Counted(self.asked(None), self.small))
+        return absorb_activation(found, linear, Counted(self.asked(None), self.small, self.cold))
 
     def compare(self, lowered: Callable[[], nn.Module], dense: nn.Module, program: Program) -> WholeModel | None:
         return time_whole_model(lowered, dense, program) if self.timed and not self.small else None
@@ -302,6 +305,12 @@ def numbers_of_tokens(
     return tuple(by_bucket[size] for size in sorted(by_bucket))
 
 
+def exceeds_caches(host: nn.Module) -> bool:
+    """Whether the weights of a model's linears are more than the last-level cache holds: each call then reads them from memory."""
+    weights = {id(m.weight): m.weight for m in host.modules() if is_plain_linear(m) and m.weight.device.type == "cpu"}
+    return sum(weight.nbytes for weight in weights.values()) > last_level_cache()
+
+
 def cpu_target(program: Program | None, *, compare: bool = False, **options: Any) -> CpuTarget:
     """The target of a program. compare: its example is the user's; options: fields of `CpuTarget`."""
     given = options.get("tokens") is not None
@@ -331,7 +340,7 @@ def lower_program(
 ) -> tuple[CpuReport, Program | None]:  # fmt: skip
     """Lower `host`, in place, and `program`, into a new one; see `driver.lower`. options: see `lower_model`."""
     before = packed_operator.module_bytes(host)
-    target = cpu_target(program, compare=compare, **options)
+    target = cpu_target(program, compare=compare, cold=exceeds_caches(host), **options)
     decision, lowered = lower(host, program, target, names=names, quantize=quantize, check=check)
     return make_report(host, decision, before), lowered
 
