@@ -351,12 +351,12 @@ def make_report(host: nn.Module, decision: Decision, bytes_before: int) -> CpuRe
 
 def lower_program(
     host: nn.Module, program: Program | None, *, names: Sequence[str] | None = None, quantize: Quantize = None,
-    check: bool = False, compare: bool = False, **options: Any,
+    check: bool = False, compare: bool = False, progress: bool = False, **options: Any,
 ) -> tuple[CpuReport, Program | None]:  # fmt: skip
     """Lower `host`, in place, and `program`, into a new one; see `driver.lower`. options: see `lower_model`."""
     before = packed_operator.module_bytes(host)
     target = cpu_target(program, compare=compare, cold=exceeds_caches(host), **options)
-    decision, lowered = lower(host, program, target, names=names, quantize=quantize, check=check)
+    decision, lowered = lower(host, program, target, names=names, quantize=quantize, check=check, progress=progress)
     return make_report(host, decision, before), lowered
 
 
