@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -28,6 +29,8 @@ settings.register_profile(
 axes.strict_rules = True  # a bug in a rule of the axis analysis is an error here, and an unknown operation for users
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "sparsify"))
 torch.set_num_threads(1)
+# pytest listens to every logger, and torch formats its structured log (a graph's text after each pass) for whoever listens
+torch._logging._internal.trace_log = logging.Logger("nobody listens")
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +44,10 @@ traces, proofs = TraceCache(), ProofCache()
 @pytest.fixture(autouse=True)
 def _traces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Models that are built alike are traced once, except in tests of the tracer."""
-    if "fresh_trace" not in request.keywords:
+    if "users_trace" in request.keywords:
+        return
+    if "fresh_trace" in request.keywords:
+        monkeypatch.setattr(capture, "trace", traces.trace)
+    else:
         monkeypatch.setattr(capture, "trace", traces)
         monkeypatch.setattr(prove_units, "why_not_everywhere", proofs)

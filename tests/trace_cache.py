@@ -16,6 +16,7 @@ from collections.abc import Hashable
 from typing import Any
 
 import torch
+from quick_export import quickly
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -23,7 +24,7 @@ from sparsify.passes import prove_units
 from sparsify.program import Program, capture
 from sparsify.program.structure import Structure
 
-LARGEST = 64
+LARGEST = 256
 PLAIN = int | float | str | bool | bytes | complex | None | torch.dtype | torch.device | enum.Enum
 OWN = set(nn.Module().__dict__) | {"_is_hf_initialized"}
 
@@ -89,7 +90,7 @@ class TraceCache:
     """`capture.trace` with a memory."""
 
     def __init__(self) -> None:
-        self.trace = capture.trace
+        self.trace = quickly(capture.trace)
         self.kept: OrderedDict[Hashable, Any] = OrderedDict()
         self.hits = self.misses = 0
 
@@ -127,6 +128,11 @@ class ProofCache:
         if key not in self.kept:
             self.kept[key] = self.judge(program, structures)
         return dict(self.kept[key])
+
+
+def install() -> None:
+    """One memory for what this process traces from here on: for processes that tests start to compile several hosts of one model."""
+    capture.trace = TraceCache()
 
 
 def copied(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

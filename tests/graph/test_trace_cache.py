@@ -8,12 +8,18 @@ from collections.abc import Callable
 import pytest
 import tiny
 import torch
+import zoo
+from quick_export import quickly
 from torch import nn
+from torch.fx import proxy
 from trace_cache import TraceCache, Unalike, key_of
 
 from sparsify.program import capture
 
 EXAMPLE = (torch.randn(3, 12),)
+
+
+as_users_trace = capture.trace  # before a test replaces it
 
 
 def key(model: nn.Module, example: tuple[torch.Tensor, ...] = EXAMPLE, training: bool = False) -> object:
@@ -28,7 +34,7 @@ def changed(change: Callable[[nn.Module], object]) -> nn.Module:
 
 def test_models_that_are_built_alike_share_a_trace_and_not_a_graph() -> None:
     cache = TraceCache()
-    cache.trace = capture.trace if not isinstance(capture.trace, TraceCache) else capture.trace.trace
+    cache.trace = quickly(as_users_trace)
     first, second = cache(tiny.Mlp().eval(), EXAMPLE, {}), cache(tiny.Mlp().eval(), (torch.ones(3, 12),), {})
     assert (cache.hits, cache.misses) == (1, 1)
     before = str(second.graph)
@@ -79,3 +85,27 @@ def test_a_class_with_another_method_and_another_example_are_others(monkeypatch:
 def test_what_a_key_cannot_hold_is_traced_anew(change: Callable[[nn.Module], object]) -> None:
     with pytest.raises(Unalike):
         key(changed(change))
+
+
+# T5 and the one with relu_ are exported a second time, for what they write in place
+@pytest.mark.parametrize("name", ["Llama", "T5", "in place"])
+def test_a_quick_trace_is_the_trace_of_users(name: str) -> None:
+    """The same program but for the stacks, and it can be called; nothing of torch stays replaced."""
+    model: nn.Module = nn.Sequential(nn.Linear(12, 20), nn.ReLU(inplace=True), nn.Linear(20, 5)).eval()
+    args, kwargs = EXAMPLE, {}
+    if name != "in place":
+        model, (args, kwargs) = zoo.build(tiny.BY_NAME[name], tiny.BY_NAME[name].implementations[-1])
+    untouched = torch.fx.GraphModule.recompile, torch.export.export, proxy.CapturedTraceback
+    quick, plain = quickly(as_users_trace)(model, args, kwargs), as_users_trace(model, args, kwargs)
+    assert untouched == (torch.fx.GraphModule.recompile, torch.export.export, proxy.CapturedTraceback)
+    assert str(quick.graph) == str(plain.graph)
+    assert quick.graph_module.code == plain.graph_module.code
+    assert quick.graph_signature == plain.graph_signature
+    stacked = [n for n in plain.graph.nodes if n.op == "call_function"]
+    for mine, its in zip([n for n in quick.graph.nodes if n.op == "call_function"], stacked, strict=True):
+        assert set(its.meta) - set(mine.meta) <= {"stack_trace"}
+    assert any(n.stack_trace for n in stacked)
+    assert not any(n.stack_trace for n in quick.graph.nodes)
+    with torch.no_grad():
+        results = [tiny.output_of(p.module(check_guards=False)(*args, **kwargs)) for p in (quick, plain)]
+    assert torch.equal(*results)
