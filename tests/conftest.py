@@ -13,6 +13,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from long_tests import COLLECTED, Collected, is_long, named, rows
 from trace_cache import ProofCache, TraceCache
 
 from sparsify.passes import prove_units
@@ -31,6 +32,22 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "sparsify"))
 torch.set_num_threads(1)
 # pytest listens to every logger, and torch formats its structured log (a graph's text after each pass) for whoever listens
 torch._logging._internal.trace_log = logging.Logger("nobody listens")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the long tests of README.md's table, and note what there is, for the test of the table."""
+    table = rows()
+    long = frozenset(name for row in table for name in row.long())
+    for item in items:
+        if is_long(named(item.nodeid), long):
+            item.add_marker(pytest.mark.slow)
+    asked = [config.rootpath / place for place in config.args]
+    config.stash[COLLECTED] = Collected(
+        everything=asked == [config.rootpath / place for place in config.getini("testpaths")],
+        names=[named(item.nodeid) for item in items],
+        slow=[named(item.nodeid) for item in items if item.get_closest_marker("slow")],
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -50,7 +50,6 @@ def test_models_that_are_built_alike_share_a_trace_and_not_a_graph() -> None:
     "change",
     [
         lambda m: m.double(),
-        lambda m: m.train(),
         lambda m: setattr(m, "gain", 2.0),
         lambda m: setattr(m.layers[1]["up"], "weight", m.layers[0]["up"].weight),
         lambda m: m.layers[0]["up"].requires_grad_(False),
@@ -62,6 +61,11 @@ def test_models_that_are_built_alike_share_a_trace_and_not_a_graph() -> None:
 def test_what_a_forward_can_read_tells_models_apart(change: Callable[[nn.Module], object]) -> None:
     assert key(tiny.Mlp().eval()) == key(tiny.Mlp().eval())
     assert key(changed(change)) != key(tiny.Mlp().eval())
+
+
+def test_the_mode_is_the_trace_s_and_not_the_model_s() -> None:
+    assert key(changed(lambda m: m.train())) == key(tiny.Mlp().eval())
+    assert key(tiny.Mlp().eval(), training=True) != key(tiny.Mlp().eval())
 
 
 def test_a_class_with_another_method_and_another_example_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
