@@ -12,9 +12,10 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
 import torch
+import trace_cache
 from hypothesis import HealthCheck, settings
 from long_tests import COLLECTED, Collected, is_long, named, rows
-from trace_cache import ProofCache, TraceCache
+from quick_export import quickly
 
 from sparsify.passes import prove_units
 from sparsify.passes.detect import axes
@@ -55,16 +56,15 @@ def _seeded() -> None:
     torch.manual_seed(1234)
 
 
-traces, proofs = TraceCache(), ProofCache()
+trace_cache.install()  # here, so that fixtures of a whole module have it too
 
 
 @pytest.fixture(autouse=True)
 def _traces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Models that are built alike are traced once, except in tests of the tracer."""
-    if "users_trace" in request.keywords:
-        return
+    trace, judge = trace_cache.USERS
     if "fresh_trace" in request.keywords:
-        monkeypatch.setattr(capture, "trace", traces.trace)
-    else:
-        monkeypatch.setattr(capture, "trace", traces)
-        monkeypatch.setattr(prove_units, "why_not_everywhere", proofs)
+        monkeypatch.setattr(capture, "trace", quickly(trace))
+        monkeypatch.setattr(prove_units, "why_not_everywhere", judge)
+    if "users_trace" in request.keywords:
+        monkeypatch.setattr(capture, "trace", trace)

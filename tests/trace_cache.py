@@ -25,6 +25,7 @@ from sparsify.program import Program, capture
 from sparsify.program.structure import Structure
 
 LARGEST = 256
+USERS = capture.trace, prove_units.why_not_everywhere  # before `install` replaces them
 PLAIN = int | float | str | bool | bytes | complex | None | torch.dtype | torch.device | enum.Enum
 OWN = set(nn.Module().__dict__) | {"_is_hf_initialized"}
 
@@ -90,7 +91,7 @@ class TraceCache:
     """`capture.trace` with a memory."""
 
     def __init__(self) -> None:
-        self.trace = quickly(capture.trace)
+        self.trace = quickly(USERS[0])
         self.kept: OrderedDict[Hashable, Any] = OrderedDict()
         self.hits = self.misses = 0
 
@@ -116,7 +117,7 @@ class ProofCache:
     """`prove_units.why_not_everywhere` with a memory."""
 
     def __init__(self) -> None:
-        self.judge = prove_units.why_not_everywhere
+        self.judge = USERS[1]
         self.kept: dict[Hashable, dict[str, str]] = {}
 
     def __call__(self, program: Program, structures: tuple[Structure, ...]) -> dict[str, str]:
@@ -132,8 +133,8 @@ class ProofCache:
 
 
 def install() -> None:
-    """One memory for what this process traces from here on: for processes that tests start to compile several hosts of one model."""
-    capture.trace = TraceCache()
+    """One memory for what this process traces and proves from here on: pytest's own, or one that a test starts."""
+    capture.trace, prove_units.why_not_everywhere = TraceCache(), ProofCache()
 
 
 def copied(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

@@ -12,14 +12,9 @@ import zoo
 from quick_export import quickly
 from torch import nn
 from torch.fx import proxy
-from trace_cache import TraceCache, Unalike, key_of
-
-from sparsify.program import capture
+from trace_cache import USERS, TraceCache, Unalike, key_of
 
 EXAMPLE = (torch.randn(3, 12),)
-
-
-as_users_trace = capture.trace  # before a test replaces it
 
 
 def key(model: nn.Module, example: tuple[torch.Tensor, ...] = EXAMPLE, training: bool = False) -> object:
@@ -34,7 +29,6 @@ def changed(change: Callable[[nn.Module], object]) -> nn.Module:
 
 def test_models_that_are_built_alike_share_a_trace_and_not_a_graph() -> None:
     cache = TraceCache()
-    cache.trace = quickly(as_users_trace)
     first, second = cache(tiny.Mlp().eval(), EXAMPLE, {}), cache(tiny.Mlp().eval(), (torch.ones(3, 12),), {})
     assert (cache.hits, cache.misses) == (1, 1)
     before = str(second.graph)
@@ -100,7 +94,7 @@ def test_a_quick_trace_is_the_trace_of_users(name: str) -> None:
     if name != "in place":
         model, (args, kwargs) = zoo.build(tiny.BY_NAME[name], tiny.BY_NAME[name].implementations[-1])
     untouched = torch.fx.GraphModule.recompile, torch.export.export, proxy.CapturedTraceback
-    quick, plain = quickly(as_users_trace)(model, args, kwargs), as_users_trace(model, args, kwargs)
+    quick, plain = quickly(USERS[0])(model, args, kwargs), USERS[0](model, args, kwargs)
     assert untouched == (torch.fx.GraphModule.recompile, torch.export.export, proxy.CapturedTraceback)
     assert str(quick.graph) == str(plain.graph)
     assert quick.graph_module.code == plain.graph_module.code
