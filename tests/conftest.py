@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,8 +12,10 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
 import torch
+import trace_cache
 from hypothesis import HealthCheck, settings
-from trace_cache import ProofCache, TraceCache
+from long_tests import COLLECTED, Collected, is_long, named, rows
+from quick_export import quickly
 
 from sparsify.passes import prove_units
 from sparsify.passes.detect import axes
@@ -28,6 +31,24 @@ settings.register_profile(
 axes.strict_rules = True  # a bug in a rule of the axis analysis is an error here, and an unknown operation for users
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "sparsify"))
 torch.set_num_threads(1)
+# pytest listens to every logger, and torch formats its structured log (a graph's text after each pass) for whoever listens
+torch._logging._internal.trace_log = logging.Logger("nobody listens")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the long tests of README.md's table, and note what there is, for the test of the table."""
+    table = rows()
+    long = frozenset(name for row in table for name in row.long())
+    for item in items:
+        if is_long(named(item.nodeid), long):
+            item.add_marker(pytest.mark.slow)
+    asked = [config.rootpath / place for place in config.args]
+    config.stash[COLLECTED] = Collected(
+        everything=asked == [config.rootpath / place for place in config.getini("testpaths")],
+        names=[named(item.nodeid) for item in items],
+        slow=[named(item.nodeid) for item in items if item.get_closest_marker("slow")],
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -35,12 +56,15 @@ def _seeded() -> None:
     torch.manual_seed(1234)
 
 
-traces, proofs = TraceCache(), ProofCache()
+trace_cache.install()  # here, so that fixtures of a whole module have it too
 
 
 @pytest.fixture(autouse=True)
 def _traces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Models that are built alike are traced once, except in tests of the tracer."""
-    if "fresh_trace" not in request.keywords:
-        monkeypatch.setattr(capture, "trace", traces)
-        monkeypatch.setattr(prove_units, "why_not_everywhere", proofs)
+    trace, judge = trace_cache.USERS
+    if "fresh_trace" in request.keywords:
+        monkeypatch.setattr(capture, "trace", quickly(trace))
+        monkeypatch.setattr(prove_units, "why_not_everywhere", judge)
+    if "users_trace" in request.keywords:
+        monkeypatch.setattr(capture, "trace", trace)

@@ -16,6 +16,7 @@ from collections.abc import Hashable
 from typing import Any
 
 import torch
+from quick_export import generate_when_called, quickly, replaced
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -23,7 +24,8 @@ from sparsify.passes import prove_units
 from sparsify.program import Program, capture
 from sparsify.program.structure import Structure
 
-LARGEST = 64
+LARGEST = 256
+USERS = capture.trace, prove_units.why_not_everywhere  # before `install` replaces them
 PLAIN = int | float | str | bool | bytes | complex | None | torch.dtype | torch.device | enum.Enum
 OWN = set(nn.Module().__dict__) | {"_is_hf_initialized"}
 
@@ -56,7 +58,7 @@ def tensor_key(tensor: torch.Tensor) -> Hashable:
 
 
 def module_key(module: nn.Module) -> Hashable:
-    """What a forward of this module alone can read, tensors' values aside."""
+    """What a forward of this module alone can read, tensors' values aside; not its mode, which the trace sets."""
     for name, table in module.__dict__.items():
         if "hook" in name and table and not isinstance(table, bool):
             raise Unalike("hooks")
@@ -65,7 +67,7 @@ def module_key(module: nn.Module) -> Hashable:
         raise Unalike("a method of one instance")
     kind = type(module)
     own = tuple(v for c in kind.__mro__[:-1] if c is not nn.Module for v in vars(c).values() if callable(v))
-    return kind, own, module.training, frozen(plain), frozenset(module._non_persistent_buffers_set)
+    return kind, own, frozen(plain), frozenset(module._non_persistent_buffers_set)
 
 
 def key_of(model: nn.Module, args: Any, kwargs: Any, training: bool) -> Hashable:
@@ -89,7 +91,7 @@ class TraceCache:
     """`capture.trace` with a memory."""
 
     def __init__(self) -> None:
-        self.trace = capture.trace
+        self.trace = quickly(USERS[0])
         self.kept: OrderedDict[Hashable, Any] = OrderedDict()
         self.hits = self.misses = 0
 
@@ -115,12 +117,13 @@ class ProofCache:
     """`prove_units.why_not_everywhere` with a memory."""
 
     def __init__(self) -> None:
-        self.judge = prove_units.why_not_everywhere
+        self.judge = USERS[1]
         self.kept: dict[Hashable, dict[str, str]] = {}
 
     def __call__(self, program: Program, structures: tuple[Structure, ...]) -> dict[str, str]:
         try:
-            key = (key_of(program.host, *program.example, False), str(program.graph), structures)
+            modes = tuple(module.training for module in program.host.modules())
+            key = (key_of(program.host, *program.example, False), modes, str(program.graph), structures)
             hash(key)
         except (Unalike, TypeError, RecursionError):
             return self.judge(program, structures)
@@ -129,10 +132,16 @@ class ProofCache:
         return dict(self.kept[key])
 
 
+def install() -> None:
+    """One memory for what this process traces and proves from here on: pytest's own, or one that a test starts."""
+    capture.trace, prove_units.why_not_everywhere = TraceCache(), ProofCache()
+
+
 def copied(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """An exported program whose graph may be edited; tensors are shared."""
     twin = copy.copy(exported)
-    twin._graph_module = copy.deepcopy(exported.graph_module, {id(t): t for t in exported.constants.values()})
+    with replaced(torch.fx.GraphModule, "recompile", generate_when_called):
+        twin._graph_module = copy.deepcopy(exported.graph_module, {id(t): t for t in exported.constants.values()})
     twin._graph_signature = copy.deepcopy(exported.graph_signature)
     twin._constants = dict(exported.constants)
     return twin

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from quick_export import quick_export
 from torch import nn
 
 VOCABULARY, LAYERS = 53, 2
@@ -506,7 +507,7 @@ def lift(model: nn.Module, example: Example) -> tuple[torch.fx.Graph, dict[str, 
     """The exported graph, and placeholder name → qualified name: what `find_structures` reads."""
     args, kwargs = example
     with torch.no_grad():
-        exported = torch.export.export(model.eval(), args, kwargs, strict=False)
+        exported = quick_export(model.eval(), args, kwargs, strict=False)
     signature = exported.graph_signature
     named = {
         **signature.inputs_to_parameters,

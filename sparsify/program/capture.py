@@ -269,9 +269,10 @@ def plain_output(value: Any, depth: int = 8) -> Any:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """No log lines and warnings of torch while it traces: what stops a trace is in the error."""
-    loggers = [logging.getLogger(name) for name in (*QUIET, *logging.root.manager.loggerDict) if name.startswith(QUIET)]
-    before = [(logger, logger.level) for logger in loggers]
-    for logger in loggers:
+    names = {name for name in (*QUIET, *logging.root.manager.loggerDict) if name.startswith(QUIET)}
+    # those without a level of their own take that of the logger above; setting one makes every logger forget what it knew
+    before = [(x, x.level) for x in map(logging.getLogger, names) if x.level != logging.NOTSET or x.name in QUIET]
+    for logger, _ in before:
         logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():

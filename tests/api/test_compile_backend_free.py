@@ -65,7 +65,7 @@ def test_training_loop_compiles_once_and_follows_eager():
     """AOTAutograd: forward and backward graphs; the optimizer changes the block in place without a recompilation."""
     losses = []
     for backend in (None, "aot_eager"):
-        host = tiny.lower(tiny.llama(), BOTH)
+        host = tiny.lower(tiny.llama(num_hidden_layers=1), BOTH)
         host.train()
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
@@ -122,7 +122,7 @@ def test_inductor_on_one_feed_forward():
 
 
 def test_evaluation_sees_an_adapter_switch_and_in_place_changes():
-    host = tiny.lower(tiny.llama(), BOTH)
+    host = tiny.lower(tiny.llama(num_hidden_layers=1), BOTH)
     compiled = torch.compile(host, backend="aot_eager", fullgraph=True)
     x = tiny.tokens()
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_dynamic_shapes_need_no_new_graph():
 
 
 def test_compiling_in_place_keeps_the_class_and_the_handle():
-    host = tiny.lower(tiny.llama(), BOTH)
+    host = tiny.lower(tiny.llama(num_hidden_layers=1), BOTH)
     expected = host(tiny.tokens()).logits
     counter = Counter()
     host.compile(backend=counter, fullgraph=True)
@@ -158,14 +158,14 @@ def test_compiling_in_place_keeps_the_class_and_the_handle():
 
 
 def test_a_model_that_torch_compile_wraps_can_be_lowered():
-    wrapped = torch.compile(tiny.llama(), backend="eager")
+    wrapped = torch.compile(tiny.llama(num_hidden_layers=1), backend="eager")
     host = tiny.lower(wrapped, BOTH)
     assert type(host).__name__ == "LlamaForCausalLM"
     torch.testing.assert_close(host(tiny.tokens()).logits, wrapped(tiny.tokens()).logits)
 
 
 def test_autocast_inside_one_graph():
-    host = tiny.lower(tiny.llama(), BOTH)
+    host = tiny.lower(tiny.llama(num_hidden_layers=1), BOTH)
     x = tiny.tokens()
     compiled = torch.compile(host, backend="aot_eager", fullgraph=True)
     with torch.autocast("cpu", torch.bfloat16):

@@ -29,6 +29,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import processes
 import tiny
+import trace_cache
 
 import sparsify
 from sparsify import S2FT, LoRA, PaCA, Plan, Prune, Quantize, RoSA, SparsifyError
@@ -122,6 +123,7 @@ def steps(host: Any, inputs: dict[str, Any]) -> tuple[list[Tensor], list[dict[st
 
 def start(rank: int, store: str) -> None:
     torch.set_num_threads(1)
+    trace_cache.install()
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 
@@ -177,7 +179,13 @@ def without_counts(report: str) -> str:
     return re.sub(r" \(only \d+ calibration tokens for \d+ inputs\)", "", "\n".join(lines))
 
 
-@pytest.mark.parametrize("names", [tuple(PLANS)[:4], tuple(PLANS)[4:]], ids=["parts", "bases"])
+#: every kind of trained part, and every base that is not dense; PaCA's parts are S2FT's
+EACH = ("s2ft", "lora", "rosa over nf4", "s2ft beside lora over pruned")
+
+
+@pytest.mark.parametrize(
+    "names", [EACH, tuple(PLANS)[:4], tuple(PLANS)[4:]], ids=["each kind of part and base", "parts", "bases"]
+)
 @pytest.mark.parametrize(
     "family", [FAMILIES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES[1:])]
 )

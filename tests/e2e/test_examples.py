@@ -95,6 +95,7 @@ def check(script: str, folder: Path, fresh: bool) -> None:
 #: tests/api/test_sparse_checkpoint.py; Trainer in tests/api/test_trainer.py; a decoder that generates with an adapter in
 #: tests/property/test_equivalence.py; TRL in tests/e2e/test_trl.py. Their imports and options are still read here.
 LONG = ("prune_and_distil.py", "trainer.py", "tiny_decoder.py", "chat_trl.py")
+READ = (*LONG, "deploy.py")  # `deploy.py` is long too: tests/README.md
 
 
 @pytest.mark.parametrize("script", [s if s not in LONG else pytest.param(s, marks=pytest.mark.slow) for s in SCRIPTS])
@@ -102,7 +103,7 @@ def test_example(script: str, tmp_path: Path) -> None:
     check(script, tmp_path, fresh=False)
 
 
-@pytest.mark.parametrize("script", LONG)
+@pytest.mark.parametrize("script", READ)
 def test_a_long_example_is_read_to_its_options(script: str) -> None:
     assert "--fast" in run(script, "--help")
 

@@ -482,3 +482,33 @@ def test_aliases_make_two_names_one_tensor() -> None:
     detection = analyse(Two(), x())
     (structure,) = detection.structures
     assert len(structure.with_role("down")) == 2
+
+
+def test_copies_of_all_units_stand_one_behind_the_other() -> None:
+    """`repeat` gives a, b, c, a, b, c and not a, a, b, b, c, c: a unit of Down is one channel in every copy."""
+    detection = analyse(Network(lambda h: h.repeat(1, 1, 2), inner=2 * HIDDEN), x())
+    (units,) = detection.others
+    assert units.units == HIDDEN
+    (down,) = (site for site in units.sites if site.param == "down.weight")
+    assert (down.axis, down.block, down.outer) == (1, 1, ((2, HIDDEN),))
+
+
+class Packed(nn.Module):
+    """Attention over projections that are joined and cut again at the same places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(WIDTH, HEADS * DIM) for _ in range(3))
+        self.o = nn.Linear(HEADS * DIM, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = torch.cat((self.q(x), self.k(x), self.v(x)), dim=-1)
+        q, k, v = (part.unflatten(-1, (HEADS, DIM)).transpose(1, 2) for part in packed.chunk(3, dim=-1))
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_a_slice_that_ends_where_another_projection_begins_does_not_read_it() -> None:
+    detection = analyse(Packed(), x())
+    assert kinds(detection) == [("attention", HEADS)]
+    found = {role: {s.param for s in detection.structures[0].with_role(role)} for role in ("q", "k", "v", "o")}
+    assert found == {role: {f"{role}.weight"} for role in ("q", "k", "v", "o")}

@@ -133,6 +133,7 @@ def test_a_write_to_some_units_alone_is_refused():
         check_structure(perturbed(Network(mask_inside, add), ((x,), {})), ((x,), {}), structure, prepared=True)
 
 
+@pytest.mark.users_trace
 def test_the_program_writes_to_nothing_and_agrees_with_the_model():
     class Writes(nn.Module):
         def __init__(self) -> None:

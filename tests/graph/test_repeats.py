@@ -121,8 +121,8 @@ def deep(name: str, **sizes: Any) -> Program:
     [
         (
             "Llama",
-            {"num_hidden_layers": 12},
-            ["# × 12: model.layers.{0…11}, values named as in layer 0; each reads %add"],
+            {"num_hidden_layers": 4},
+            ["# × 4: model.layers.{0…3}, values named as in layer 0; each reads %add"],
         ),
         ("GPT-2", {"n_layer": 4}, ["# × 4: transformer.h.{0…3}"]),
         ("BERT", {"num_hidden_layers": 4}, ["# × 4: bert.encoder.layer.{0…3}"]),

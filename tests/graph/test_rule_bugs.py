@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import sparsify
 from sparsify.passes.detect import axes, axis_rules
 from sparsify.passes.detect.axes import ONE, Axis, Interpreter, Refuse, concat, find, product, unify
+from sparsify.passes.detect.axis_terms import terms_of
 from sparsify.passes.detect.find_structures import find_structures
 from sparsify.program.capture import capture
 
@@ -131,3 +132,36 @@ def test_learned_rows_are_free_unless_attention_is_causal_along_them(causal: boo
     reason = find(machine.placeholders["rows"].axes[0]).fixed
     assert (reason is not None) == causal
     assert not causal or "is causal along it" in str(reason)
+
+
+def interpreted(model: nn.Module, *args: Tensor) -> Interpreter:
+    program = capture(model.eval(), args)
+    machine = Interpreter(program.tensor_names, [i.name for i in program.inputs if i.kind == "parameter"], {})
+    machine.run(program.graph)
+    return machine
+
+
+def test_statistics_of_a_group_norm_are_those_of_the_channels_in_a_group() -> None:
+    """Three groups of four channels, five places: each mean is over 4 · 5 values, and the groups stay apart."""
+    machine = interpreted(nn.Sequential(nn.GroupNorm(3, 12)), torch.randn(2, 12, 5))
+    assert [[axis.size for axis in axes] for axes, _ in machine.mixes] == [[4, 5]]
+    (weight,) = (value for name, value in machine.placeholders.items() if "weight" in name)
+    assert [[x.size for x, _ in term.factors] for term in terms_of(weight.axes[0])] == [[3, 4]]
+
+
+class Table(nn.Module):
+    """Rows that the inputs count, and columns of which only a sum is seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(7, 12))
+
+    def forward(self, places: Tensor) -> Tensor:
+        return nn.functional.embedding(places, self.table).sum(-1)
+
+
+def test_rows_of_a_table_that_is_read_by_index_keep_their_places() -> None:
+    machine = interpreted(Table(), torch.randint(0, 7, (2, 3)))
+    rows, columns = (find(axis) for axis in machine.placeholders["table"].axes)
+    assert "reads it by index" in str(rows.fixed)
+    assert columns.fixed is None

@@ -16,6 +16,7 @@ from typing import Any
 
 import tiny
 import torch
+import trace_cache
 from torch import Tensor, nn
 
 import sparsify
@@ -102,5 +103,6 @@ def loaded_digest(number: int, folder: Path) -> str:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    trace_cache.install()
     where = Path(sys.argv[1])
     print(json.dumps({n: loaded_digest(int(n), where) for n in sys.argv[2:]}))

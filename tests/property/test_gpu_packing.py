@@ -195,3 +195,12 @@ def test_damaged_blocks_are_refused() -> None:
         replace(blocks, column=torch.zeros_like(blocks.column)).validate()
     with pytest.raises(FormatError, match="start ends at"):
         replace(blocks, values=blocks.values[:1], column=blocks.column[:1]).validate()
+
+
+def test_a_row_in_two_places_is_refused() -> None:
+    """Five rows in a group of eight: a spare place names a row that has one already, and each row is still there."""
+    packed = pack_stream(random_weight((5, 40), 0.5, 0), width=4, group=8).validate()
+    order = packed.order.clone()
+    order[(order == packed.rows).nonzero()[0]] = 0
+    with pytest.raises(FormatError, match="order is not a permutation of the rows"):
+        replace(packed, order=order).validate()

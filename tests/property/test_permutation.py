@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import sparsify
+from sparsify import S2FT, Plan
 from sparsify.errors import SparsifyError
+from sparsify.passes.base import Context
+from sparsify.passes.permute_weights import permute_weights
 from sparsify.program.permutation import Permutation, invert_index
 from sparsify.program.selection import arrange, choose, unit_channels
 from sparsify.program.structure import Site, Structure
+from sparsify.program.values import UnitChoice
 
 
 @st.composite
@@ -152,3 +158,19 @@ def test_choice_has_the_asked_size_and_at_most_one_partial_group(values, group, 
         assert sorted(values[c] for c in chosen) == sorted(torch.tensor(best).tolist()) or sorted(
             torch.tensor(values)[list(chosen)].tolist()
         ) == sorted(torch.tensor(best).tolist())
+
+
+@pytest.mark.parametrize("heads", [(3, 5), (4, 5), (0, 2), (0, 1, 2, 4), (3, 4, 5, 2)])
+def test_chosen_heads_come_together_also_when_their_group_moves(heads):
+    """Groups are ordered first, then the heads inside of where a group now stands: the chosen ones lie in front."""
+    program = sparsify.analyse(tiny.llama(num_hidden_layers=1))
+    structure = next(s for s in program.structures if s.kind == "attention")
+    assert (structure.units, structure.inner.units) == (2, 3)
+    choice = UnitChoice(structure.name, 0, tuple(sorted(heads)), (), "random")
+    moved = permute_weights(program.replaced(choices=(choice,)), Context(Plan([S2FT(units=1)]))).program
+    indices = {(move.param, move.axis): move.index for move in moved.moves}
+    (o,), (q,) = structure.with_role("o"), structure.with_role("q")
+    wanted = unit_channels(o, structure)[list(choice.consumers)].flatten()
+    assert sorted(indices[o.param, o.axis][: wanted.numel()].tolist()) == sorted(wanted.tolist())
+    assert torch.equal(indices[o.param, o.axis], indices[q.param, q.axis])  # both have a block of 8 for each head
+    assert torch.equal(moved.tensors[o.param], program.tensor(o.param).index_select(1, indices[o.param, o.axis]))
