@@ -54,11 +54,14 @@ def prune(dense: nn.Module, sparsity: float, batches: Sequence[dict[str, Tensor]
 
 
 def lower(model: nn.Module, fast: bool) -> Any:
-    """An ordinary model → the same in int8 on generated kernels, layer by layer where they are measured to be faster."""
+    """An ordinary model → the same in int8 on generated kernels, layer by layer where they are measured to be faster; the head, which
+    shares its weight with the embedding, too."""
     match = "model.layers.0.*" if fast else "*"
     rules: list[Rule] = [Quantize(format="int8", match=match)]
     tokens = TOKENS[:1] if fast else TOKENS
-    return sparsify.compile(model, Plan(rules, target="cpu"), cpu=CpuOptions(tokens=tokens), progress=False)
+    return sparsify.compile(
+        model, Plan(rules, target="cpu"), cpu=CpuOptions(tokens=tokens, tied="copy"), progress=False
+    )
 
 
 def recover(student: Any, teacher: nn.Module, tokenizer: Any, steps: int, batch: int, seed: int) -> None:

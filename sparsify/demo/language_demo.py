@@ -77,7 +77,7 @@ class LanguageSettings:
     ) -> LanguageSettings:
         if fast:
             return cls(methods, steps or 3, 2, 8, 1, 2, 4, seed, out, batch=4, shown=2, answer=10, fast=True)
-        return cls(methods, steps or 40, 16, 64, 12, 24, 40, seed, out, full=full)
+        return cls(methods, steps or 32, 12, 64, 10, 12, 32, seed, out, full=full)
 
 
 @dataclass
@@ -280,7 +280,7 @@ def run_sparse(bench: Bench, found: Findings, host: Any) -> None:
     found.notes.append(
         f"SparseGPT zeroes {settings.sparsity:.0%} of every linear of the tuned model in one shot, on "
         f"{settings.calibration} × 128 tokens of docstrings and 32 of the task's training questions; the result runs in int8 on "
-        "kernels that are generated and measured on this machine, layer by layer. The head stays dense."
+        "kernels that are generated and measured on this machine, layer by layer. The head is quantised, not pruned."
     )
     with console.status("SparseGPT …"):
         pruned = prune(dense, settings.sparsity, batches, settings.fast)

@@ -39,9 +39,10 @@ from sparsify.lowering.cpu.whole_model import WholeModel, example_tokens, time_w
 from sparsify.lowering.driver import Decision, Quantize, lower
 from sparsify.lowering.fuse_linears import FusedActivation, GatedProduct
 from sparsify.lowering.restore import plain_linear
-from sparsify.lowering.target import Fusion, Joined, Layer, Outcome, Seconds
+from sparsify.lowering.target import Fusion, Joined, Layer, Outcome, Seconds, reasons, rows
 from sparsify.model.linears import is_plain_linear
 from sparsify.program import Program
+from sparsify.program.repeats import Line
 
 SLACK = 1.05  # smallest times of equally fast products differ by this much from run to run
 WORTH = 0.95  # a blocked dense weight must take less than this share of torch's time
@@ -67,8 +68,18 @@ class LoweredLinear:
     def __str__(self) -> str:
         rows, cols = self.shape
         how = "dense, blocked" if self.value == "dense" else f"{self.sparsity:.1%} sparse, bitmask {self.value}"
-        noise = "" if self.steady else " (unsteady: measured on a busy machine)"
-        return f"{self.name}: {rows} × {cols}, {how}: {timings_text(self.seconds)}{noise}"
+        return f"{self.name}: {rows} × {cols}, {how}: {self.timings}"
+
+    @property
+    def timings(self) -> str:
+        return timings_text(self.seconds) + ("" if self.steady else " (unsteady: measured on a busy machine)")
+
+    def line(self) -> Line:
+        """What `str` says, in a form that equal layers share: sparsity to the percent, it and the timings as the layer's own."""
+        start = f"{self.name}: {self.shape[0]} × {self.shape[1]}, "
+        if self.value == "dense":
+            return Line.about(self.name, f"{start}dense, blocked: ", self.timings)
+        return Line.about(self.name, start, f"{self.sparsity:.0%}", f" sparse, bitmask {self.value}: ", self.timings)
 
 
 def timings_text(seconds: Seconds) -> str:
@@ -100,17 +111,21 @@ class CpuReport:
     not_fused: tuple[Refusal, ...] = ()
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, *, fold: bool = True) -> str:
+        """The report as text. fold: equal layers as one line and "× 30", with what differs between them below it."""
         blocked = f" ({len(self.prepacked)} of them in oneDNN's layout)" if self.prepacked else ""
         left = f"{len(self.refusals)} left dense{blocked}"
         lines = [f"cpu lowering on {self.machine}: {len(self.lowered)} linears packed, {left}"]
         saved = self.bytes_before / max(1, self.bytes_after)
         lines.append(f"memory     {self.bytes_before / 2**20:.1f} → {self.bytes_after / 2**20:.1f} MiB ({saved:.2f} ×)")
         lines += [f"whole      {self.whole}"] if self.whole is not None else []
-        lines += [f"packed     {entry}" for entry in self.lowered]
-        lines += [f"fused      {fusion}" for fusion in self.fusions]
-        lines += [f"not fused  {refusal}" for refusal in self.not_fused]
-        lines += [f"dense      {refusal}" for refusal in self.refusals]
-        lines += [f"blocked    {entry}" for entry in self.prepacked]
+        lines += rows("packed", [entry.line() if fold else str(entry) for entry in self.lowered], fold)
+        lines += rows("fused", [fusion.line() for fusion in self.fusions], fold)
+        lines += rows("not fused", reasons(self.not_fused), fold)
+        lines += rows("dense", reasons(self.refusals), fold)
+        lines += rows("blocked", [entry.line() if fold else str(entry) for entry in self.prepacked], fold)
         lines += [f"note       {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -336,12 +351,12 @@ def make_report(host: nn.Module, decision: Decision, bytes_before: int) -> CpuRe
 
 def lower_program(
     host: nn.Module, program: Program | None, *, names: Sequence[str] | None = None, quantize: Quantize = None,
-    check: bool = False, compare: bool = False, **options: Any,
+    check: bool = False, compare: bool = False, progress: bool = False, **options: Any,
 ) -> tuple[CpuReport, Program | None]:  # fmt: skip
     """Lower `host`, in place, and `program`, into a new one; see `driver.lower`. options: see `lower_model`."""
     before = packed_operator.module_bytes(host)
     target = cpu_target(program, compare=compare, cold=exceeds_caches(host), **options)
-    decision, lowered = lower(host, program, target, names=names, quantize=quantize, check=check)
+    decision, lowered = lower(host, program, target, names=names, quantize=quantize, check=check, progress=progress)
     return make_report(host, decision, before), lowered
 
 
