@@ -17,6 +17,7 @@ from sparsify.cli.evaluate import evaluate
 from sparsify.cli.files import checkpoint
 from sparsify.cli.finetune import finetune
 from sparsify.cli.generate import chat, generate
+from sparsify.cli.plan import plan
 from sparsify.cli.prune import prune
 from sparsify.cli.rule import RuledGroup, reading
 from sparsify.console import one_line
@@ -113,6 +114,7 @@ app.add_typer(adapters, name="adapter")
 app.command()(checkpoint)
 app.command()(prune)
 app.command()(bench)
+app.command()(plan)
 app.command()(finetune)
 app.command("eval")(evaluate)
 app.command()(generate)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import os
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,12 +22,14 @@ from sparsify.host.adapters import DEFAULT, adapter_from, get, load_adapter, sav
 from sparsify.host.anchors import Anchor, anchors_of
 from sparsify.host.export_lora import export_lora
 from sparsify.host.fuse_adapters import fuse_adapters, overlap
+from sparsify.host.habits import answer
+from sparsify.host.layer_status import LayerStatus, layer_status
 from sparsify.host.live_state import original as in_original_names
 from sparsify.host.merge import MergeNote, merge, unmerge
 from sparsify.host.mix import Conflict, Mix, put_back
 from sparsify.host.moved_buffers import Buffers
 from sparsify.host.plain import plain, restore
-from sparsify.host.switch import reset_to_base, set_adapter
+from sparsify.host.switch import add_adapter, reset_to_base, set_adapter
 from sparsify.host.switch_lock import SwitchLock, guard
 from sparsify.methods.packed import QuantizedMixin
 from sparsify.methods.part import LivePart, Snapshot
@@ -318,6 +320,48 @@ class Handle:
             self.set_adapter(None)
         self.parked.pop(name, None)
         self.adapters.pop(name, None)
+
+    @writes
+    def add_adapter(self, name: str) -> None:
+        """Begin another adapter over the plan's selection: the active one is kept as it is, and the new one starts at the base and trains.
+
+        Raises AdapterError when the name is taken, and where nothing trains.
+        """
+        add_adapter(self, name)
+
+    def delete_adapter(self, name: str) -> None:
+        """`remove_adapter`, by PEFT's name."""
+        self.remove_adapter(name)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of what is active: one, several of a mix, or none (the base)."""
+        return list(self.active.weights)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The base inside the block, bit for bit, and what was active before after it: `with model.sparsify.disable_adapter(): …`.
+
+        Parameters that train have no gradients from inside. Raises SparsifyError while the adapter is merged.
+        """
+        before = next(iter(self.active.weights)) if self.active.trainable else dict(self.active.weights) or None
+        self.set_adapter(None)
+        try:
+            yield
+        finally:
+            self.set_adapter(before)
+
+    def merge_and_unload(self) -> nn.Module:
+        """`plain`, by PEFT's name: a plain model with what is active folded in. The host stays as it is."""
+        return self.plain()
+
+    @reads
+    def get_layer_status(self) -> tuple[LayerStatus, ...]:
+        """A row for every weight that the plan trains: what trains there, which adapters there are, what is active."""
+        return layer_status(self)
+
+    def __getattr__(self, word: str) -> Any:
+        raise AttributeError(answer(word) if not word.startswith("_") else word)
 
     # --- open masks ------------------------------------------------------------------------------------------------------
 
