@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from html import escape
-from typing import Any, TypeVar
+from typing import TypeVar
 
 Class = TypeVar("Class", bound=type)
 
@@ -125,9 +125,9 @@ def printable(cls: Class) -> Class:
     return cls
 
 
-def _showing(written: Callable[[Any], str]) -> Callable[[Any], str]:
+def _showing(written: Callable[[object], str]) -> Callable[[object], str]:
     @functools.wraps(written)
-    def show(self: Any) -> str:
+    def show(self: object) -> str:
         return shown(written(self))
 
     setattr(show, SHOWS, True)
