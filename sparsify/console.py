@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from html import escape
-from typing import Any, TypeVar
+from typing import TypeVar
 
 Class = TypeVar("Class", bound=type)
 
@@ -167,9 +167,9 @@ def printable(cls: Class) -> Class:
     return cls
 
 
-def _showing(written: Callable[[Any], str]) -> Callable[[Any], str]:
+def _showing(written: Callable[[object], str]) -> Callable[[object], str]:
     @functools.wraps(written)
-    def show(self: Any) -> str:
+    def show(self: object) -> str:
         return shown(written(self))
 
     setattr(show, SHOWS, True)

@@ -27,10 +27,11 @@ from sparsify.lowering.fuse_linears import FusedActivation, GatedProduct, Join, 
 from sparsify.lowering.fused_modules import MovedActivation, fuse_feed_forward
 from sparsify.lowering.restore import set_module, take_over
 from sparsify.lowering.rewrite import rewrite
-from sparsify.lowering.target import Fusion, Joined, Layer, Outcome, Target
+from sparsify.lowering.target import Comparison, Fusion, Joined, Layer, Outcome, Target
 from sparsify.model.fast_paths import close_fast_paths
 from sparsify.model.linears import is_plain_linear
 from sparsify.model.module_tree import copy_module_tree
+from sparsify.modules.kernel_module import KernelModule
 from sparsify.modules.rows_of_gated import Gated, RowsOfGated
 from sparsify.passes.verify import verify
 from sparsify.program import Program, Stage
@@ -49,11 +50,11 @@ class Decision:
     modules: dict[str, nn.Module] = field(default_factory=dict)
     fusions: list[Fusion] = field(default_factory=list)
     not_fused: list[Refusal] = field(default_factory=list)
-    whole: Any = None
+    whole: Comparison | None = None
 
     @property
     def packed(self) -> tuple[Any, ...]:
-        """Report rows of the layers that were packed."""
+        """Report rows of the layers that were packed; of what class they are is the target's affair."""
         return tuple(outcome.entry for outcome in self.outcomes.values() if outcome.packed)
 
     @property
@@ -221,12 +222,12 @@ def join(host: nn.Module, program: Program, target: Target, decision: Decision) 
 
 def packed_linears(
     host: nn.Module, names: Sequence[str], target: Target, decision: Decision, count: Counter[int]
-) -> list[Any] | str:
+) -> list[KernelModule] | str:
     """The packed linears of these names, each used under one name only; or why they cannot be joined to anything."""
-    found = []
+    found: list[KernelModule] = []
     for name in names:
         module, old = decision.modules.get(name), host.get_submodule(name)
-        if module is None or not target.packs(module):
+        if not isinstance(module, KernelModule) or not target.packs(module):
             return f"{name} is not packed"
         why = unfit(name, old, count)
         if why:
@@ -304,14 +305,15 @@ def install(host: nn.Module, decision: Decision) -> None:
         if name not in fused:
             set_module(host, name, take_over(module, host.get_submodule(name)))
     for name, found in fused.items():
-        module: Any = decision.modules[name]
+        module = decision.modules[name]
+        assert isinstance(module, Gated)  # `join_gated` made sure
         fuse_feed_forward(host.get_submodule(found.owner), module, found.down.rpartition(".")[2])
     close_fast_paths(host, decision.modules)
 
 
 def lowered_copy(host: nn.Module, decision: Decision) -> nn.Module:
     """A lowered host beside the dense one, which shares what lowering leaves alone."""
-    shared = {id(tensor): tensor for tensor in (*host.parameters(), *host.buffers())}
+    shared: dict[int, object] = {id(tensor): tensor for tensor in (*host.parameters(), *host.buffers())}
     copied = copy_module_tree(host, shared)
     install(copied, decision)
     return copied

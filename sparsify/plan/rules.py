@@ -562,16 +562,17 @@ class Plan:
         if len(text) > MAX_CHARACTERS:
             raise PlanError(f"the plan is not read: {len(text):,} characters, at most {MAX_CHARACTERS:,} are")
         document = strict_json.parse(text, "the plan", PlanError, depth=MAX_DEPTH)
-        if not isinstance(document, dict) or not isinstance(document.get("rules"), list):
+        entries = document.pop("rules", None) if isinstance(document, dict) else None
+        if not isinstance(document, dict) or not isinstance(entries, list):
             raise PlanError('the plan must be a JSON object with a list "rules"')
         rules = []
-        entries = document.pop("rules")
         if len(entries) > MAX_ENTRIES:
             raise PlanError(f"the plan has {len(entries):,} rules, at most {MAX_ENTRIES:,} are read")
         for number, entry in enumerate(entries):
-            if not isinstance(entry, dict) or not isinstance(entry.get("rule"), str):
+            name = entry.get("rule") if isinstance(entry, dict) else None
+            if not isinstance(entry, dict) or not isinstance(name, str):
                 raise PlanError(f'rules[{number}]: expected an object with a "rule" name, got {short(entry)}')
-            name = entry.pop("rule")
+            del entry["rule"]
             if name not in RULES:
                 find(name)
             if name not in RULES:
