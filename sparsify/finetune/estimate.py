@@ -193,13 +193,20 @@ def one_step(model: nn.Module, inputs: Mapping[str, Tensor], checkpointing: bool
     for tensor in (*model.parameters(), *model.buffers(), *inputs.values()):
         live.add(tensor)
     with mode or nullcontext(), live:
+        optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, foreach=False)
+        for parameter in (
+            trained
+        ):  # every step but the first finds moments that are there: a step on zeros makes them and moves nothing
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         with kept_for_backward() as kept:
             loss: Any = model(**inputs, use_cache=False).loss
         saved = sum(size for key, size in kept.items() if key not in own)
         kept.clear()
         loss.backward()
         del loss
-        torch.optim.AdamW(trained, lr=1e-4, foreach=False).step()
+        optimizer.step()
     return Step(sum(own.values()), sum(size_of(p) for p in trained), saved, live.peak)
 
 

@@ -88,7 +88,10 @@ def test_the_estimate_is_what_a_real_step_takes(rule: Any, checkpointing: bool) 
         assert real.peak * 0.99 < found.step.peak <= real.peak
         real = dataclasses.replace(real, peak=found.step.peak)
     assert found.step == real
-    assert found.step.peak > found.step.weights + 2 * found.step.trained
+    for step in filter(
+        None, (found.step, found.full)
+    ):  # at the end of the forward AdamW's moments are there from the step before
+        assert step.peak >= step.weights + 2 * step.trained + step.saved
     if found.full is not None:
         assert found.full == estimates.one_step(built(), padded(3, 17), checkpointing)
 
