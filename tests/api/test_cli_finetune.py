@@ -152,6 +152,7 @@ def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(
         assert torch.equal(a.values, b.values)
 
 
+@pytest.mark.slow  # the command alone is what the default run sees, and `test_ddp.py` a host under DDP
 def test_two_processes_learn_what_one_does_with_their_rows(given: Path, tmp_path: Path) -> None:
     """DDP as `torchrun --nproc-per-node 2` starts it; the first process writes."""
     with socket.socket() as found:

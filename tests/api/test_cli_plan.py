@@ -63,10 +63,17 @@ def padded(rows: int, length: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.clone()}
 
 
-RULES: list[Any] = [S2FT(0.1), PaCA(4), LoRA(4), RoSA(3, density=0.02, mask="magnitude")]
+SPARSE = RoSA(3, density=0.02, mask="magnitude")
+#: PaCA is counted like S2FT, RoSA's low-rank part like LoRA's
+RULES: list[Any] = [
+    S2FT(0.1),
+    LoRA(4),
+    pytest.param(PaCA(4), marks=pytest.mark.slow),
+    pytest.param(SPARSE, marks=pytest.mark.slow),
+]
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda r: type(r).__name__)
+@pytest.mark.parametrize("rule", RULES, ids=["S2FT", "LoRA", "PaCA", "RoSA"])
 @pytest.mark.parametrize(
     "checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)]
 )  # the False ones cover the counting
@@ -98,17 +105,17 @@ def test_the_estimate_is_what_a_real_step_takes(rule: Any, checkpointing: bool) 
 
 def test_checkpointing_and_rows_change_what_is_kept() -> None:
     plan = Plan([S2FT(0.1)])
-    plain, twice, less = (
+    plain, less = (
         estimate(built("meta"), plan, batch=b, length=16, gradient_checkpointing=c, full=False)
-        for b, c in ((2, False), (4, False), (2, True))
+        for b, c in ((2, False), (4, True))
     )
-    assert 1.9 * plain.step.saved < twice.step.saved < 2.1 * plain.step.saved
-    assert less.step.saved < 0.5 * plain.step.saved
-    assert plain.step.weights == twice.step.weights == less.step.weights
+    assert less.step.saved < 0.6 * plain.step.saved  # with twice the rows
+    assert plain.step.weights == less.step.weights
 
 
 @pytest.mark.parametrize(
-    ("rule", "rank"), [(S2FT(0.1), None), (LoRA(4), 4), (PaCA(4), 4), (RoSA(3, density=0.02, mask="magnitude"), None)]
+    ("rule", "rank"),
+    [(S2FT(0.1), None), (LoRA(4), 4), pytest.param(PaCA(4), 4, marks=pytest.mark.slow), (SPARSE, None)],
 )
 def test_size_and_rank_of_the_adapter(rule: Any, rank: int | None, tmp_path: Path) -> None:
     found = estimate(built("meta"), Plan([rule]), batch=1, length=8, full=False)
@@ -132,71 +139,58 @@ def test_size_and_rank_of_the_adapter(rule: Any, rank: int | None, tmp_path: Pat
 
 
 def test_rules_that_choose_by_data_are_estimated_without_any() -> None:
-    for rule in (S2FT(0.1, select="activation"), PaCA(4, select="gradient"), RoSA(3, mask="fisher")):
-        known = dataclasses.replace(rule, **({"mask": "random"} if isinstance(rule, RoSA) else {"select": "random"}))
-        found = estimate(built("meta"), Plan([rule]), batch=1, length=8, full=False)
-        host: Any = tiny.lower(built(), known)
-        assert found.trainable == host.sparsify.count_parameters()[0]
+    rules = [S2FT(0.1, select="activation", avoid=["x"]), PaCA(4, select="gradient"), RoSA(3, mask="fisher"), LoRA(3)]
+    blind = estimates.sizes_only(Plan(rules, check="numeric", seed=3))
+    assert blind == Plan([S2FT(0.1), PaCA(4), RoSA(3, mask="gradient"), LoRA(3)], seed=3)
 
 
 def test_processes_share_what_they_can() -> None:
-    plan = Plan([S2FT(0.1)])
-    alone, both, pieces = (
-        estimate(built("meta"), plan, batch=2, length=16, full=False, world=w, sharded=s)
-        for w, s in ((1, False), (4, False), (4, True))
+    both, pieces = (
+        estimate(built("meta"), Plan([S2FT(0.1)]), batch=2, length=16, full=False, world=4, sharded=s)
+        for s in (False, True)
     )
-    assert alone.ranks is None
+    assert both.step == pieces.step
     assert both.ranks is not None
     assert pieces.ranks is not None
-    assert both.ranks.memory == alone.step.peak
-    assert both.ranks.sent == 2 * alone.step.trained * 3 // 4
-    assert pieces.ranks.sent == 2 * alone.step.weights * 3 // 4 + alone.step.trained * 3 // 4
-    assert both.step == pieces.step == alone.step
+    weights, trained, peak = both.step.weights, both.step.trained, both.step.peak
+    assert both.ranks.memory == peak
+    assert both.ranks.sent == 2 * trained * 3 // 4
+    assert pieces.ranks.sent == 2 * weights * 3 // 4 + trained * 3 // 4
+    host: Any = tiny.lower(built(), S2FT(0.1))
+    layer = sum(p.numel() * 4 for p in host.model.layers[0].parameters())
+    rest = sum(p.numel() * 4 for p in host.parameters()) - 2 * layer
+    states = weights + 3 * trained
+    assert pieces.ranks.memory == -(-states // 4) + 2 * layer + rest + peak - states
 
 
 def test_the_command_prints_and_writes(folder: Path, tmp_path: Path) -> None:
-    arguments = [
-        folder,
-        "--fraction",
-        "0.1",
-        "--structure",
-        "ffn",
-        "-b",
-        "2",
-        "-l",
-        "16",
-        "-o",
-        tmp_path / "plan.yaml",
-        "--data",
-        "a.jsonl",
-    ]
-    assert "would be written" in call("plan", *arguments, "--dry-run").stderr
+    options = ["--fraction", "0.1", "--structure", "ffn", "-b", "2", "-l", "16", "--data", "a.jsonl"]
+    arguments = [folder, *options, "-o", tmp_path / "plan.yaml"]
+    done = call("plan", *arguments, "--dry-run", "--json")
+    assert "would be written" in done.stderr
+    first = json.loads(done.stdout)
+    assert (first["dtype"], first["ranks"]) == ("float32", None)
     assert not (tmp_path / "plan.yaml").exists()
     text = fine("plan", *arguments)
+    share = f"trains {first['trainable']:,} of {first['total']:,} parameters"
     for word in (
         "2 attention, 2 ffn found",
-        "trains ",
+        share,
         "of Down",
         "kept for the backward",
         "expected peak",
-        "full fine-tuning",
-        "as LoRA: rank 1",
+        f"as LoRA: rank {first['lora_rank']}",
     ):
         assert word in text
     file = plan_file.read(tmp_path / "plan.yaml")
     assert file.plan == Plan([S2FT(0.1, structure="ffn")])
     assert (file.model, file.data.path, file.training.batch, file.training.length) == (str(folder), "a.jsonl", 2, 16)
     assert "is there already" in refused("plan", *arguments)
-    again = json.loads(
-        fine("plan", tmp_path / "plan.yaml", "--json", "--set", "rules.0.fraction=0.2", "--world-size", "2", "--fsdp")
-    )
-    first = json.loads(fine("plan", tmp_path / "plan.yaml", "--json"))
+    more = ["--set", "rules.0.fraction=0.2", "--world-size", "2", "--fsdp", "--dtype", "bf16"]
+    again = json.loads(fine("plan", tmp_path / "plan.yaml", "--json", *more))
     assert again["trainable"] == 2 * first["trainable"]
     assert again["ranks"]["world"] == 2
-    assert first["ranks"] is None
-    assert first["dtype"] == "float32"
-    sixteen = json.loads(fine("plan", tmp_path / "plan.yaml", "--json", "--dtype", "bf16"))
-    assert sixteen["step"]["weights"] < 0.6 * first["step"]["weights"]
+    assert again["step"]["weights"] < 0.6 * first["step"]["weights"]
 
 
 def test_what_the_command_refuses(folder: Path, tmp_path: Path) -> None:
@@ -204,10 +198,21 @@ def test_what_the_command_refuses(folder: Path, tmp_path: Path) -> None:
     assert "PaCA" in refused("plan", folder, "--method", "paca", "--alpha", "3")
     assert "give --world-size too" in refused("plan", folder, "--fsdp")
     assert "does not exist" in refused("plan", tmp_path / "none")
-    assert "did you mean 'q_proj'" in refused("plan", folder, "--method", "lora", "--match", "qq_proj")
+    assert "matches no linear" in refused("plan", folder, "--method", "lora", "--match", "*.q_prj")
     (tmp_path / "p.yaml").write_text(f"model: {folder}\nrules: [{{rule: LoRA}}]\n")
     assert "change it with --set rules.0.rank=" in refused("plan", tmp_path / "p.yaml", "--rank", "3")
 
 
 def test_the_schema_is_printed() -> None:
     assert json.loads(fine("plan", "--schema")) == plan_file.schema()
+
+
+def test_inspect_and_prune_speak_json_too(tmp_path: Path) -> None:
+    model = small_folder.write_model(tmp_path / "model")
+    found = json.loads(fine("inspect", model, "--json"))
+    assert sorted(s["kind"] for s in found["structures"]) == ["attention", "attention", "ffn", "ffn"]
+    assert found["structures"][0]["sites"]
+    arguments = ["prune", model, "-o", tmp_path / "out", "--method", "magnitude", "--json"]
+    assert json.loads(fine(*arguments, "--dry-run"))["rule"]["method"] == "magnitude"
+    assert not (tmp_path / "out").exists()
+    assert json.loads(fine(*arguments)) == json.loads((tmp_path / "out" / "pruning.json").read_text())
