@@ -15,8 +15,8 @@ from sparsify.errors import PlanError, Refusal, RefusedError
 from sparsify.model.linears import is_conv1d, owner_name
 from sparsify.model.packed_experts import GroupedLinear
 from sparsify.passes.direct_reads import read_past
-from sparsify.plan import S2FT, Rule, nearest
-from sparsify.plan.unmatched import unmatched_patterns
+from sparsify.plan import S2FT, Rule
+from sparsify.plan.unmatched import nearest_module, unmatched_patterns
 from sparsify.program import LinearNode, Program, through_transpose
 from sparsify.program.selection import selectable_units
 from sparsify.program.structure import Site, Structure
@@ -167,5 +167,5 @@ def unused(index: int, rule: Rule, program: Program, reasons: list[Refusal]) -> 
         )
         return PlanError(f"rule {index}, {rule}, serves nothing; what it matched was declined:\n  {listed}")
     return PlanError(
-        f"rule {index}, {rule}, matches nothing that is still free{nearest(rule.patterns[0].strip('*.'), names)}"
+        f"rule {index}, {rule}, matches nothing that is still free{nearest_module(rule.patterns[0], names)}"
     )

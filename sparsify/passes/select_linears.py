@@ -25,8 +25,8 @@ from sparsify.model.linears import is_conv1d, owner_name
 from sparsify.model.task_heads import head_parameters, output_parameters
 from sparsify.passes.assign_rules import WHOLE, why_not_trainable
 from sparsify.passes.base import Context
-from sparsify.plan import LinearRule, LoRA, PaCA, Quantize, RoSA, nearest, pattern_value
-from sparsify.plan.unmatched import unmatched_patterns
+from sparsify.plan import LinearRule, LoRA, PaCA, Quantize, RoSA, pattern_value
+from sparsify.plan.unmatched import nearest_module, unmatched_patterns
 from sparsify.program import ChannelChoice, LinearNode, Program, UnitChoice
 from sparsify.program.selection import choose, generator, index_dtype, random_scores, unit_channels
 
@@ -111,7 +111,7 @@ def serve(
                 f"rule {index}, {rule}, matches nothing: the captured graph of {type(program.host).__name__} multiplies with no weight "
                 "of its own (no nn.Linear and no Conv1D is in it)"
             )
-        raise PlanError(f"rule {index}, {rule}, matches no linear{nearest(rule.patterns[0].strip('*.'), names)}")
+        raise PlanError(f"rule {index}, {rule}, matches no linear{nearest_module(rule.patterns[0], names)}")
     return served, refusals + unmatched_patterns(index, rule, everything)
 
 

@@ -198,6 +198,7 @@ def test_what_the_command_refuses(folder: Path, tmp_path: Path) -> None:
     assert "PaCA" in refused("plan", folder, "--method", "paca", "--alpha", "3")
     assert "give --world-size too" in refused("plan", folder, "--fsdp")
     assert "does not exist" in refused("plan", tmp_path / "none")
+    assert "did you mean 'q_proj'" in refused("plan", folder, "--method", "lora", "--match", "qq_proj")
     assert "matches no linear" in refused("plan", folder, "--method", "lora", "--match", "*.q_prj")
     (tmp_path / "p.yaml").write_text(f"model: {folder}\nrules: [{{rule: LoRA}}]\n")
     assert "change it with --set rules.0.rank=" in refused("plan", tmp_path / "p.yaml", "--rank", "3")
