@@ -32,9 +32,10 @@ Dtype = Annotated[str, typer.Option(help="Of the weights: auto (as stored), fp32
 
 def generate(
     model: Model,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="Text to go on from. Default: what stands on stdin.")
+    words: Annotated[
+        str | None, typer.Argument(metavar="{prompt}", help="Text to go on from. Default: what stands on stdin.")
     ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The same.")] = None,
     adapter: Adapters = None,
     mix: Mix = None,
     chat: Annotated[
@@ -48,7 +49,10 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print prompt, text and settings as JSON.")] = False,
 ) -> None:
     """Go on from a prompt; the text is printed as it is written."""
-    text = sys.stdin.read() if prompt is None else prompt
+    if words is not None and prompt is not None:
+        raise InputError("the prompt is given twice: once by its place and once by --prompt")
+    given = prompt if words is None else words
+    text = sys.stdin.read() if given is None else given
     if not text.strip():
         raise InputError("the prompt is empty")
     host, tokenizer = serving(model, adapter or [], mix, dtype)

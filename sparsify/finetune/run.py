@@ -140,6 +140,8 @@ def finetune(
         check_output(file, resume)
     wait(arguments)
     prepared = prepared or prepare(file, tokenizer, processes=arguments.world_size)
+    # a run that is shorter than what lies between two losses still says its last one
+    arguments.logging_steps = max(1, min(arguments.logging_steps, prepared.total_steps))
     folder, pad = Path(file.output.dir), pad_token(model, tokenizer)
     collate = Collator(pad)
     transformers.set_seed(file.training.seed)

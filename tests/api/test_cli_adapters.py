@@ -266,6 +266,8 @@ def test_generate_writes_what_the_model_says(given: Path) -> None:
     arguments = ["generate", given / "model", "-a", given / "a", "-n", "6"]
     assert fine(*arguments, "-p", "what is").strip() == expected.strip()
     assert fine(*arguments, stdin="what is").strip() == expected.strip()
+    assert fine("generate", given / "model", "what is", *arguments[2:]).strip() == expected.strip()
+    assert "given twice" in refused("generate", given / "model", "a", "-p", "b")
     assert json.loads(fine(*arguments, "-p", "what is", "--json"))["text"] == expected
     drawn = [
         json.loads(fine(*arguments, "-p", "what is", "--json", "--temperature", "1.5", "--seed", s))["text"]
