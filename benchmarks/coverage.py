@@ -175,17 +175,28 @@ def peer(model: nn.Module, example: zoo.Example, structures: list[Structure], li
 def rules_table(arguments: Any) -> None:
     from benchmarks import families_by_rules as rules
 
-    words = arguments.only or (["Residual", "Sequential", "gpt2", "llama (", "bert ("] if arguments.fast else None)
+    before = json.loads(newest_rules().read_text(encoding="utf-8"))["rows"] if arguments.again else []
+    again = [row["architecture"] for row in before if arguments.again in json.dumps(row)]
+    if arguments.again and not again:
+        raise SystemExit(f"--again {arguments.again!r}: no cell of {newest_rules().name} says so")
+    words = (
+        again or arguments.only or (["Residual", "Sequential", "gpt2", "llama (", "bert ("] if arguments.fast else None)
+    )
 
     def tell(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
     rows = rules.run(12 * arguments.limit, arguments.workers, words, tell, arguments.minutes, arguments.seed)
+    made = {row["architecture"]: row for row in rows}
+    if again:
+        rows = [made.get(row["architecture"], row) for row in before]
     summary = rules.totals(rows)
     bars = [Bar("cells that are wrong", summary["wrong"], 0), Bar("cells with an error", summary["errors"], 0)]
-    if not words:
+    if not words or again:
         bars.append(Bar("architectures", summary["architectures"], 120, at_least=True))
     notes = [", ".join(f"{n} {name}" for name, n in summary.items())]
+    if again:
+        notes.append(f"{len(made)} architectures were run again and joined into {newest_rules().name}")
     report(
         "coverage", arguments, rows, columns=["architecture", "kind", "found", *rules.rules()], bars=bars, notes=notes
     )
@@ -213,6 +224,11 @@ def write_document() -> None:
 def main() -> None:
     made = parser(__doc__ or "")
     made.add_argument("--rules", action="store_true", help="every architecture under every rule, instead of detection")
+    made.add_argument(
+        "--again",
+        metavar="TEXT",
+        help="with --rules: only architectures with a cell that says TEXT in the newest record",
+    )
     made.add_argument("--workers", type=int, default=1, help="with --rules: architectures at once")
     made.add_argument(
         "--minutes", type=float, default=float("inf"), help="with --rules: begin no architecture after this time"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from torch import nn
 
 from sparsify.calibration.statistics import repeatable
+from sparsify.console import stage
 from sparsify.errors import AdapterError, PlanError
 from sparsify.host.handle import Handle, Mix
 from sparsify.host.install import install
@@ -118,7 +119,8 @@ def compile(
     if plan.for_inference:
         return compile_for_cuda(source, context, example, pipeline)  # type: ignore[return-value]
     source = write_out_experts(source, plan)
-    captured = with_bases(capture(source, example), bases)
+    with stage("tracing the model", progress):
+        captured = with_bases(capture(source, example), bases)
     return compile_for_training(captured, source, context, pipeline)  # type: ignore[return-value]
 
 
@@ -230,7 +232,9 @@ def compile_for_inference(
 ) -> nn.Module:
     """Prune and quantise, put the result into a copy of the host, and lower it. lower: `lower_program` of a target."""
     plan = context.plan
-    program = run_passes(capture(source, example), up_to_selection(pipeline), context)
+    with stage("tracing the model", context.progress):
+        captured = capture(source, example)
+    program = run_passes(captured, up_to_selection(pipeline), context)
     wrong = {f for f in program.quantize.values() if f != "int8"}
     if wrong:
         raise PlanError(
@@ -243,7 +247,10 @@ def compile_for_inference(
     for parameter in host.parameters():
         parameter.requires_grad_(False)
     dense = program.replaced(host=host, tensors={}, quantize={})
-    report, lowered = lower(host, dense, quantize=quantize, check=plan.check == "numeric")
+    with stage(f"lowering for {plan.target}", context.progress):
+        report, lowered = lower(
+            host, dense, quantize=quantize, check=plan.check == "numeric", progress=context.progress
+        )
     flags = {name: p.requires_grad for name, p in source.named_parameters()}
     assert lowered is not None  # it was given a program
     done = lowered.replaced(quantize=program.quantize)

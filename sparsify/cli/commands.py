@@ -11,8 +11,12 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsify.cli.adapters import adapters
 from sparsify.cli.bench import bench
-from sparsify.cli.files import adapter, checkpoint
+from sparsify.cli.evaluate import evaluate
+from sparsify.cli.files import checkpoint
+from sparsify.cli.finetune import finetune
+from sparsify.cli.generate import chat, generate
 from sparsify.cli.prune import prune
 from sparsify.cli.rule import RuledGroup, reading
 from sparsify.console import one_line
@@ -105,10 +109,14 @@ def check_target(path: Path) -> None:
         raise InputError(f"{path}: nothing can be written to {folder}")
 
 
-app.command()(adapter)
+app.add_typer(adapters, name="adapter")
 app.command()(checkpoint)
 app.command()(prune)
 app.command()(bench)
+app.command()(finetune)
+app.command("eval")(evaluate)
+app.command()(generate)
+app.command()(chat)
 
 
 def main() -> None:

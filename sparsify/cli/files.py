@@ -8,9 +8,6 @@ checkpoint   a file that save_sparse wrote, a folder that `sparsify prune` wrote
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,35 +223,14 @@ def show_sparse(found: SparseCheckpoint, path: Path, layers: bool, as_json: bool
 
 def expand(found: SparseCheckpoint, folder: Path) -> None:
     """Dense weights, and config and tokenizer if they lie beside the sparse file, in a folder that appears when it is complete."""
+    from sparsify.files.new_folder import new_folder
     from sparsify.pruning.streaming import copy_companions
 
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise InputError(f"{folder}: is there already and is not a folder")
-    if folder.exists() and any(folder.iterdir()):
-        held = any(folder.glob("*.safetensors"))
-        raise InputError(
-            f"{folder} holds {'a model' if held else 'files'} already: choose another folder, or delete it"
-        )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    begun = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
+    with new_folder(folder, InputError) as begun:
         found.save_dense(begun)
         if (found.path.parent / CONFIG).is_file():
             copy_companions(found.path.parent, begun)
-        os.chmod(begun, 0o777 & ~current_umask())
-        if folder.exists():
-            folder.rmdir()  # empty
-        os.replace(begun, folder)
-    except BaseException:
-        shutil.rmtree(begun, ignore_errors=True)
-        raise
     typer.echo(f"written to {folder}", err=True)
-
-
-def current_umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -47,6 +47,9 @@ from sparsify.demo.methods import directory_bytes
 from sparsify.demo.pretrained import smollm2
 from sparsify.lowering.cpu.sparse_linear import SparseLinear
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 TUNING_SEED = 1000
 
 
@@ -77,7 +80,7 @@ class LanguageSettings:
     ) -> LanguageSettings:
         if fast:
             return cls(methods, steps or 3, 2, 8, 1, 2, 4, seed, out, batch=4, shown=2, answer=10, fast=True)
-        return cls(methods, steps or 40, 16, 64, 12, 24, 40, seed, out, full=full)
+        return cls(methods, steps or 32, 12, 64, 10, 12, 32, seed, out, full=full)
 
 
 @dataclass
@@ -85,7 +88,7 @@ class Bench:
     settings: LanguageSettings
     console: Console
     base: Any
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     held_out: dict[str, list[Row]]
     blocks: Tensor
 
@@ -280,7 +283,7 @@ def run_sparse(bench: Bench, found: Findings, host: Any) -> None:
     found.notes.append(
         f"SparseGPT zeroes {settings.sparsity:.0%} of every linear of the tuned model in one shot, on "
         f"{settings.calibration} × 128 tokens of docstrings and 32 of the task's training questions; the result runs in int8 on "
-        "kernels that are generated and measured on this machine, layer by layer. The head stays dense."
+        "kernels that are generated and measured on this machine, layer by layer. The head is quantised, not pruned."
     )
     with console.status("SparseGPT …"):
         pruned = prune(dense, settings.sparsity, batches, settings.fast)

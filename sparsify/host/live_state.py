@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from sparsify.errors import SparsifyError, StateError
 from sparsify.methods.packed import QuantizedMixin
-from sparsify.model.packed_experts import plain_names, renamed
+from sparsify.model.packed_experts import GroupedLinear, plain_names, renamed
 from sparsify.model.sharded import cut_like, is_sharded, local, replicated, whole, whole_parameters
 from sparsify.modules.adapted import AdaptedMixin
 from sparsify.modules.layout import MARKER, Layout, added_leaves, fold, layout_of
@@ -557,11 +557,18 @@ class OnHost:
         return self.of_class
 
 
+def trains_packed_experts(host: nn.Module) -> bool:
+    """Whether something trains in a 3-D weight of experts."""
+    return any(isinstance(module, AdaptedMixin) and isinstance(module, GroupedLinear) for module in host.modules())
+
+
 class SavePretrained(OnHost):
     """`host.save_pretrained`: what is written has the original model's names, shapes and order, and nothing else.
 
     Whoever passes `state_dict` (Trainer does, also as None) writes a checkpoint: a live one, or the host's, is translated, and the
     trained parts are written beside the weights so that the run resumes exactly. One in original names is written as it is.
+    Of packed experts that train, a checkpoint keeps the model's own form: transformers would write expert by expert, under names which
+    Trainer, when it resumes, loads nowhere. `from_pretrained` opens both.
     """
 
     method = "save_pretrained"
@@ -578,4 +585,8 @@ class SavePretrained(OnHost):
         with_parts = "state_dict" in bound.arguments
         state = original(host, host.state_dict() if state is None else state, with_parts=with_parts)
         bound.arguments["state_dict"] = state
+        if with_parts and trains_packed_experts(host):
+            bound = inspect.signature(self.of_class).bind_partial(
+                *bound.args, **{"save_original_format": False, **bound.kwargs}
+            )
         return self.of_class(*bound.args, **bound.kwargs)

@@ -18,7 +18,9 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
+from sparsify.console import PATIENCE
 from sparsify.errors import Refusal, RefusedError, VerifyError
 from sparsify.lowering.check_lowered import LoweringCheck
 from sparsify.lowering.fuse_linears import FusedActivation, GatedProduct, Join, find_joins
@@ -75,6 +77,7 @@ def lower(
     names: Sequence[str] | None = None,
     quantize: Quantize = None,
     check: bool = False,
+    progress: bool = False,
 ) -> tuple[Decision, Program | None]:
     """Lower `host`, in place, and `program`, its graph: into a new one at stage LOWERED, verified against the host.
 
@@ -82,10 +85,11 @@ def lower(
     names: qualified module names that may be replaced; one that cannot be packed raises RefusedError. None: every nn.Linear and Conv1D.
     quantize: "int8" for all of them, or per module name.
     check: compare every layer, the host and the program with what they computed before.
+    progress: show how many layers were tried and measured, once that takes longer than a moment.
 
     Raises RefusedError, and VerifyError naming what is wrong with the lowered program.
     """
-    decision = decide(host, program, target, names, quantize)
+    decision = decide(host, program, target, names, quantize, progress)
     before = LoweringCheck(host, program, target.name) if check and program is not None else None
     lowered = None if program is None else lowered_program(program, decision, target)
     install(host, decision)
@@ -121,13 +125,21 @@ def lowered_program(program: Program, decision: Decision, target: Target) -> Pro
 
 
 def decide(
-    host: nn.Module, program: Program | None, target: Target, names: Sequence[str] | None, quantize: Quantize
+    host: nn.Module,
+    program: Program | None,
+    target: Target,
+    names: Sequence[str] | None,
+    quantize: Quantize,
+    progress: bool = False,
 ) -> Decision:
     """Ask `target` about every layer, about what the program shows to belong together, and about the whole. Writes to nothing."""
     decision = Decision()
     layers = dict(find_layers(host, names, quantize))
     shared = sharing(host)
-    for name, layer in layers.items():
+    shown = tqdm(
+        layers.items(), desc="linears measured", unit="linear", delay=PATIENCE, leave=False, disable=not progress
+    )
+    for name, layer in shown:
         others = [n for n in shared[id(layer.module.weight)] if host.get_submodule(n) is not layer.module]
         if others and not target.copies_tied:
             why = Refusal(name, f"its weight is shared with {', '.join(others)}, which needs it dense")

@@ -23,6 +23,7 @@ from sparsify.lowering.fuse_linears import FusedActivation, GatedProduct, Join
 from sparsify.model.linears import is_conv1d
 from sparsify.modules.kernel_module import KernelModule
 from sparsify.program import Program
+from sparsify.program.repeats import Line, fold_lines
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,12 +90,26 @@ class Fusion:
     seconds: Seconds = field(default_factory=dict)
 
     def __str__(self) -> str:
+        return str(self.line())
+
+    def line(self) -> Line:
+        """What `str` says, with its timings as the layer's own."""
         where = "in one kernel" if isinstance(self.found, GatedProduct) else "in its kernel"
         timings = ", ".join(
             f"{tokens} tok {kernel} {spent * 1e6:.0f} us (predicted {predicted * 1e6:.0f}, apart {apart * 1e6:.0f})"
             for tokens, (kernel, predicted, spent, apart) in self.seconds.items()
         )
-        return f"{self.found} {where}" + (f": {timings}" if timings else "")
+        return Line.about(self.module, f"{self.found} {where}" + (": " if timings else ""), timings)
+
+
+def rows(label: str, lines: Sequence[str], fold: bool) -> list[str]:
+    """Lines of a lowering report under a label; fold: those of equal layers as one, with what differs listed below."""
+    return [f"{label:<10} {line}" for line in (fold_lines(lines) if fold else lines)]
+
+
+def reasons(refusals: Sequence[Refusal]) -> list[Line]:
+    """Refusals as lines that fold."""
+    return [Line.about(refusal.where, str(refusal)) for refusal in refusals]
 
 
 class Comparison(Protocol):

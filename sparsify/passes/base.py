@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from sparsify.console import stage
 from sparsify.errors import PlanError, SparsifyError, VerifyError
 from sparsify.passes.check_controls import check_controls
 from sparsify.passes.verify import check_identical, check_outputs, verify
@@ -102,7 +103,8 @@ def run_passes(program: Program, passes: Sequence[Pass], context: Context) -> Pr
         if program.stage is not step.reads:
             raise VerifyError(f"{place}: reads stage {step.reads.name}, but the program is at {program.stage.name}")
         try:
-            result = step.run(program, context)
+            with stage(f"pass '{step.name}' ({number}/{len(passes)})", context.progress):
+                result = step.run(program, context)
         except SparsifyError as error:
             raise type(error)(f"{place}: {error}") from error
         if not isinstance(result, PassResult):

@@ -30,7 +30,7 @@ OPTIONS = CpuOptions(tokens=(1,), mode="small")
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is timed: every contestant takes as long."""
-    timing = lambda key, calls, budget=0.25: tune.Timing(dict.fromkeys(calls, 1.0), True)  # noqa: E731
+    timing = lambda key, calls, budget=0.25, cold=False: tune.Timing(dict.fromkeys(calls, 1.0), True)  # noqa: E731
     for module in (dispatch, cpu, fuse_cpu):
         monkeypatch.setattr(module, "measured", timing)
 

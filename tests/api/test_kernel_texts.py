@@ -46,7 +46,7 @@ def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
         build.find_compiler(None)
     except build.BuildError as error:
         pytest.skip(str(error))
-    timing = lambda key, calls, budget=0.25: tune.Timing(dict.fromkeys(calls, 1.0), True)  # noqa: E731
+    timing = lambda key, calls, budget=0.25, cold=False: tune.Timing(dict.fromkeys(calls, 1.0), True)  # noqa: E731
     for module in (dispatch, cpu, fuse_cpu):
         monkeypatch.setattr(module, "measured", timing)
 

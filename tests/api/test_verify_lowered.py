@@ -55,7 +55,7 @@ def lowered(request: pytest.FixtureRequest) -> Any:
         except build.BuildError as error:
             pytest.skip(str(error))
     with pytest.MonkeyPatch.context() as patch:
-        timing = lambda key, calls, budget=0.25: tune.Timing({n: SECONDS.get(n, 1.0) for n in calls}, True)  # noqa: E731
+        timing = lambda key, calls, budget=0.25, cold=False: tune.Timing({n: SECONDS.get(n, 1.0) for n in calls}, True)  # noqa: E731
         for module in (dispatch, cpu, fuse_cpu):
             patch.setattr(module, "measured", timing)
         torch.manual_seed(0)

@@ -151,7 +151,7 @@ def test_what_a_layer_becomes(
         pytest.skip("this torch has no oneDNN")
     times = {"torch": torch_dense, "onednn": onednn}
 
-    def measured(key: str, calls: Mapping[str, Any], budget: float = 0.25) -> Timing:
+    def measured(key: str, calls: Mapping[str, Any], budget: float = 0.25, cold: bool = False) -> Timing:
         return Timing({name: times.get(name, kernel) for name in calls}, True)
 
     for module in (dispatch, cpu, fuse_cpu):
@@ -227,7 +227,7 @@ def test_products_of_16_bit_models_are_timed_with_their_conversions(monkeypatch:
         pytest.skip("no compiler")
     monkeypatch.setattr(dispatch, "run_module", spy)
 
-    def run_all(_: str, calls: Mapping[str, Callable[[], Any]]) -> Timing:
+    def run_all(_: str, calls: Mapping[str, Callable[[], Any]], **__: Any) -> Timing:
         assert {call().dtype for call in calls.values()} == {torch.bfloat16}
         return Timing(dict.fromkeys(calls, 1.0), True)
 
@@ -280,7 +280,7 @@ def fast_layers(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, int]]:
         pytest.skip("this torch has no oneDNN")
     keys: list[Any] = []
 
-    def measured(key: str, calls: Mapping[str, Any], budget: float = 0.25) -> Timing:
+    def measured(key: str, calls: Mapping[str, Any], budget: float = 0.25, cold: bool = False) -> Timing:
         keys.append(key)
         return Timing({name: {"torch": 4.0, "onednn": 3.0, "apart": 4.0}.get(name, 1.0) for name in calls}, True)
 
@@ -375,3 +375,68 @@ def test_no_measured_time_is_zero_and_a_coarse_thread_clock_is_not_believed(
         tune.thread_clock_step.cache_clear()
     assert all(1e-3 / 3 < s < 1.1e-3 for s in found), found
     assert all(s < 0.6e-3 for s in found) == (own == "runs")
+
+
+def test_cold_weights_are_timed_apart_from_warm_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = [False]
+    monkeypatch.setattr(tune, "empty_caches", lambda: empty.__setitem__(0, True))
+    order: list[str] = []
+
+    def seconds_of(call: Callable[[], Any]) -> float:
+        order.append(call())
+        spent = 3.0 if empty[0] else 1.0
+        empty[0] = False  # the next call finds what this one read
+        return spent
+
+    monkeypatch.setattr(tune, "seconds_of", seconds_of)
+    warm = tune.measured("key", CALLS, budget=0.0)
+    assert warm == Timing({"a": 1.0, "b": 1.0}, True)
+    cold = tune.measured("key", CALLS, budget=0.0, cold=True)
+    assert cold == Timing({"a": 3.0, "b": 3.0}, True)
+    assert tune.recorded("key") == warm
+    assert tune.recorded(tune.cold_key("key")) == cold
+    forget()
+    order.clear()
+    assert tune.measured("key", CALLS, budget=0.0, cold=True) == cold  # checked with empty caches too, and kept
+    assert order == ["a"] * 3 + ["b"] * 3
+
+
+def test_caches_are_emptied_by_twice_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 0 < tune.last_level_cache() <= tune.LARGEST_CACHE
+    monkeypatch.setattr(tune, "last_level_cache", lambda: 1 << 16)
+    tune.other_data.cache_clear()
+    try:
+        assert tune.other_data().nbytes == 2 << 16
+        tune.empty_caches()
+    finally:
+        tune.other_data.cache_clear()
+
+
+@pytest.mark.parametrize("cache", [1 << 10, 1 << 30])
+def test_layers_of_a_model_larger_than_the_cache_are_timed_cold(monkeypatch: pytest.MonkeyPatch, cache: int) -> None:
+    asked: set[bool] = set()
+
+    def measured(key: str, calls: Mapping[str, Any], budget: float = 0.25, cold: bool = False) -> Timing:
+        asked.add(cold)
+        return Timing(dict.fromkeys(calls, 1.0), True)
+
+    monkeypatch.setattr(cpu, "last_level_cache", lambda: cache)
+    for module in (dispatch, cpu):
+        monkeypatch.setattr(module, "measured", measured)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(96, 64), nn.Linear(64, 96))
+    with torch.no_grad():
+        for linear in model:
+            linear.weight.masked_fill_(torch.rand_like(linear.weight) < 0.7, 0.0)
+    lower_model(model, tokens=(1,))
+    assert asked == {cache == 1 << 10}
+
+
+def test_a_cold_record_serves_a_call_that_measures_nothing() -> None:
+    layer = SparseLinear(pack(torch.randn(8, 64)))
+    if layer.kernels is None:
+        pytest.skip("no compiler")
+    key = dispatch.tune_key(layer.packed, layer.layer, layer.kernels.variant, 16, torch.get_num_threads(), False)
+    tune.remember(key, {"seconds": {"gemv/64": 1.0, "stream/64": 2.0}, "steady": True})
+    tune.remember(tune.cold_key(key), {"seconds": {"gemv/64": 2.0, "stream/64": 1.0}, "steady": True})
+    assert (layer.choice(16).kernel, layer.choice(16).measured) == ("stream", 1.0)

@@ -164,7 +164,7 @@ def test_a_whole_model_slower_than_dense_comes_back_as_it_was(name: str, monkeyp
     from sparsify.lowering.cpu import lower as cpu
     from sparsify.lowering.cpu import whole_model
 
-    def measured(key: str, calls: dict[str, Any], budget: float = 0.25) -> Timing:
+    def measured(key: str, calls: dict[str, Any], budget: float = 0.25, cold: bool = False) -> Timing:
         return Timing({n: 4.0 if n in ("torch", "onednn", "apart") else 1.0 for n in calls}, True)
 
     def time_in_turn(calls: dict[str, Any], budget: float) -> Timing:

@@ -363,7 +363,7 @@ def fast(monkeypatch: pytest.MonkeyPatch, **seconds: float) -> None:
         pytest.skip(str(error))
     times = {"torch": 2.0, "onednn": 3.0, "apart": 2.0, **seconds}
 
-    def measured(key: str, calls: Any, budget: float = 0.25) -> Timing:
+    def measured(key: str, calls: Any, budget: float = 0.25, cold: bool = False) -> Timing:
         return Timing({name: times.get(name, 1.0) for name in calls}, True)
 
     for module in (dispatch, cpu, fuse_cpu):

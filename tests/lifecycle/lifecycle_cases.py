@@ -22,11 +22,12 @@ from write_a_method import DoRA
 
 @dataclass(frozen=True)
 class Case:
-    """A rule; why PEFT cannot hold it (a pattern), or "" where the export is exact; the module that registers it."""
+    """A rule; why PEFT cannot hold it (a pattern), or "" where the export is exact; the module that registers it; the model's family."""
 
     rule: Any
     refusal: str = ""
     module: str = ""
+    family: str = "Llama"
 
 
 METHODS = {
@@ -35,18 +36,28 @@ METHODS = {
     "RoSA": Case(RoSA(rank=2, density=0.03, mask="random"), "has a sparse part of"),
     "LoRA": Case(LoRA(rank=2)),
     "DoRA": Case(DoRA(rank=2), module="write_a_method"),
+    "S2FT of experts": Case(S2FT(structure="ffn", units=3), "has trained columns of packed experts", family="Mixtral"),
+    "RoSA of experts": Case(
+        RoSA(rank=2, density=0.03, mask="random", match="*.experts.*"), "sparse part", family="Mixtral"
+    ),
 }
 
 
 @functools.cache
-def base() -> nn.Module:
-    """The model that every host was compiled from, one block of a Llama; never write to it."""
-    return tiny.perturb(tiny.llama(num_hidden_layers=1))
+def family(name: str) -> nn.Module:
+    if name == "Llama":
+        return tiny.perturb(tiny.llama(num_hidden_layers=1))
+    return tiny.build(name)
+
+
+def base(name: str) -> nn.Module:
+    """The model that a method's hosts were compiled from, one block of a Llama or a small one with packed experts; never write to it."""
+    return family(METHODS[name].family)
 
 
 @functools.cache
 def shared(name: str) -> nn.Module:
-    return sparsify.compile(base(), Plan([METHODS[name].rule]), progress=False)
+    return sparsify.compile(base(name), Plan([METHODS[name].rule]), progress=False)
 
 
 def compiled(name: str, seed: int | None = None) -> Any:
@@ -71,8 +82,8 @@ def weights(host: Any) -> dict[str, Tensor]:
     return {n: t.detach().clone() for n, t in host.sparsify.plain().state_dict().items()}
 
 
-def with_weights(state: dict[str, Tensor]) -> nn.Module:
-    plain = copy.deepcopy(base())
+def with_weights(name: str, state: dict[str, Tensor]) -> nn.Module:
+    plain = copy.deepcopy(base(name))
     plain.load_state_dict(state)
     return plain
 

@@ -35,10 +35,10 @@ ONE = [name if name == "DoRA" else pytest.param(name, marks=pytest.mark.slow) fo
 
 def test_compile_keeps_the_function_and_trains_only_the_parts(name):
     host = compiled(name)
-    torch.testing.assert_close(output(host), output(base()), **CLOSE)
+    torch.testing.assert_close(output(host), output(base(name)), **CLOSE)
     assert set(trained(host)) == {n for part in host.sparsify.program.parts for n in part.trained_names()}
-    assert type(host) is type(base())
-    tiny.assert_same(weights(host), base().state_dict())
+    assert type(host) is type(base(name))
+    tiny.assert_same(weights(host), base(name).state_dict())
 
 
 def test_the_plan_goes_through_json(name):
@@ -48,7 +48,7 @@ def test_the_plan_goes_through_json(name):
 
 def test_every_pass_keeps_the_function_and_the_grammar(name):
     """The graph of each stage against the captured one, and the last one once more after a wrong edit."""
-    host = sparsify.compile(base(), Plan([METHODS[name].rule], check="numeric"), progress=False)
+    host = sparsify.compile(base(name), Plan([METHODS[name].rule], check="numeric"), progress=False)
     program = host.sparsify.program
     torch.testing.assert_close(
         tiny.output_of(program.run_example()), tiny.output_of(host(*program.example[0], **program.example[1])), **CLOSE
@@ -108,7 +108,7 @@ def test_a_fresh_process_loads_every_method(tmp_path):
 def test_a_server_without_the_part_computes_the_same(name, tmp_path):
     host = compiled(name, seed=3)
     host.sparsify.save_adapter(tmp_path)
-    torch.testing.assert_close(output(sparsify.load(base(), tmp_path)), output(host), **CLOSE)
+    torch.testing.assert_close(output(sparsify.load(base(name), tmp_path)), output(host), **CLOSE)
 
 
 def test_switching_is_exact_both_ways(name):
@@ -126,9 +126,9 @@ def test_a_mix_is_the_weighted_sum_of_the_weights_changes(name, tmp_path):
     other.sparsify.save_adapter(tmp_path)
     host.sparsify.load_adapter(tmp_path, "b")
     host.sparsify.set_adapter({"default": 0.75, "b": -0.5})
-    start = base().state_dict()
+    start = base(name).state_dict()
     mixed = {n: t + 0.75 * (first[n] - t) - 0.5 * (second[n] - t) for n, t in start.items()}
-    torch.testing.assert_close(output(host), output(with_weights(mixed)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output(host), output(with_weights(name, mixed)), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(weights(host), mixed, rtol=1e-4, atol=1e-5)
     host.sparsify.set_adapter("default")
     tiny.assert_same(weights(host), first)
@@ -151,16 +151,16 @@ def test_restore_is_the_base_bit_for_bit(name):
     host = compiled(name, seed=3)
     host.sparsify.merge()
     host.sparsify.restore()
-    tiny.assert_same(host.state_dict(), base().state_dict())
-    assert [type(m) for m in host.modules()] == [type(m) for m in base().modules()]
+    tiny.assert_same(host.state_dict(), base(name).state_dict())
+    assert [type(m) for m in host.modules()] == [type(m) for m in base(name).modules()]
 
 
 def test_a_plain_copy_holds_what_trained(name):
     host = compiled(name, seed=3)
     plain = host.sparsify.plain()
-    assert [type(m) for m in plain.modules()] == [type(m) for m in base().modules()]
+    assert [type(m) for m in plain.modules()] == [type(m) for m in base(name).modules()]
     torch.testing.assert_close(output(plain), output(host), **CLOSE)
-    assert float((output(plain) - output(base())).abs().max()) > 1e-3
+    assert float((output(plain) - output(base(name))).abs().max()) > 1e-3
 
 
 def test_export_for_peft_is_exact_or_refused_with_a_reason(name, tmp_path):
@@ -170,7 +170,7 @@ def test_export_for_peft_is_exact_or_refused_with_a_reason(name, tmp_path):
             host.sparsify.export_lora(tmp_path)
         return
     host.sparsify.export_lora(tmp_path)
-    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base()), tmp_path).eval()
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base(name)), tmp_path).eval()
     torch.testing.assert_close(output(theirs), output(host), **CLOSE)
     torch.testing.assert_close(output(theirs.merge_and_unload()), output(host), **CLOSE)
 
@@ -180,8 +180,8 @@ def test_state_dicts_go_round(name):
     other.load_state_dict(host.state_dict())
     assert torch.equal(output(other), output(host))
     state = host.sparsify.original_state_dict()
-    assert list(state) == list(base().state_dict())
-    torch.testing.assert_close(output(with_weights(state)), output(host), **CLOSE)
+    assert list(state) == list(base(name).state_dict())
+    torch.testing.assert_close(output(with_weights(name, state)), output(host), **CLOSE)
 
 
 def test_a_merged_host_loads_the_state_of_another(name):

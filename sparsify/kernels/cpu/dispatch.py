@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,6 +29,7 @@ from sparsify.kernels.cpu.codegen import BF16_KERNELS, ISAS, LANES, VECTORS, Isa
 from sparsify.kernels.cpu.formats import BLOCK, Bitmask
 from sparsify.kernels.cpu.tune import (
     TUNE_VERSION,
+    cold_key,
     cpu_name,
     credible,
     measured,
@@ -350,11 +350,13 @@ def choose(
     tokens: int,
     vnni: bool,
     measure: bool,
-    dense: Callable[[int], Mapping[str, Callable[[], Any]]] | None = None,
+    dense: Callable[[int], Mapping[str, Callable[[], object]]] | None = None,
+    cold: bool = False,
 ) -> Choice:
     """The kernel for `tokens` tokens: by an earlier or a new measurement, or by the cost model without `measure`.
 
     dense: number of tokens → dense products of the same weight by name; they are measured in turn with the kernels.
+    cold: measure with weights that come from memory, as those of a large model do. Earlier measurements serve either way, cold ones first.
     """
     isa, threads, size = kernels.variant.isa, torch.get_num_threads(), bucket(tokens)
     options = candidates(isa, packed.value, size, vnni)
@@ -371,14 +373,17 @@ def choose(
         }
         if dense is not None:
             calls.update(dense(size))
-        timing = measured(keys[0], calls)
+        timing = measured(keys[0], calls, cold=cold)
     else:
-        timing = next((found for found in map(recorded, keys) if found is not None), None)
+        names = [name for key in keys for name in (cold_key(key), key)]
+        timing = next((found for found in map(recorded, names) if found is not None), None)
     known = [o for o in options if timing is not None and option_name(o) in timing.seconds]
     if timing is None or not known:
         return Choice(best[0], best[1], costs[best])
     best = min(known, key=lambda option: timing.seconds[option_name(option)])
-    if not measure and recorded(keys[0]) is None:  # these seconds are of another number of tokens
+    if (
+        not measure and recorded(cold_key(keys[0])) is None and recorded(keys[0]) is None
+    ):  # these seconds are of another number of tokens
         return Choice(best[0], best[1], costs[best])
     others = {name: s for name, s in timing.seconds.items() if name not in map(option_name, options)}
     return Choice(best[0], best[1], costs[best], timing.seconds[option_name(best)], others, timing.steady)

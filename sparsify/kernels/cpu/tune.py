@@ -4,6 +4,9 @@ A timing is the smallest of several rounds in which all contestants take turns, 
 alike. It is steady when each contestant came near its smallest time twice and the thread was hardly ever without a
 processor; an unsteady one is kept, but measured again by the next process. A steady one that was made under load shows when
 a contestant is faster today: then all are measured again.
+
+The weights of a model that is larger than the caches come from memory in every call, however small one of its layers is. Its
+layers are therefore timed cold: before each call the caches are filled with something else.
 """
 
 from __future__ import annotations
@@ -17,12 +20,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
+
+import torch
 
 from sparsify.kernels.cache import folder, read, write
 
 TUNE_VERSION = 4
 LARGEST_TABLE = 16 << 20  # bytes
+DEFAULT_CACHE = 32 << 20  # bytes of a last-level cache that does not say its size
+LARGEST_CACHE = 512 << 20
 LONGEST = 1e5  # seconds of anything that was measured
 AGREEMENT = 1.1  # two rounds within this ratio make a smallest time steady
 PRESENCE = 0.8  # share of the time that the measuring thread must have had a processor
@@ -30,7 +37,7 @@ SHORTEST = 1e-9  # seconds that a measured call is taken to last at least: clock
 COARSE = 1e-5  # a thread's clock with longer steps says nothing about one call
 IMPROVEMENT = 0.8  # a contestant that takes less than this share of its recorded time was recorded under load
 tune_lock = threading.Lock()
-tuned: dict[str, Any] | None = None
+tuned: dict[str, object] | None = None
 checked: set[str] = set()
 
 
@@ -58,7 +65,7 @@ def tune_path() -> Path:
     return folder() / "tune.json"
 
 
-def table_in(path: Path) -> dict[str, Any]:
+def table_in(path: Path) -> dict[str, object]:
     """The JSON object in a file of ours; empty where it is missing, damaged, or not ours alone."""
     try:
         found = json.loads(read(path, LARGEST_TABLE) or b"{}")
@@ -67,7 +74,7 @@ def table_in(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def tuning() -> dict[str, Any]:
+def tuning() -> dict[str, object]:
     """Everything measured on this machine so far; read from disk once per process."""
     global tuned
     with tune_lock:
@@ -79,7 +86,7 @@ def tuning() -> dict[str, Any]:
         return tuned
 
 
-def remember(key: str, value: Any) -> None:
+def remember(key: str, value: object) -> None:
     """Keep a measurement; written atomically, merged with what other processes wrote meanwhile. Best effort."""
     table = tuning()
     with tune_lock:
@@ -103,21 +110,30 @@ def recorded(key: str) -> Timing | None:
     return Timing(dict(seconds), stored.get("steady") is True)
 
 
-def credible(value: Any, largest: float) -> bool:
+def credible(value: object, largest: float) -> TypeGuard[float]:
     """Whether a stored value is a positive number that a measurement can have given."""
     return isinstance(value, float) and math.isfinite(value) and 0 < value <= largest
 
 
-def measured(key: str, calls: Mapping[str, Callable[[], Any]], budget: float = 0.25) -> Timing:
-    """The timing of `calls`: the recorded one if it can be trusted, else a new one, which is recorded."""
+def cold_key(key: str) -> str:
+    """The name of the same measurement with cold weights."""
+    return f"{key}/cold"
+
+
+def measured(key: str, calls: Mapping[str, Callable[[], object]], budget: float = 0.25, cold: bool = False) -> Timing:
+    """The timing of `calls`: the recorded one if it can be trusted, else a new one, which is recorded.
+
+    cold: nothing that a call reads lies in a cache when it begins.
+    """
+    key, before = (cold_key(key), empty_caches) if cold else (key, None)
     found = recorded(key)
     if found is not None and set(calls) <= set(found.seconds):
         if key in checked:
             return found
-        if found.steady and not improved(found, calls):
+        if found.steady and not improved(found, calls, before):
             checked.add(key)
             return found
-    timing = time_in_turn(calls, budget)
+    timing = time_in_turn(calls, budget, before)
     if found is not None and not timing.steady:  # two noisy records: the smaller times are nearer to the truth
         both = {name: min(s, found.seconds.get(name, s)) for name, s in timing.seconds.items()}
         timing = Timing(both, False)
@@ -126,24 +142,38 @@ def measured(key: str, calls: Mapping[str, Callable[[], Any]], budget: float = 0
     return timing
 
 
-def improved(found: Timing, calls: Mapping[str, Callable[[], Any]]) -> bool:
+def improved(
+    found: Timing, calls: Mapping[str, Callable[[], object]], before: Callable[[], None] | None = None
+) -> bool:
     """Whether any contestant is now so much faster than recorded that the record was made under load."""
     for name, call in calls.items():
         call()
-        if min(seconds_of(call) for _ in range(3)) < IMPROVEMENT * found.seconds[name]:
+        if min(seconds_after(before, call) for _ in range(3)) < IMPROVEMENT * found.seconds[name]:
             return True
     return False
 
 
-def time_in_turn(calls: Mapping[str, Callable[[], Any]], budget: float = 0.25) -> Timing:
-    """Smallest seconds of each call; the calls take turns for about `budget` seconds, up to four times that if unsteady."""
+def seconds_after(before: Callable[[], None] | None, call: Callable[[], object]) -> float:
+    """Seconds of a call, not of what is done before it."""
+    if before is not None:
+        before()
+    return seconds_of(call)
+
+
+def time_in_turn(
+    calls: Mapping[str, Callable[[], object]], budget: float = 0.25, before: Callable[[], None] | None = None
+) -> Timing:
+    """Smallest seconds of each call; the calls take turns for about `budget` seconds, up to four times that if unsteady.
+
+    before: done before every call, and not counted (`empty_caches`).
+    """
     samples = {name: [seconds_of(call)] for name, call in calls.items()}  # the first call also warms what it touches
     for call_samples, call in zip(samples.values(), calls.values(), strict=True):
-        call_samples[0] = min(call_samples[0], seconds_of(call))
+        call_samples[0] = min(call_samples[0], seconds_of(call)) if before is None else seconds_after(before, call)
     start, own, rounds = time.perf_counter(), time.thread_time(), 0
     while True:
         for name, call in calls.items():
-            samples[name].append(seconds_of(call))
+            samples[name].append(seconds_after(before, call))
         rounds += 1
         spent = time.perf_counter() - start
         steady = all(sorted(s)[1] <= AGREEMENT * min(s) for s in samples.values())
@@ -155,7 +185,7 @@ def time_in_turn(calls: Mapping[str, Callable[[], Any]], budget: float = 0.25) -
             return Timing({name: min(s) for name, s in samples.items()}, steady)
 
 
-def seconds_of(call: Callable[[], Any]) -> float:
+def seconds_of(call: Callable[[], object]) -> float:
     """Wall seconds of a call, without those in which the calling thread had to wait for a processor; never 0."""
     start, own = time.perf_counter(), time.thread_time()
     call()
@@ -175,3 +205,28 @@ def thread_clock_step() -> float:
             steps.append(now - last)
             last = now
     return min(steps, default=math.inf)
+
+
+@lru_cache(maxsize=1)
+def last_level_cache() -> int:
+    """Bytes of the largest cache that a core of this machine reads through; 32 MiB where the system does not say."""
+    sizes = [0]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        try:
+            text = path.read_text(encoding="ascii", errors="replace").strip().upper()
+            sizes.append(int(text.rstrip("KMG")) << {"K": 10, "M": 20, "G": 30}.get(text[-1:], 0))
+        except (OSError, ValueError):
+            continue
+    largest = max(sizes)
+    return min(largest, LARGEST_CACHE) if largest > 0 else DEFAULT_CACHE
+
+
+@lru_cache(maxsize=1)
+def other_data() -> torch.Tensor:
+    """Twice what fits into the last-level cache; kept for as long as the process measures."""
+    return torch.ones(2 * last_level_cache() // 4)
+
+
+def empty_caches() -> None:
+    """Read so much else that nothing of what a call will read lies in a cache of this machine's."""
+    other_data().sum()

@@ -32,10 +32,11 @@ SLACK = 1.05  # smallest times of equally fast products differ by this much from
 
 @dataclass(frozen=True)
 class Counted:
-    """The numbers of tokens to measure, and whether to join without asking whether it is faster (`small`)."""
+    """The numbers of tokens to measure, whether to join without asking whether it is faster (`small`), and with `cold` weights."""
 
     tokens: Sequence[int]
     small: bool
+    cold: bool = False
 
     def compare(
         self, key: str, width: int, linear: SparseLinear, fused: Product, apart: Product
@@ -43,13 +44,14 @@ class Counted:
         """Both ways in turn at every number of tokens: (timings, why not to fuse, or nothing)."""
         seconds: dict[int, tuple[str, float, float, float]] = {}
         for count in self.tokens:
-            choice = linear.choice(count, measure=True)
+            choice = linear.choice(count, measure=True, cold=self.cold)
             x = torch.randn(bucket(count), width, dtype=linear.dtype)
             with torch.inference_mode():
                 digest = source_digest(Variant(isa=best_isa(), value=linear.packed.value))
                 machine = f"{cpu_name()}/{digest}/{torch.get_num_threads()}"
                 name = f"fused/{TUNE_VERSION}/{machine}/{key}/{bucket(count)}"
-                found = measured(name, {"fused": lambda x=x: fused(x), "apart": lambda x=x: apart(x)}).seconds
+                calls = {"fused": lambda x=x: fused(x), "apart": lambda x=x: apart(x)}
+                found = measured(name, calls, cold=self.cold).seconds
             seconds[bucket(count)] = (choice.kernel, choice.predicted, found["fused"], found["apart"])
         slower = {count: times[2] / times[3] for count, times in seconds.items() if times[2] > SLACK * times[3]}
         if not slower or self.small:

@@ -29,7 +29,7 @@ from sparsify.kernels.cpu import operator as packed_operator
 from sparsify.kernels.cpu.build import BuildError
 from sparsify.kernels.cpu.dispatch import activations, best_isa, bucket, kernels_for, predict_dense
 from sparsify.kernels.cpu.formats import Bitmask, FormatError, pack, pack_int8, quantize_int8
-from sparsify.kernels.cpu.tune import TUNE_VERSION, Timing, cpu_name, measured
+from sparsify.kernels.cpu.tune import TUNE_VERSION, Timing, cpu_name, last_level_cache, measured
 from sparsify.kernels.fallback import note, switched_on
 from sparsify.lowering.cpu.fuse import Counted, absorb_activation, join_gated
 from sparsify.lowering.cpu.options import DEFAULT_TOKENS
@@ -39,8 +39,10 @@ from sparsify.lowering.cpu.whole_model import WholeModel, example_tokens, time_w
 from sparsify.lowering.driver import Decision, Quantize, lower
 from sparsify.lowering.fuse_linears import FusedActivation, GatedProduct
 from sparsify.lowering.restore import plain_linear
-from sparsify.lowering.target import Fusion, Joined, Layer, Outcome, Seconds
+from sparsify.lowering.target import Fusion, Joined, Layer, Outcome, Seconds, reasons, rows
+from sparsify.model.linears import is_plain_linear
 from sparsify.program import Program
+from sparsify.program.repeats import Line
 
 SLACK = 1.05  # smallest times of equally fast products differ by this much from run to run
 WORTH = 0.95  # a blocked dense weight must take less than this share of torch's time
@@ -66,8 +68,18 @@ class LoweredLinear:
     def __str__(self) -> str:
         rows, cols = self.shape
         how = "dense, blocked" if self.value == "dense" else f"{self.sparsity:.1%} sparse, bitmask {self.value}"
-        noise = "" if self.steady else " (unsteady: measured on a busy machine)"
-        return f"{self.name}: {rows} × {cols}, {how}: {timings_text(self.seconds)}{noise}"
+        return f"{self.name}: {rows} × {cols}, {how}: {self.timings}"
+
+    @property
+    def timings(self) -> str:
+        return timings_text(self.seconds) + ("" if self.steady else " (unsteady: measured on a busy machine)")
+
+    def line(self) -> Line:
+        """What `str` says, in a form that equal layers share: sparsity to the percent, it and the timings as the layer's own."""
+        start = f"{self.name}: {self.shape[0]} × {self.shape[1]}, "
+        if self.value == "dense":
+            return Line.about(self.name, f"{start}dense, blocked: ", self.timings)
+        return Line.about(self.name, start, f"{self.sparsity:.0%}", f" sparse, bitmask {self.value}: ", self.timings)
 
 
 def timings_text(seconds: Seconds) -> str:
@@ -99,17 +111,21 @@ class CpuReport:
     not_fused: tuple[Refusal, ...] = ()
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, *, fold: bool = True) -> str:
+        """The report as text. fold: equal layers as one line and "× 30", with what differs between them below it."""
         blocked = f" ({len(self.prepacked)} of them in oneDNN's layout)" if self.prepacked else ""
         left = f"{len(self.refusals)} left dense{blocked}"
         lines = [f"cpu lowering on {self.machine}: {len(self.lowered)} linears packed, {left}"]
         saved = self.bytes_before / max(1, self.bytes_after)
         lines.append(f"memory     {self.bytes_before / 2**20:.1f} → {self.bytes_after / 2**20:.1f} MiB ({saved:.2f} ×)")
         lines += [f"whole      {self.whole}"] if self.whole is not None else []
-        lines += [f"packed     {entry}" for entry in self.lowered]
-        lines += [f"fused      {fusion}" for fusion in self.fusions]
-        lines += [f"not fused  {refusal}" for refusal in self.not_fused]
-        lines += [f"dense      {refusal}" for refusal in self.refusals]
-        lines += [f"blocked    {entry}" for entry in self.prepacked]
+        lines += rows("packed", [entry.line() if fold else str(entry) for entry in self.lowered], fold)
+        lines += rows("fused", [fusion.line() for fusion in self.fusions], fold)
+        lines += rows("not fused", reasons(self.not_fused), fold)
+        lines += rows("dense", reasons(self.refusals), fold)
+        lines += rows("blocked", [entry.line() if fold else str(entry) for entry in self.prepacked], fold)
         lines += [f"note       {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -140,13 +156,13 @@ class DenseProducts:
             calls["onednn"] = lambda: prepacked_product(x, self.blocked, None)
         return calls
 
-    def timing(self, tokens: int) -> Timing:
-        """Both products alone, for a weight that is not packed."""
+    def timing(self, tokens: int, cold: bool = False) -> Timing:
+        """Both products alone, for a weight that is not packed. cold: the weight comes from memory."""
         rows, cols = self.weight.shape
         layout = "" if self.weight.is_contiguous() else "/transposed"
         shape = f"{rows}x{cols}/{self.weight.dtype}{layout}"
         key = f"dense/{TUNE_VERSION}/{cpu_name()}/{torch.get_num_threads()}/{shape}/{tokens}"
-        return measured(key, self(tokens))
+        return measured(key, self(tokens), cold=cold)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +171,8 @@ class CpuTarget:
 
     group: columns that share a scale in int8 (0: a row). int8_activations, mode, tied: see `CpuOptions`. tokens: numbers of tokens to
     measure; None: the usual ones, and those of the example. example: linear → numbers of tokens that it sees on the user's example.
-    timed: time the whole model on that example.
+    timed: time the whole model on that example. cold: the model's weights do not fit into the caches, so every layer is timed with
+    weights that come from memory.
     """
 
     group: int = 0
@@ -165,6 +182,7 @@ class CpuTarget:
     tied: Literal["skip", "copy"] = "skip"
     example: Mapping[str, Sequence[int]] = field(default_factory=dict)
     timed: bool = False
+    cold: bool = False
 
     name = "cpu"
 
@@ -208,7 +226,7 @@ class CpuTarget:
         blocked: dict[int, float] = {}
         steady = True
         for count in self.asked(layer.name):
-            choice = sparse.choice(count, measure=True, dense=dense)
+            choice = sparse.choice(count, measure=True, dense=dense, cold=self.cold)
             spent = choice.measured if choice.measured is not None else choice.predicted
             seconds[bucket(count)] = (choice.kernel, choice.predicted, spent, choice.dense["torch"])
             blocked[bucket(count)] = choice.dense.get("onednn", choice.dense["torch"])
@@ -237,7 +255,7 @@ class CpuTarget:
         weight = layer.weight
         if self.small or not can_prepack(weight):
             return Outcome(None, None, refusal)
-        timings = {bucket(count): dense.timing(bucket(count)) for count in self.asked(layer.name)}
+        timings = {bucket(count): dense.timing(bucket(count), self.cold) for count in self.asked(layer.name)}
         ratios = [t.seconds["onednn"] / t.seconds["torch"] for t in timings.values()]
         if max(ratios) > SLACK or mean_ratio(ratios) > WORTH:
             return Outcome(None, None, refusal)
@@ -255,10 +273,10 @@ class CpuTarget:
         return type(module) is SparseLinear and module.activation == "none"
 
     def join(self, found: GatedProduct, linears: Sequence[SparseLinear]) -> Joined | str:
-        return join_gated(found, linears, Counted(self.asked(None), self.small))
+        return join_gated(found, linears, Counted(self.asked(None), self.small, self.cold))
 
     def absorb(self, found: FusedActivation, linear: SparseLinear) -> Joined | str:
-        return absorb_activation(found, linear, Counted(self.asked(None), self.small))
+        return absorb_activation(found, linear, Counted(self.asked(None), self.small, self.cold))
 
     def compare(self, lowered: Callable[[], nn.Module], dense: nn.Module, program: Program) -> WholeModel | None:
         return time_whole_model(lowered, dense, program) if self.timed and not self.small else None
@@ -313,11 +331,19 @@ class Settings(TypedDict, total=False):
     tied: Literal["skip", "copy"]
 
 
-def cpu_target(program: Program | None, *, compare: bool = False, **options: Unpack[Settings]) -> CpuTarget:
-    """The target of a program. compare: its example is the user's; options: fields of `CpuTarget`."""
+def exceeds_caches(host: nn.Module) -> bool:
+    """Whether the weights of a model's linears are more than the last-level cache holds: each call then reads them from memory."""
+    weights = {id(w): w for w in (m.get_parameter("weight") for m in host.modules() if is_plain_linear(m))}
+    return sum(weight.nbytes for weight in weights.values() if weight.device.type == "cpu") > last_level_cache()
+
+
+def cpu_target(
+    program: Program | None, *, compare: bool = False, cold: bool = False, **options: Unpack[Settings]
+) -> CpuTarget:
+    """The target of a program. compare: its example is the user's; cold, options: fields of `CpuTarget`."""
     given = options.get("tokens") is not None
     example = example_tokens(program) if program is not None and compare and not given else {}
-    return CpuTarget(example=example, timed=compare, **options)
+    return CpuTarget(example=example, timed=compare, cold=cold, **options)
 
 
 def make_report(host: nn.Module, decision: Decision, bytes_before: int) -> CpuReport:
@@ -340,12 +366,12 @@ def make_report(host: nn.Module, decision: Decision, bytes_before: int) -> CpuRe
 
 def lower_program(
     host: nn.Module, program: Program | None, *, names: Sequence[str] | None = None, quantize: Quantize = None,
-    check: bool = False, compare: bool = False, **options: Unpack[Settings],
+    check: bool = False, compare: bool = False, progress: bool = False, **options: Unpack[Settings],
 ) -> tuple[CpuReport, Program | None]:  # fmt: skip
     """Lower `host`, in place, and `program`, into a new one; see `driver.lower`. options: see `lower_model`."""
     before = packed_operator.module_bytes(host)
-    target = cpu_target(program, compare=compare, **options)
-    decision, lowered = lower(host, program, target, names=names, quantize=quantize, check=check)
+    target = cpu_target(program, compare=compare, cold=exceeds_caches(host), **options)
+    decision, lowered = lower(host, program, target, names=names, quantize=quantize, check=check, progress=progress)
     return make_report(host, decision, before), lowered
 
 

@@ -129,17 +129,18 @@ class SparseLinear(KernelModule):
         tokens: int,
         measure: bool = False,
         dense: Callable[[int], Mapping[str, Callable[[], object]]] | None = None,
+        cold: bool = False,
     ) -> Choice:
         """Kernel for a number of tokens; measured earlier, measured now (`measure`), or by the cost model.
 
-        dense: see `dispatch.choose`.
+        dense, cold: see `dispatch.choose`.
         """
         if self.kernels is None:
             raise BuildError("no kernels for this machine")
         key = (bucket(tokens), torch.get_num_threads())
         found = self.choices.get(key)
         if found is None or (measure and (found.measured is None or (dense is not None and not found.dense))):
-            found = choose(self.packed, self.kernels, self.layer, tokens, self.int8, measure, dense)
+            found = choose(self.packed, self.kernels, self.layer, tokens, self.int8, measure, dense, cold)
             self.choices[key] = found
         return found
 

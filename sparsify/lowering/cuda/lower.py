@@ -26,8 +26,9 @@ from sparsify.lowering.cuda.fuse import absorb_activation, join_gated
 from sparsify.lowering.cuda.gpu_linear import GpuSparseLinear, pack_smallest
 from sparsify.lowering.driver import Quantize, lower
 from sparsify.lowering.fuse_linears import FusedActivation, GatedProduct
-from sparsify.lowering.target import Fusion, Joined, Layer, Outcome
+from sparsify.lowering.target import Fusion, Joined, Layer, Outcome, reasons, rows
 from sparsify.program import Program
+from sparsify.program.repeats import Line
 
 WORTH = 0.9  # packed bytes over dense bytes from which on a layer stays dense
 
@@ -52,11 +53,15 @@ class GpuLowered:
         return self.bytes_before / max(1, self.bytes_after)
 
     def __str__(self) -> str:
-        rows, cols = self.shape
-        return (
-            f"{self.name}: {rows} × {cols}, {self.sparsity:.1%} sparse, {self.form} {self.value}: "
-            f"at most {self.predicted:.2f} × at one token (computed from bytes)"
-            + (f"; {self.many}" if self.many else "")
+        return str(self.line(digits=1))
+
+    def line(self, digits: int = 0) -> Line:
+        """What `str` says, in a form that equal layers share: sparsity and ceiling are the layer's own."""
+        start = f"{self.name}: {self.shape[0]} × {self.shape[1]}, "
+        end = " × at one token (computed from bytes)" + (f"; {self.many}" if self.many else "")
+        form = f" sparse, {self.form} {self.value}: at most "
+        return Line.about(
+            self.name, start, f"{self.sparsity:.{digits}%}", form, f"{self.predicted:.{1 + digits}f}", end
         )
 
 
@@ -74,13 +79,17 @@ class GpuReport:
     not_fused: tuple[Refusal, ...] = ()
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, *, fold: bool = True) -> str:
+        """The report as text. fold: equal layers as one line and "× 30", with what differs between them below it."""
         lines = [f"cuda lowering: {len(self.lowered)} linears packed, {len(self.refusals)} left dense"]
         saved = self.bytes_before / max(1, self.bytes_after)
         lines.append(f"memory     {self.bytes_before / 2**20:.1f} → {self.bytes_after / 2**20:.1f} MiB ({saved:.2f} ×)")
-        lines += [f"packed     {entry}" for entry in self.lowered]
-        lines += [f"fused      {fusion}" for fusion in self.fusions]
-        lines += [f"not fused  {refusal}" for refusal in self.not_fused]
-        lines += [f"dense      {refusal}" for refusal in self.refusals]
+        lines += rows("packed", [entry.line() if fold else str(entry) for entry in self.lowered], fold)
+        lines += rows("fused", [fusion.line() for fusion in self.fusions], fold)
+        lines += rows("not fused", reasons(self.not_fused), fold)
+        lines += rows("dense", reasons(self.refusals), fold)
         lines += [f"note       {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -150,10 +159,13 @@ def lower_program(
     names: Sequence[str] | None = None,
     quantize: Quantize = None,
     check: bool = False,
+    progress: bool = False,
 ) -> tuple[GpuReport, Program | None]:
     """Lower `host`, in place, and `program`, into a new one; see `driver.lower`."""
     before = module_bytes(host)
-    decision, lowered = lower(host, program, CudaTarget(), names=names, quantize=quantize, check=check)
+    decision, lowered = lower(
+        host, program, CudaTarget(), names=names, quantize=quantize, check=check, progress=progress
+    )
     after, apart = module_bytes(host), tuple(decision.not_fused)
     report = GpuReport(
         decision.packed, decision.refusals, before, after, notes(host), tuple(decision.fusions), not_fused=apart
