@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,18 +24,21 @@ from sparsify.demo.language_training import (
 from sparsify.plan import Rule
 from sparsify.train.squarehead import Distiller
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 TOKENS = (1, 32)
 """Tokens per call that kernels are chosen for: one when decoding, some tens for a prompt."""
 ASKED = "Explain in two sentences what a compiler does."
 
 
-def chat_prompt(tokenizer: Any) -> str:
+def chat_prompt(tokenizer: PreTrainedTokenizerBase) -> str:
     """The question as a chat, up to where the model's turn begins."""
     message = [{"role": "user", "content": ASKED}]
     return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
 
 
-def calibration(tokenizer: Any, blocks: int, seed: int) -> list[dict[str, Tensor]]:
+def calibration(tokenizer: PreTrainedTokenizerBase, blocks: int, seed: int) -> list[dict[str, Tensor]]:
     """Docstrings in blocks of 128 tokens, four a batch, and two batches of the task's training rows."""
     text = text_blocks(tokenizer, calibration_text(2000 * blocks), blocks, 128)
     batches = [{"input_ids": piece, "attention_mask": torch.ones_like(piece)} for piece in text.split(4)]
@@ -64,7 +67,9 @@ def lower(model: nn.Module, fast: bool) -> Any:
     )
 
 
-def recover(student: Any, teacher: nn.Module, tokenizer: Any, steps: int, batch: int, seed: int) -> None:
+def recover(
+    student: Any, teacher: nn.Module, tokenizer: PreTrainedTokenizerBase, steps: int, batch: int, seed: int
+) -> None:
     """Train what survived on the task's answers and, in turn, on docstrings, against the dense model's hidden states (SquareHead)."""
     distiller = Distiller(student, teacher, ce=0.0, sq=1.0)
     text = text_blocks(tokenizer, calibration_text(1000 * steps), 2 * steps, 96).split(4)
@@ -96,7 +101,7 @@ def recover(student: Any, teacher: nn.Module, tokenizer: Any, steps: int, batch:
 
 
 @torch.inference_mode()
-def decode(model: Any, tokenizer: Any, prompt: str, tokens: int) -> tuple[float, str]:
+def decode(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int) -> tuple[float, str]:
     """(tokens per second after the prompt, what was written): greedy, exactly `tokens` tokens, the faster of two rounds."""
     inputs = tokenizer(prompt, return_tensors="pt")
     length = inputs["input_ids"].shape[1]
@@ -111,7 +116,7 @@ def decode(model: Any, tokenizer: Any, prompt: str, tokens: int) -> tuple[float,
     run(2)  # warms up
     rounds = [(run(tokens + 1), run(1)) for _ in range(2)]
     seconds = min(long[0] - short[0] for long, short in rounds)
-    return tokens / max(seconds, 1e-9), tokenizer.decode(rounds[0][0][1], skip_special_tokens=True)
+    return tokens / max(seconds, 1e-9), str(tokenizer.decode(rounds[0][0][1], skip_special_tokens=True))
 
 
 def tensor_bytes(model: nn.Module) -> int:
@@ -122,7 +127,7 @@ def tensor_bytes(model: nn.Module) -> int:
 def measured(
     label: str,
     model: Any,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     tokens: int,
     judge: Callable[[Any], tuple[Score, float]] | None,

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -46,6 +46,9 @@ from sparsify.demo.language_training import Score, score, text_blocks, text_loss
 from sparsify.demo.methods import directory_bytes
 from sparsify.demo.pretrained import smollm2
 from sparsify.lowering.cpu.sparse_linear import SparseLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TUNING_SEED = 1000
 
@@ -85,7 +88,7 @@ class Bench:
     settings: LanguageSettings
     console: Console
     base: Any
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     held_out: dict[str, list[Row]]
     blocks: Tensor
 

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,14 @@ from tqdm.auto import tqdm
 
 from sparsify.demo.language_tasks import LanguageTask, Row
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 IGNORED = -100
 WINDOW = 4  # batches of like length are cut from that many batches' rows, so that little is spent on padding
 
 
-def encode(tokenizer: Any, rows: Sequence[Row]) -> tuple[dict[str, Any], Tensor]:
+def encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> tuple[dict[str, Any], Tensor]:
     """(model inputs, labels): prompt, answer and end, padded on the left, so that all answers end together.
 
     `logits_to_keep` asks the model for logits (B, L) of the longest answer only; labels (B, L) belong to the *next* token of
@@ -58,7 +61,7 @@ class Score:
 
 
 @torch.inference_mode()
-def score(model: nn.Module, tokenizer: Any, rows: Sequence[Row], batch: int = 16) -> Score:
+def score(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], batch: int = 16) -> Score:
     model.eval()
     right, loss, tokens = 0, 0.0, 0
     ordered = sorted(rows, key=lambda row: len(row[0]) + len(row[1]))
@@ -83,7 +86,7 @@ def text_loss(model: nn.Module, blocks: Tensor, batch: int = 4) -> float:
     return total / (blocks.shape[0] * (blocks.shape[1] - 1))
 
 
-def text_blocks(tokenizer: Any, text: str, count: int, length: int) -> Tensor:
+def text_blocks(tokenizer: PreTrainedTokenizerBase, text: str, count: int, length: int) -> Tensor:
     """`count` blocks (count, length) of tokens, spread evenly over the text."""
     pieces = []
     stride = len(text) // count
@@ -94,7 +97,7 @@ def text_blocks(tokenizer: Any, text: str, count: int, length: int) -> Tensor:
 
 
 @torch.inference_mode()
-def write(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int) -> list[str]:
+def write(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], tokens: int) -> list[str]:
     """What the model writes after each prompt, greedily, up to its own end."""
     model.eval()
     inputs = tokenizer(list(prompts), return_tensors="pt", padding=True)
@@ -125,7 +128,13 @@ def training_batches(task: LanguageTask, steps: int, batch: int, seed: int) -> l
 
 
 def train(
-    model: nn.Module, tokenizer: Any, batches: Sequence[Sequence[Row]], *, lr: float, name: str, seed: int = 0
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Sequence[Sequence[Row]],
+    *,
+    lr: float,
+    name: str,
+    seed: int = 0,
 ) -> Run:
     """AdamW on what requires a gradient: warm-up over a tenth, then linearly to zero, clipping at 1, no weight decay."""
     torch.manual_seed(seed)

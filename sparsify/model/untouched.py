@@ -25,8 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from sparsify.errors import CaptureError
 
 #: what may hold state of a forward, and what it held: its entries in order
-Container: TypeAlias = "dict[Any, object] |  list[object] | set[object] | deque[object]"
-Contents: TypeAlias = "dict[Any, object] |  list[object]"
+Container: TypeAlias = "dict[Any, object] | list[object] | set[object] | deque[object]"
+Contents: TypeAlias = "dict[Any, object] | list[object]"
 
 DEPTH = 4  # levels of containers that are looked into
 LARGEST = 10_000  # entries; larger containers are data, no state of a forward

@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 
 class AdaptedMixin(nn.Module if TYPE_CHECKING else object):
     """What all adapted linears share. `conv1d` says that the stored weight is `(in, out)`.
@@ -49,7 +52,7 @@ class AdaptedMixin(nn.Module if TYPE_CHECKING else object):
         shape = self.stored_shape()[-2:]
         return (shape[1], shape[0]) if self.conv1d else (shape[0], shape[1])
 
-    def logical(self, stored: Tensor) -> Tensor:
+    def logical(self, stored: Float[Tensor, "*experts p q"]) -> Float[Tensor, "*experts n m"]:
         """A view of a stored weight as `(out, in)`; of packed experts as `(experts, out, in)`."""
         return stored.mT if self.conv1d else stored
 
@@ -70,15 +73,15 @@ class AdaptedMixin(nn.Module if TYPE_CHECKING else object):
         """Leaves that the module has and the user's has not."""
         return (*self.trained_leaves, *self.part_buffers)
 
-    def dense(self) -> Tensor:
+    def dense(self) -> Float[Tensor, "*experts p q"]:
         """The stored weight, detached; of a packed base what it stands for, with its trained channels and entries."""
         return self.weight.detach()
 
-    def base_weight(self) -> Tensor:
+    def base_weight(self) -> Float[Tensor, "*experts p q"]:
         """A fresh copy of the stored weight, before `folded`."""
         return self.weight.detach().clone()
 
-    def folded(self, weight: Tensor) -> Tensor:
+    def folded(self, weight: Float[Tensor, "*experts p q"]) -> Float[Tensor, "*experts p q"]:
         """The weight that the module computes with, in stored layout, from the base's; may write into `weight` and return it."""
         return weight
 
@@ -216,7 +219,7 @@ def take_leaves(module: AdaptedMixin) -> dict[str, Tensor]:
     return found
 
 
-def effective_weight(module: AdaptedMixin) -> Tensor:
+def effective_weight(module: AdaptedMixin) -> Float[Tensor, "*experts p q"]:
     """A fresh tensor: the weight that an adapted module computes with, stored layout, all trained parts folded in."""
     return module.folded(module.base_weight()).detach()
 

@@ -241,7 +241,7 @@ def block_hash(block: Block, tensors: dict[str, str], describe: Describe) -> str
     inside = set(block.nodes)
     for node in block.nodes:
         form = argument_form(node, tensors, [block], {}, {})
-        literal = repr(pytree_map(form, lambda leaf: "·" if isinstance(leaf, Ref) else leaf))
+        literal = repr(pytree_map(form, lambda leaf: "·" if isinstance(leaf, Ref | Outside) else leaf))
         graph.add_node(node, label=ascii(f"{node.target} {relative(describe(node), [block])} {literal}"))
     for node in block.nodes:
         for slot, source in enumerate(node.all_input_nodes):

@@ -725,7 +725,7 @@ def sparse_for_tokens(short: Mapping[str, tuple[int, int]], layers: int) -> str:
     )
 
 
-def first_with_batches(batches: Sequence[Any]) -> int | None:
+def first_with_batches(batches: Sequence[Batch]) -> int | None:
     """The first rank that has calibration batches; None when none has."""
     counts = of_every_rank(len(batches))
     return next((number for number, count in enumerate(counts) if count), None)

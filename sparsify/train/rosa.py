@@ -32,6 +32,7 @@ from sparsify.passes.select_linears import gradient_supports
 from sparsify.train.rosa_trainer import restart_schedule
 
 if TYPE_CHECKING:
+    from jaxtyping import Int
     from torch.optim.lr_scheduler import LRScheduler
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -48,7 +49,7 @@ def collect_masks(
     optimizer: torch.optim.Optimizer | None = None,
     restart: bool = True,
     progress: bool = True,
-) -> dict[str, Tensor]:
+) -> dict[str, Int[Tensor, " k"]]:
     """Choose every open support from gradients at the model's *current* state, then restart from the base.
 
     batches: calibration batches with labels, or with `loss(outputs, batch)`. One dense gradient is alive at a time.
@@ -84,7 +85,7 @@ def collect_masks(
     return supports
 
 
-def to_original(handle: Handle, param: str, index: Tensor) -> Tensor:
+def to_original(handle: Handle, param: str, index: Int[Tensor, " k"]) -> Int[Tensor, " k"]:
     """Flat entries of a stored weight from current to original coordinates, sorted."""
     shape = handle.shapes()[param]
     places = list(torch.unravel_index(index.long(), shape))

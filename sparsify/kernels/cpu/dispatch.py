@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -351,7 +350,7 @@ def choose(
     tokens: int,
     vnni: bool,
     measure: bool,
-    dense: Callable[[int], Mapping[str, Callable[[], Any]]] | None = None,
+    dense: Callable[[int], Mapping[str, Callable[[], object]]] | None = None,
     cold: bool = False,
 ) -> Choice:
     """The kernel for `tokens` tokens: by an earlier or a new measurement, or by the cost model without `measure`.

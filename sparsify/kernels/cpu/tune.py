@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 import torch
 
@@ -37,7 +37,7 @@ SHORTEST = 1e-9  # seconds that a measured call is taken to last at least: clock
 COARSE = 1e-5  # a thread's clock with longer steps says nothing about one call
 IMPROVEMENT = 0.8  # a contestant that takes less than this share of its recorded time was recorded under load
 tune_lock = threading.Lock()
-tuned: dict[str, Any] | None = None
+tuned: dict[str, object] | None = None
 checked: set[str] = set()
 
 
@@ -65,7 +65,7 @@ def tune_path() -> Path:
     return folder() / "tune.json"
 
 
-def table_in(path: Path) -> dict[str, Any]:
+def table_in(path: Path) -> dict[str, object]:
     """The JSON object in a file of ours; empty where it is missing, damaged, or not ours alone."""
     try:
         found = json.loads(read(path, LARGEST_TABLE) or b"{}")
@@ -74,7 +74,7 @@ def table_in(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def tuning() -> dict[str, Any]:
+def tuning() -> dict[str, object]:
     """Everything measured on this machine so far; read from disk once per process."""
     global tuned
     with tune_lock:
@@ -86,7 +86,7 @@ def tuning() -> dict[str, Any]:
         return tuned
 
 
-def remember(key: str, value: Any) -> None:
+def remember(key: str, value: object) -> None:
     """Keep a measurement; written atomically, merged with what other processes wrote meanwhile. Best effort."""
     table = tuning()
     with tune_lock:
@@ -110,7 +110,7 @@ def recorded(key: str) -> Timing | None:
     return Timing(dict(seconds), stored.get("steady") is True)
 
 
-def credible(value: Any, largest: float) -> bool:
+def credible(value: object, largest: float) -> TypeGuard[float]:
     """Whether a stored value is a positive number that a measurement can have given."""
     return isinstance(value, float) and math.isfinite(value) and 0 < value <= largest
 
@@ -120,7 +120,7 @@ def cold_key(key: str) -> str:
     return f"{key}/cold"
 
 
-def measured(key: str, calls: Mapping[str, Callable[[], Any]], budget: float = 0.25, cold: bool = False) -> Timing:
+def measured(key: str, calls: Mapping[str, Callable[[], object]], budget: float = 0.25, cold: bool = False) -> Timing:
     """The timing of `calls`: the recorded one if it can be trusted, else a new one, which is recorded.
 
     cold: nothing that a call reads lies in a cache when it begins.
@@ -142,7 +142,9 @@ def measured(key: str, calls: Mapping[str, Callable[[], Any]], budget: float = 0
     return timing
 
 
-def improved(found: Timing, calls: Mapping[str, Callable[[], Any]], before: Callable[[], None] | None = None) -> bool:
+def improved(
+    found: Timing, calls: Mapping[str, Callable[[], object]], before: Callable[[], None] | None = None
+) -> bool:
     """Whether any contestant is now so much faster than recorded that the record was made under load."""
     for name, call in calls.items():
         call()
@@ -151,7 +153,7 @@ def improved(found: Timing, calls: Mapping[str, Callable[[], Any]], before: Call
     return False
 
 
-def seconds_after(before: Callable[[], None] | None, call: Callable[[], Any]) -> float:
+def seconds_after(before: Callable[[], None] | None, call: Callable[[], object]) -> float:
     """Seconds of a call, not of what is done before it."""
     if before is not None:
         before()
@@ -159,7 +161,7 @@ def seconds_after(before: Callable[[], None] | None, call: Callable[[], Any]) ->
 
 
 def time_in_turn(
-    calls: Mapping[str, Callable[[], Any]], budget: float = 0.25, before: Callable[[], None] | None = None
+    calls: Mapping[str, Callable[[], object]], budget: float = 0.25, before: Callable[[], None] | None = None
 ) -> Timing:
     """Smallest seconds of each call; the calls take turns for about `budget` seconds, up to four times that if unsteady.
 
@@ -183,7 +185,7 @@ def time_in_turn(
             return Timing({name: min(s) for name, s in samples.items()}, steady)
 
 
-def seconds_of(call: Callable[[], Any]) -> float:
+def seconds_of(call: Callable[[], object]) -> float:
     """Wall seconds of a call, without those in which the calling thread had to wait for a processor; never 0."""
     start, own = time.perf_counter(), time.thread_time()
     call()
