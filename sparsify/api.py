@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
-import torch
 from torch import nn
 
 from sparsify.calibration.statistics import repeatable
+from sparsify.console import stage
 from sparsify.errors import AdapterError, PlanError
 from sparsify.host.handle import Handle, Mix
 from sparsify.host.install import install
@@ -31,6 +31,10 @@ from sparsify.passes.train_in_full import trained_in_full
 from sparsify.plan import Plan, Rule
 from sparsify.program import Program, Stage
 from sparsify.program.capture import capture, unwrap
+
+if TYPE_CHECKING:
+    from sparsify.calibration.statistics import Loss
+    from sparsify.program.values import Batch
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -59,7 +63,7 @@ def up_to_selection(pipeline: Sequence[Pass] | None = None) -> tuple[Pass, ...]:
     return tuple(step for step in (PIPELINE if pipeline is None else pipeline) if step.writes <= Stage.SELECTED)
 
 
-def analyse(model: nn.Module, example: Any = None) -> Program:
+def analyse(model: nn.Module, example: Batch | None = None) -> Program:
     """Capture a model and find its coupled structures, without a plan and without changing anything."""
     program = capture(model, example)
     return replace(find_pass(program, Context(Plan([Rule()]))).program, stage=Stage.STRUCTURED)
@@ -69,9 +73,9 @@ def compile(
     model: Model,
     plan: Plan,
     *,
-    example: Any = None,
-    calibration: Iterable[Any] | None = None,
-    loss: Callable[[Any, Any], torch.Tensor] | None = None,
+    example: Batch | None = None,
+    calibration: Iterable[Batch] | None = None,
+    loss: Loss | None = None,
     donate: bool = False,
     progress: bool = True,
     resume_dir: str | Path | None = None,
@@ -115,7 +119,8 @@ def compile(
     if plan.for_inference:
         return compile_for_cuda(source, context, example, pipeline)  # type: ignore[return-value]
     source = write_out_experts(source, plan)
-    captured = with_bases(capture(source, example), bases)
+    with stage("tracing the model", progress):
+        captured = with_bases(capture(source, example), bases)
     return compile_for_training(captured, source, context, pipeline)  # type: ignore[return-value]
 
 
@@ -149,7 +154,7 @@ def load(
     name: str | None = None,
     active: bool | str | Mapping[str, float] | None = True,
     strict: bool = True,
-    example: Any = None,
+    example: Batch | None = None,
 ) -> Model:
     """A host that serves saved adapters and trains nothing: no plan is needed, and neither calibration nor a trace.
 
@@ -197,7 +202,7 @@ def load(
 def compile_for_cpu(
     source: nn.Module,
     context: Context,
-    example: Any,
+    example: Batch | None,
     options: CpuOptions,
     pipeline: Sequence[Pass] | None = None,
 ) -> nn.Module:
@@ -210,7 +215,7 @@ def compile_for_cpu(
 
 
 def compile_for_cuda(
-    source: nn.Module, context: Context, example: Any, pipeline: Sequence[Pass] | None = None
+    source: nn.Module, context: Context, example: Batch | None, pipeline: Sequence[Pass] | None = None
 ) -> nn.Module:
     """Prune if the plan says so, then replace linears by generated Triton kernels where they read fewer bytes."""
     from sparsify.lowering.cuda.lower import lower_program
@@ -221,13 +226,15 @@ def compile_for_cuda(
 def compile_for_inference(
     source: nn.Module,
     context: Context,
-    example: Any,
-    lower: Callable[..., Any],
+    example: Batch | None,
+    lower: Callable[..., tuple[object, Program | None]],
     pipeline: Sequence[Pass] | None = None,
 ) -> nn.Module:
     """Prune and quantise, put the result into a copy of the host, and lower it. lower: `lower_program` of a target."""
     plan = context.plan
-    program = run_passes(capture(source, example), up_to_selection(pipeline), context)
+    with stage("tracing the model", context.progress):
+        captured = capture(source, example)
+    program = run_passes(captured, up_to_selection(pipeline), context)
     wrong = {f for f in program.quantize.values() if f != "int8"}
     if wrong:
         raise PlanError(
@@ -240,8 +247,12 @@ def compile_for_inference(
     for parameter in host.parameters():
         parameter.requires_grad_(False)
     dense = program.replaced(host=host, tensors={}, quantize={})
-    report, lowered = lower(host, dense, quantize=quantize, check=plan.check == "numeric")
+    with stage(f"lowering for {plan.target}", context.progress):
+        report, lowered = lower(
+            host, dense, quantize=quantize, check=plan.check == "numeric", progress=context.progress
+        )
     flags = {name: p.requires_grad for name, p in source.named_parameters()}
+    assert lowered is not None  # it was given a program
     done = lowered.replaced(quantize=program.quantize)
     host.__dict__["sparsify"] = Handle(host, done, plan, layouts, (), flags, cpu=report)
     return host

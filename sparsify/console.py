@@ -6,6 +6,8 @@ r"""Text on its way to people: plain words where a console has no character, esc
 `@printable` gives a class this in `str()` and `repr()`, so that `print(model.sparsify.report)` works in a user's script whatever
 `sys.stdout` is. Files are written as UTF-8 and get the text in full: `in_full(report)`. A command of ours also calls `adapt_streams()`,
 which does the same for whatever else is printed (tables of rich, progress bars, help texts).
+
+`with stage("tracing the model", progress):` says on stderr what is being done when that takes longer than people wait in silence.
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ import contextlib
 import functools
 import re
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from html import escape
-from typing import Any, TypeVar
+from typing import TypeVar
 
 Class = TypeVar("Class", bound=type)
 
@@ -46,7 +50,45 @@ halves of surrogate pairs (as Python shows bytes of a file name that are not UTF
 SHOWS = "shows_on_every_console"
 """Attribute of the methods that `printable` made."""
 
+PATIENCE = 2.0
+"""Seconds after which a stage says what it is doing, and progress bars appear."""
+
 _in_full: ContextVar[bool] = ContextVar("sparsify_in_full", default=False)
+
+
+@contextlib.contextmanager
+def stage(what: str, progress: bool = True) -> Iterator[None]:
+    """Say `what` on stderr once the block has taken `PATIENCE` seconds, and at its end how long it took; nothing about a quick one.
+
+    Lines go between progress bars, not through them. progress: False says nothing.
+    """
+    if not progress:
+        yield
+        return
+    said = threading.Event()
+
+    def tell() -> None:
+        said.set()
+        between_bars(f"sparsify: {what} ...")
+
+    timer = threading.Timer(PATIENCE, tell)
+    timer.daemon = True
+    start = time.perf_counter()
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+    if said.is_set():
+        between_bars(f"sparsify: {what}: {time.perf_counter() - start:.1f} s")
+
+
+def between_bars(line: str) -> None:
+    """A line on stderr that leaves progress bars whole; a closed or full stderr stops nobody."""
+    from tqdm import tqdm
+
+    with contextlib.suppress(OSError, ValueError):
+        tqdm.write(line, file=sys.stderr)
 
 
 def escaped(character: str) -> str:
@@ -125,9 +167,9 @@ def printable(cls: Class) -> Class:
     return cls
 
 
-def _showing(written: Callable[[Any], str]) -> Callable[[Any], str]:
+def _showing(written: Callable[[object], str]) -> Callable[[object], str]:
     @functools.wraps(written)
-    def show(self: Any) -> str:
+    def show(self: object) -> str:
         return shown(written(self))
 
     setattr(show, SHOWS, True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +18,7 @@ from sparsify.model.module_tree import copy_module_tree
 from sparsify.program.permutation import Permutation
 from sparsify.program.structure import Site, Structure
 
-Example = tuple[tuple[Any, ...], dict[str, Any]]
+Example = tuple[tuple[object, ...], dict[str, object]]
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ def outputs(model: nn.Module, example: Example, state: Mapping[str, torch.Tensor
     return found
 
 
-def cast(value: Any, dtype: torch.dtype) -> Any:
+def cast(value: object, dtype: torch.dtype) -> object:
     return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 

@@ -27,7 +27,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +36,7 @@ from sparsify.errors import AdapterError, SparsifyError
 from sparsify.files import kinds, strict_json
 from sparsify.files.atomic import committing, shown
 from sparsify.files.atomic import write_bytes as write_atomic  # noqa: F401  (its former name)
-from sparsify.files.strict_json import short
+from sparsify.files.strict_json import Json, short
 from sparsify.files.tensors import TensorFile, write_tensors
 from sparsify.plan.installed import find
 
@@ -99,7 +98,7 @@ class Adapter:
 
     deltas: tuple[Delta, ...]
     bases: dict[str, str]
-    info: dict[str, Any] = field(default_factory=dict)
+    info: dict[str, Json] = field(default_factory=dict)
 
     def called(self, names: Mapping[str, str]) -> Adapter:
         """The same adapter with other names for some parameters."""
@@ -126,7 +125,18 @@ def tensor_hash(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def to_document(adapter: Adapter) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Document:
+    """What a file says of its adapter. whole: all of it, as it stands there; entries: one a delta, not checked yet."""
+
+    whole: dict[str, Json]
+    version: int
+    entries: list[dict[str, Json]]
+    bases: dict[str, str]
+    info: dict[str, Json]
+
+
+def to_document(adapter: Adapter) -> dict[str, object]:
     entries = [
         {
             "param": d.param,
@@ -189,10 +199,10 @@ def load(directory: str | os.PathLike[str]) -> Adapter:
     with TensorFile(file, AdapterError, check=False, keep_open=True) as opened:
         document = read_document(opened.metadata.get("sparsify"), file)
         deltas = tuple(read_deltas(document, opened))
-        opened.check_content(required=document["format_version"] > 1)
+        opened.check_content(required=document.version > 1)
     if file.name == TENSORS:
-        compare_readable(file.with_name(DOCUMENT), document)
-    return Adapter(deltas, dict(document["bases"]), dict(document.get("info") or {}))
+        compare_readable(file.with_name(DOCUMENT), document.whole)
+    return Adapter(deltas, document.bases, document.info)
 
 
 def is_file(path: Path) -> bool:
@@ -202,7 +212,7 @@ def is_file(path: Path) -> bool:
         return False
 
 
-def compare_readable(path: Path, document: dict[str, Any]) -> None:
+def compare_readable(path: Path, document: dict[str, Json]) -> None:
     """Warn when the readable copy says something else than the document that counts."""
     if not os.path.lexists(path):
         return
@@ -217,7 +227,7 @@ def compare_readable(path: Path, document: dict[str, Any]) -> None:
         )
 
 
-def read_document(text: str | None, file: Path) -> dict[str, Any]:
+def read_document(text: str | None, file: Path) -> Document:
     where = shown(file)
     if text is None:
         raise AdapterError(f"{where}: not written by sparsify (no 'sparsify' metadata)")
@@ -229,21 +239,21 @@ def read_document(text: str | None, file: Path) -> dict[str, Any]:
         raise AdapterError(
             f"{where}: format version {short(version)}; this sparsify reads versions 1 to {FORMAT_VERSION}; a newer one may read it"
         )
-    bases, entries = document.get("bases"), document.get("entries")
-    if not isinstance(bases, dict) or not all(isinstance(v, str) for v in bases.values()):
+    bases, entries, info = document.get("bases"), document.get("entries"), document.get("info", {})
+    if not strict_json.is_texts(bases):
         raise AdapterError(f"{where}: 'bases' must map parameters to hashes")
-    if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+    if not strict_json.is_objects(entries):
         raise AdapterError(f"{where}: 'entries' must be a list of objects")
-    if not isinstance(document.get("info", {}), dict):
+    if not isinstance(info, dict):
         raise AdapterError(f"{where}: 'info' must be an object")
-    return document
+    return Document(document, version, entries, bases, info)
 
 
-def read_deltas(document: dict[str, Any], opened: TensorFile) -> Iterator[Delta]:
+def read_deltas(document: Document, opened: TensorFile) -> Iterator[Delta]:
     file, keys = shown(opened.path), opened.parts
     seen: set[str] = set()
     kinds_of: dict[str, set[str]] = {}
-    for entry in document["entries"]:
+    for entry in document.entries:
         param, kind, transposed = entry.get("param"), entry.get("kind"), entry.get("transposed")
         if not isinstance(param, str) or not isinstance(kind, str) or not isinstance(transposed, bool):
             raise AdapterError(f"{file}: malformed entry {short(entry, 200)}")
@@ -317,9 +327,9 @@ def read_deltas(document: dict[str, Any], opened: TensorFile) -> Iterator[Delta]
         raise AdapterError(f"{file}: unexpected tensor {sorted(extra)[0]!r}")
 
 
-def unknown_kind(file: str, param: str, kind: str, document: dict[str, Any]) -> str:
+def unknown_kind(file: str, param: str, kind: str, document: Document) -> str:
     """Why a kind that no method of this process has is refused, and what would make it known."""
-    plan = document.get("info", {}).get("plan")
+    plan = document.info.get("plan")
     found = re.findall(r'"rule": "(\w{1,60})"', plan) if isinstance(plan, str) else []
     rules = f" (its plan has the rules {', '.join(dict.fromkeys(found))})" if found else ""
     known = f"; registered here: {', '.join(sorted(REGISTERED))}" if REGISTERED else ""
@@ -329,7 +339,9 @@ def unknown_kind(file: str, param: str, kind: str, document: dict[str, Any]) -> 
     )
 
 
-def read_exact(opened: Any, places_name: str, name: str, entry: dict[str, Any], values: Tensor, file: str) -> Tensor:
+def read_exact(
+    opened: TensorFile, places_name: str, name: str, entry: dict[str, Json], values: Tensor, file: str
+) -> Tensor:
     """Corrections by place → a tensor of the shape of `values`, NaN where there is none."""
     shapes = [list(opened.part(n).shape) for n in (places_name, name)]
     if entry["kind"] not in ("column", "row", "sparse") or shapes != [[entry["exact"]]] * 2:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from sparsify.errors import SparsifyError
 
 if TYPE_CHECKING:
     from sparsify.adapters.adapter import Delta
+    from sparsify.files.strict_json import Json
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class PeftLayer:
     a: Tensor
     b: Tensor
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Json] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,7 @@ class DeltaKind:
 REGISTERED: dict[str, DeltaKind] = {}
 
 
-def known_kind(name: Any) -> DeltaKind | None:
+def known_kind(name: object) -> DeltaKind | None:
     """The kind of this name that a method has registered."""
     return REGISTERED.get(name) if isinstance(name, str) else None
 

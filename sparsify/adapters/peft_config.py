@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeGuard, TypeVar
 
 from sparsify.errors import AdapterError
 from sparsify.files.strict_json import short
@@ -48,42 +48,42 @@ REFUSED_TABLES = {
 }
 
 
-def is_bool(value: Any) -> bool:
+def is_bool(value: object) -> TypeGuard[bool]:
     return isinstance(value, bool)
 
 
-def is_text(value: Any) -> bool:
+def is_text(value: object) -> bool:
     return value is None or isinstance(value, str)
 
 
-def is_table(value: Any) -> bool:
+def is_table(value: object) -> bool:
     return value is None or isinstance(value, dict)
 
 
-def is_integer(value: Any) -> bool:
+def is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e9
 
 
-def is_share(value: Any) -> bool:
+def is_share(value: object) -> bool:
     return is_number(value) and 0 <= value <= 1
 
 
-def is_rank(value: Any) -> bool:
+def is_rank(value: object) -> bool:
     return is_integer(value) and 1 <= value <= MAX_RANK
 
 
-def is_names(value: Any) -> bool:
+def is_names(value: object) -> bool:
     """A list of names, one string, or null."""
     if value is None or isinstance(value, str):
         return True
     return isinstance(value, list) and len(value) <= MAX_ENTRIES and all(isinstance(v, str) and v for v in value)
 
 
-def is_layers(value: Any) -> bool:
+def is_layers(value: object) -> bool:
     return value is None or is_integer(value) or (isinstance(value, list) and all(is_integer(v) for v in value))
 
 
@@ -268,7 +268,7 @@ def read_config(config: Any, where: str) -> Settings:
     )
 
 
-def check_field(name: str, value: Any, where: str) -> None:
+def check_field(name: str, value: object, where: str) -> None:
     if name in REFUSED:
         if value:
             raise AdapterError(f"{where}: {name} is set ({short(value)}): {REFUSED[name]}")
@@ -290,7 +290,7 @@ def check_field(name: str, value: Any, where: str) -> None:
         )
 
 
-def beginning(value: Any, where: str) -> Literal["", "pissa", "olora"]:
+def beginning(value: object, where: str) -> Literal["", "pissa", "olora"]:
     """Whether PEFT changes the base when it loads an adapter that began so."""
     word = value.lower() if isinstance(value, str) else ""
     if isinstance(value, bool) or word in PLAIN_BEGINNINGS:

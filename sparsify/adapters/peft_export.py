@@ -21,7 +21,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from sparsify.adapters.peft_format import CONFIG, PREFIX, TENSORS, all_names, pl
 from sparsify.errors import AdapterError
 from sparsify.files import kinds
 from sparsify.files.atomic import committing
+from sparsify.files.strict_json import Json
 from sparsify.files.tensors import write_tensors
 from sparsify.model.linears import owner_name
 from sparsify.plan.name_patterns import Regex
@@ -70,7 +71,7 @@ class Exported:
     """What goes into the two files."""
 
     tensors: dict[str, Tensor]
-    config: dict[str, Any]
+    config: dict[str, object]
 
     def write(self, directory: str | os.PathLike[str]) -> Path:
         """Write both files, the tensors first. Returns the directory."""
@@ -124,7 +125,7 @@ class Export:
     ranks: dict[str, int] = field(default_factory=dict)
     packed: dict[str, int] = field(default_factory=dict)
     saved: set[str] = field(default_factory=set)
-    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    settings: dict[str, dict[str, Json]] = field(default_factory=dict)
     bias: Literal["none", "lora_only", "all"] = "none"
 
     def make(self, base: str | None) -> Exported:
@@ -219,7 +220,7 @@ class Export:
 
     # --- the configuration ---------------------------------------------------------------------------------------------------
 
-    def config(self, base: str | None, conv1d: bool) -> dict[str, Any]:
+    def config(self, base: str | None, conv1d: bool) -> dict[str, object]:
         ranks = {**self.ranks, **self.packed}
         top = max(ranks.values())
         # anchored and escaped: PEFT matches keys of these tables as regular expressions over the end of a name
@@ -245,7 +246,7 @@ class Export:
             **self.common_settings(),
         }
 
-    def common_settings(self) -> dict[str, Any]:
+    def common_settings(self) -> dict[str, Json]:
         """Settings of registered kinds, which hold for the whole folder. Raises AdapterError where a linear is without."""
         for setting, values in self.settings.items():
             without = sorted(set(self.ranks) - set(values))

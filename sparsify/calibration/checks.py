@@ -11,7 +11,7 @@ measurement that failed is an error, which names the batch, the layer and the pl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,13 @@ from sparsify.errors import SparsifyError
 if TYPE_CHECKING:
     from jaxtyping import Float
 
+    from sparsify.program.values import Batch
+
 IGNORED = -100  # the label of positions that carry no loss
 SAFE = (1e-15, 1e15)  # magnitudes whose squares fit fp32 with room for sums
 
 
-def check_batch(number: int, batch: Any) -> None:
+def check_batch(number: int, batch: Batch) -> None:
     """Raises SparsifyError for a calibration batch that has no token: no inputs, no rows, or nothing but padding."""
     leaves = pytree.tree_leaves(batch)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -42,12 +44,12 @@ def check_batch(number: int, batch: Any) -> None:
             )
 
 
-def check_batches(batches: Sequence[Any]) -> None:
+def check_batches(batches: Sequence[Batch]) -> None:
     for number, batch in enumerate(batches):
         check_batch(number, batch)
 
 
-def check_labels(number: int, batch: Any) -> None:
+def check_labels(number: int, batch: Batch) -> None:
     """Raises SparsifyError when labels are there and none of them counts."""
     if labels_ignored(batch):
         raise SparsifyError(
@@ -56,19 +58,19 @@ def check_labels(number: int, batch: Any) -> None:
         )
 
 
-def labels_of(batch: Any) -> Tensor | None:
+def labels_of(batch: Batch) -> Tensor | None:
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
         return None
     return labels if labels.numel() else None
 
 
-def labels_ignored(batch: Any) -> bool:
+def labels_ignored(batch: Batch) -> bool:
     labels = labels_of(batch)
     return labels is not None and bool((labels == IGNORED).all())
 
 
-def about_labels(number: int, batch: Any) -> str:
+def about_labels(number: int, batch: Batch) -> str:
     """What the labels have to do with a loss that is NaN or zero; empty when they look right."""
     labels = labels_of(batch)
     if labels is None or labels.dim() < 2 or not bool((labels[..., 1:] == IGNORED).all()):
@@ -114,14 +116,14 @@ def squares_of(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return (wide if fits else wide.double()).square() if x.device.type != "mps" else wide.square()
 
 
-def nonfinite_input(number: int, batch: Any, name: str, model: nn.Module, run: Callable[[], Any]) -> SparsifyError:
+def nonfinite_input(number: int, batch: Batch, name: str, model: nn.Module, run: Callable[[], object]) -> SparsifyError:
     """The error for a layer that sees NaN or Inf: which batch, which layer, and where it began."""
     return SparsifyError(
         f"calibration batch {number} gives NaN or Inf at the input of {name}{blame(number, batch, model, run)}"
     )
 
 
-def blame(number: int, batch: Any, model: nn.Module, run: Callable[[], Any] | None = None) -> str:
+def blame(number: int, batch: Batch, model: nn.Module, run: Callable[[], object] | None = None) -> str:
     """`; …` naming the input of the batch, or else the first module, where NaN or Inf begins. run: the batch's forward."""
     leaves, _ = pytree.tree_flatten_with_path(batch)
     texts = []
@@ -143,12 +145,12 @@ class Found(BaseException):
         self.text = text
 
 
-def first_nonfinite(model: nn.Module, run: Callable[[], Any]) -> str | None:
+def first_nonfinite(model: nn.Module, run: Callable[[], object]) -> str | None:
     """Run a forward again and say which innermost module first gives NaN or Inf, and whether its own tensors do."""
     handles = []
 
     def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, _args: Any, output: Any) -> None:
+        def hook(module: nn.Module, _args: object, output: object) -> None:
             tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
             bad = [t for t in tensors if not all_finite(t)]
             if not bad:

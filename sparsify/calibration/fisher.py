@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,9 @@ from sparsify.program.capture import evaluating
 if TYPE_CHECKING:
     from jaxtyping import Float
 
+    from sparsify.calibration.statistics import Loss
+    from sparsify.program.values import Batch
+
 MASKS = ("attention_mask", "decoder_attention_mask")
 BUDGET = 1 << 28
 """Entries of per-sample gradients that are alive at a time (1 GiB in fp32); one sample of one weight always fits."""
@@ -57,23 +60,23 @@ class Probe(nn.Module):
     def add(self, name: str) -> Callable[..., Tensor]:
         """The forward hook of one linear."""
 
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             self.ran[name] = True
             zero: Tensor = getattr(self, self.keys[name])
             return output + F.linear(args[0].to(zero.dtype), zero).to(output.dtype)
 
         return hook
 
-    def forward(self, batch: Any) -> Any:
+    def forward(self, batch: Batch) -> object:
         return run_batch(self.model, batch)
 
 
 def sample_squares(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
-    batches: Sequence[Any],
+    batches: Sequence[Batch],
     reduce: Callable[[str, Float[Tensor, "n m"]], None],
-    loss: Callable[[Any, Any], Tensor] | None = None,
+    loss: Loss | None = None,
     progress: bool = True,
     budget: int = BUDGET,
 ) -> None:
@@ -136,32 +139,34 @@ class Chunk:
     which the rows are equal here, so that code which asks `mask.all()` sees a number; "rest" for everything else.
     """
 
-    leaves: list[Any]
+    leaves: Sequence[object]
     kinds: list[str]
     spec: pytree.TreeSpec
 
     @property
     def rows(self) -> list[Tensor]:
-        return [leaf for leaf, kind in zip(self.leaves, self.kinds, strict=True) if kind == "row"]
+        return [leaf for leaf, kind in zip(self.leaves, self.kinds, strict=True) if kind == "row" and has_rows(leaf)]
 
-    def sample(self, rows: Sequence[Tensor]) -> Any:
+    def sample(self, rows: Sequence[Tensor]) -> Batch:
         """A batch of one sample, from one row of each tensor."""
         own = iter(rows)
-        leaves = [
-            next(own)[None] if kind == "row" else leaf[:1] if kind == "mask" else leaf
+        leaves: list[object] = [
+            next(own)[None] if kind == "row" else leaf[:1] if kind == "mask" and has_rows(leaf) else leaf
             for leaf, kind in zip(self.leaves, self.kinds, strict=True)
         ]
-        return pytree.tree_unflatten(leaves, self.spec)
+        batch: Batch = pytree.tree_unflatten(leaves, self.spec)
+        return batch
 
 
-def chunks(number: int, batch: Any, size: int) -> Iterator[Chunk]:
+def chunks(number: int, batch: Batch, size: int) -> Iterator[Chunk]:
     """A batch in chunks of at most `size` rows with equal padding. Raises PlanError when its tensors have different numbers of rows."""
     leaves, spec = pytree.tree_flatten(batch)
     rows = {leaf.shape[0] for leaf in leaves if has_rows(leaf)}
     if len(rows) != 1:
         have = f"its tensors have {sorted(rows)} rows" if rows else "it holds no tensor with rows"
         raise PlanError(f"mask='fisher' takes calibration batch {number} apart into samples, but {have}")
-    masks = [batch[key] for key in MASKS if isinstance(batch, Mapping) and has_rows(batch.get(key))]
+    given = [batch.get(key) for key in MASKS] if isinstance(batch, Mapping) else []
+    masks = [mask for mask in given if has_rows(mask)]
     kinds = ["mask" if any(leaf is m for m in masks) else "row" if has_rows(leaf) else "rest" for leaf in leaves]
     alike = torch.zeros(rows.pop(), dtype=torch.int64)
     if masks:
@@ -177,7 +182,7 @@ def chunks(number: int, batch: Any, size: int) -> Iterator[Chunk]:
                 yield Chunk(taken, kinds, spec)
 
 
-def has_rows(leaf: Any) -> bool:
+def has_rows(leaf: object) -> TypeGuard[Tensor]:
     return isinstance(leaf, Tensor) and leaf.dim() > 0
 
 
@@ -185,7 +190,7 @@ def chunk_gradients(
     probe: Probe,
     shapes: Mapping[str, tuple[int, int]],
     chunk: Chunk,
-    loss: Callable[[Any, Any], Tensor],
+    loss: Loss,
     number: int,
 ) -> dict[str, Tensor]:
     """Per-sample gradients `(samples, out, in)` of every probed layer. Raises PlanError where vmap cannot follow the model."""

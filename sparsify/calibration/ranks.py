@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ def of_every_rank(value: Value) -> list[Value]:
     """The values of all ranks, by rank."""
     if rank_count() == 1:
         return [value]
-    found: list[Any] = [None] * rank_count()
+    found = [value] * rank_count()
     torch.distributed.all_gather_object(found, value)
     return found
 

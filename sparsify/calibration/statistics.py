@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,15 @@ from sparsify.program.capture import evaluating
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
+    from torch.utils.hooks import RemovableHandle
+
+    from sparsify.program.values import Batch
+
+#: a loss of the user's: `(outputs of the model, batch)` → one number; what the outputs are is between model and loss
+Loss: TypeAlias = Callable[[Any, Any], Tensor]
 
 
-def run_batch(model: nn.Module, batch: Any) -> Any:
+def run_batch(model: nn.Module, batch: Batch) -> object:
     """One forward on a batch: mapping → keywords, tuple or list → positional, tensor → one argument."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     batch = pytree.tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, batch)
@@ -44,7 +50,7 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)
 
 
-def token_mask(batch: Any, shape: torch.Size, decoder: bool = False) -> Tensor | None:
+def token_mask(batch: Batch, shape: torch.Size, decoder: bool = False) -> Tensor | None:
     """Flat bool mask of the non-padding tokens of an input `(*shape, channels)`, or None when every position counts.
 
     Decoders of encoder–decoders go by `decoder_attention_mask`, else by labels ≠ −100; everything else by `attention_mask`.
@@ -53,8 +59,9 @@ def token_mask(batch: Any, shape: torch.Size, decoder: bool = False) -> Tensor |
     if not isinstance(batch, Mapping):
         return None
     mask = batch.get("decoder_attention_mask" if decoder else "attention_mask")
-    if mask is None and decoder and isinstance(batch.get("labels"), Tensor):
-        mask = batch["labels"] != IGNORED
+    labels = batch.get("labels")
+    if mask is None and decoder and isinstance(labels, Tensor):
+        mask = labels != IGNORED
     if isinstance(mask, Tensor) and mask.dim() == 2 and (shape == mask.shape or shape == (mask.numel(),)):
         return mask.reshape(-1).bool()
     return None
@@ -67,7 +74,7 @@ def decoder_modules(model: nn.Module) -> set[nn.Module]:
     return set(model.modules()) - set(model.get_encoder().modules())  # type: ignore[operator]
 
 
-def default_loss(outputs: Any, batch: Any) -> Tensor:
+def default_loss(outputs: object, batch: Batch) -> Tensor:
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     if loss is None:
         raise PlanError(
@@ -76,7 +83,7 @@ def default_loss(outputs: Any, batch: Any) -> Tensor:
     return loss
 
 
-def need_batches(batches: Sequence[Any] | Iterable[Any] | None, why: str) -> list[Any]:
+def need_batches(batches: Sequence[Batch] | Iterable[Batch] | None, why: str) -> list[Batch]:
     """The batches as a list, checked. Under `torch.distributed` a rank may have none, as long as another one has some."""
     with together():
         found = [] if batches is None else list(batches)
@@ -89,33 +96,33 @@ def need_batches(batches: Sequence[Any] | Iterable[Any] | None, why: str) -> lis
 class Kept:
     """The batches of a generator, for every rule: read when the first asks, where an error in it reaches all ranks."""
 
-    def __init__(self, batches: Iterator[Any]) -> None:
+    def __init__(self, batches: Iterator[Batch]) -> None:
         self.batches = batches
-        self.read: list[Any] | None = None
+        self.read: list[Batch] | None = None
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         if self.read is None:
             self.read = list(self.batches)
         return iter(self.read)
 
 
-def repeatable(batches: Iterable[Any] | None) -> Iterable[Any] | None:
+def repeatable(batches: Iterable[Batch] | None) -> Iterable[Batch] | None:
     """The same batches, which can be iterated over any number of times."""
     return Kept(batches) if isinstance(batches, Iterator) else batches
 
 
-def batch_count(batches: Sequence[Any]) -> int:
+def batch_count(batches: Sequence[Batch]) -> int:
     """Number of batches of all ranks."""
     return round(float(sum_over_ranks(torch.tensor([float(len(batches))], dtype=torch.float64))))
 
 
-def given(batches: Any) -> bool:
+def given(batches: Iterable[Batch] | None) -> bool:
     """Whether calibration was passed to `compile`, on any rank."""
     return bool(float(sum_over_ranks(torch.tensor([float(batches is not None)]))))
 
 
 @contextlib.contextmanager
-def hooks(handles: list[Any]) -> Iterator[None]:
+def hooks(handles: list[RemovableHandle]) -> Iterator[None]:
     try:
         yield
     finally:
@@ -124,7 +131,7 @@ def hooks(handles: list[Any]) -> Iterator[None]:
 
 
 def input_squares(
-    model: nn.Module, modules: Mapping[str, nn.Module], batches: Sequence[Any], progress: bool = True
+    model: nn.Module, modules: Mapping[str, nn.Module], batches: Sequence[Batch], progress: bool = True
 ) -> dict[str, Float[Tensor, " m"]]:
     """Mean over tokens of the squared input of each module, per input channel, fp64 `(in,)`; padding is left out.
 
@@ -133,12 +140,12 @@ def input_squares(
     """
     sums = {name: torch.zeros(logical_shape(module)[1], dtype=torch.float64) for name, module in modules.items()}
     counts = dict.fromkeys(modules, 0)
-    seen: dict[str, Any] = {}
+    seen: dict[str, bool] = {}
     decoder = decoder_modules(model)
-    place: tuple[int, Any] = (0, None)
+    place: tuple[int, Batch] = (0, ())
 
     def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             seen[name] = True
             x = args[0].detach().reshape(-1, args[0].shape[-1])
             keep = token_mask(place[1], args[0].shape[:-1], module in decoder) if len(args) == 1 else None
@@ -190,19 +197,19 @@ def layer_name(param: str) -> str:
 
 def logical_shape(module: nn.Module) -> tuple[int, int]:
     """`(out, in)` of a linear, a Conv1D, or one of ours that has no dense weight."""
-    own: Any = module
-    if hasattr(own, "logical_shape"):
-        return own.logical_shape()
-    shape = own.weight.shape
+    own = getattr(module, "logical_shape", None)
+    if own is not None:
+        return own()
+    shape = module.get_parameter("weight").shape
     return (shape[1], shape[0]) if stored_transposed(module) else (shape[0], shape[1])
 
 
 def gradient_statistics(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
-    batches: Sequence[Any],
+    batches: Sequence[Batch],
     reduce: Callable[[str, Float[Tensor, "n m"]], None],
-    loss: Callable[[Any, Any], Tensor] | None = None,
+    loss: Loss | None = None,
     progress: bool = True,
 ) -> None:
     """Call `reduce(name, dW)` with each module's dense weight gradient `(out, in)` in fp32, once per batch and layer.
@@ -220,10 +227,10 @@ def gradient_statistics(
     pending: dict[str, Tensor] = {}
     left: dict[str, int] = {}
     decoder = decoder_modules(model)
-    place: tuple[int, Any] = (0, None)
+    place: tuple[int, Batch] = (0, ())
 
-    def watch(name: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Any:
+    def watch(name: str) -> Callable[..., Tensor | None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             x = args[0].detach()
             offsets = args[1] if len(args) > 1 else None  # of packed experts: their gradients stay apart
             keep = token_mask(place[1], x.shape[:-1], module in decoder) if offsets is None else None
@@ -306,7 +313,7 @@ def weight_gradient(
     return part if all_finite(part) else None
 
 
-def check_loss(number: int, batch: Any, value: Any, model: nn.Module) -> None:
+def check_loss(number: int, batch: Batch, value: object, model: nn.Module) -> None:
     """Raises PlanError for what is no scalar with a gradient, SparsifyError for NaN and Inf."""
     if not isinstance(value, Tensor) or value.numel() != 1:
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -322,7 +329,7 @@ def check_loss(number: int, batch: Any, value: Any, model: nn.Module) -> None:
         )
 
 
-def require_seen(modules: Mapping[str, nn.Module], seen: Mapping[str, Any]) -> None:
+def require_seen(modules: Mapping[str, nn.Module], seen: Mapping[str, bool]) -> None:
     """Raises PlanError, on all ranks, when some module ran on none."""
     missing = [name for name, times in zip(modules, on_ranks(modules, seen), strict=True) if not times]
     if missing:
@@ -345,7 +352,7 @@ def require_gradients(modules: Mapping[str, nn.Module], moved: Mapping[str, bool
             )
 
 
-def on_ranks(names: Iterable[str], flags: Mapping[str, Any]) -> list[bool]:
+def on_ranks(names: Iterable[str], flags: Mapping[str, bool]) -> list[bool]:
     """For each name whether its flag is set on any rank."""
     own = torch.tensor([float(bool(flags.get(name, False))) for name in names], dtype=torch.float64)
     return (sum_over_ranks(own) > 0).tolist()

@@ -5,6 +5,8 @@ How a command ends, and with which exit code, is one rule for all of them: `spar
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +19,7 @@ from sparsify.cli.evaluate import evaluate
 from sparsify.cli.files import checkpoint
 from sparsify.cli.finetune import finetune
 from sparsify.cli.generate import chat, generate
+from sparsify.cli.plan import plan
 from sparsify.cli.prune import prune
 from sparsify.cli.rule import RuledGroup, reading
 from sparsify.console import one_line
@@ -56,6 +59,7 @@ def inspect(
     ],
     svg: Annotated[Path | None, typer.Option(help="Draw the structures here.")] = None,
     graph: Annotated[bool, typer.Option(help="Print the whole graph, not only the structures.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print structures and what is declined as JSON.")] = False,
 ) -> None:
     """Find a model's coupled structures: what could train, and what is declined and why."""
     import sparsify
@@ -63,6 +67,13 @@ def inspect(
     if svg is not None:
         check_target(svg)
     program = sparsify.analyse(model_to_inspect(model))
+    if as_json:
+        found = [dataclasses.asdict(structure) for structure in program.structures]
+        declined = [{"name": d.name, "reason": d.reason} for d in program.declined]
+        typer.echo(json.dumps({"structures": found, "declined": declined}, indent=1, default=str))
+        if svg is not None:
+            program.svg(str(svg))
+        return
     if graph:
         typer.echo(str(program))
     for structure in program.structures:
@@ -113,6 +124,7 @@ app.add_typer(adapters, name="adapter")
 app.command()(checkpoint)
 app.command()(prune)
 app.command()(bench)
+app.command()(plan)
 app.command()(finetune)
 app.command("eval")(evaluate)
 app.command()(generate)

@@ -89,6 +89,13 @@ def prune(
         typer.Option("--loss/--no-loss", help="Measure the loss before and after, where the calibration allows it."),
     ] = True,
     every: Annotated[bool, typer.Option("--all", help="Print a line for every weight, not only a summary.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Check folders, rule and calibration, say what would be done, and write nothing."
+        ),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help=f"Print what {RECORD} holds as JSON.")] = False,
 ) -> None:
     """Prune a local Hugging Face checkpoint and write an ordinary checkpoint with zeros, or a sparse one."""
     partial = out.parent / f"{out.name}.partial"
@@ -102,6 +109,10 @@ def prune(
     batches, held_out = (
         (None, None) if calibration is None else read_batches(model, calibration, samples, sequence, seed)
     )
+    if dry_run:
+        would = {"out": str(out), "rule": asdict(rule), **(counted(batches) if batches else {})}
+        typer.echo(json.dumps(would, indent=1) if as_json else one_line(f"would write {out}: {rule}"))
+        return
     losses = Losses(held_out or batches, bool(held_out), not loss, stream)
     try:
         with kept_for_resuming(partial):
@@ -114,6 +125,9 @@ def prune(
         if partial.exists():
             error.add_note(f"the same command with --resume goes on from {partial}")
         raise
+    if as_json:
+        typer.echo((out / RECORD).read_text(encoding="utf-8").rstrip())
+        return
     for line in table(layers) if every else groups(layers):
         typer.echo(line)
     for refusal in refusals if every else refusals[:SHOWN]:

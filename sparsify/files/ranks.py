@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from sparsify.errors import AdapterError, SparsifyError
 
 
-def on_first_rank(write: Callable[[], Any]) -> None:
+def on_first_rank(write: Callable[[], object]) -> None:
     """Call `write` on the first rank of torch.distributed's default group; every rank must call this, and waits.
 
     When it fails, every rank raises: the first one its own error, the others a SparsifyError (AdapterError where it was one) with

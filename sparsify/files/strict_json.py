@@ -10,10 +10,13 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn, TypeAlias, TypeGuard
 
 from sparsify.errors import SparsifyError
 from sparsify.files.regular import check_regular, read_file
+
+#: a value that JSON can hold
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
 LIMIT = 64 << 20  # bytes
 DIGITS = 300  # any such number is a finite float
@@ -26,7 +29,7 @@ def parse(
     *,
     depth: int | None = None,
     infinite: bool = False,
-) -> Any:
+) -> Json:
     """The value. Raises `error` with `where` in front: "…: not JSON that can be read: …".
 
     depth: most levels of nesting. infinite: NaN and infinities may stand there, as Python's own writer leaves them.
@@ -60,7 +63,7 @@ def read(
     limit: int = LIMIT,
     *,
     depth: int | None = None,
-) -> Any:
+) -> Json:
     """The value in a regular file of at most `limit` bytes. Raises `error`, naming the file."""
     from sparsify.files.atomic import shown
 
@@ -73,7 +76,7 @@ def read_object(
     limit: int = LIMIT,
     *,
     infinite: bool = False,
-) -> dict[str, Any]:
+) -> dict[str, Json]:
     """The JSON object in a regular file. Raises `error`, naming the file, for anything else."""
     from sparsify.files.atomic import shown
 
@@ -84,7 +87,17 @@ def read_object(
     return document
 
 
-def kind(value: Any) -> str:
+def is_objects(value: object) -> TypeGuard[list[dict[str, Json]]]:
+    """Whether a JSON value is a list of objects."""
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+def is_texts(value: object) -> TypeGuard[dict[str, str]]:
+    """Whether a JSON value is an object of strings."""
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+def kind(value: object) -> str:
     """What a JSON value is, in words."""
     names = {
         list: "a list",
@@ -97,7 +110,7 @@ def kind(value: Any) -> str:
     return names.get(type(value), "nothing")
 
 
-def check_depth(value: Any, depth: int) -> None:
+def check_depth(value: object, depth: int) -> None:
     level = [value]
     for _ in range(depth + 1):
         lists = [list(item.values()) if isinstance(item, dict) else item for item in level]
@@ -107,7 +120,7 @@ def check_depth(value: Any, depth: int) -> None:
     raise ValueError(f"nested too deeply (more than {depth} levels)")
 
 
-def short(value: Any, limit: int = 80) -> str:
+def short(value: object, limit: int = 80) -> str:
     """`repr` for messages: never longer than `limit`, and never an error of its own (numbers of 5,000 digits have no `repr`)."""
     try:
         text = repr(value)
@@ -137,7 +150,7 @@ def no_number(text: str) -> NoReturn:
     raise ValueError(f"{text} is not a number")
 
 
-def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def once(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()

@@ -110,7 +110,7 @@ def open_tensors(folder: Path) -> dict[str, TensorFile]:
 def open_indexed(folder: Path, index: Path) -> dict[str, TensorFile]:
     document = strict_json.read(inside_of(folder, index))
     places = document.get("weight_map") if isinstance(document, dict) else None
-    if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
+    if not strict_json.is_texts(places) or not places:
         raise SparsifyError(f"{shown(index)}: 'weight_map' must map tensors to files")
     if "model.safetensors" not in places.values() and (folder / "model.safetensors").is_file():
         raise SparsifyError(

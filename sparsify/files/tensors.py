@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import IO, Any, TypeGuard
+from typing import IO, TypeGuard
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from sparsify.errors import SparsifyError
 from sparsify.files import strict_json
 from sparsify.files.atomic import Commit, committing, shown
 from sparsify.files.regular import open_regular
+from sparsify.files.strict_json import Json
 
 DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.complex64: "C64",
@@ -253,7 +254,7 @@ class TensorFile:
 
     # --- the header ---
 
-    def read_header(self, file: IO[bytes]) -> tuple[dict[str, Any], int]:
+    def read_header(self, file: IO[bytes]) -> tuple[dict[str, Json], int]:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, HEADER_LIMIT):
@@ -268,12 +269,12 @@ class TensorFile:
             raise self.bad("damaged or not a safetensors file (its header is no object)")
         return header, 8 + length
 
-    def parsed_metadata(self, metadata: Any) -> dict[str, str]:
-        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    def parsed_metadata(self, metadata: Json) -> dict[str, str]:
+        if not strict_json.is_texts(metadata):
             raise self.bad("damaged or not a safetensors file (its metadata must map names to texts)")
         return metadata
 
-    def parse_parts(self, header: dict[str, Any]) -> None:
+    def parse_parts(self, header: dict[str, Json]) -> None:
         """Every tensor's place: together they fill the file without gap or overlap."""
         spans: list[tuple[int, int, str]] = []
         for name, entry in header.items():
@@ -313,7 +314,7 @@ class TensorFile:
     def parsed_hashes(self, text: str) -> tuple[dict[str, str], str]:
         content = strict_json.parse(text, f"{shown(self.path)}: damaged: its content hashes", self.error)
         hashes, seal = (content.get(name) if isinstance(content, dict) else None for name in ("sha256", "seal"))
-        if isinstance(hashes, dict) and isinstance(seal, str) and all(isinstance(v, str) for v in hashes.values()):
+        if strict_json.is_texts(hashes) and isinstance(seal, str):
             return hashes, seal
         raise self.bad("damaged: its content hashes are malformed")
 

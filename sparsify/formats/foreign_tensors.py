@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class Spec:
 
     cls: type
     parts: tuple[tuple[str, Spec | None], ...]
-    context: Any
+    context: object
     shape: torch.Size
     stride: tuple[int, ...]
 
@@ -56,12 +56,11 @@ def torchao_name(tensor: Tensor) -> str | None:
 
 def flatten_tensor(tensor: Tensor) -> tuple[list[Tensor], Spec]:
     """Plain tensors in order, and how they make the whole."""
-    own: Any = tensor
-    names, context = own.__tensor_flatten__()
+    names, context = getattr(tensor, "__tensor_flatten__")()  # noqa: B009  torch's types do not have the protocol
     tensors: list[Tensor] = []
     parts: list[tuple[str, Spec | None]] = []
     for name in names:
-        inner = getattr(own, name)
+        inner = getattr(tensor, name)
         if hasattr(inner, "__tensor_flatten__"):
             found, spec = flatten_tensor(inner)
             tensors += found
@@ -72,11 +71,10 @@ def flatten_tensor(tensor: Tensor) -> tuple[list[Tensor], Spec]:
     return tensors, Spec(type(tensor), tuple(parts), context, tensor.shape, tuple(tensor.stride()))
 
 
-def rebuild(spec: Spec, tensors: list[Tensor]) -> Any:
+def rebuild(spec: Spec, tensors: list[Tensor]) -> Tensor:
     """The tensor of the library again; takes its parts from the front of `tensors`."""
     inner = {name: tensors.pop(0) if part is None else rebuild(part, tensors) for name, part in spec.parts}
-    own: Any = spec.cls
-    return own.__tensor_unflatten__(inner, spec.context, spec.shape, spec.stride)
+    return spec.cls.__tensor_unflatten__(inner, spec.context, spec.shape, spec.stride)
 
 
 def register_format(spec: Spec) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from types import ModuleType
 
 from sparsify.errors import PlanError
 
 
 @functools.cache
-def bitsandbytes() -> Any:
+def bitsandbytes() -> ModuleType:
     try:
         import bitsandbytes.functional as functional
     except ImportError as error:
@@ -18,7 +18,7 @@ def bitsandbytes() -> Any:
 
 
 @functools.cache
-def torchao_primitives() -> Any:
+def torchao_primitives() -> ModuleType:
     try:
         from torchao.quantization import quant_primitives
     except ImportError as error:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from sparsify.plan import nearest
 from sparsify.version import __version__
 
 if TYPE_CHECKING:
+    from sparsify.files.strict_json import Json
     from sparsify.host.handle import Handle
 
 #: kinds of deltas that replace a tensor, and so depend on no base
@@ -52,7 +53,7 @@ def adapter_from(handle: Handle, parked: Mapping[str, Snapshot] | None) -> Adapt
     return Adapter(tuple(deltas), bases, info(handle))
 
 
-def info(handle: Handle) -> dict[str, Any]:
+def info(handle: Handle) -> dict[str, Json]:
     return {
         "sparsify": __version__,
         "torch": torch.__version__,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +31,7 @@ class Anchor:
     def check(self, host: nn.Module, path: str, verb: str, merged: bool) -> None:
         """Raise SparsifyError where the host has something else under this name now."""
         try:
-            found: Any = host.get_submodule(path)
+            found = host.get_submodule(path)
         except AttributeError:
             found = None
         where = path or "the model itself"

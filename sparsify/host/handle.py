@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import functools
 import os
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypedDict, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -22,18 +22,21 @@ from sparsify.host.adapters import DEFAULT, adapter_from, get, load_adapter, sav
 from sparsify.host.anchors import Anchor, anchors_of
 from sparsify.host.export_lora import export_lora
 from sparsify.host.fuse_adapters import fuse_adapters, overlap
+from sparsify.host.habits import answer
+from sparsify.host.layer_status import LayerStatus, layer_status
 from sparsify.host.live_state import original as in_original_names
 from sparsify.host.merge import MergeNote, merge, unmerge
 from sparsify.host.mix import Conflict, Mix, put_back
 from sparsify.host.moved_buffers import Buffers
 from sparsify.host.plain import plain, restore
-from sparsify.host.switch import reset_to_base, set_adapter
+from sparsify.host.switch import add_adapter, reset_to_base, set_adapter
 from sparsify.host.switch_lock import SwitchLock, guard
 from sparsify.methods.packed import QuantizedMixin
-from sparsify.methods.part import LivePart, Snapshot
+from sparsify.methods.part import LivePart, Snapshot, TrainedPart
 from sparsify.methods.supports import Adopt, open_masks, reset_lowrank, set_masks
 from sparsify.model.linears import owner_name
 from sparsify.model.sharded import back_to_pieces, refuse_sharded, whole
+from sparsify.modules.adapted import AdaptedMixin
 from sparsify.modules.layout import Layout
 from sparsify.modules.masked import masked_parameters
 from sparsify.plan import Plan
@@ -41,14 +44,18 @@ from sparsify.program import Program
 from sparsify.show.parameter_count import count_parameters
 from sparsify.show.report import Report, make_report
 
+if TYPE_CHECKING:
+    from sparsify.pruning.sparse_checkpoint import SizeReport
+
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def reads(method: Callable[..., T]) -> Callable[..., T]:
+def reads(method: Callable[Concatenate[Handle, P], T]) -> Callable[Concatenate[Handle, P], T]:
     """A verb that looks at the host: it is the one that was compiled, and nobody switches meanwhile."""
 
     @functools.wraps(method)
-    def guarded(self: Handle, *args: Any, **kwargs: Any) -> T:
+    def guarded(self: Handle, *args: P.args, **kwargs: P.kwargs) -> T:
         with self.lock.reading():
             self.check(method.__name__)
             return method(self, *args, **kwargs)
@@ -56,11 +63,11 @@ def reads(method: Callable[..., T]) -> Callable[..., T]:
     return guarded
 
 
-def writes(method: Callable[..., T]) -> Callable[..., T]:
+def writes(method: Callable[Concatenate[Handle, P], T]) -> Callable[Concatenate[Handle, P], T]:
     """A verb that changes what the host computes with: no forward runs meanwhile."""
 
     @functools.wraps(method)
-    def guarded(self: Handle, *args: Any, **kwargs: Any) -> T:
+    def guarded(self: Handle, *args: P.args, **kwargs: P.kwargs) -> T:
         with self.lock.writing(method.__name__, self.host):
             self.check(method.__name__)
             return method(self, *args, **kwargs)
@@ -80,8 +87,8 @@ class Handle:
     train: tuple[str, ...]
     flags: dict[str, bool]
     hashes: dict[str, str] = field(default_factory=dict)
-    cpu: Any = None
-    parts: dict[str, LivePart] = field(default_factory=dict)
+    cpu: object = None  # what lowering to the CPU reports
+    parts: dict[str, LivePart[TrainedPart, AdaptedMixin]] = field(default_factory=dict)
     base_full: dict[str, Tensor] = field(default_factory=dict)
     adapters: dict[str, Adapter] = field(default_factory=dict)
     active: Mix = field(default_factory=lambda: Mix({DEFAULT: 1.0}, trainable=True))
@@ -99,7 +106,9 @@ class Handle:
     def __post_init__(self) -> None:
         for part in self.program.parts:
             layout = self.layout(part.param)
-            live = self.parts[part.param] = part.live(self.module(part.param), layout, self.plan.seed)
+            module = self.module(part.param)
+            assert isinstance(module, AdaptedMixin)
+            live = self.parts[part.param] = part.live(module, layout, self.plan.seed)
             if live.takes_support:
                 layout.adopt = Adopt(self, part.param)
             if live.keeps_base or self.is_packed(part.param):
@@ -171,7 +180,7 @@ class Handle:
     def __repr__(self) -> str:
         return f"<sparsify: {len(self.parts)} trained parts, active {self.active}{', merged' if self.merged else ''}>"
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
+    def __deepcopy__(self, memo: dict[int, object]) -> Handle:
         clone = copy.copy(self)
         memo[id(self)] = clone
         for name in (
@@ -194,7 +203,7 @@ class Handle:
 
     # --- tensors ---------------------------------------------------------------------------------------------------------
 
-    def module(self, param: str) -> Any:
+    def module(self, param: str) -> nn.Module:
         return self.host.get_submodule(owner_name(param))
 
     def stored(self, param: str) -> nn.Parameter:
@@ -223,7 +232,8 @@ class Handle:
         """Stored shape of every parameter, packed weights included."""
         added = {id(p) for part in self.parts.values() for p in part.parameters()}
         found = {n: p.shape for n, p in self.host.named_parameters() if id(p) not in added}
-        return found | {p: self.module(p).shape for p in self.program.quantize}
+        packed = {p: self.module(p) for p in self.program.quantize}
+        return found | {p: m.shape for p, m in packed.items() if isinstance(m, QuantizedMixin)}
 
     def base_original(self, param: str) -> Tensor:
         """A copy of the base value of a dense weight in original coordinates, whatever is active."""
@@ -303,7 +313,7 @@ class Handle:
         """
         return overlap(self, first, second)
 
-    def need_base(self, part: LivePart, verb: str) -> None:
+    def need_base(self, part: LivePart[TrainedPart, AdaptedMixin], verb: str) -> None:
         if not part.base_known:
             raise AdapterError(
                 f"{verb}: a state dict that was loaded brought another base for {part.param}, and what that base holds where this "
@@ -318,6 +328,48 @@ class Handle:
             self.set_adapter(None)
         self.parked.pop(name, None)
         self.adapters.pop(name, None)
+
+    @writes
+    def add_adapter(self, name: str) -> None:
+        """Begin another adapter over the plan's selection: the active one is kept as it is, and the new one starts at the base and trains.
+
+        Raises AdapterError when the name is taken, and where nothing trains.
+        """
+        add_adapter(self, name)
+
+    def delete_adapter(self, name: str) -> None:
+        """`remove_adapter`, by PEFT's name."""
+        self.remove_adapter(name)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of what is active: one, several of a mix, or none (the base)."""
+        return list(self.active.weights)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The base inside the block, bit for bit, and what was active before after it: `with model.sparsify.disable_adapter(): …`.
+
+        Parameters that train have no gradients from inside. Raises SparsifyError while the adapter is merged.
+        """
+        before = next(iter(self.active.weights)) if self.active.trainable else dict(self.active.weights) or None
+        self.set_adapter(None)
+        try:
+            yield
+        finally:
+            self.set_adapter(before)
+
+    def merge_and_unload(self) -> nn.Module:
+        """`plain`, by PEFT's name: a plain model with what is active folded in. The host stays as it is."""
+        return self.plain()
+
+    @reads
+    def get_layer_status(self) -> tuple[LayerStatus, ...]:
+        """A row for every weight that the plan trains: what trains there, which adapters there are, what is active."""
+        return layer_status(self)
+
+    def __getattr__(self, word: str) -> Any:
+        raise AttributeError(answer(word) if not word.startswith("_") else word)
 
     # --- open masks ------------------------------------------------------------------------------------------------------
 
@@ -371,7 +423,7 @@ class Handle:
         return merge(self)
 
     @reads
-    def save_sparse(self, path: str | os.PathLike[str], **options: Any) -> Any:
+    def save_sparse(self, path: str | os.PathLike[str], **options: Unpack[SparseOptions]) -> SizeReport:
         """Write the model as a compressed sparse checkpoint (bitmask + values); returns its `SizeReport`.
 
         Opens again with `sparsify.pruning.sparse_checkpoint.open_sparse`. Names, shapes and order are the original model's. When Prune
@@ -391,7 +443,8 @@ class Handle:
                 (state[name][~kept] != 0).any()
             ):  # a low-rank part fills pruned entries: stored by its own zeros
                 masks[name] = kept
-        return save_sparse(state, Path(path), masks=masks, **{"base": self.program.dense_hash, **options})
+        options.setdefault("base", self.program.dense_hash)
+        return save_sparse(state, Path(path), masks=masks, **options)
 
     def mask_original(self, name: str, mask: Tensor) -> Tensor:
         return self.layout(name).to_original(name.rpartition(".")[2], mask)
@@ -451,11 +504,18 @@ class Handle:
         return export_lora(self, directory, name, sparse=sparse, changed_base=changed_base)
 
 
+class SparseOptions(TypedDict, total=False):
+    """What `Handle.save_sparse` hands on to `sparsify.pruning.sparse_checkpoint.save_sparse`."""
+
+    base: nn.Module | str | Path | None
+    metadata: Mapping[str, str] | None
+
+
 @dataclass
 class OtherBase:
     """Called while a state dict with another base is loaded, with that base's weight as it lies here (None: not known)."""
 
-    part: LivePart
+    part: LivePart[TrainedPart, AdaptedMixin]
 
     def __call__(self, weight: Tensor | None) -> None:
         self.part.base_known = weight is not None

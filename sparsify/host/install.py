@@ -10,22 +10,25 @@ where a tensor was reordered or carries a slice.
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
 from torch import nn
 
 from sparsify.host.live_state import LoadHook, RootHook, SaveHook, SavePretrained, Unshare
 from sparsify.host.quantized_bases import StandIn
+from sparsify.methods.packed import QuantizedMixin
 from sparsify.methods.part import TrainedPart, beside
 from sparsify.model.fast_paths import close_fast_paths
 from sparsify.model.linears import owner_name
 from sparsify.model.module_tree import copy_module_tree
 from sparsify.model.packed_experts import GroupedLinear
-from sparsify.modules.adapted import become, make_linear
+from sparsify.modules.adapted import AdaptedMixin, become, make_linear
 from sparsify.modules.layout import Layout
 from sparsify.modules.masked import mask_modules
 from sparsify.passes.train_in_full import module_prefixes, trained_in_full
 from sparsify.program import Program
+
+#: transformers' list of the tensors that `save_pretrained` leaves out
+IGNORED = "_keys_to_ignore_on_save"
 
 
 def copy_host(program: Program, train: set[str], whole: bool = False) -> nn.Module:
@@ -34,7 +37,7 @@ def copy_host(program: Program, train: set[str], whole: bool = False) -> nn.Modu
     train: names that train. whole: everything trains that did in the user's model (a plan that only prunes).
     """
     host = program.host
-    memo: dict[int, Any] = {}
+    memo: dict[int, object] = {}
     for name, parameter in host.named_parameters():
         name = program.aliases.get(name, name)
         value = program.tensors.get(name, parameter.detach())
@@ -76,7 +79,7 @@ def swap_modules(program: Program, host: nn.Module) -> list[str]:
     fixed: list[str] = []
     for param in changed_weights(program):
         owner = owner_name(param)
-        module: Any = host.get_submodule(owner)
+        module = host.get_submodule(owner)
         part = parts.get(param)
         packed = program.packed.get(param)
         if packed is not None:
@@ -84,6 +87,7 @@ def swap_modules(program: Program, host: nn.Module) -> list[str]:
             if casts:
                 make_linear(module)
             become(module, "Quantized")
+            assert isinstance(module, QuantizedMixin)
             module.format, module.shape = program.quantize[param], shapes[param]
             if casts:
                 module.compute_dtype = program.bases[param].dtype
@@ -95,6 +99,7 @@ def swap_modules(program: Program, host: nn.Module) -> list[str]:
         if part is not None:
             if packed is None:
                 become(module, part.module_kind)
+            assert isinstance(module, AdaptedMixin)
             names = {leaf: beside(param, leaf) for leaf in part.mixin.trained_leaves + part.mixin.part_buffers}
             part.attach(module, {leaf: program.tensors[n] for leaf, n in names.items() if n in program.tensors})
             fixed += [beside(param, leaf) for leaf in part.mixin.part_buffers if leaf in module._buffers]
@@ -109,13 +114,14 @@ def install(
     whole: the plan has no rule that trains parts beside a frozen base, so a pruned model trains all survivors.
     """
     whole = whole and bool(program.masks) and not program.quantize
-    host: Any = copy_host(program, trained_in_full(program, train), whole)
+    host = copy_host(program, trained_in_full(program, train), whole)
     fixed = swap_modules(program, host)
     close_fast_paths(host, map(owner_name, changed_weights(program)))
     if whole:
         mask_modules(host, program.masks)
     if fixed:  # equal on all ranks by construction, and large
-        host._ddp_params_and_buffers_to_ignore = [*getattr(host, "_ddp_params_and_buffers_to_ignore", []), *fixed]
+        ignored = [*getattr(host, "_ddp_params_and_buffers_to_ignore", []), *fixed]
+        setattr(host, "_ddp_params_and_buffers_to_ignore", ignored)  # noqa: B010  no tensor, as nn.Module's types would have it
     found = layouts(program)
     holders = dict.fromkeys(p for owner in found for p in ["", *module_prefixes(f"{owner}.x")[:-1]])
     handles = [host.get_submodule(path).register_load_state_dict_pre_hook(RootHook()) for path in holders]
@@ -147,24 +153,23 @@ def ignore_on_save(host: nn.Module, names: list[str]) -> None:
 
     A wrapper may show the attribute of the module inside it as a property that cannot be set: that module is told itself.
     """
-    module: Any
     for prefix, module in host.named_modules():
-        if not isinstance(getattr(module, "_keys_to_ignore_on_save", ()), list | set | None):
+        ignored = getattr(module, IGNORED, ())
+        if not isinstance(ignored, list | set | None):
             continue
         start = f"{prefix}." if prefix else ""
         own = [name.removeprefix(start) for name in names if name.startswith(start)]
-        if own and not isinstance(inspect.getattr_static(module, "_keys_to_ignore_on_save"), property):
-            module._keys_to_ignore_on_save = [*(module._keys_to_ignore_on_save or []), *own]
+        if own and not isinstance(inspect.getattr_static(module, IGNORED), property):
+            setattr(module, IGNORED, [*(ignored or []), *own])
 
 
 def save_again(host: nn.Module, names: set[str]) -> None:
     """Undo `ignore_on_save` for these tensors."""
-    module: Any
     for prefix, module in host.named_modules():
         start = f"{prefix}." if prefix else ""
-        ignored = module.__dict__.get("_keys_to_ignore_on_save")
+        ignored = module.__dict__.get(IGNORED)
         if ignored:
-            module._keys_to_ignore_on_save = [k for k in ignored if start + k not in names] or None
+            setattr(module, IGNORED, [k for k in ignored if start + k not in names] or None)
 
 
 def follows_from_weight(program: Program, part: TrainedPart) -> bool:

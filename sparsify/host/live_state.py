@@ -17,7 +17,7 @@ import contextlib
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import FunctionType, MethodType
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from sparsify.model.sharded import cut_like, is_sharded, local, replicated, whol
 from sparsify.modules.adapted import AdaptedMixin
 from sparsify.modules.layout import MARKER, Layout, added_leaves, fold, layout_of
 
-State = dict[str, Any]
+State = dict[str, object]
 
 # --- out -------------------------------------------------------------------------------------------------------------------
 
@@ -44,14 +44,15 @@ class SaveHook:
 
     layout: Layout
 
-    def __call__(self, module: nn.Module, state: State, prefix: str, _metadata: Any) -> None:
+    def __call__(self, module: nn.Module, state: State, prefix: str, _metadata: object) -> None:
         self.layout.mark(module)
         reference = next((p for p in module._parameters.values() if is_sharded(p)), None)
         if reference is not None:
             own = (*added_leaves(module), *getattr(module, "packed_names", ()))
             for name in (prefix + leaf for leaf in own):
-                if name.rpartition(".")[2] in module._buffers and isinstance(state.get(name), Tensor):
-                    state[name] = replicated(state[name], reference)
+                value = state.get(name)
+                if name.rpartition(".")[2] in module._buffers and isinstance(value, Tensor):
+                    state[name] = replicated(value, reference)
 
 
 def modules_with_layout(host: nn.Module) -> Iterator[tuple[str, nn.Module, Layout]]:
@@ -62,7 +63,7 @@ def modules_with_layout(host: nn.Module) -> Iterator[tuple[str, nn.Module, Layou
             yield f"{path}." if path else "", module, layout
 
 
-def original(host: nn.Module, state: Mapping[str, Any], *, with_parts: bool = False) -> State:
+def original(host: nn.Module, state: Mapping[str, object], *, with_parts: bool = False) -> State:
     """A live state dict of the host in original names, shapes and order, trained parts folded into their weights.
 
     with_parts: the parts stay beside the weights, for a checkpoint that resumes exactly. Entries of modules that lie as the
@@ -75,9 +76,8 @@ def original(host: nn.Module, state: Mapping[str, Any], *, with_parts: bool = Fa
         if marker is None:
             continue  # not live, or another part of the model
         check_marker(marker, module, layout, prefix)
-        leaves = {
-            leaf: found[prefix + leaf] for leaf in (*module._parameters, *module._buffers) if prefix + leaf in found
-        }
+        own_leaves = (*module._parameters, *module._buffers)
+        leaves = {leaf: value for leaf in own_leaves if isinstance(value := found.get(prefix + leaf), Tensor)}
         for leaf, value in leaves.items():
             own = getattr(module, leaf)
             folded = leaf == "weight" and isinstance(module, AdaptedMixin)
@@ -85,7 +85,9 @@ def original(host: nn.Module, state: Mapping[str, Any], *, with_parts: bool = Fa
                 key = (id(module if folded else own), leaf)
                 if key not in done:
                     refuse_meta(value, prefix + leaf)
-                    current = fold(module, leaves) if folded else whole(value.detach())
+                    current = (
+                        fold(module, leaves) if isinstance(module, AdaptedMixin) and folded else whole(value.detach())
+                    )
                     done[key] = layout.to_original(leaf, current)
                 found[prefix + leaf] = done[key]
         added = (*added_leaves(module), *getattr(module, "packed_names", ()))
@@ -95,7 +97,7 @@ def original(host: nn.Module, state: Mapping[str, Any], *, with_parts: bool = Fa
     return renamed(found, plain_names(host))
 
 
-def refuse_meta(value: Any, name: str) -> None:
+def refuse_meta(value: object, name: str) -> None:
     if isinstance(value, Tensor) and value.is_meta:
         raise StateError(
             f"{name} is on the meta device (offloaded, or not loaded yet), and its original form cannot be computed there; "
@@ -103,7 +105,7 @@ def refuse_meta(value: Any, name: str) -> None:
         )
 
 
-def marker_in(module: nn.Module, state: State, prefix: str) -> Any:
+def marker_in(module: nn.Module, state: State, prefix: str) -> object:
     """The marker that a dict brings. The module's own is none: torch completes a dict that it distributes over ranks with what the
     model has, and so puts it beside tensors of any layout."""
     found, own = state.get(prefix + MARKER), module._buffers.get(MARKER)
@@ -117,7 +119,7 @@ def marker_in(module: nn.Module, state: State, prefix: str) -> Any:
     return found
 
 
-def check_marker(marker: Any, module: nn.Module, layout: Layout, prefix: str) -> None:
+def check_marker(marker: object, module: nn.Module, layout: Layout, prefix: str) -> None:
     """Raise StateError when a live dict's tensors lie otherwise than this module's."""
     value = whole(marker)
     if not isinstance(value, Tensor) or value.is_meta:
@@ -143,7 +145,7 @@ class RootHook:
     """Before the host, or a part of it, loads anything: every module's entries are judged, so that what is refused leaves nothing
     half loaded. On every module that holds one with a layout; the outermost one that loads judges for those inside."""
 
-    def __call__(self, host: nn.Module, state: State, prefix: str, *_rest: Any) -> None:
+    def __call__(self, host: nn.Module, state: State, prefix: str, *_rest: object) -> None:
         names = {f"{prefix}{plain}": f"{prefix}{own}" for own, plain in plain_names(host).items()}
         for name in [name for name in names if name in state]:  # packed experts, called as in the user's model
             state[names[name]] = state.pop(name)
@@ -176,7 +178,9 @@ class LoadHook:
 
     layout: Layout
 
-    def __call__(self, module: nn.Module, state: State, prefix: str, metadata: Any, *_rest: Any) -> None:
+    def __call__(
+        self, module: nn.Module, state: State, prefix: str, metadata: Mapping[str, object], *_rest: object
+    ) -> None:
         own = module._buffers.get(MARKER)
         if own is None:
             return
@@ -211,8 +215,8 @@ class LoadHook:
             elif is_sharded(value):
                 state[prefix + leaf] = whole(value)
         for leaf in module._buffers:
-            if is_sharded(state.get(prefix + leaf)):
-                state[prefix + leaf] = whole(state[prefix + leaf])
+            if is_sharded(value := state.get(prefix + leaf)):
+                state[prefix + leaf] = whole(value)
         state[prefix + MARKER] = torch.tensor(list(layout.digest(module)), dtype=torch.uint8, device=own_device(module))
         for leaf in getattr(module, "packed_names", ()):
             state.setdefault(prefix + leaf, module._buffers[leaf])
@@ -327,7 +331,7 @@ def same_frozen(module: nn.Module, value: Tensor, own: Tensor, places: list[Tens
     return torch.equal(value, own)
 
 
-def clear_trained(module: Any, stored: Tensor, places: list[Tensor]) -> None:
+def clear_trained(module: nn.Module, stored: Tensor, places: list[Tensor]) -> None:
     """Zeros at the trained channels and entries of a contiguous stored weight: what lies there is scratch."""
     for index in places:
         stored.view(-1).index_fill_(0, index.to(stored.device), 0)
@@ -363,9 +367,9 @@ def check_entries(module: nn.Module, layout: Layout, state: State, prefix: str, 
         check_parts(module, state, prefix, current)
         return
     for leaf, region in module.read_from(current).items():
-        if prefix + leaf not in state:
+        value = whole(state.get(prefix + leaf))
+        if not isinstance(value, Tensor):
             continue
-        value = whole(state[prefix + leaf])
         known = value.shape == region.shape and not value.is_meta and not region.is_meta
         if known and not near(masked(module, leaf, value), region):
             raise StateError(
@@ -397,7 +401,7 @@ def near(a: Tensor, b: Tensor) -> bool:
     return bool(error <= max(1e-5, 4 * rounding))
 
 
-def check_parts(module: Any, state: State, prefix: str, current: Tensor) -> None:
+def check_parts(module: AdaptedMixin, state: State, prefix: str, current: Tensor) -> None:
     """Sparse and low-rank parts do not follow from the folded weight: they must be there, and belong to this base."""
     own = [n for n in module.trained_leaves if n in module._parameters]
     missing = [n for n in own if prefix + n not in state]
@@ -406,8 +410,9 @@ def check_parts(module: Any, state: State, prefix: str, current: Tensor) -> None
             f"{prefix}weight: the checkpoint holds the folded weight but not {missing[0]}, and the parts cannot be told apart "
             "again; load it into an uncompiled model, or load the adapter with model.sparsify.load_adapter"
         )
-    parts = {n: whole(state[prefix + n]) for n in own}
-    if any(parts[n].shape != module._parameters[n].shape for n in own):
+    parts = {n: whole(value) for n in own if isinstance(value := state[prefix + n], Tensor)}
+    held_parts = {n: module.get_parameter(n) for n in own}
+    if any(n not in parts or parts[n].shape != held_parts[n].shape for n in own):
         return  # torch says so itself
     without_base = module.weight.is_meta and not hasattr(module, "packed_names")
     if without_base and not current.is_meta and not module.base_follows(parts):
@@ -416,13 +421,14 @@ def check_parts(module: Any, state: State, prefix: str, current: Tensor) -> None
             "part folded in, from which the base does not follow exactly; load it into a model that has its base "
             "(accelerate: fsdp_cpu_ram_efficient_loading: false)"
         )
-    held = (module.weight, *(module._parameters[n] for n in own), *parts.values(), *module._buffers.values(), current)
+    held = (module.weight, *held_parts.values(), *parts.values(), *module._buffers.values(), current)
     if any(t is not None and t.is_meta for t in held):
         return
     leaf, own_index = module.support_leaf, module._buffers.get(module.support_leaf)
     index = state.get(prefix + leaf)
-    same_size = isinstance(index, Tensor) and own_index is not None and index.shape == own_index.shape
-    places = {leaf: whole(index)} if same_size else {}
+    places: dict[str, Tensor] = {}
+    if isinstance(index, Tensor) and own_index is not None and index.shape == own_index.shape:
+        places[leaf] = whole(index)
     if not near(fold(module, parts | places), current):
         raise StateError(
             f"{prefix}weight: the checkpoint was made over another base, and only its trained parts would be taken; "
@@ -430,38 +436,40 @@ def check_parts(module: Any, state: State, prefix: str, current: Tensor) -> None
         )
 
 
-def note_base(module: Any, layout: Layout, state: State, prefix: str, live: bool) -> None:
+def note_base(module: nn.Module, layout: Layout, state: State, prefix: str, live: bool) -> None:
     """Tell the handle when the frozen part of a weight is about to change: what it knows of the base is another base's then."""
     weight = state.get(prefix + "weight")
     if layout.base_loaded is None:
         return
     if isinstance(module, QuantizedMixin):
         for leaf in module.packed_names:
-            incoming, own = state.get(prefix + leaf), module._buffers[leaf]
-            there = isinstance(incoming, Tensor) and not (incoming.is_meta or own.is_meta)
-            if there and not torch.equal(whole(incoming).to(own), own):
+            incoming, own = state.get(prefix + leaf), module.get_buffer(leaf)
+            if not isinstance(incoming, Tensor) or incoming.is_meta or own.is_meta:
+                continue
+            if not torch.equal(whole(incoming).to(own), own):
                 layout.base_loaded(None)
         return
-    if not isinstance(weight, Tensor):
+    own = module.weight
+    if not isinstance(weight, Tensor) or not isinstance(own, Tensor):
         return
-    if is_sharded(module.weight):
+    if is_sharded(own):
         return
-    if weight.is_meta or module.weight.is_meta or weight.shape != module.weight.shape:
+    if weight.is_meta or own.is_meta or weight.shape != own.shape:
         return
     weight = whole(weight).detach()
     if not live:
         if keeps_base(module):
             return  # the base stays
         weight = layout.to_current("weight", weight)
-    if not same_frozen(module, weight, module.weight, trained_places(module, state, prefix)):
+    if not same_frozen(module, weight, own, trained_places(module, state, prefix)):
         held = live or any(prefix + leaf in state for leaf in getattr(module, "entries_of_weight", ()))
         layout.base_loaded(None if held else weight)
 
 
-def take_support(module: Any, layout: Layout, state: State, prefix: str) -> None:
+def take_support(module: nn.Module, layout: Layout, state: State, prefix: str) -> None:
     """Adopt a support that the host does not have yet."""
     _, index, own = support_in(module, layout, state, prefix)
-    if index is None or own is None or layout.adopt is None:
+    if index is None or own is None or layout.adopt is None or not isinstance(module, AdaptedMixin):
         return
     index = whole(index)
     if index.shape != own.shape or own.is_meta or module.support_open(index):
@@ -470,7 +478,7 @@ def take_support(module: Any, layout: Layout, state: State, prefix: str) -> None
         layout.adopt(index)
 
 
-def reorder(module: Any, layout: Layout, state: State, prefix: str) -> None:
+def reorder(module: nn.Module, layout: Layout, state: State, prefix: str) -> None:
     """Original entries of one module become live ones, in `state`."""
     for leaf in layout.moves:
         tensor, own = state.get(prefix + leaf), getattr(module, leaf)
@@ -502,7 +510,7 @@ class Unshare:
 
     leaves: set[str]
 
-    def __call__(self, module: nn.Module, state: State, prefix: str, *_rest: Any) -> None:
+    def __call__(self, module: nn.Module, state: State, prefix: str, *_rest: object) -> None:
         if any(is_sharded(p) for p in module._parameters.values()):
             return  # fully_shard gave every parameter memory of its own
         for leaf in sorted(self.leaves):
@@ -529,11 +537,11 @@ class OnHost:
         self.host = host
 
     @property
-    def of_class(self) -> Any:
+    def of_class(self) -> FunctionType:
         return getattr(type(self.host), self.method)
 
     @property
-    def __wrapped__(self) -> Any:
+    def __wrapped__(self) -> MethodType:
         return self.of_class.__get__(self.host)
 
     @property
@@ -545,7 +553,7 @@ class OnHost:
         return self.method
 
     @property
-    def __func__(self) -> Any:
+    def __func__(self) -> FunctionType:
         return self.of_class
 
 
@@ -565,7 +573,7 @@ class SavePretrained(OnHost):
 
     method = "save_pretrained"
 
-    def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, save_directory: object, *args: object, **kwargs: object) -> object:
         host = self.host
         if kwargs.get("distributed_checkpoint"):
             raise SparsifyError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -44,10 +44,11 @@ def merge(handle: Handle) -> nn.Module:
     handle.need_unmerged("merge")
     refuse_sharded(handle.host, "merge")
     packed = [p for p in handle.parts if handle.is_packed(p)]
-    fixed = next((p for p in packed if not format_named(handle.module(p).format).packs_again), None)
+    formats = {p: m.format for p in packed if isinstance(m := handle.module(p), QuantizedMixin)}
+    fixed = next((p for p, name in formats.items() if not format_named(name).packs_again), None)
     if fixed is not None:
         raise SparsifyError(
-            f"merge: {fixed} came packed as {handle.module(fixed).format}, and sparsify cannot pack a changed weight so: save_adapter "
+            f"merge: {fixed} came packed as {formats[fixed]}, and sparsify cannot pack a changed weight so: save_adapter "
             "keeps what trained beside the base exactly, and save_pretrained writes the dense model"
         )
     masked = [p for p, part in handle.parts.items() if part.fills_pruned and p in handle.program.masks]
@@ -100,7 +101,7 @@ def keep_mask(handle: Handle, param: str, weight: Tensor) -> float:
     return lost
 
 
-def example_outputs(handle: Handle) -> Any:
+def example_outputs(handle: Handle) -> object:
     args, kwargs = handle.program.example
     with evaluating(handle.host), torch.no_grad():
         return handle.host(*args, **kwargs)
@@ -120,13 +121,12 @@ def unmerge(handle: Handle) -> nn.Module:
         elif kept is not None:
             part.module.weight.data.copy_(kept[0])
         part.attach()
-        module: Any = part.module
-        part.layout.mark(module)
+        part.layout.mark(part.module)
     handle.merged = False
     return handle.host
 
 
-def largest_move(before: Any, after: Any) -> float:
+def largest_move(before: object, after: object) -> float:
     """Largest change between two outputs, relative to the largest entry."""
     pairs = zip(pytree.tree_leaves(before), pytree.tree_leaves(after), strict=True)
     moves = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -96,10 +96,10 @@ def tied(handle: Handle) -> list[list[str]]:
     return tied_groups({**canonical_names(handle.host), **handle.program.aliases})
 
 
-def bare_copy(handle: Handle) -> Any:
+def bare_copy(handle: Handle) -> nn.Module:
     """A deep copy of the host as plain modules; its adapted weights are empty."""
     hooks = handle.host.__dict__.get("_sparsify_hooks")
-    bare: Any = copy_module_tree(handle.host, {id(handle): None, id(hooks): None})
+    bare = copy_module_tree(handle.host, {id(handle): None, id(hooks): None})
     if handle.cpu is not None:
         from sparsify.lowering.restore import restore_modules
 
@@ -133,7 +133,7 @@ def let_go(handle: Handle) -> None:
     forget(handle.host)
 
 
-def is_own_hook(hook: Any) -> bool:
+def is_own_hook(hook: object) -> bool:
     kinds = SaveHook | LoadHook | RootHook | Unshare | EnterForward | LeaveForward
     return isinstance(getattr(hook, "hook", hook), kinds)
 
@@ -150,7 +150,7 @@ def forget(host: nn.Module) -> None:
         module._buffers.pop(MARKER, None)
 
 
-def strip(module: Any) -> None:
+def strip(module: AdaptedMixin) -> None:
     """Take every trained or packed tensor from an adapted module and give it an (empty) dense weight again."""
     shape, dtype = module.stored_shape(), module.weight.dtype
     module._buffers.pop(MARKER, None)
@@ -163,7 +163,7 @@ def strip(module: Any) -> None:
     make_plain(module)
 
 
-def unmask(module: Any) -> None:
+def unmask(module: MaskedModule) -> None:
     """Back from a masked module to the user's class; the zeros stay in the weights."""
     module._unwatch()
     for leaf in module.masked_leaves:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ class PackedBase:
             digest.update(tensor_hash(tensor).encode())
         return digest.hexdigest()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PackedBase:
+    def __deepcopy__(self, memo: dict[int, object]) -> PackedBase:
         return self
 
 
@@ -84,6 +84,47 @@ class StandIn(nn.Linear):
 # --- finding what is packed ------------------------------------------------------------------------------------------------
 
 
+class QuantState(Protocol):
+    """bitsandbytes' account of a weight in 4 bits; `state2` says the same of its scales, and is None for plain ones."""
+
+    absmax: Tensor
+    shape: tuple[int, ...]
+    code: Tensor
+    dtype: torch.dtype
+    blocksize: int
+    quant_type: str
+    nested: bool
+    state2: QuantState
+    offset: Tensor
+    original_dtype: torch.dtype
+    original_nested: bool
+
+
+class FourBitLinear(Protocol):
+    """bitsandbytes' `Linear4bit`; the state is an attribute of the weight, or of the module."""
+
+    weight: Tensor
+    compute_dtype: torch.dtype
+
+
+class EightBitState(Protocol):
+    """Codes and scales of a row; of a weight, and of the state of a `Linear8bitLt` that ran."""
+
+    CB: Tensor | None
+    SCB: Tensor | None
+
+
+class EightBitWeight(EightBitState, Protocol):
+    def detach(self) -> Tensor: ...
+
+
+class EightBitLinear(Protocol):
+    """bitsandbytes' `Linear8bitLt`."""
+
+    weight: EightBitWeight
+    state: EightBitState
+
+
 def library_of(module: nn.Module) -> str:
     return type(module).__module__.partition(".")[0]
 
@@ -94,7 +135,7 @@ def packed_base(module: nn.Module, name: str, default: torch.dtype) -> PackedBas
     default: the dtype that activations have where the layer does not name one. Raises CaptureError for a layer of theirs that
     cannot be taken.
     """
-    own: Any = module
+    own: Any = module  # of a library without types
     kind = type(module).__name__
     if any(c.__name__ == "Linear4bit" and c.__module__.startswith("bitsandbytes") for c in type(module).__mro__):
         return four_bit(own, name, default)
@@ -106,9 +147,9 @@ def packed_base(module: nn.Module, name: str, default: torch.dtype) -> PackedBas
     return None
 
 
-def four_bit(module: Any, name: str, default: torch.dtype) -> PackedBase:
+def four_bit(module: FourBitLinear, name: str, default: torch.dtype) -> PackedBase:
     weight = module.weight
-    state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
+    state: QuantState | None = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
     if state is None:
         raise unpacked_yet(name, module)
     dtype = module.compute_dtype if getattr(module, "compute_type_is_set", True) else None
@@ -130,7 +171,7 @@ def four_bit(module: Any, name: str, default: torch.dtype) -> PackedBase:
     return PackedBase("bitsandbytes", format, tuple(tensors), shape, dtype)
 
 
-def plain_layout(data: Tensor, state: Any) -> tuple[Tensor, Tensor, bool, torch.dtype]:
+def plain_layout(data: Tensor, state: QuantState) -> tuple[Tensor, Tensor, bool, torch.dtype]:
     """`(data, absmax, nested, dtype)` of a weight that bitsandbytes has laid out for its CPU kernel; nothing is written."""
     twin = copy.copy(state)
     twin.original_nested = False  # the scales stay as they are now; quantising them again would move the base
@@ -138,7 +179,7 @@ def plain_layout(data: Tensor, state: Any) -> tuple[Tensor, Tensor, bool, torch.
     return data, state.absmax.t().reshape(-1).float(), False, state.original_dtype
 
 
-def eight_bit(module: Any, name: str, default: torch.dtype) -> PackedBase:
+def eight_bit(module: EightBitLinear, name: str, default: torch.dtype) -> PackedBase:
     weight, state = module.weight, module.state
     if getattr(state, "has_fp16_weights", False):
         raise CaptureError(
@@ -153,7 +194,7 @@ def eight_bit(module: Any, name: str, default: torch.dtype) -> PackedBase:
     return PackedBase("bitsandbytes", "int8", (data.detach(), scales.detach()), data.shape, dtype)
 
 
-def unpacked_yet(name: str, module: nn.Module) -> CaptureError:
+def unpacked_yet(name: str, module: object) -> CaptureError:
     return CaptureError(
         f"{name} is a bitsandbytes {type(module).__name__} whose weight is not packed yet: bitsandbytes packs it when the model goes "
         "to its device, so call model.to('cuda') (or 'cpu') first"
@@ -199,7 +240,6 @@ def foreign_library(module: nn.Module) -> str | None:
     """Which quantiser a linear-like module is of that cannot be taken; None for every other module."""
     if type(module).__module__.startswith("sparsify.") or looks_packed(module):
         return None
-    own: Any = module
     place = f"{type(module).__module__}."
     kind = type(module).__name__
     if not any(word in kind.lower() for word in ("linear", "conv1d", "gemm")):
@@ -207,15 +247,15 @@ def foreign_library(module: nn.Module) -> str | None:
     for library, prefixes in FOREIGN.items():
         if any(place.startswith(f"{p}.") or f".{p}." in place for p in prefixes):
             return library
-    tensors = dict(own.named_parameters(recurse=False)) | dict(own.named_buffers(recurse=False))
+    tensors = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
     weight = tensors.get("weight")
     if weight is not None and weight.dtype in FLOAT8:
         return f"8-bit floats ({weight.dtype})"
     if "qweight" in tensors:
         return "GPTQ or AWQ"
-    if hasattr(own, "W_q"):
+    if hasattr(module, "W_q"):
         return "HQQ"
-    sized = hasattr(own, "in_features") and hasattr(own, "out_features")
+    sized = hasattr(module, "in_features") and hasattr(module, "out_features")
     if sized and weight is not None and not weight.is_floating_point() and not weight.is_complex():
         return f"{library_of(module)} ({weight.dtype})"
     return None
@@ -250,7 +290,7 @@ def check_host(model: nn.Module) -> None:
             )
 
 
-def under_autocast(forward: Any) -> bool:
+def under_autocast(forward: object) -> bool:
     """Whether a forward set on the instance is a wrapper that enters autocast."""
     seen = 0
     while forward is not None and seen < 8:
@@ -296,7 +336,7 @@ def dense_twin(model: Model) -> tuple[Model, dict[str, PackedBase]]:
     if not packed:
         return model, {}
     default = activation_dtype(model, {id(module) for module in packed.values()})
-    memo: dict[int, Any] = {}
+    memo: dict[int, object] = {}
     bases: dict[str, PackedBase] = {}
     for name, module in packed.items():
         base = packed_base(module, name or type(model).__name__, default)
@@ -307,23 +347,22 @@ def dense_twin(model: Model) -> tuple[Model, dict[str, PackedBase]]:
     for module in model.modules():
         if id(module) not in memo:
             memo |= {id(t): t for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))}
-    twin: Any = copy_module_tree(model, memo)
+    twin = copy_module_tree(model, memo)
     forget_quantiser(twin)
     return twin, bases
 
 
 def stand_in(module: nn.Module, base: PackedBase) -> nn.Linear:
     """A plain linear of the right shape, dtype and bias, with the hooks of `module`; its weight is NaN and takes no memory."""
-    own: Any = module
     casts = library_of(module) == "bitsandbytes"
-    twin: Any = (StandIn if casts else nn.Linear)(1, 1, bias=False, device="meta")
+    twin = (StandIn if casts else nn.Linear)(1, 1, bias=False, device="meta")
     twin.out_features, twin.in_features = base.shape
     nothing = torch.full((), float("nan"), dtype=base.dtype, device=base.packed[0].device).expand(base.shape)
     twin.weight = nn.Parameter(nothing, requires_grad=False)
-    bias = own.bias
+    bias = getattr(module, "bias")  # noqa: B009  for nn.Module's types it cannot be None
     if bias is not None and bias.dtype != base.dtype:
         bias = nn.Parameter(bias.detach().to(base.dtype), requires_grad=bias.requires_grad)
-    twin.bias = bias
+    twin.register_parameter("bias", bias)
     twin.training = module.training
     for table in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         getattr(twin, table).update(getattr(module, table))

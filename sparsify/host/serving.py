@@ -89,6 +89,9 @@ def plan_of(folder: Path) -> Plan | None:
     text = files.load(folder).info.get("plan")
     if text is None:
         return None
+    if not isinstance(text, str):
+        what = f"the plan is not JSON: expected a string, got {type(text).__name__}"
+        raise AdapterError(f"{folder}: the plan that the adapter carries cannot be read: {what}")
     try:
         return Plan.from_json(text)
     except SparsifyError as error:

@@ -57,6 +57,29 @@ def set_adapter(handle: Handle, spec: str | Mapping[str, float] | None) -> Mix:
     return allow_training(handle, False)
 
 
+def add_adapter(handle: Handle, name: str) -> None:
+    """See `Handle.add_adapter`."""
+    handle.need_unmerged("add_adapter")
+    back_to_pieces(handle.host)
+    active = handle.active.weights if handle.active.trainable else ()
+    if not isinstance(name, str) or not name:
+        raise AdapterError(
+            f"add_adapter: expected a name, got {name!r}; what trains is the plan's, for other units compile another plan"
+        )
+    if name in {*handle.adapters, *handle.parked, *active}:
+        raise AdapterError(
+            f"add_adapter: {name!r} is taken; set_adapter({name!r}) makes it active, delete_adapter forgets it"
+        )
+    if not handle.parts and not handle.train:
+        raise AdapterError("add_adapter: nothing trains in this model; compile it with a plan")
+    for part in handle.parts.values():
+        handle.need_base(part, "add_adapter")
+    park(handle)
+    reset_to_base(handle)
+    handle.active = Mix({name: 1.0}, trainable=True)
+    allow_training(handle, True)
+
+
 def is_active(handle: Handle, name: str) -> bool:
     return handle.active.trainable and name in handle.active.weights
 

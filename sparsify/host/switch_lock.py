@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from sparsify.errors import SparsifyError
 from sparsify.host.live_state import OnHost
@@ -56,10 +56,10 @@ class SwitchLock:
         self.queued = 0  # readers
         self.owed = 0  # readers that waited for a writer that is gone, and go before the next one
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SwitchLock:
+    def __deepcopy__(self, memo: dict[int, object]) -> SwitchLock:
         return SwitchLock()
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[type[SwitchLock], tuple[()]]:
         return SwitchLock, ()
 
     def join_readers(self) -> Reader:
@@ -164,7 +164,7 @@ class EnterForward:
 
     lock: SwitchLock
 
-    def __call__(self, _module: nn.Module, _args: Any) -> None:
+    def __call__(self, _module: nn.Module, _args: object) -> None:
         if not torch.compiler.is_compiling():
             self.lock.enter_forward()
 
@@ -175,7 +175,7 @@ class LeaveForward:
 
     lock: SwitchLock
 
-    def __call__(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+    def __call__(self, _module: nn.Module, _args: object, _output: object) -> None:
         if not torch.compiler.is_compiling():
             self.lock.leave_forward()
 
@@ -189,7 +189,7 @@ class Generate(OnHost):
         super().__init__(host)
         self.lock = lock
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         with self.lock.reading():
             return self.of_class(self.host, *args, **kwargs)
 
@@ -203,7 +203,7 @@ class Compile(OnHost):
         super().__init__(host)
         self.lock = lock
 
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
+    def __call__(self, *args: object, **kwargs: object) -> None:
         self.of_class(self.host, *args, **kwargs)
         self.host._compiled_call_impl = CompiledCall(self.host._compiled_call_impl, self.lock)  # type: ignore[assignment]
 
@@ -212,17 +212,17 @@ class Compile(OnHost):
 class CompiledCall:
     """What `model.compile()` calls instead of the forward, under the lock."""
 
-    call: Any
+    call: Callable[..., object]
     lock: SwitchLock
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         if torch.compiler.is_compiling():
             return self.call(*args, **kwargs)
         with self.lock.reading():
             return self.call(*args, **kwargs)
 
 
-def guard(host: nn.Module) -> tuple[SwitchLock, list[Any]]:
+def guard(host: nn.Module) -> tuple[SwitchLock, list[RemovableHandle]]:
     """Let the host's forwards and `generate` take a lock; returns it and the handles of the hooks."""
     lock = SwitchLock()
     handles = [

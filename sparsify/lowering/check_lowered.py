@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from sparsify.modules.original_state import OriginalState
 from sparsify.modules.rows_of_gated import RowsOfGated
 from sparsify.passes.verify import check_outputs
 from sparsify.program import Program
+from sparsify.program.values import Inputs
 
 SPREAD = 8.0  # of √n roundings of a sum of n terms: none of the sums of a model comes near that
 STEEPEST = {"none": 1.0, "relu": 1.0, "silu": 1.1, "gelu": 1.13, "gelu_tanh": 1.13}  # largest slope of each activation
@@ -73,13 +73,13 @@ class LoweringCheck:
             raise VerifyError(f"in pass 'lower-{self.target}': {error}") from error
 
 
-def run(host: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+def run(host: nn.Module, example: Inputs) -> object:
     args, kwargs = example
     with torch.no_grad():
         return host(*args, **kwargs)
 
 
-def compare_outputs(what: str, expected: Any, found: Any) -> None:
+def compare_outputs(what: str, expected: object, found: object) -> None:
     try:
         check_outputs(expected, found)
     except VerifyError as error:
@@ -90,7 +90,7 @@ def compare_outputs(what: str, expected: Any, found: Any) -> None:
 class Layer:
     """A lowered module, and the linears that it computes, in the order of [gate; up] where it is gated."""
 
-    module: Any
+    module: nn.Module
     pieces: tuple[Piece, ...]
 
     @property
@@ -171,7 +171,7 @@ class Layer:
 
 def replaced(host: nn.Module, pieces: list[Piece]) -> list[Layer]:
     """The lowered modules of a host with the linears that they stand for."""
-    found: dict[int, tuple[Any, list[tuple[int, Piece]]]] = {}
+    found: dict[int, tuple[nn.Module, list[tuple[int, Piece]]]] = {}
     for piece in pieces:
         module = host.get_submodule(piece.name)
         if isinstance(module, RowsOfGated):
@@ -188,8 +188,8 @@ def replaced(host: nn.Module, pieces: list[Piece]) -> list[Layer]:
 def watched(layers: list[Layer], reached: set[int]) -> Iterator[None]:
     """Compare every layer whenever it runs."""
 
-    def hook(layer: Layer) -> Any:
-        def compare(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
+    def hook(layer: Layer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def compare(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
             reached.add(id(module))
             layer.compare(args[0], y, args[1] if len(args) > 1 else None)
 

@@ -18,17 +18,20 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
+from sparsify.console import PATIENCE
 from sparsify.errors import Refusal, RefusedError, VerifyError
 from sparsify.lowering.check_lowered import LoweringCheck
 from sparsify.lowering.fuse_linears import FusedActivation, GatedProduct, Join, find_joins
 from sparsify.lowering.fused_modules import MovedActivation, fuse_feed_forward
 from sparsify.lowering.restore import set_module, take_over
 from sparsify.lowering.rewrite import rewrite
-from sparsify.lowering.target import Fusion, Joined, Layer, Outcome, Target
+from sparsify.lowering.target import Comparison, Fusion, Joined, Layer, Outcome, Target
 from sparsify.model.fast_paths import close_fast_paths
 from sparsify.model.linears import is_plain_linear
 from sparsify.model.module_tree import copy_module_tree
+from sparsify.modules.kernel_module import KernelModule
 from sparsify.modules.rows_of_gated import Gated, RowsOfGated
 from sparsify.passes.verify import verify
 from sparsify.program import Program, Stage
@@ -47,11 +50,11 @@ class Decision:
     modules: dict[str, nn.Module] = field(default_factory=dict)
     fusions: list[Fusion] = field(default_factory=list)
     not_fused: list[Refusal] = field(default_factory=list)
-    whole: Any = None
+    whole: Comparison | None = None
 
     @property
     def packed(self) -> tuple[Any, ...]:
-        """Report rows of the layers that were packed."""
+        """Report rows of the layers that were packed; of what class they are is the target's affair."""
         return tuple(outcome.entry for outcome in self.outcomes.values() if outcome.packed)
 
     @property
@@ -74,6 +77,7 @@ def lower(
     names: Sequence[str] | None = None,
     quantize: Quantize = None,
     check: bool = False,
+    progress: bool = False,
 ) -> tuple[Decision, Program | None]:
     """Lower `host`, in place, and `program`, its graph: into a new one at stage LOWERED, verified against the host.
 
@@ -81,10 +85,11 @@ def lower(
     names: qualified module names that may be replaced; one that cannot be packed raises RefusedError. None: every nn.Linear and Conv1D.
     quantize: "int8" for all of them, or per module name.
     check: compare every layer, the host and the program with what they computed before.
+    progress: show how many layers were tried and measured, once that takes longer than a moment.
 
     Raises RefusedError, and VerifyError naming what is wrong with the lowered program.
     """
-    decision = decide(host, program, target, names, quantize)
+    decision = decide(host, program, target, names, quantize, progress)
     before = LoweringCheck(host, program, target.name) if check and program is not None else None
     lowered = None if program is None else lowered_program(program, decision, target)
     install(host, decision)
@@ -120,13 +125,21 @@ def lowered_program(program: Program, decision: Decision, target: Target) -> Pro
 
 
 def decide(
-    host: nn.Module, program: Program | None, target: Target, names: Sequence[str] | None, quantize: Quantize
+    host: nn.Module,
+    program: Program | None,
+    target: Target,
+    names: Sequence[str] | None,
+    quantize: Quantize,
+    progress: bool = False,
 ) -> Decision:
     """Ask `target` about every layer, about what the program shows to belong together, and about the whole. Writes to nothing."""
     decision = Decision()
     layers = dict(find_layers(host, names, quantize))
     shared = sharing(host)
-    for name, layer in layers.items():
+    shown = tqdm(
+        layers.items(), desc="linears measured", unit="linear", delay=PATIENCE, leave=False, disable=not progress
+    )
+    for name, layer in shown:
         others = [n for n in shared[id(layer.module.weight)] if host.get_submodule(n) is not layer.module]
         if others and not target.copies_tied:
             why = Refusal(name, f"its weight is shared with {', '.join(others)}, which needs it dense")
@@ -209,12 +222,12 @@ def join(host: nn.Module, program: Program, target: Target, decision: Decision) 
 
 def packed_linears(
     host: nn.Module, names: Sequence[str], target: Target, decision: Decision, count: Counter[int]
-) -> list[Any] | str:
+) -> list[KernelModule] | str:
     """The packed linears of these names, each used under one name only; or why they cannot be joined to anything."""
-    found = []
+    found: list[KernelModule] = []
     for name in names:
         module, old = decision.modules.get(name), host.get_submodule(name)
-        if module is None or not target.packs(module):
+        if not isinstance(module, KernelModule) or not target.packs(module):
             return f"{name} is not packed"
         why = unfit(name, old, count)
         if why:
@@ -292,14 +305,15 @@ def install(host: nn.Module, decision: Decision) -> None:
         if name not in fused:
             set_module(host, name, take_over(module, host.get_submodule(name)))
     for name, found in fused.items():
-        module: Any = decision.modules[name]
+        module = decision.modules[name]
+        assert isinstance(module, Gated)  # `join_gated` made sure
         fuse_feed_forward(host.get_submodule(found.owner), module, found.down.rpartition(".")[2])
     close_fast_paths(host, decision.modules)
 
 
 def lowered_copy(host: nn.Module, decision: Decision) -> nn.Module:
     """A lowered host beside the dense one, which shares what lowering leaves alone."""
-    shared = {id(tensor): tensor for tensor in (*host.parameters(), *host.buffers())}
+    shared: dict[int, object] = {id(tensor): tensor for tensor in (*host.parameters(), *host.buffers())}
     copied = copy_module_tree(host, shared)
     install(copied, decision)
     return copied

@@ -7,7 +7,7 @@ up ─▶ act_fn                                     ──▶  up with the acti
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -27,13 +27,13 @@ class MovedActivation(nn.Identity):
         return self.kept[0]
 
 
-class FusedFeedForward:
+class FusedFeedForward(nn.Module if TYPE_CHECKING else object):
     """Mixin of a feed-forward module whose gate, up, activation and product became `gate_up`; then the rest of it."""
 
     gate_up: Gated
     down_name: str
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         if args or kwargs:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         y = self.gate_up(x)
@@ -44,7 +44,7 @@ class FusedFeedForward:
 def fused_class(base: type[nn.Module]) -> type[nn.Module]:
     """`base` with the fused forward: still an instance of `base`, by isinstance and by name."""
 
-    def reduce(self: Any, protocol: Any) -> Any:
+    def reduce(self: nn.Module, protocol: int) -> tuple[object, ...]:
         return rebuild_fused, (base,), self.__dict__
 
     body = {"__reduce_ex__": reduce, "__doc__": base.__doc__, "__module__": base.__module__}
@@ -52,11 +52,11 @@ def fused_class(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def rebuild_fused(base: type[nn.Module]) -> nn.Module:
-    cls: Any = fused_class(base)
+    cls = fused_class(base)
     return cls.__new__(cls)
 
 
-def fuse_feed_forward(owner: Any, gate_up: Gated, down: str) -> None:
+def fuse_feed_forward(owner: nn.Module, gate_up: Gated, down: str) -> None:
     """Give a feed-forward module its fused half, in place. down: name of its linear behind that, or nothing."""
     gate_up.train(owner.training)
     owner.__class__ = fused_class(type(owner))
@@ -64,7 +64,7 @@ def fuse_feed_forward(owner: Any, gate_up: Gated, down: str) -> None:
     owner.__dict__["down_name"] = down
 
 
-def unfuse_feed_forward(owner: Any) -> None:
+def unfuse_feed_forward(owner: FusedFeedForward) -> None:
     """Undo `fuse_feed_forward`."""
     owner.__class__ = type(owner).__mro__[2]
     del owner.gate_up

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
@@ -46,7 +45,7 @@ def kernel_texts(program: Program, tokens: int | None = None) -> tuple[KernelTex
     sources: dict[str, str] = {}
     nodes: dict[str, list[str]] = {}
     for node, module in packed_nodes(program):
-        x: Any = node.args[0].meta.get("val") if isinstance(node.args[0], fx.Node) else None
+        x = node.args[0].meta.get("val") if isinstance(node.args[0], fx.Node) else None
         if not isinstance(x, torch.Tensor):
             continue
         count = tokens if tokens is not None else x.numel() // max(1, x.shape[-1])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import nn
+from torch import Tensor, nn
 
 from sparsify.lowering.fused_modules import FusedFeedForward, MovedActivation, unfuse_feed_forward
 from sparsify.modules.original_state import OriginalState
@@ -39,21 +37,21 @@ def restore_modules(host: nn.Module) -> None:
             unfuse_feed_forward(module)
 
 
-def plain_linear(module: Any) -> nn.Module:
+def plain_linear(module: OriginalState) -> nn.Module:
     """A dense linear with the values that a lowered one computes with."""
-    state: dict[str, Any] = {}
+    state: dict[str, Tensor] = {}
     module._save_to_state_dict(state, "", False)
     weight, bias = state["weight"], state.get("bias")
     if module.transposed:
         from transformers.pytorch_utils import Conv1D
 
-        linear: Any = Conv1D(0, 0)
+        linear = Conv1D(0, 0)
         linear.nf, linear.nx = weight.shape[1], weight.shape[0]
     else:
         linear = nn.Linear(1, 1, bias=bias is not None)
         linear.in_features, linear.out_features = weight.shape[1], weight.shape[0]
     linear.weight = nn.Parameter(weight, requires_grad=False)
-    linear.bias = nn.Parameter(bias, requires_grad=False) if bias is not None else None
+    linear.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
     return take_over(linear, module)
 
 

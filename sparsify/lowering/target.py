@@ -9,7 +9,7 @@ A target writes to no host and to no program: it makes modules. What stands wher
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Protocol
@@ -60,7 +60,7 @@ class Outcome:
     """What to put in a layer's place (None: nothing), its row in the report, and why it is not packed (None: it is)."""
 
     module: nn.Module | None
-    entry: Any = None
+    entry: object = None
     refusal: Refusal | None = None
 
     @property
@@ -112,6 +112,16 @@ def reasons(refusals: Sequence[Refusal]) -> list[Line]:
     return [Line.about(refusal.where, str(refusal)) for refusal in refusals]
 
 
+class Comparison(Protocol):
+    """How a whole lowered model did against the dense one. slower: and so it is not worth it; reason: that, in words."""
+
+    @property
+    def slower(self) -> bool: ...
+
+    @property
+    def reason(self) -> str: ...
+
+
 class Target(Protocol):
     """A machine that linears are lowered for. name: as in `Plan(target=…)`."""
 
@@ -139,9 +149,8 @@ class Target(Protocol):
         """The linear with an activation in its kernel; or why it stays outside."""
         ...
 
-    def compare(self, lowered: Any, dense: nn.Module, program: Program) -> Any:
-        """The whole lowered model against the dense one, None where nothing is to be compared. lowered: makes the lowered host. What
-        is returned says whether it is `slower`, and the `reason` in words."""
+    def compare(self, lowered: Callable[[], nn.Module], dense: nn.Module, program: Program) -> Comparison | None:
+        """The whole lowered model against the dense one, None where nothing is to be compared. lowered: makes the lowered host."""
         ...
 
     def leave(self, layer: Layer, outcome: Outcome, reason: str) -> Outcome:
@@ -153,4 +162,4 @@ class Target(Protocol):
         ...
 
 
-__all__ = ["Fusion", "Joined", "Layer", "Outcome", "Seconds", "Target"]
+__all__ = ["Comparison", "Fusion", "Joined", "Layer", "Outcome", "Seconds", "Target"]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -35,6 +35,9 @@ from sparsify.program.printer import range_text, slice_text, tensor_text
 from sparsify.program.repeats import Line
 from sparsify.program.selection import unit_channels
 from sparsify.program.structure import Site, Structure
+
+if TYPE_CHECKING:
+    from torch.fx.node import Argument
 
 ops = torch.ops.sparsify
 
@@ -121,7 +124,7 @@ class PartialMixin(AdaptedMixin):
         return f"{self.described()}, {describe_slice(self)}"
 
 
-def describe_slice(module: Any) -> str:
+def describe_slice(module: PartialMixin) -> str:
     side = "columns" if module.slice_axis == 1 else "rows"
     size = module.weight_slice.shape[module.stored_axis]
     start = module.slice_start
@@ -265,7 +268,7 @@ class TrainedSlice(TrainedPart):
         else:
             editor.replace(linear.node, ops.partial_linear.default, start=self.start, **given)
 
-    def packed_arguments(self, editor: GraphEditor, linear: LinearNode) -> dict[str, Any]:
+    def packed_arguments(self, editor: GraphEditor, linear: LinearNode) -> dict[str, Argument]:
         block = self.block(editor, linear)
         channels = editor.beside(self.param, "slice_channels")
         return {"block": block, "channels": channels, "axis": self.logical_axis}
@@ -282,7 +285,7 @@ class TrainedSlice(TrainedPart):
             )
 
     def check_node(self, node: fx.Node) -> None:
-        wanted: dict[str, Any] = {"axis": self.logical_axis}
+        wanted: dict[str, int] = {"axis": self.logical_axis}
         if node.target is ops.partial_linear.default or (self.lead and not self.places):
             wanted["start"] = self.start
         for name, value in wanted.items():
@@ -307,10 +310,11 @@ class TrainedSlice(TrainedPart):
 
     @classmethod
     def section(
-        cls, parts: Sequence[Any], program: Program, ids: Callable[[Sequence[int]], str]
+        cls, parts: Sequence[TrainedPart], program: Program, ids: Callable[[Sequence[int]], str]
     ) -> tuple[str, list[str]]:
         lines, total = [], 0
         for part in parts:
+            assert isinstance(part, TrainedSlice)
             tensor, block = program.tensor(part.param), program.tensor(part.block_name)
             total += block.numel()
             place = range_text(part)
@@ -332,8 +336,9 @@ class TrainedSlice(TrainedPart):
 
     # --- into the host
 
-    def attach(self, module: Any, tensors: Mapping[str, Tensor]) -> None:
+    def attach(self, module: AdaptedMixin, tensors: Mapping[str, Tensor]) -> None:
         """`weight_slice`, and over a pruned base `slice_mask_bits`."""
+        assert isinstance(module, PartialMixin)
         block, bits = tensors["weight_slice"], tensors.get("slice_mask_bits")
         module.weight_slice = as_parameter(block)
         module.slice_start = self.start
@@ -344,9 +349,9 @@ class TrainedSlice(TrainedPart):
         if bits is not None:
             module.register_buffer("slice_mask_bits", bits, persistent=False)
 
-    def live(self, module: Any, layout: Layout, seed: int) -> SlicePart:
-        source = module.dense() if hasattr(module, "packed_names") else module.weight.detach()
-        return SlicePart(self, module, layout, self.read(source).clone())
+    def live(self, module: AdaptedMixin, layout: Layout, seed: int) -> SlicePart:
+        assert isinstance(module, PartialMixin)
+        return SlicePart(self, module, layout, self.read(module.dense()).clone())
 
 
 def slices_of(program: Program, structure: Structure, choice: UnitChoice) -> list[TrainedSlice]:
@@ -416,11 +421,11 @@ def slice_at(
 
 
 @dataclass
-class SlicePart(LivePart):
+class SlicePart(LivePart[TrainedSlice, PartialMixin]):
     """Trained channels of one weight. `base (…)` holds the values they started from, in the base's dtype, logical layout."""
 
     part: TrainedSlice
-    module: Any
+    module: PartialMixin
     layout: Layout
     base: Tensor
     detached: dict[str, Tensor] | None = None
@@ -430,8 +435,7 @@ class SlicePart(LivePart):
 
     @property
     def block(self) -> nn.Parameter:
-        held: Any = self.module._parameters if self.detached is None else self.detached
-        return held["weight_slice"]
+        return self.module.weight_slice if self.detached is None else as_parameter(self.detached["weight_slice"])
 
     def tensors(self) -> dict[str, nn.Parameter]:
         return {"weight_slice": self.block}

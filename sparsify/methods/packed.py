@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from sparsify.methods.channels import PartialMixin, describe_slice
 from sparsify.methods.sparse_lowrank import SparseLowRankMixin, describe_parts
 from sparsify.modules.adapted import carries
 from sparsify.ops.quantized_linear import dense_weight
+
+if TYPE_CHECKING:
+    from typing import Self
 
 
 class QuantizedMixin(SparseLowRankMixin, PartialMixin):
@@ -40,11 +44,12 @@ class QuantizedMixin(SparseLowRankMixin, PartialMixin):
     def packed(self) -> list[Tensor]:
         return [getattr(self, name) for name in self.packed_names]
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """`.to(dtype)`, `.half()`: scales of the packed base keep their precision, or the base would move."""
         kept = {name: self._buffers.pop(name) for name in self.packed_names}
-        super()._apply(fn, recurse)  # type: ignore[misc]
+        super()._apply(fn, recurse)
         for name, tensor in kept.items():
+            assert tensor is not None
             moved = fn(tensor)
             self._buffers[name] = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
         return self

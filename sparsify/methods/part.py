@@ -11,23 +11,29 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 
 from sparsify.errors import VerifyError
 from sparsify.model.linears import owner_name
 from sparsify.program.repeats import Line
 
 if TYPE_CHECKING:
+    from torch.fx.node import Argument
+
     from sparsify.adapters.adapter import Delta
     from sparsify.modules.adapted import AdaptedMixin
     from sparsify.modules.layout import Layout
+    from sparsify.plan import LinearRule
     from sparsify.program import LinearNode, Program
     from sparsify.program.graph_editor import GraphEditor
 
 Snapshot = dict[str, Tensor]
+Part = TypeVar("Part", bound="TrainedPart", covariant=True)
+Module = TypeVar("Module", bound="AdaptedMixin", covariant=True)
 
 
 def leaf_of(param: str) -> str:
@@ -59,7 +65,7 @@ class TrainedPart(ABC):
     rule: int
     module_kind: ClassVar[str]
     mixin: ClassVar[type[AdaptedMixin]]
-    operators: ClassVar[Mapping[Any, str]]
+    operators: ClassVar[Mapping[OpOverload, str]]
 
     @property
     def owner(self) -> str:
@@ -84,7 +90,7 @@ class TrainedPart(ABC):
     def insert(self, editor: GraphEditor, linear: LinearNode) -> None:
         """Put the operator that computes the linear and the part in the linear's place."""
 
-    def packed_arguments(self, editor: GraphEditor, linear: LinearNode) -> dict[str, Any]:
+    def packed_arguments(self, editor: GraphEditor, linear: LinearNode) -> dict[str, Argument]:
         """What `quantized_linear` takes of the part, by schema name. Raises VerifyError for a kind that needs a dense weight."""
         raise VerifyError(f"{self.param}: a part of kind {self.module_kind} does not train over a packed weight")
 
@@ -120,7 +126,7 @@ class TrainedPart(ABC):
 
     @classmethod
     def section(
-        cls, parts: Sequence[Any], program: Program, ids: Callable[[Sequence[int]], str]
+        cls, parts: Sequence[TrainedPart], program: Program, ids: Callable[[Sequence[int]], str]
     ) -> tuple[str, list[str]]:
         """Title and lines of all parts of the kind in a printed program. ids: spells a selection of channels out."""
         return f"{cls.module_kind}: {len(parts)}", [
@@ -139,11 +145,11 @@ class TrainedPart(ABC):
     # --- into the host ---------------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def attach(self, module: Any, tensors: Mapping[str, Tensor]) -> None:
+    def attach(self, module: AdaptedMixin, tensors: Mapping[str, Tensor]) -> None:
         """Give a module, whose class is right already, its tensors by leaf, and its settings."""
 
     @abstractmethod
-    def live(self, module: Any, layout: Layout, seed: int) -> LivePart:
+    def live(self, module: AdaptedMixin, layout: Layout, seed: int) -> LivePart[TrainedPart, AdaptedMixin]:
         """The part beside its host module, whose values are the base's now."""
 
 
@@ -154,7 +160,7 @@ class OutsidePart(TrainedPart):
     """
 
     @classmethod
-    def why_not(cls, rule: Any, program: Program, linear: LinearNode) -> str | None:
+    def why_not(cls, rule: LinearRule, program: Program, linear: LinearNode) -> str | None:
         """Why a linear that the rule matches cannot have the part; None if it can. Called before `from_rule`."""
         if linear.weight in program.quantize:
             return f"{type(rule).__name__} needs the dense weight, and this one is packed ({program.quantize[linear.weight]})"
@@ -164,18 +170,18 @@ class OutsidePart(TrainedPart):
 
     @classmethod
     @abstractmethod
-    def from_rule(cls, rule: Any, index: int, program: Program, linear: LinearNode) -> OutsidePart:
+    def from_rule(cls, rule: LinearRule, index: int, program: Program, linear: LinearNode) -> OutsidePart:
         """The part that the plan's rule number `index` asks for. Raises PlanError for a rule that does not say enough."""
 
 
-class LivePart(ABC):
+class LivePart(ABC, Generic[Part, Module]):
     """A trained part beside its module. Values enter and leave as deltas in original coordinates.
 
     base_known: whether what the base holds under the part is known (a state dict with another base may have come).
     """
 
-    part: Any
-    module: Any
+    part: Part
+    module: Module
     layout: Layout
     base_known: bool = True
     #: kinds of deltas that a mix gives to the part itself; others are added to the stored weight
@@ -212,10 +218,10 @@ class LivePart(ABC):
     def reset(self) -> None:
         """The base is back, in the part and (dense) in the weight."""
 
-    def restore_base(self, stored: Tensor) -> None:  # noqa: B027  (nothing lies over the base)
+    def restore_base(self, stored: Tensor) -> None:
         """Put base values under the part into a copy of the stored weight."""
 
-    def take_base(self, weight: Tensor) -> None:  # noqa: B027
+    def take_base(self, weight: Tensor) -> None:
         """A state dict brought another base, this one as it lies here: take the values that the part keeps of it."""
 
     @abstractmethod

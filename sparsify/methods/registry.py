@@ -14,7 +14,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, is_dataclass
-from typing import Any
 
 from sparsify.adapters import delta_kinds
 from sparsify.adapters.adapter import KINDS
@@ -77,12 +76,12 @@ def register(rule: type[LinearRule], *, part: type[OutsidePart], deltas: Iterabl
     return method
 
 
-def same(a: Any, b: Any) -> bool:
+def same(a: type, b: type) -> bool:
     """Whether two classes come from the same line of a module, which may have been imported twice."""
     return (a.__module__, a.__qualname__) == (b.__module__, b.__qualname__)
 
 
-def check_free(name: str, taken: Any, new: Any, what: str) -> None:
+def check_free(name: str, taken: type | None, new: type, what: str) -> None:
     if taken is not None and not same(taken, new):
         raise PlanError(f"register: {what} is called {name!r} already ({taken.__module__}.{taken.__qualname__})")
 

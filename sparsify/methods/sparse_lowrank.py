@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor, fx, nn
@@ -29,6 +29,9 @@ from sparsify.program import LinearNode, Program
 from sparsify.program.graph_editor import GraphEditor
 from sparsify.program.permutation import invert_index
 from sparsify.program.selection import generator, index_dtype
+
+if TYPE_CHECKING:
+    from torch.fx.node import Argument
 
 ops = torch.ops.sparsify
 OPEN = -1  # every entry of the index of a mask that is still to be collected
@@ -120,21 +123,21 @@ class SparseLowRankMixin(AdaptedMixin):
         return f"{self.described()}, {describe_parts(self)}"
 
 
-def describe_parts(module: Any) -> str:
+def describe_parts(module: SparseLowRankMixin) -> str:
     text = [f"rank={module.lora_A.shape[-2]}, scale={module.scale:g}"] if hasattr(module, "lora_A") else []
     if hasattr(module, "sparse_values"):
         text.append(f"sparse={module.sparse_values.numel()}{' (mask open)' if module.mask_open else ''}")
     return ", ".join(text)
 
 
-def low_rank_delta(module: Any) -> Tensor:
+def low_rank_delta(module: SparseLowRankMixin) -> Tensor:
     """`s · B A` in fp32, or fp64 where the factors are, laid out like the stored weight."""
     a, b = (t.detach() if t.dtype == torch.float64 else t.detach().float() for t in (module.lora_A, module.lora_B))
     delta = module.scale * (b @ a)
     return delta.mT if module.conv1d else delta
 
 
-def add_low_rank(module: Any, weight: Tensor) -> Tensor:
+def add_low_rank(module: SparseLowRankMixin, weight: Tensor) -> Tensor:
     """`W + s · B A`, summed in fp32 or fp64, in the weight's dtype; a fresh tensor."""
     wide = weight if weight.dtype == torch.float64 else weight.float()
     return (wide + low_rank_delta(module)).to(weight.dtype)
@@ -197,10 +200,10 @@ class SparseLowRank(TrainedPart):
     def initial(self, weight: Callable[[], Tensor], program: Program, seed: int) -> dict[str, Tensor]:
         return initial_parts(weight() if self.count else program.tensor(self.param), self, seed)
 
-    def arguments(self, editor: GraphEditor) -> dict[str, Any]:
+    def arguments(self, editor: GraphEditor) -> dict[str, Argument]:
         """What both operators take; an open mask keeps the sparse part silent."""
         leaves = {"values": "sparse_values", "index": "sparse_index", "a": "lora_A", "b": "lora_B"}
-        found: dict[str, Any] = {name: editor.beside(self.param, leaf) for name, leaf in leaves.items()}
+        found: dict[str, Argument] = {name: editor.beside(self.param, leaf) for name, leaf in leaves.items()}
         if self.index is None:
             found |= {"values": None, "index": None}
         return found | {"scale": self.scale}
@@ -213,7 +216,7 @@ class SparseLowRank(TrainedPart):
         else:
             editor.replace(linear.node, ops.sparse_lowrank_linear.default, bias=read.bias, **given)
 
-    def packed_arguments(self, editor: GraphEditor, linear: LinearNode) -> dict[str, Any]:
+    def packed_arguments(self, editor: GraphEditor, linear: LinearNode) -> dict[str, Argument]:
         return self.arguments(editor)
 
     # --- the grammar
@@ -254,7 +257,7 @@ class SparseLowRank(TrainedPart):
 
     @classmethod
     def section(
-        cls, parts: Sequence[Any], program: Program, ids: Callable[[Sequence[int]], str]
+        cls, parts: Sequence[TrainedPart], program: Program, ids: Callable[[Sequence[int]], str]
     ) -> tuple[str, list[str]]:
         return f"sparse and low-rank: {len(parts)}", super().section(parts, program, ids)[1]
 
@@ -267,8 +270,9 @@ class SparseLowRank(TrainedPart):
 
     # --- into the host
 
-    def attach(self, module: Any, tensors: Mapping[str, Tensor]) -> None:
-        """Any of `sparse_values`, `sparse_index`, `lora_A`, `lora_B`."""
+    def attach(self, module: AdaptedMixin, tensors: Mapping[str, Tensor]) -> None:
+        """What there is of `sparse_values`, `sparse_index`, `lora_A`, `lora_B`."""
+        assert isinstance(module, SparseLowRankMixin)
         module.scale, module.dropout = self.scale, self.dropout
         module.mask_open = self.count > 0 and self.index is None
         if "sparse_values" in tensors:
@@ -277,7 +281,8 @@ class SparseLowRank(TrainedPart):
         if "lora_A" in tensors:
             module.lora_A, module.lora_B = as_parameter(tensors["lora_A"]), as_parameter(tensors["lora_B"])
 
-    def live(self, module: Any, layout: Layout, seed: int) -> LowRankPart:
+    def live(self, module: AdaptedMixin, layout: Layout, seed: int) -> LowRankPart:
+        assert isinstance(module, SparseLowRankMixin)
         base = None if self.index is None else module.sparse_values.detach().to(module.weight.dtype).clone()
         return LowRankPart(self, module, layout, base, seed)
 
@@ -351,17 +356,24 @@ def activate_support(program: Program, part: SparseLowRank) -> Program:
 # --- beside the module -------------------------------------------------------------------------------------------------------
 
 
+class Settings(TypedDict):
+    """Plain attributes of a module whose part is detached."""
+
+    scale: float
+    mask_open: bool
+
+
 @dataclass
-class LowRankPart(LivePart):
+class LowRankPart(LivePart[SparseLowRank, SparseLowRankMixin]):
     """Sparse and low-rank parts of one weight. `base (k,)` holds the weight's values at the support."""
 
     part: SparseLowRank
-    module: Any
+    module: SparseLowRankMixin
     layout: Layout
     base: Tensor | None
     seed: int
-    detached: dict[str, Any] | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
+    detached: dict[str, Tensor] | None = None
+    settings: Settings | None = None
     own_factors: tuple[nn.Parameter, nn.Parameter, float] | None = field(default=None)
     base_known: bool = True
 
@@ -381,10 +393,10 @@ class LowRankPart(LivePart):
     def takes_support(self) -> bool:  # type: ignore[override]
         return self.part.count > 0
 
-    def tensors(self) -> dict[str, Any]:
+    def tensors(self) -> dict[str, nn.Parameter]:
         held = self.module._parameters if self.detached is None else self.detached
         found = {name: held.get(name) for name in SparseLowRankMixin.trained_leaves}
-        return {name: p for name, p in found.items() if p is not None}
+        return {name: as_parameter(p) for name, p in found.items() if p is not None}
 
     def reset(self) -> None:
         self.drop_mixed_factors()
@@ -412,7 +424,7 @@ class LowRankPart(LivePart):
         module = self.module
         if self.base is not None:
             self.reset_sparse()
-        stored = module.dense() if hasattr(module, "packed_names") else module.weight.detach()
+        stored = module.dense()
         self.base = stored.reshape(-1)[index.long().to(stored.device)].clone()
         self.part = replace(self.part, index=index, original=original)
         module.sparse_values.detach().copy_(self.base)
@@ -518,6 +530,7 @@ class LowRankPart(LivePart):
     def attach(self) -> None:
         become_part(self.module, SparseLowRank.module_kind)
         assert self.detached is not None
+        assert self.settings is not None
         tensors, self.detached = self.detached, None
         self.part.attach(self.module, tensors)
         self.module.scale, self.module.mask_open = self.settings["scale"], self.settings["mask_open"]

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import SparsifyError
-from sparsify.methods.part import LivePart
+from sparsify.methods.part import LivePart, TrainedPart
 from sparsify.methods.sparse_lowrank import LowRankPart, activate_support, current_index, flat_places
 from sparsify.model.sharded import whole_parameters
+from sparsify.modules.adapted import AdaptedMixin
 from sparsify.modules.layout import Layout
 from sparsify.program import Program
 
@@ -25,7 +26,7 @@ class OfHost(Protocol):
     """What is asked of a handle: its program, which a new support changes, its parts, and how their modules lie."""
 
     program: Program
-    parts: dict[str, LivePart]
+    parts: dict[str, LivePart[TrainedPart, AdaptedMixin]]
 
     def layout(self, param: str) -> Layout: ...
 
@@ -56,7 +57,7 @@ def place(handle: OfHost, part: LowRankPart, index: Tensor, original: Tensor) ->
     handle.program = activate_support(handle.program, part.place(index, original))
 
 
-def reset_lowrank(parts: Mapping[str, LivePart]) -> None:
+def reset_lowrank(parts: Mapping[str, LivePart[TrainedPart, AdaptedMixin]]) -> None:
     """Back to the initial factors (`B` = 0), and to the base under the supports."""
     for part in parts.values():
         if isinstance(part, LowRankPart):

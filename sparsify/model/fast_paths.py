@@ -9,12 +9,11 @@ fused branch returns zeros at padded positions, the other one numbers that nobod
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from torch import nn
 
 #: class → the switch of its fused branch, and the value that closes it
-SWITCHES: dict[type[nn.Module], tuple[str, Any]] = {
+SWITCHES: dict[type[nn.Module], tuple[str, object]] = {
     nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
     nn.TransformerEncoder: ("use_nested_tensor", False),
 }

@@ -7,8 +7,6 @@ a model's own copy of Conv1D  weight (in, out), a forward that nobody has read: 
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from sparsify.model.packed_experts import GroupedLinear
@@ -43,8 +41,8 @@ def stored_transposed(module: nn.Module) -> bool:
 
 def logical_weight(module: nn.Module) -> Tensor:
     """The weight `(out, in)` of nn.Linear or Conv1D, detached; of Conv1D a view."""
-    weight: Any = module.weight
-    return weight.detach().t() if is_conv1d(module) else weight.detach()
+    weight = module.get_parameter("weight").detach()
+    return weight.t() if is_conv1d(module) else weight
 
 
 __all__ = ["is_conv1d", "is_conv1d_class", "is_plain_linear", "logical_weight", "owner_name", "stored_transposed"]

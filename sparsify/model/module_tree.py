@@ -20,7 +20,7 @@ import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Collection
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import fx, nn
@@ -61,15 +61,16 @@ TRANSPARENT = (
     "contextlib",
 )
 MISSING = object()
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def copy_module_tree(
-    model: nn.Module,
-    memo: dict[int, Any] | None = None,
+    model: Model,
+    memo: dict[int, object] | None = None,
     *,
     tensors: Literal["copied", "shared"] = "copied",
     leave_out: Collection[str] = OWN,
-) -> nn.Module:
+) -> Model:
     """A copy of `model` and of all modules below it.
 
     memo: `id(object)` → what stands for it in the copy, as for `copy.deepcopy` (new Parameters over shared memory, say).
@@ -84,11 +85,11 @@ def copy_module_tree(
 class Copier:
     """One copy under way. path: the attribute that is being copied, for messages."""
 
-    def __init__(self, root: nn.Module, memo: dict[int, Any], share: bool, leave_out: frozenset[str]) -> None:
+    def __init__(self, root: nn.Module, memo: dict[int, object], share: bool, leave_out: frozenset[str]) -> None:
         self.root, self.memo, self.share, self.leave_out = root, memo, share, leave_out
         self.tree = {id(module) for module in root.modules()}
         self.path: list[str] = []
-        self.alive: list[Any] = []  # temporaries whose ids are in the memo
+        self.alive: list[object] = []  # temporaries whose ids are in the memo
 
     def value(self, x: Any) -> Any:
         """What stands for `x` in the copy."""
@@ -129,16 +130,16 @@ class Copier:
 
     # ---------------------------------------------------------------------------------------------- modules and tensors
 
-    def module(self, x: nn.Module) -> Any:
+    def module(self, x: Model) -> Model:
         if isinstance(x, torch.jit.ScriptModule | fx.GraphModule):
             return self.compiled_module(x)
         kind = type(x)
         if isinstance(x, torch._dynamo.OptimizedModule):
-            made: Any = kind(self.value(x._orig_mod), x.dynamo_ctx)
-            return self.memo.setdefault(id(x), made)
+            made = self.memo[id(x)] = kind(self.value(x._orig_mod), x.dynamo_ctx)
+            return made
         y = object.__new__(kind)
         self.memo[id(x)] = y
-        state: Any = x.__dict__
+        state: object = x.__dict__
         restore = None
         if not self.share and kind.__setstate__ is not nn.Module.__setstate__:
             with contextlib.suppress(Exception):  # parametrized modules have one that only refuses
@@ -157,13 +158,14 @@ class Copier:
                 object.__setattr__(y, name, self.value(getattr(x, name)))
         return y
 
-    def compiled_module(self, x: Any) -> Any:
+    def compiled_module(self, x: Model) -> Model:
         """A module that is a graph: it is copied by its own class."""
         if self.share and isinstance(x, torch.jit.ScriptModule):
             return x
         before = len(self.memo)
         try:
-            return self.memo.setdefault(id(x), copy.deepcopy(x, self.memo))
+            made = self.memo[id(x)] = copy.deepcopy(x, self.memo)
+            return made
         except Exception as error:
             self.forget(before)
             raise CaptureError(
@@ -180,7 +182,8 @@ class Copier:
                 return copy.deepcopy(x, self.memo)
             except Exception:  # a subclass that does not copy, or a tensor inside functorch
                 self.forget(before)
-        return self.memo.setdefault(id(x), x.detach().clone())
+        made = self.memo[id(x)] = x.detach().clone()
+        return made
 
     # ------------------------------------------------------------------------------------------------------- containers
 
@@ -199,13 +202,13 @@ class Copier:
 
     # -------------------------------------------------------------------------------------------------------- functions
 
-    def reaches(self, x: Any, depth: int = SEARCH_DEPTH) -> bool:
+    def reaches(self, x: object, depth: int = SEARCH_DEPTH) -> bool:
         """Whether a function, a method or a container holds a module or a mapped tensor of the tree."""
         if id(x) in self.tree or (isinstance(x, torch.Tensor) and id(x) in self.memo):
             return True
         if depth == 0 or type(x) in ATOMIC:
             return False
-        inside: list[Any] = []
+        inside: list[object] = []
         if isinstance(x, types.MethodType):
             inside = [x.__self__, x.__func__]
         elif isinstance(x, types.FunctionType):
@@ -250,7 +253,7 @@ class Copier:
             new.cell_contents = mapped
         return y
 
-    def cached_function(self, x: Any) -> Any:
+    def cached_function(self, x: functools._lru_cache_wrapper[object]) -> object:
         """`lru_cache` over something of the tree gets an empty cache over the copy's."""
         if not self.share and not self.reaches(x.__wrapped__):
             return x
@@ -259,7 +262,7 @@ class Copier:
 
     # ---------------------------------------------------------------------------------------------------- other objects
 
-    def other(self, x: Any) -> Any:
+    def other(self, x: object) -> object:
         """Any other object: by its own protocol, or shared where it has none or where that fails."""
         kind = type(x)
         home = kind.__module__ or ""
@@ -279,7 +282,7 @@ class Copier:
             self.forget(before)
             return self.memo.setdefault(id(x), x)
 
-    def rebuilt(self, x: Any) -> Any:
+    def rebuilt(self, x: object) -> object:
         """Through `__reduce_ex__`, as `copy.deepcopy` does, with the members copied here."""
         reductor = copyreg.dispatch_table.get(type(x))
         recipe: Any = reductor(x) if reductor is not None else x.__reduce_ex__(4)
@@ -314,7 +317,7 @@ class Copier:
             self.memo.popitem()
 
 
-def cell_values(function: types.FunctionType) -> list[Any]:
+def cell_values(function: types.FunctionType) -> list[object]:
     """What the closure of a function holds."""
     values = []
     for cell in function.__closure__ or ():
@@ -325,7 +328,7 @@ def cell_values(function: types.FunctionType) -> list[Any]:
     return values
 
 
-def is_container(x: Any) -> bool:
+def is_container(x: object) -> bool:
     return isinstance(x, dict | list | set | deque)
 
 

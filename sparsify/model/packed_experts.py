@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ from sparsify.model.module_tree import copy_module_tree
 Model = TypeVar("Model", bound=nn.Module)
 T = TypeVar("T")
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 #: implementations of transformers' experts interface that compute what its classes' own forward does, in floats
 KNOWN_IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm")
 
@@ -73,57 +75,69 @@ GROUPED: Mapping[str, type[nn.Module]] = {c.__name__: c for c in (GroupedLinear,
 class RoutedExperts(nn.Module):
     """Made the first base of a class that follows transformers' experts interface. Tokens are sorted by expert, once."""
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        own: Any = self
-        if own._is_expert_parallel:
+    # what that interface's classes have, and `write_out` gives them
+    product_names: tuple[str, str]
+    down_proj: GroupedLinear
+    act_fn: Callable[[Tensor], Tensor]
+    post_expert_norm: Callable[[Tensor], Tensor]
+    _apply_gate: Callable[[Tensor], Tensor]
+    has_gate: bool
+    has_bias: bool
+    has_post_expert_norm: bool
+    _is_expert_parallel: bool
+
+    def forward(
+        self, hidden_states: Float[Tensor, "T m"], top_k_index: Int[Tensor, "T k"], top_k_weights: Float[Tensor, "T k"]
+    ) -> Float[Tensor, "T m"]:
+        if self._is_expert_parallel:
             raise RefusedError(
                 "experts: parts train on experts that are whole on every rank, not under expert parallelism"
             )
         tokens, choices = top_k_index.shape
         expert, order = torch.sort(top_k_index.reshape(-1))
-        first = getattr(self, own.product_names[0])
+        first = getattr(self, self.product_names[0])
         every = torch.arange(first.weight.shape[0], device=expert.device)
         offsets = torch.searchsorted(expert, every, right=True)
         x = hidden_states.index_select(0, order // choices)
-        inner = self.between(own.with_bias(own.product_names[0], first(x, offsets), expert))
-        y = self.after(own.with_bias("down_proj", own.down_proj(inner, offsets), expert))
+        inner = self.between(self.with_bias(self.product_names[0], first(x, offsets), expert))
+        y = self.after(self.with_bias("down_proj", self.down_proj(inner, offsets), expert))
         y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
         y = y.index_select(0, order.argsort()).view(tokens, choices, y.shape[-1]).sum(dim=1)
         return y.to(hidden_states.dtype)
 
     def between(self, y: Tensor) -> Tensor:
-        own: Any = self
-        return own._apply_gate(y) if own.has_gate else own.act_fn(y)
+        return self._apply_gate(y) if self.has_gate else self.act_fn(y)
 
     def after(self, y: Tensor) -> Tensor:
-        own: Any = self
-        return own.post_expert_norm(y) if own.has_post_expert_norm else y
+        return self.post_expert_norm(y) if self.has_post_expert_norm else y
 
     def with_bias(self, name: str, y: Tensor, expert: Tensor) -> Tensor:
-        own: Any = self
-        return y + getattr(self, f"{name}_bias")[expert] if own.has_bias else y
+        return y + getattr(self, f"{name}_bias")[expert] if self.has_bias else y
 
 
 class SortedExperts(nn.Module):
     """Made the first base of Llama 4's experts: every expert has as many rows, one group after the other."""
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        own: Any = self
-        experts = own.gate_up_proj.weight.shape[0]
+    gate_up_proj: GroupedLinear
+    down_proj: GroupedLinear
+    act_fn: Callable[[Tensor], Tensor]
+
+    def forward(self, hidden_states: Float[Tensor, "T m"]) -> Float[Tensor, "T m"]:
+        experts = self.gate_up_proj.weight.shape[0]
         rows = hidden_states.shape[0] // experts
         offsets = torch.arange(1, experts + 1, device=hidden_states.device) * rows
-        gate, up = own.gate_up_proj(hidden_states, offsets).chunk(2, dim=-1)
-        return own.down_proj(up * own.act_fn(gate), offsets)
+        gate, up = self.gate_up_proj(hidden_states, offsets).chunk(2, dim=-1)
+        return self.down_proj(up * self.act_fn(gate), offsets)
 
 
 FORMS: Mapping[str, type[nn.Module]] = {"routed": RoutedExperts, "sorted": SortedExperts}
 
 
 @functools.cache
-def written_out(cls: type[nn.Module], form: str) -> Any:
+def written_out(cls: type[nn.Module], form: str) -> type[nn.Module]:
     """The subclass of a class of experts whose forward is made of grouped linears."""
 
-    def reduce(self: Any, protocol: Any) -> Any:
+    def reduce(self: nn.Module, protocol: int) -> tuple[object, ...]:
         return rebuild, (cls, form), self.__dict__
 
     body = {"__reduce_ex__": reduce, "__doc__": cls.__doc__, "__module__": __name__, "written_out_of": cls}
@@ -140,14 +154,14 @@ def rebuild(cls: type[nn.Module], form: str) -> nn.Module:
 
 def form_of(module: nn.Module) -> tuple[str, tuple[str, ...], bool] | None:
     """`(form, names of the weights in order of use, whether they are stored (E, in, out))`; None for other modules."""
-    own: Any = module
     if type(module).__name__ == "Llama4TextExperts" and type(module).__module__.startswith("transformers."):
         form, names, turned = "sorted", ("gate_up_proj", "down_proj"), True
     elif hasattr(module, "_is_expert_parallel") and hasattr(module, "has_gate") and hasattr(module, "has_bias"):
-        if own._is_expert_parallel or own.config._experts_implementation not in KNOWN_IMPLEMENTATIONS:
+        config = getattr(module, "config")  # noqa: B009 - nn.Module's attributes pass for tensors
+        if module._is_expert_parallel or config._experts_implementation not in KNOWN_IMPLEMENTATIONS:
             return None
-        form, turned = "routed", bool(own.is_transposed)
-        names = ("gate_up_proj" if own.has_gate else "up_proj", "down_proj")
+        form, turned = "routed", bool(module.is_transposed)
+        names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
     else:
         return None
     held = [module._parameters.get(name) for name in names]
@@ -165,16 +179,18 @@ def write_out(model: Model, wanted: Callable[[str, tuple[str, ...]], bool]) -> M
     if not found:
         return model
     shared = {id(t): t for m in model.modules() for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))}
-    twin: Any = copy_module_tree(model, dict(shared))
+    twin = copy_module_tree(model, dict(shared))
     for path, (form, names, turned) in found.items():
-        module: Any = twin.get_submodule(path)
+        module = twin.get_submodule(path)
         if "product_names" in module.__dict__:  # a shared module
             continue
         module.__class__ = written_out(type(module), form)
         module.__dict__["product_names"] = names
         module.__dict__["parameter_order"] = tuple(module._parameters)
         for name in names:
-            child = (TurnedGroupedLinear if turned else GroupedLinear)(module._parameters.pop(name))
+            weight = module._parameters.pop(name)
+            assert weight is not None  # `form_of` saw three dimensions
+            child = (TurnedGroupedLinear if turned else GroupedLinear)(weight)
             module.add_module(name, child.train(module.training))
     return twin
 
@@ -191,12 +207,12 @@ def plain_names(host: nn.Module) -> dict[str, str]:
 def write_back_experts(host: nn.Module) -> None:
     """Undo `write_out` in a host whose grouped linears are plain again: classes and Parameters as in the user's model."""
     for module in list(host.modules()):
-        own: Any = module
-        for name in own.__dict__.pop("product_names", ()):
-            weight = own._modules.pop(name).weight
-            own.register_parameter(name, weight)
-        for name in own.__dict__.pop("parameter_order", ()):
-            own._parameters[name] = own._parameters.pop(name)
+        for name in module.__dict__.pop("product_names", ()):
+            product = module._modules.pop(name)
+            assert product is not None
+            module.register_parameter(name, product.get_parameter("weight"))
+        for name in module.__dict__.pop("parameter_order", ()):
+            module._parameters[name] = module._parameters.pop(name)
         if hasattr(type(module), "written_out_of"):
             module.__class__ = type(module).written_out_of  # type: ignore[attr-defined]
 

@@ -12,31 +12,48 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
 from sparsify.errors import SparsifyError
 
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
 
-def is_sharded(tensor: Any) -> bool:
+T = TypeVar("T")
+
+
+def is_sharded(tensor: object) -> TypeIs[DTensor]:
     """Whether a tensor is a DTensor, of which this rank holds a piece."""
     distributed = sys.modules.get("torch.distributed.tensor")
     return distributed is not None and isinstance(tensor, distributed.DTensor)
 
 
-def whole(tensor: Any) -> Tensor:
+@overload
+def whole(tensor: Tensor) -> Tensor: ...
+
+
+@overload
+def whole(tensor: T) -> T: ...
+
+
+def whole(tensor: object) -> object:
     """All of a tensor, on the device of its pieces: a collective and new memory if it is sharded, else the tensor itself."""
     if not is_sharded(tensor):
         return tensor
     if tensor.device.type == "meta":
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-    full = tensor.detach().to(tensor.device_mesh.device_type).full_tensor().to(tensor.device)
+    pieces = tensor.detach().to(tensor.device_mesh.device_type)
+    assert is_sharded(pieces)
+    full = pieces.full_tensor().to(tensor.device)
     return full.clone() if full.data_ptr() == local(tensor).data_ptr() else full
 
 
-def cut_like(value: Tensor, reference: Any) -> Tensor:
+def cut_like(value: Tensor, reference: object) -> Tensor:
     """A whole tensor in pieces like those of `reference`; the value itself where that is not sharded. No communication."""
     if not is_sharded(reference) or is_sharded(value):
         return value
@@ -48,7 +65,7 @@ def cut_like(value: Tensor, reference: Any) -> Tensor:
     return distribute_tensor(value, mesh, reference.placements, src_data_rank=None).to(reference.device)
 
 
-def replicated(value: Tensor, reference: Any) -> Any:
+def replicated(value: Tensor, reference: DTensor) -> DTensor:
     """A tensor that every rank holds whole, as a DTensor on the mesh of `reference`. No communication."""
     from torch.distributed.tensor import DTensor, Replicate
 
@@ -56,19 +73,19 @@ def replicated(value: Tensor, reference: Any) -> Any:
     return DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
-def piece_of(value: Tensor, reference: Any) -> Tensor:
+def piece_of(value: Tensor, reference: object) -> Tensor:
     """This rank's piece of a whole tensor that is cut like `reference`."""
-    cut: Any = cut_like(value, reference)
+    cut = cut_like(value, reference)
     return cut.to_local() if is_sharded(cut) else cut
 
 
-def local(tensor: Any) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
     """The piece of a parameter that this rank holds; the same memory."""
-    return tensor.detach().to_local() if is_sharded(tensor) else tensor
+    return tensor.to_local().detach() if is_sharded(tensor) else tensor
 
 
 @torch.no_grad()
-def write_whole(target: Any, value: Tensor) -> None:
+def write_whole(target: Tensor, value: Tensor) -> None:
     """Copy a whole tensor into a parameter; into a sharded one every rank copies its piece."""
     local(target).copy_(piece_of(value, target))
 
@@ -79,7 +96,7 @@ def whole_parameters(module: nn.Module, keep: bool = False) -> Iterator[None]:
 
     keep: what the gathered parameters are at the end is written into the pieces.
     """
-    own: dict[str, Any] = {n: p for n, p in module._parameters.items() if is_sharded(p)}
+    own = {n: p for n, p in module._parameters.items() if p is not None and is_sharded(p)}
     if not own:
         yield
         return
@@ -104,7 +121,10 @@ def class_name(host: nn.Module) -> str:
 def back_to_pieces(host: nn.Module) -> bool:
     """Make a host's parameters its pieces again, where a forward left some of them whole. Returns whether it is sharded at all."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    modules: list[Any] = [m for m in host.modules() if isinstance(m, fsdp.FSDPModule)] if fsdp is not None else []
+    modules: list[FSDPModule] = []
+    if fsdp is not None:
+        sharded: type[FSDPModule] = fsdp.FSDPModule
+        modules += [m for m in host.modules() if isinstance(m, sharded)]
     for module in modules:
         module.reshard()
     return bool(modules)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ def tied_groups(canonical: Mapping[str, str]) -> list[list[str]]:
     return [names for names in groups.values() if len(names) > 1]
 
 
-def different(groups: Sequence[Sequence[str]], values: Mapping[str, Any]) -> list[list[str]]:
+def different(groups: Sequence[Sequence[str]], values: Mapping[str, object]) -> list[list[str]]:
     """Groups of which `values` holds different tensors under some of the names; names that it does not hold do not count."""
     found = []
     for names in groups:
@@ -64,7 +63,7 @@ def tie_again(model: nn.Module, groups: Sequence[Sequence[str]]) -> list[list[st
 
 def separate_configs(model: nn.Module) -> None:
     """Give every module whose config ties a copy of it that does not."""
-    copies: dict[int, Any] = {}
+    copies: dict[int, object] = {}
     for module in model.modules():
         config = module.__dict__.get("config")
         if getattr(config, FLAG, False):

@@ -16,13 +16,17 @@ import sys
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sparsify.errors import CaptureError
+
+#: what may hold state of a forward, and what it held: its entries in order
+Container: TypeAlias = "dict[Any, object] |  list[object] | set[object] | deque[object]"
+Contents: TypeAlias = "dict[Any, object] |  list[object]"
 
 DEPTH = 4  # levels of containers that are looked into
 LARGEST = 10_000  # entries; larger containers are data, no state of a forward
@@ -71,7 +75,7 @@ class State:
     """Attributes and tensors of every module; class attributes and globals of the modules' classes."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.held: list[tuple[Any, Any]] = []  # a container of the model, and what it held
+        self.held: list[tuple[Container, Contents]] = []  # a container of the model, and what it held
         self.versions: list[tuple[str, torch.Tensor, int]] = []
         seen: set[int] = set()
         for name, module in model.named_modules():
@@ -80,11 +84,11 @@ class State:
         self.classes = [(cls, dict(vars(cls))) for cls in classes]
         files = {cls.__module__ for cls in classes} & set(sys.modules)
         self.globals = [(vars(sys.modules[name]), dict(vars(sys.modules[name]))) for name in files]
-        self.inside: list[tuple[Any, Any]] = []  # containers in those, and what they held
+        self.inside: list[tuple[Container, Contents]] = []  # containers in those, and what they held
         for _, attributes in (*self.classes, *self.globals):
             self.inside += [(v, shallow(v)) for v in attributes.values() if is_state(v)]
 
-    def remember(self, container: Any, name: str, seen: set[int], depth: int = DEPTH) -> None:
+    def remember(self, container: Container, name: str, seen: set[int], depth: int = DEPTH) -> None:
         if id(container) in seen:
             return
         seen.add(id(container))
@@ -138,16 +142,16 @@ class FunctionCaches:
 
     def __init__(self) -> None:
         self.modules = -1
-        self.known: dict[int, tuple[weakref.ref[Any], int]] = {}
+        self.known: dict[int, tuple[weakref.ref[functools._lru_cache_wrapper[object]], int]] = {}
 
-    def add(self, objects: Iterable[Any]) -> None:
+    def add(self, objects: Iterable[object]) -> None:
         for x in objects:
             if type(x) is functools._lru_cache_wrapper and is_users(x.__module__ or ""):
                 held = self.known.get(id(x))
                 if held is None or held[0]() is not x:
                     self.known[id(x)] = weakref.ref(x), -1
 
-    def clear_fakes(self, near: Iterable[Any]) -> None:
+    def clear_fakes(self, near: Iterable[object]) -> None:
         """Empty those that hold fake tensors: they fill again with real ones. near: values in the model's classes and files."""
         if len(sys.modules) != self.modules:
             self.modules = len(sys.modules)
@@ -167,7 +171,7 @@ class FunctionCaches:
 FUNCTION_CACHES = FunctionCaches()
 
 
-def holds_fake_result(cached: Any) -> bool:
+def holds_fake_result(cached: functools._lru_cache_wrapper[object]) -> bool:
     """Whether a cached function keeps a fake tensor, by what the collector sees in its cache."""
     return bool(cached.cache_info().currsize) and any(
         holds_fake(kept)
@@ -181,11 +185,11 @@ def is_users(module: str) -> bool:
     return module.partition(".")[0] not in ("torch", "builtins", "sparsify", "typing", "functools")
 
 
-def is_state(value: Any) -> bool:
+def is_state(value: object) -> TypeGuard[Container]:
     return isinstance(value, dict | list | set | deque) and len(value) <= LARGEST
 
 
-def attributes_of(value: Any) -> dict[str, Any] | None:
+def attributes_of(value: object) -> dict[str, object] | None:
     """Attributes of a plain object that is no part of torch (a configuration, a cache)."""
     if (
         isinstance(value, type | nn.Module | torch.Tensor)
@@ -197,15 +201,15 @@ def attributes_of(value: Any) -> dict[str, Any] | None:
     return found if type(found) is dict and len(found) <= LARGEST else None
 
 
-def shallow(container: Any) -> Any:
+def shallow(container: Container) -> Contents:
     return dict(container) if isinstance(container, dict) else list(container)
 
 
-def differs(container: Any, before: Any) -> bool:
+def differs(container: Container, before: Contents) -> bool:
     """Whether a container holds other objects than before, or in another order."""
     if len(container) != len(before):
         return True
-    if isinstance(container, dict):
+    if isinstance(container, dict) and isinstance(before, dict):
         return any(
             (k1 is not k2 and k1 != k2) or a is not b
             for (k1, a), (k2, b) in zip(container.items(), before.items(), strict=True)
@@ -213,16 +217,18 @@ def differs(container: Any, before: Any) -> bool:
     return any(a is not b for a, b in zip(container, before, strict=True))
 
 
-def fill(container: Any, before: Any) -> None:
+def fill(container: Container, before: Contents) -> None:
     """Put back what a container held, in place."""
     container.clear()
-    if isinstance(container, dict | set):
+    if isinstance(container, dict):
+        container.update(before if isinstance(before, dict) else ())
+    elif isinstance(container, set):
         container.update(before)
     else:
         container.extend(before)
 
 
-def holds_fake(value: Any, depth: int = DEPTH) -> bool:
+def holds_fake(value: object, depth: int = DEPTH) -> bool:
     """Whether a fake tensor is in `value`: in containers, and in the attributes of plain objects."""
     if isinstance(value, torch.Tensor):
         return isinstance(value, FakeTensor)

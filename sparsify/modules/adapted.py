@@ -13,13 +13,13 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 
-class AdaptedMixin:
+class AdaptedMixin(nn.Module if TYPE_CHECKING else object):
     """What all adapted linears share. `conv1d` says that the stored weight is `(in, out)`.
 
     trained_leaves: parameters that train, by leaf. part_buffers: buffers beside them.
@@ -31,8 +31,6 @@ class AdaptedMixin:
 
     weight: Tensor
     bias: Tensor | None
-    _parameters: dict[str, Any]
-    _buffers: dict[str, Any]
     conv1d = False
     trained_leaves: ClassVar[tuple[str, ...]] = ()
     part_buffers: ClassVar[tuple[str, ...]] = ()
@@ -71,6 +69,10 @@ class AdaptedMixin:
     def added_leaves(self) -> tuple[str, ...]:
         """Leaves that the module has and the user's has not."""
         return (*self.trained_leaves, *self.part_buffers)
+
+    def dense(self) -> Tensor:
+        """The stored weight, detached; of a packed base what it stands for, with its trained channels and entries."""
+        return self.weight.detach()
 
     def base_weight(self) -> Tensor:
         """A fresh copy of the stored weight, before `folded`."""
@@ -121,8 +123,8 @@ def carries(kind: str, mixin: type, linear: type[nn.Module] | None = None) -> No
     grouped_class.cache_clear()
 
 
-def made_class(kind: str, mixin: type, base: type[nn.Module]) -> Any:
-    def reduce(self: Any, protocol: Any) -> Any:
+def made_class(kind: str, mixin: type, base: type[nn.Module]) -> type[nn.Module]:
+    def reduce(self: nn.Module, protocol: int) -> tuple[object, ...]:
         return rebuild, (kind, base.__name__), self.__dict__
 
     body = {"__reduce_ex__": reduce, "__doc__": f"{base.__name__}, {kind}.", "__module__": __name__}
@@ -169,14 +171,14 @@ def base_name(module: nn.Module) -> str:
 
 
 def rebuild(kind: str, base: str = "Conv1D") -> nn.Module:
-    cls: Any = class_of(kind, base)
+    cls = class_of(kind, base)
     return cls.__new__(cls)
 
 
 def become(module: nn.Module, kind: str) -> None:
     """Turn a linear of *our own* module tree into an adapted one, in place: hooks, name and references stay."""
-    cls: Any = class_of(kind, base_name(module))
-    if not isinstance(module, AdaptedMixin):
+    cls = class_of(kind, base_name(module))
+    if not issubclass(type(module), AdaptedMixin):
         module.__dict__["user_class"] = type(module)
     module.__class__ = cls
 
@@ -200,26 +202,26 @@ def as_parameter(value: Tensor) -> nn.Parameter:
     return value if isinstance(value, nn.Parameter) else nn.Parameter(value)
 
 
-def take_leaves(module: Any) -> dict[str, Tensor]:
+def take_leaves(module: AdaptedMixin) -> dict[str, Tensor]:
     """Take every tensor and setting of its part from a module; returns the tensors by leaf."""
     found: dict[str, Tensor] = {}
     for leaf in module.added_leaves():
         for table in (module._parameters, module._buffers):
-            if table.get(leaf) is not None:
-                found[leaf] = table[leaf]
-            table.pop(leaf, None)
+            tensor = table.pop(leaf, None)
+            if tensor is not None:
+                found[leaf] = tensor
         module._non_persistent_buffers_set.discard(leaf)
     for name in module.part_settings:
         module.__dict__.pop(name, None)
     return found
 
 
-def effective_weight(module: Any) -> Tensor:
+def effective_weight(module: AdaptedMixin) -> Tensor:
     """A fresh tensor: the weight that an adapted module computes with, stored layout, all trained parts folded in."""
     return module.folded(module.base_weight()).detach()
 
 
-def write_folded(module: Any) -> None:
+def write_folded(module: AdaptedMixin) -> None:
     """Bring the stored dense weight up to date with what the operator would compute."""
     weight = module.weight
     found = module.folded(weight.data)

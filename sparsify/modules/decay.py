@@ -59,7 +59,7 @@ def keep_out_of_decay(trainer: Trainer) -> Trainer:
     The optimizer that it makes has its two groups as always, so checkpoints resume. Raises SparsifyError when there is no such method, or
     when the optimizer is there already.
     """
-    decays: Any = getattr(trainer, "get_decay_parameter_names", None)
+    decays = getattr(trainer, "get_decay_parameter_names", None)
     if decays is None:
         raise SparsifyError(f"keep_out_of_decay: {type(trainer).__name__} is no transformers.Trainer")
     if getattr(trainer, "optimizer", None) is not None:

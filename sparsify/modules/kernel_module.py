@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch._ops import OpOverload
 
 from sparsify.modules.original_state import OriginalState
+
+if TYPE_CHECKING:
+    from torch.fx.node import Argument
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class KernelModule(OriginalState):
     def operator(self) -> OpOverload:
         raise NotImplementedError
 
-    def arguments(self, tensor: Callable[[str], Any]) -> dict[str, Any]:
+    def arguments(self, tensor: Callable[[str], Argument]) -> dict[str, Argument]:
         """The operator's arguments by the names of its schema, without `x`. tensor: what stands in the node for the
         tensor of this module that is called so (`masks` → its placeholder)."""
         raise NotImplementedError

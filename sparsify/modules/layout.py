@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from sparsify.modules.adapted import AdaptedMixin, effective_weight
 from sparsify.program.permutation import invert_index
 
 MARKER = "sparsify_layout"
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class Adopts(Protocol):
@@ -139,7 +140,7 @@ def layout_of(module: nn.Module) -> Layout | None:
     return found if isinstance(found, Layout) else None
 
 
-def stand_in(module: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
+def stand_in(module: Module, tensors: Mapping[str, Tensor]) -> Module:
     """A module like `module` that holds `tensors` by leaf. Nothing of `module` is written: others may be running it."""
     twin = object.__new__(type(module))
     twin.__dict__.update(module.__dict__)
@@ -148,7 +149,7 @@ def stand_in(module: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
     return twin
 
 
-def fold(module: nn.Module, tensors: Mapping[str, Any]) -> Tensor:
+def fold(module: AdaptedMixin, tensors: Mapping[str, Tensor]) -> Tensor:
     """The weight that an adapted module would compute with if it held `tensors` (by leaf; pieces are gathered)."""
     held = {n: tensors.get(n, t) for n, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
     device = whole(held["weight"]).device

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +111,7 @@ class MaskedModule(nn.Module):
     #: leaves whose gradient the operator masks; the others get a gradient hook
     _operator_leaves: tuple[str, ...] = ()
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._watch()  # assign=True replaces Parameters
         for leaf in self.masked_leaves:
@@ -121,7 +121,7 @@ class MaskedModule(nn.Module):
         self._watch()  # a parameter that was frozen may train now
         return super().train(mode)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)
         self._watch()
 
@@ -139,7 +139,7 @@ def local_fill(parameter: Tensor, gone: Tensor) -> None:
 _GRADIENT_HOOKS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def hook_gradients(module: MaskedModule, _args: Any = None) -> None:
+def hook_gradients(module: MaskedModule, _args: object = None) -> None:
     """Mask the gradients of the parameters that no operator masks, whichever stand in the module now."""
     if torch.compiler.is_compiling():
         return
@@ -162,7 +162,7 @@ def _hook_gradient(module: MaskedModule, leaf: str) -> None:
     _GRADIENT_HOOKS[parameter] = parameter.register_hook(hook)
 
 
-def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _after_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
     """After any optimizer's step: the zeros of every masked parameter that it holds are written again."""
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for module in list(_LIVE):
@@ -189,7 +189,7 @@ def masked_class(base: type[nn.Module]) -> type[nn.Module]:
     if issubclass(base, MaskedModule):
         return base
     if base not in _CLASSES:
-        body: dict[str, Any] = {"__module__": __name__, "__qualname__": f"Masked{base.__name__}", "_base": base}
+        body: dict[str, object] = {"__module__": __name__, "__qualname__": f"Masked{base.__name__}", "_base": base}
         if is_conv1d_class(base):
             doc = "A transformers Conv1D `(in, out)` whose pruned entries stay zero."
             body |= {"forward": _conv1d_forward, "_operator_leaves": ("weight",), "__doc__": doc}
@@ -203,7 +203,7 @@ def masked_class(base: type[nn.Module]) -> type[nn.Module]:
     return _CLASSES[base]
 
 
-def _reduce_dynamic(self: nn.Module, protocol: int) -> Any:
+def _reduce_dynamic(self: nn.Module, protocol: int) -> tuple[object, ...]:
     return _rebuild, (type(self)._base,), self.__getstate__()  # type: ignore[attr-defined]
 
 
@@ -212,12 +212,12 @@ def _rebuild(base: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def _conv1d_forward(self: Any, x: Tensor) -> Tensor:
+def _conv1d_forward(self: MaskedLinear, x: Tensor) -> Tensor:
     """Conv1D stores `(in, out)`, and so does its mask."""
     return torch.ops.sparsify.masked_linear(x, self.weight, self.weight_mask_bits, self.bias, True)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> type[nn.Module]:
     if name == "MaskedConv1D":
         from transformers.pytorch_utils import Conv1D
 

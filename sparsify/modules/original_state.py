@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -23,14 +24,13 @@ class OriginalState(nn.Module):
 
     def original_bias(self) -> torch.Tensor | None:
         """The bias in the type that it had before lowering."""
-        bias: Any = self.bias
-        return bias
+        return getattr(self, "bias", None)
 
     def take(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Compute with another weight, (out, in), and, unless it is None, another bias from now on."""
         raise NotImplementedError
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(self, destination: dict[str, torch.Tensor], prefix: str, keep_vars: bool) -> None:
         weight, bias = self.dense(), self.original_bias()
         destination[prefix + "weight"] = (weight.t() if self.transposed else weight).contiguous()
         if bias is not None:
@@ -38,9 +38,9 @@ class OriginalState(nn.Module):
 
     def _load_from_state_dict(
         self,
-        state_dict: Any,
+        state_dict: Mapping[str, torch.Tensor],
         prefix: str,
-        local_metadata: Any,
+        local_metadata: object,
         strict: bool,
         missing_keys: list[str],
         unexpected_keys: list[str],
@@ -65,7 +65,7 @@ class OriginalState(nn.Module):
             error_msgs.append(f"{prefix}weight cannot be packed: {error}")
 
 
-def misfit(name: str, tensor: Any, shape: tuple[int, ...]) -> str:
+def misfit(name: str, tensor: object, shape: tuple[int, ...]) -> str:
     """Why a tensor of a state dict is not taken, or nothing: nothing native may read what does not have the size that it expects."""
     if not isinstance(tensor, torch.Tensor):
         return f"{name} is a {type(tensor).__name__}, not a tensor"
@@ -76,18 +76,27 @@ def misfit(name: str, tensor: Any, shape: tuple[int, ...]) -> str:
     return ""
 
 
-class RowsOfWhole(OriginalState):
+class Whole(Protocol):
+    """A larger linear, of which `RowsOfWhole` are rows."""
+
+    dtype: torch.dtype
+
+
+Linear = TypeVar("Linear", bound=Whole)
+
+
+class RowsOfWhole(OriginalState, Generic[Linear]):
     """Rows of a larger linear from `first` on, as the linear that the host calls by this name. whole: the larger one, no submodule of
     this; linear: what stood here before."""
 
-    def __init__(self, whole: Any, first: int, linear: Any) -> None:
+    def __init__(self, whole: Linear, first: int, linear: OriginalState) -> None:
         super().__init__()
         self.owner, self.first = (whole,), first  # in a tuple: not a submodule
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.transposed, self.has_bias = linear.transposed, linear.bias is not None
 
     @property
-    def whole(self) -> Any:
+    def whole(self) -> Linear:
         return self.owner[0]
 
     @property

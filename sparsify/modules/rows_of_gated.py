@@ -49,12 +49,8 @@ class Gated(nn.Module):
         pass
 
 
-class RowsOfGated(RowsOfWhole):
+class RowsOfGated(RowsOfWhole[Gated]):
     """Rows of a gated linear's [gate; up]: their weight in `state_dict`, their product when somebody asks for it alone."""
-
-    @property
-    def whole(self) -> Gated:
-        return self.owner[0]
 
     @property
     def bias(self) -> torch.Tensor | None:

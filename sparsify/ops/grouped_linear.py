@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from sparsify.library import LIBRARY
+from sparsify.library import LIBRARY, Context
 from sparsify.ops.checks import require, require_floats, require_index, require_shape, require_together, require_within
 
 LIBRARY.define("grouped_linear(Tensor x, Tensor weight, Tensor offsets) -> Tensor")
@@ -209,27 +209,33 @@ def _grouped_sampled_in_aten(a: Tensor, b: Tensor, index: Tensor, offsets: Tenso
 # --- autograd -----------------------------------------------------------------------------------------------------------
 
 
-def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+class _Saved(Context, Protocol):
+    """dtype: of the weight, for its gradient."""
+
+    dtype: torch.dtype
+
+
+def _setup_linear(ctx: _Saved, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
     x, weight, offsets = inputs
     need = ctx.needs_input_grad
     ctx.save_for_backward(x if need[1] else None, weight if need[0] else None, offsets)
     ctx.dtype = weight.dtype
 
 
-def _backward_linear(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_linear(ctx: _Saved, g: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, offsets = ctx.saved_tensors
     need = ctx.needs_input_grad
     dx = ops.grouped_linear(g, weight.transpose(1, 2), offsets) if need[0] else None
     return dx, ops.grouped_outer(g, x, offsets).to(ctx.dtype) if need[1] else None, None
 
 
-def _setup_outer(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_outer(ctx: Context, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
     g, x, offsets = inputs
     need = ctx.needs_input_grad
     ctx.save_for_backward(g if need[1] else None, x if need[0] else None, offsets)
 
 
-def _backward_outer(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_outer(ctx: Context, outer: Tensor) -> tuple[Tensor | None, ...]:
     """Of `g_eᵀ x_e`: `x_e V_eᵀ` for g and `g_e V_e` for x, where V is the outer gradient."""
     g, x, offsets = ctx.saved_tensors
     need = ctx.needs_input_grad
@@ -237,11 +243,11 @@ def _backward_outer(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
     return dg, ops.grouped_linear(g, outer.transpose(1, 2), offsets) if need[1] else None, None
 
 
-def _setup_sampled(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_sampled(ctx: Context, inputs: tuple[Tensor, Tensor, Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward_sampled(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_sampled(ctx: Context, outer: Tensor) -> tuple[Tensor | None, ...]:
     """As of `grouped_outer`, V being zero beside the positions; it is dense, for once."""
     a, b, index, offsets = ctx.saved_tensors
     shape = (offsets.shape[0], a.shape[1], b.shape[1])

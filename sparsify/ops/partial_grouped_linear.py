@@ -18,12 +18,12 @@ The gradient of x is the same operator over turned views: `dX_e = g_e W'_e`. So 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from sparsify.library import LIBRARY, recorded
+from sparsify.library import LIBRARY, Context, recorded
 from sparsify.ops.added_parts import check_support, write_values
 from sparsify.ops.checks import require, require_floats, require_index, require_shape, require_together, require_within
 from sparsify.ops.grouped_linear import (
@@ -175,7 +175,18 @@ def _frozen_gradient(
     return ops.grouped_outer(g, x, offsets).index_fill(axis + 1, places, 0)
 
 
-def _setup_partial(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+class _SavedPartial(Context, Protocol):
+    """Where the block lies, and the types of the gradients for the weight and for it."""
+
+    start: int
+    axis: int
+    count: int
+    dtypes: tuple[torch.dtype, torch.dtype]
+
+
+def _setup_partial(
+    ctx: _SavedPartial, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None, int, int, Tensor], output: Tensor
+) -> None:
     x, weight, block, index, start, axis, offsets = inputs
     need = ctx.needs_input_grad
     ctx.start, ctx.axis, ctx.count, ctx.dtypes = start, axis, block.shape[axis + 1], (weight.dtype, block.dtype)
@@ -189,7 +200,7 @@ def _setup_partial(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(kept, *own, index, offsets)
 
 
-def _backward_partial(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_partial(ctx: _SavedPartial, g: Tensor) -> tuple[Tensor | None, ...]:
     kept, weight, block, index, offsets = ctx.saved_tensors
     dx = d_weight = d_block = None
     if ctx.needs_input_grad[0]:
@@ -260,7 +271,15 @@ def _sparse_grouped(
 
 
 def _sparse_grouped_fake(
-    x: Tensor, weight: Tensor, values: Any, index: Any, a: Any, b: Any, scale: float, transposed: bool, offsets: Tensor
+    x: Tensor,
+    weight: Tensor,
+    values: Tensor | None,
+    index: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    scale: float,
+    transposed: bool,
+    offsets: Tensor,
 ) -> Tensor:
     _check_sparse(x, weight, values, index, a, b, transposed, offsets)
     return x.new_empty(x.shape[0], weight.shape[2 if transposed else 1])
@@ -283,7 +302,19 @@ def _sparse_grouped_in_aten(
     return y + scale * _grouped_linear_in_aten(_grouped_linear_in_aten(x, a, offsets), b, offsets)
 
 
-def _setup_sparse(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+class _SavedSparse(Context, Protocol):
+    """dtypes: of weight, values and the two factors; None where there is none."""
+
+    scale: float
+    transposed: bool
+    dtypes: tuple[torch.dtype | None, ...]
+
+
+def _setup_sparse(
+    ctx: _SavedSparse,
+    inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, float, bool, Tensor],
+    output: Tensor,
+) -> None:
     x, weight, values, index, a, b, scale, transposed, offsets = inputs
     need = ctx.needs_input_grad
     ctx.scale, ctx.transposed = scale, transposed
@@ -293,7 +324,7 @@ def _setup_sparse(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x if trained else None, *own, index, a, b, offsets)
 
 
-def _backward_sparse(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_sparse(ctx: _SavedSparse, g: Tensor) -> tuple[Tensor | None, ...]:
     """`low = g B` is shared by `dX = g W' + s low A` and `dA = s lowᵀ x`; `dB = s gᵀ (x Aᵀ)`."""
     x, weight, values, index, a, b, offsets = ctx.saved_tensors
     need, (of_weight, of_values, of_a, of_b) = ctx.needs_input_grad, ctx.dtypes

@@ -10,12 +10,15 @@ The order of an operator's arguments is the schema's business alone, so that an 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from sparsify.errors import VerifyError
+
+if TYPE_CHECKING:
+    from torch.fx.node import Argument
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
@@ -36,7 +39,9 @@ def argument(node: fx.Node, name: str) -> Any:
     return found[name]
 
 
-def positional(op: torch._ops.OpOverload, given: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def positional(
+    op: torch._ops.OpOverload, given: Mapping[str, Argument]
+) -> tuple[tuple[Argument, ...], dict[str, Argument]]:
     """`(args, kwargs)` of a call of `op` with arguments by name; what is left out takes its default.
 
     Defaults at the end are not written out. Raises VerifyError for an unknown name, and for a missing argument without a default.
@@ -46,8 +51,8 @@ def positional(op: torch._ops.OpOverload, given: Mapping[str, Any]) -> tuple[tup
     for name in given:
         if name not in known:
             raise VerifyError(f"{op} has no argument {name!r} (it has {', '.join(known)})")
-    args: list[Any] = []
-    kwargs: dict[str, Any] = {}
+    args: list[Argument] = []
+    kwargs: dict[str, Argument] = {}
     written = 0
     for name, spec in known.items():
         if name not in given and not spec.has_default_value():

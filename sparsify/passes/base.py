@@ -16,15 +16,20 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from sparsify.console import stage
 from sparsify.errors import PlanError, SparsifyError, VerifyError
 from sparsify.passes.check_controls import check_controls
 from sparsify.passes.verify import check_identical, check_outputs, verify
 from sparsify.plan import Plan, nearest
 from sparsify.program import Program, Stage
+
+if TYPE_CHECKING:
+    from sparsify.calibration.statistics import Loss
+    from sparsify.program.values import Batch
 
 Preserves = Literal["exactly", "rounding", "nothing"]
 WEAKEST_LAST: tuple[Preserves, ...] = ("exactly", "rounding", "nothing")
@@ -41,8 +46,8 @@ class Context:
     """
 
     plan: Plan
-    calibration: Iterable[Any] | None = None
-    loss: Callable[[Any, Any], torch.Tensor] | None = None
+    calibration: Iterable[Batch] | None = None
+    loss: Loss | None = None
     donate: bool = False
     progress: bool = True
     resume_dir: str | Path | None = None
@@ -98,7 +103,8 @@ def run_passes(program: Program, passes: Sequence[Pass], context: Context) -> Pr
         if program.stage is not step.reads:
             raise VerifyError(f"{place}: reads stage {step.reads.name}, but the program is at {program.stage.name}")
         try:
-            result = step.run(program, context)
+            with stage(f"pass '{step.name}' ({number}/{len(passes)})", context.progress):
+                result = step.run(program, context)
         except SparsifyError as error:
             raise type(error)(f"{place}: {error}") from error
         if not isinstance(result, PassResult):
@@ -122,7 +128,7 @@ def weaker(declared: Preserves, found: Preserves | None) -> Preserves:
     return declared if found is None else WEAKEST_LAST[max(map(WEAKEST_LAST.index, (declared, found)))]
 
 
-def check_preserved(start: Any, last: Any, program: Program, preserves: Preserves) -> tuple[Any, Any]:
+def check_preserved(start: object, last: object, program: Program, preserves: Preserves) -> tuple[object, object]:
     """Compare the example's outputs with those at the start (rounding does not add up over passes) and after the last pass (exactly).
 
     Returns both for the next pass.
@@ -150,8 +156,8 @@ SAID_ELSEWHERE = frozenset({"history", "stage", "graph_module"})
 class Snapshot:
     """A program as it was: its nodes, its fields (containers copied, tensors by identity), and how often each tensor was written."""
 
-    nodes: tuple[Any, ...]
-    fields: dict[str, Any]
+    nodes: tuple[tuple[object, ...], ...]
+    fields: dict[str, object]
     writes: dict[str, tuple[int, int]]
 
 
@@ -165,11 +171,11 @@ def snapshot(program: Program) -> Snapshot:
     return Snapshot(nodes, fields, {name: (id(t), version(t)) for name, t in tensors.items()})
 
 
-def describe(value: Any) -> Any:
+def describe(value: object) -> tuple[tuple[int, ...], torch.dtype] | str:
     return (tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
 
 
-def shallow(value: Any) -> Any:
+def shallow(value: object) -> object:
     return dict(value) if isinstance(value, dict) else value
 
 
@@ -203,7 +209,7 @@ def difference(before: Snapshot, after: Snapshot) -> str:
     return ""
 
 
-def where(before: Any, after: Any) -> str:
+def where(before: object, after: object) -> str:
     if not isinstance(before, dict) or not isinstance(after, dict):
         return ""
     keys = [
@@ -212,15 +218,15 @@ def where(before: Any, after: Any) -> str:
     return f" ({keys[0]})" if keys else ""
 
 
-def same(a: Any, b: Any) -> bool:
+def same(a: object, b: object) -> bool:
     """Equal as values; tensors and modules by identity."""
     if a is b:
         return True
     if type(a) is not type(b) or isinstance(a, torch.Tensor | torch.nn.Module):
         return False
-    if isinstance(a, Mapping):
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
         return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, tuple | list):
+    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
         return len(a) == len(b) and all(map(same, a, b))
     if dataclasses.is_dataclass(a):
         return all(same(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))

@@ -9,8 +9,6 @@ one hide nothing. A site whose values do not matter to the outputs at all has no
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -61,7 +59,7 @@ def run(program: Program, tensors: dict[str, Tensor], dtype: torch.dtype | None 
         dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
     cast = lambda v: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v  # noqa: E731
     args, kwargs = pytree.tree_map(cast, (args, kwargs))
-    constants: dict[str, Any] = {n: tensors.get(n, c) for n, c in program.constants.items()}
+    constants = {n: tensors.get(n, c) for n, c in program.constants.items()}
     with torch.no_grad():
         outputs = program.replaced(tensors=tensors, constants=constants)(*args, **kwargs)
     return [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
@@ -26,6 +26,9 @@ from sparsify.passes.base import Context, PassResult
 from sparsify.program import Input, LinearNode, Packed, Program
 from sparsify.program.graph_editor import GraphEditor
 from sparsify.program.permutation import invert_index
+
+if TYPE_CHECKING:
+    from torch.fx.node import Argument
 
 
 def insert_partial(program: Program, context: Context) -> PassResult:
@@ -149,7 +152,7 @@ def insert_packed(editor: GraphEditor, linear: LinearNode, part: TrainedPart | N
     program, param = editor.program, linear.weight
     read = editor.read(linear)
     rows, columns = read.weight.meta["val"].shape
-    given: dict[str, Any] = dict.fromkeys(("block", "channels", "values", "index", "a", "b"))
+    given: dict[str, Argument] = dict.fromkeys(("block", "channels", "values", "index", "a", "b"))
     given |= {"axis": 1, "scale": 1.0, "transposed": linear.transposed}
     packed = [editor.tensor_input(beside(param, f"packed_{i}"), t) for i, t in enumerate(program.packed[param])]
     if part is not None:

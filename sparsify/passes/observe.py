@@ -25,16 +25,20 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from types import BuiltinFunctionType, CodeType, FrameType, FunctionType
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsify.passes.detect.axes import words
 from sparsify.program.structure import CONSUMERS, Structure
+
+if TYPE_CHECKING:
+    from _typeshed import TraceFunction
 
 Units = frozenset[int]
 NONE: Units = frozenset()
@@ -132,7 +136,7 @@ class UnitTaint(TorchDispatchMode):
         self.parameters: set[int] = set()
         self.names: dict[int, str] = {id(t): name for name, t in tensors.items()}
         self.seen: set[str] = set()
-        self.alive: list[Any] = []  # a storage that is gone would lend its key to another
+        self.alive: list[object] = []  # a storage that is gone would lend its key to another
         for tensor in tensors.values():
             self.parameters.add(storage_key(tensor))
         for number, structure in enumerate(structures):
@@ -144,7 +148,9 @@ class UnitTaint(TorchDispatchMode):
                 key = storage_key(tensor)
                 table[key] = table.get(key, NONE) | {number}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         self.clock += 1
@@ -195,7 +201,7 @@ class UnitTaint(TorchDispatchMode):
         sighting.windows[-1].stop = self.clock
         sighting.windows[-1].consumed |= read
 
-    def units_in(self, value: Any, depth: int = 3) -> Units:
+    def units_in(self, value: object, depth: int = 3) -> Units:
         """Structures whose units a Python value holds: a tensor, or containers of tensors."""
         if isinstance(value, Tensor):
             return self.units.get(storage_key(value), NONE) if self.units else NONE
@@ -204,7 +210,7 @@ class UnitTaint(TorchDispatchMode):
         return NONE.union(*(self.units_in(v, depth - 1) for v in members(value)))
 
 
-def members(value: Any) -> Iterator[Any]:
+def members(value: object) -> Iterator[object]:
     if isinstance(value, Mapping):
         yield from value.values()
     elif isinstance(value, list | tuple | set | frozenset):
@@ -223,7 +229,7 @@ class FrameTracer:
         self.taint = taint
         self.frames: list[FrameLog] = []
         self.own: dict[CodeType, bool] = {}
-        self.before: Any = None
+        self.before: TraceFunction | None = None
         self.collecting = False
 
     def __enter__(self) -> FrameTracer:
@@ -232,12 +238,12 @@ class FrameTracer:
         sys.settrace(self.called)
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         sys.settrace(self.before)
         if self.collecting:
             gc.enable()
 
-    def called(self, frame: FrameType, event: str, _arg: Any) -> Any:
+    def called(self, frame: FrameType, event: str, _arg: object) -> TraceFunction | None:
         code = frame.f_code
         own = self.own.get(code)
         if own is None:
@@ -253,7 +259,7 @@ class FrameTracer:
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         append, taint = log.path.append, self.taint
 
-        def local(frame: FrameType, event: str, arg: Any) -> Any:
+        def local(frame: FrameType, event: str, arg: object) -> TraceFunction | None:
             if event == "opcode":
                 append((frame.f_lasti, taint.clock))
                 if log.windows_seen != taint.windows:
@@ -304,8 +310,8 @@ def is_model_code(module_name: object) -> bool:
 
 def observe(
     model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
     structures: tuple[Structure, ...],
     tensors: Mapping[str, Tensor],
     fake: bool = True,
@@ -316,9 +322,9 @@ def observe(
     fake: compute nothing, every tensor is fake; else the forward really runs (code that looks at values, operators without a meta form).
     """
     taint = UnitTaint(structures, tensors)
-    mode: Any = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
-    with torch.no_grad(), same_randomness(), quiet_fakes(), mode:
-        if fake:
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
+    with torch.no_grad(), same_randomness(), quiet_fakes(), mode or contextlib.nullcontext():
+        if mode is not None:
             args, kwargs = pytree.tree_map(
                 lambda t: mode.from_tensor(t) if isinstance(t, Tensor) else t, (args, kwargs)
             )

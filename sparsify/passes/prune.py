@@ -7,8 +7,6 @@ Works on a copy of the host (the user's tensors are not written), layer by layer
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from sparsify.errors import PlanError
@@ -65,7 +63,7 @@ def check_memory(program: Program, wanted: dict[str, Prune]) -> None:
 
 def shared_copy(host: nn.Module) -> nn.Module:
     """A copy of the module tree with its own Parameter objects over the same memory."""
-    memo: dict[int, Any] = {
+    memo: dict[int, object] = {
         id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for _, p in host.named_parameters()
     }
     memo.update({id(b): b for _, b in host.named_buffers()})

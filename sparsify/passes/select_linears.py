@@ -6,8 +6,8 @@ RoSA(…)        over down_proj              ──▶  SparseLowRank(down_proj,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
@@ -32,6 +32,9 @@ from sparsify.program.selection import choose, generator, index_dtype, random_sc
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
+
+    from sparsify.program.structure import Structure
+    from sparsify.program.values import Batch
 
 VIEWS = frozenset(
     getattr(torch.ops.aten, name)
@@ -167,19 +170,16 @@ def why_not_packed(program: Program, param: str, weight: Float[Tensor, "rows col
 
 def select_linears(
     program: Program, context: Context, index: int, rule: LinearRule, taken: dict[str, int]
-) -> dict[str, Any]:
-    """What one linear rule adds to the program; `taken` learns its weights."""
+) -> dict[str, Sequence[object]]:
+    """What one linear rule that trains adds to the program; `taken` learns its weights."""
     linears = first_linears(program)
-    if method_of(rule) is None and not isinstance(rule, PaCA | RoSA | LoRA | Quantize):
+    if method_of(rule) is None and not isinstance(rule, PaCA | RoSA | LoRA):
         name = type(rule).__name__
         raise PlanError(
             f"rule {index}, {rule}: no method is registered for {name}; call sparsify.methods.register({name}, …)"
         )
     served, refusals = serve(program, index, rule, linears, taken)
-    changes: dict[str, Any] = {"refusals": refusals}
-    if isinstance(rule, Quantize):
-        changes["quantize"] = dict.fromkeys(served, rule.format)
-        return changes
+    changes: dict[str, Sequence[object]] = {"refusals": refusals}
     taken.update(dict.fromkeys(served, index))
     if isinstance(rule, PaCA):
         units, channels = choose_columns(program, context, index, rule, served, linears)
@@ -191,6 +191,13 @@ def select_linears(
         assert method is not None
         changes["parts"] = [method.part.from_rule(rule, index, program, linears[param]) for param in served]
     return changes
+
+
+def select_packed(
+    program: Program, index: int, rule: Quantize, taken: dict[str, int]
+) -> tuple[list[str], list[Refusal]]:
+    """Weights that a rule packs, and why others are not."""
+    return serve(program, index, rule, first_linears(program), taken)
 
 
 # --- PaCA ----------------------------------------------------------------------------------------------------------------
@@ -229,7 +236,7 @@ def choose_columns(
     return units, channels
 
 
-def movable_consumers(program: Program) -> dict[str, Any]:
+def movable_consumers(program: Program) -> dict[str, Structure]:
     """Consumer weight → the proven structure that may reorder its input columns one by one, in the columns' own order."""
     found = {}
     moved = {c.structure for c in program.choices}
@@ -357,7 +364,7 @@ def gradient_supports(
     modules: Mapping[str, torch.nn.Module],
     counts: Mapping[str, int],
     mask: str,
-    batches: list[Any],
+    batches: list[Batch],
     context: Context,
     survivors: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:

@@ -6,8 +6,8 @@ S2FT(fraction=0.03) over model.layers.*.mlp  ──▶  UnitChoice(model.layers.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -25,9 +25,9 @@ from sparsify.model.linears import owner_name
 from sparsify.passes.assign_rules import WHOLE, Assignment, assign_rule
 from sparsify.passes.avoid_units import free_only, read_adapters, taken_units
 from sparsify.passes.base import Context, PassResult
-from sparsify.passes.select_linears import select_linears
+from sparsify.passes.select_linears import select_linears, select_packed
 from sparsify.passes.train_in_full import trained_in_full
-from sparsify.plan import DATA_DRIVEN, S2FT, LinearRule, PaCA, Quantize, RoSA
+from sparsify.plan import DATA_DRIVEN, S2FT, LinearRule, PaCA, Quantize, RoSA, Rule
 from sparsify.program import Program, UnitChoice
 from sparsify.program.selection import choose, random_scores, selectable_units, unit_channels, unit_norms
 from sparsify.program.structure import Site, Structure
@@ -48,10 +48,10 @@ def select_units(program: Program, context: Context) -> PassResult:
     rules = list(enumerate(context.plan.rules))
     for index, rule in rules:
         if isinstance(rule, Quantize):
-            added = select_linears(program, context, index, rule, quantized)
-            quantize = added.pop("quantize")
-            quantized.update(dict.fromkeys(quantize, index))
-            program = extend(program.replaced(quantize=program.quantize | quantize), added)
+            served, refusals = select_packed(program, index, rule, quantized)
+            quantized.update(dict.fromkeys(served, index))
+            program = program.replaced(quantize=program.quantize | dict.fromkeys(served, rule.format))
+            program = extend(program, {"refusals": refusals})
     with dequantised(program, any(scored(rule) for _, rule in rules)):
         for index, rule in rules:
             if isinstance(rule, S2FT):
@@ -73,11 +73,11 @@ def select_units(program: Program, context: Context) -> PassResult:
     return PassResult(program.evolve("select: " + ", ".join(parts)), changed)
 
 
-def extend(program: Program, added: Mapping[str, Any]) -> Program:
+def extend(program: Program, added: Mapping[str, Sequence[object]]) -> Program:
     return program.replaced(**{name: (*getattr(program, name), *new) for name, new in added.items()})
 
 
-def scored(rule: Any) -> bool:
+def scored(rule: Rule) -> bool:
     """Whether a rule looks at weights, activations or gradients to choose."""
     if isinstance(rule, S2FT | PaCA):
         return rule.select != "random"
@@ -140,7 +140,7 @@ def counts_of(
     return counts, [Budget(index, of, fraction * total, cost_of(rows, counts), total)]
 
 
-def choose_units(program: Program, assignment: Assignment, context: Context) -> dict[str, Any]:
+def choose_units(program: Program, assignment: Assignment, context: Context) -> dict[str, Sequence[object]]:
     """Choices, budgets and refusals to add to the program. Raises RefusedError for a named structure that the budget does not reach."""
     rule, index = assignment.rule, assignment.index
     scores = score_units(program, assignment, context)

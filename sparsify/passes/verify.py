@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 import sparsify.modules.masked
@@ -14,14 +13,14 @@ from sparsify.passes.verify_lowered import verify_lowered
 from sparsify.program import Program, Stage
 
 #: operators that belong to no part → what computes them when no kernel is chosen
-OPERATORS = {
+OPERATORS: dict[OpOverload, str] = {
     torch.ops.sparsify.masked_linear.default: "reference: one GEMM over exact zeros, gradient masked",
     torch.ops.sparsify.apply_mask.default: "reference: element-wise",
     torch.ops.sparsify.quantized_linear.default: "reference: unpacked to a temporary, one GEMM",
 }
 
 
-def operators(program: Program) -> dict[Any, str]:
+def operators(program: Program) -> dict[OpOverload, str]:
     """Operators of ours that may stand in a program, with what computes them: those of its parts, of masks and packed weights."""
     found = dict(OPERATORS)
     for kind in dict.fromkeys(type(part) for part in program.parts):
@@ -107,7 +106,7 @@ def verify_parts(program: Program) -> None:
             raise VerifyError(f"node {linear.node.name} still reads {linear.weight} whole, beside its trained part")
 
 
-def check_identical(expected: Any, found: Any) -> bool:
+def check_identical(expected: object, found: object) -> bool:
     """Whether two outputs are the same bits, leaf by leaf; NaN equals NaN."""
     pairs = list(zip(pytree.tree_leaves(expected), pytree.tree_leaves(found), strict=True))
     tensors = [(a, b) for a, b in pairs if isinstance(a, torch.Tensor)]
@@ -116,7 +115,7 @@ def check_identical(expected: Any, found: Any) -> bool:
     )
 
 
-def check_outputs(expected: Any, found: Any) -> None:
+def check_outputs(expected: object, found: object) -> None:
     """Compare two outputs leaf by leaf; only the rounding of reordered sums may separate them."""
     for number, (a, b) in enumerate(zip(pytree.tree_leaves(expected), pytree.tree_leaves(found), strict=True)):
         if not isinstance(a, torch.Tensor) or not a.is_floating_point():

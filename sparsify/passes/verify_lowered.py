@@ -11,8 +11,6 @@ No product may read a weight that the host holds packed, and a module that stand
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx, nn
 from torch._ops import OpOverload
@@ -59,7 +57,7 @@ def submodule(host: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
-def owner_of(program: Program, node: fx.Node, given: dict[str, Any]) -> tuple[str, KernelModule]:
+def owner_of(program: Program, node: fx.Node, given: dict[str, object]) -> tuple[str, KernelModule]:
     """The module that owns every tensor of a packed product but its input, by name."""
     names = program.tensor_names
     owners: dict[str, str] = {}
@@ -82,15 +80,17 @@ def owner_of(program: Program, node: fx.Node, given: dict[str, Any]) -> tuple[st
     raise VerifyError(f"node {node.name}: no module of the host computes it (handle {given.get('handle')})")
 
 
-def has_handle(module: nn.Module, handle: Any) -> bool:
+def has_handle(module: nn.Module, handle: object) -> bool:
     return handle is not None and getattr(module, "handle", None) == handle
 
 
-def verify_statement(program: Program, node: fx.Node, given: dict[str, Any], owner: str, module: KernelModule) -> None:
+def verify_statement(
+    program: Program, node: fx.Node, given: dict[str, object], owner: str, module: KernelModule
+) -> None:
     """The node must be what the module says of itself: the same tensors under the same names, the same sizes, format and epilogue."""
     names = program.tensor_names
 
-    def said(value: Any) -> Any:
+    def said(value: object) -> object:
         return pytree.tree_map(lambda leaf: f"@{names[leaf.name]}" if isinstance(leaf, fx.Node) else leaf, value)
 
     for argument, expected in module.arguments(lambda leaf: f"@{owner}.{leaf}").items():

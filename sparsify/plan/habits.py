@@ -3,13 +3,14 @@
     LoRA(r=8, lora_alpha=16, lora_dropout=0.1, target_modules=["q_proj", "v_proj"])
     LoRA(rank=8, alpha=16, dropout=0.1, match=["q_proj", "v_proj"])                        the same rule
 
-ALIASES are accepted where the rule has the field. For HINTS nothing equal can be written into the rule; the error says where it
-belongs.
+ALIASES are accepted where the rule has the field, and so are fields of PEFT's `LoraConfig` at values that change nothing (NEUTRAL),
+`rank_pattern` (a table of ranks), and `layers_to_transform` with the names of modules (patterns of layers). For HINTS nothing equal can
+be written into the rule; the error says where it belongs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparsify.plan.name_patterns import REGEX, is_glob
@@ -25,14 +26,33 @@ ALIASES = {
     "exclude_modules": "exclude",
 }
 
+#: fields of `LoraConfig` that say nothing at these values
+NEUTRAL: dict[str, tuple[object, ...]] = {
+    "task_type": ("CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION", None),
+    "inference_mode": (False, None),
+    "bias": ("none", None),
+    "fan_in_fan_out": (False, True, None),
+    "init_lora_weights": (True, None),
+    "use_dora": (False, None),
+    "use_rslora": (),
+    "modules_to_save": (None, [], ()),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "layers_to_transform": (None,),
+    "layers_pattern": (None,),
+    "trainable_token_indices": (None,),
+    "target_parameters": (None,),
+    "peft_type": ("LORA", None),
+}
+
 HINTS = {
     "modules_to_save": "write Plan([…], train=[…]) for modules that train in full",
     "trainable_token_indices": "single tokens cannot train; write Plan([…], train=['*.embed_tokens']) for the whole embedding",
     "bias": "write Plan([…], train=['*.bias']) for biases that train",
     "rank_pattern": "write rank={'pattern': rank, '*': rank for the rest}",
     "alpha_pattern": "write one rule for every alpha; the first rule that matches a module wins",
-    "layers_to_transform": "write the layers into match: 'model.layers.[0-3].*' or a list of patterns",
-    "layers_pattern": "write the layers into match: 'model.layers.[0-3].*' or a list of patterns",
+    "layers_to_transform": "write the layers into match: 'model.layers.{0-3}.*' or a list of patterns",
+    "layers_pattern": "write the layers into match: 'model.layers.{0-3}.*' or a list of patterns",
     "target_parameters": "write the parameters into match, as if they were linears: match='*.experts.down_proj'",
     "use_dora": "DoRA is a method from outside: examples/write_a_method.py has it, a rule of its own",
     "init_lora_weights": "A is drawn as Kaiming does and B is zero; other beginnings are not implemented",
@@ -72,6 +92,47 @@ def hint_for(rule: str, word: str) -> str | None:
     name = ALIASES.get(word)
     elsewhere = f"{rule} has no {name}, which is what it means in LoRA" if name else None
     return HINTS_OF.get((rule, word)) or HINTS.get(word) or elsewhere
+
+
+def without_neutral(fields: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
+    """The words of a call without those that say nothing, and with `rank_pattern` and `layers_to_transform` written as ours."""
+    found = {w: v for w, v in fields.items() if w in known or not says_nothing(w, v)}
+    table = found.get("rank_pattern")
+    rank = next((w for w in ("rank", "r", "lora_r") if w in found), None)
+    if isinstance(table, Mapping) and "rank" in known and rank is not None and isinstance(found[rank], int):
+        found[rank] = {**{module_patterns(k): v for k, v in table.items()}, "*": found[rank]}
+        del found["rank_pattern"]
+    layers, names = found.get("layers_to_transform"), next((w for w in ("target_modules", "match") if w in found), None)
+    if layers is not None and names is not None and "match" in known:
+        patterns = layer_patterns(found[names], layers, found.get("layers_pattern"))
+        if patterns is not None:
+            found = {w: v for w, v in found.items() if w not in (names, "layers_to_transform", "layers_pattern")}
+            found["match"] = patterns
+    return found
+
+
+def says_nothing(word: str, value: Any) -> bool:
+    if word not in NEUTRAL:
+        return False
+    return any(type(value) is type(neutral) and value == neutral for neutral in NEUTRAL[word])
+
+
+def layer_patterns(names: Any, layers: Any, lists: Any) -> str | None:
+    """A pattern of modules in some layers; None where the words are no plain names and numbers."""
+    wanted = [layers] if isinstance(layers, int) else layers
+    modules = [names] if isinstance(names, str) else names
+    above = [lists] if isinstance(lists, str) else lists or ["*"]
+    if not all(isinstance(group, list | tuple | set) for group in (wanted, modules, above)):
+        return None
+    if not wanted or not all(type(n) is int and n >= 0 for n in wanted):
+        return None
+    if not all(isinstance(m, str) and m.replace("_", "a").replace(".", "a").isalnum() for m in modules):
+        return None
+    if not all(isinstance(name, str) and name.replace("_", "a").isalnum() for name in above if name != "*"):
+        return None
+    stem = ".*" if "*" in above else rf"(.*\.)?({'|'.join(above)})"
+    ends = "|".join(m.replace(".", r"\.") for m in sorted(modules))
+    return rf"{REGEX}{stem}\.({'|'.join(map(str, sorted(wanted)))})\.(.*\.)?({ends})"
 
 
 def from_habit(word: str, value: Any, fields: Sequence[str]) -> tuple[str | None, Any]:

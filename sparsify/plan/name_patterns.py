@@ -1,6 +1,7 @@
 """Patterns over qualified names: globs, bare names and regular expressions, each matched without backtracking.
 
     *.o_proj   model.layers.[0-3].mlp     globs (`fnmatch`)
+    model.layers.{0-15,31}.*              and with numbers in braces: these layers
     q_proj     self_attn.q_proj           no wildcard: the name itself, or the end of a longer one after a dot
     re:.*\\.(q|v)_proj                     a regular expression that must match the whole name
 
@@ -21,7 +22,9 @@ from typing import Any
 MAX_PATTERN = 2000
 MAX_INSTRUCTIONS = 5000
 MAX_GROUPS = 40
+MAX_NUMBERS = 512  # in braces
 WILDCARDS = "*?["
+RANGE = re.compile(r"\{([0-9]{1,6}(?:-[0-9]{1,6})?(?:,[0-9]{1,6}(?:-[0-9]{1,6})?)*)\}")
 REGEX = "re:"
 
 Test = Callable[[str], bool]
@@ -47,13 +50,50 @@ def matches(pattern: str, name: str) -> bool:
     """Whether a glob, a bare name or an `re:` pattern matches a qualified name (see the module docstring)."""
     if pattern.startswith(REGEX):
         return compiled(pattern[len(REGEX) :]).fullmatch(name)
+    if RANGE.search(pattern):
+        return compiled(ranged(pattern)).fullmatch(name)
     if is_glob(pattern):
         return fnmatchcase(name, pattern)
     return name == pattern or name.endswith("." + pattern)
 
 
 def is_glob(pattern: str) -> bool:
-    return any(c in pattern for c in WILDCARDS)
+    return any(c in pattern for c in WILDCARDS) or RANGE.search(pattern) is not None
+
+
+@functools.lru_cache(maxsize=1024)
+def ranged(pattern: str) -> str:
+    """A glob with numbers in braces as a regular expression; one without wildcards matches the ends of names too. Raises PatternError."""
+    text, at = "", 0
+    for found in RANGE.finditer(pattern):
+        numbers: list[int] = []
+        for piece in found[1].split(","):
+            first, _, last = piece.partition("-")
+            low, high = int(first), int(last or first)
+            if high < low:
+                raise PatternError(f"the range {{{found[1]}}} ends before it begins")
+            if len(numbers) + high - low >= MAX_NUMBERS:
+                raise PatternError(f"the range {{{found[1]}}} has more than {MAX_NUMBERS} numbers")
+            numbers += range(low, high + 1)
+        text += glob_text(pattern[at : found.start()]) + f"(?:{'|'.join(map(str, numbers))})"
+        at = found.end()
+    text += glob_text(pattern[at:])
+    return text if any(c in pattern for c in WILDCARDS) else rf"(?:.*\.)?{text}"
+
+
+def glob_text(glob: str) -> str:
+    """A glob without braces as a regular expression that `Regex` reads."""
+    text, at = "", 0
+    while at < len(glob):
+        c, end = glob[at], glob.find("]", at + 2)
+        if c == "[" and end > 0:
+            inside = glob[at + 1 : end].replace("\\", "\\\\")
+            text += f"[{'^' + inside[1:] if inside[0] == '!' else inside}]"
+            at = end
+        else:
+            text += ".*" if c == "*" else "." if c == "?" else c if c.isalnum() or c in "_ " else "\\" + c
+        at += 1
+    return text
 
 
 def check_pattern(pattern: str) -> None:
@@ -64,6 +104,8 @@ def check_pattern(pattern: str) -> None:
         raise PatternError(f"the pattern has {len(pattern):,} characters, at most {MAX_PATTERN:,} are read")
     if pattern.startswith(REGEX):
         compiled(pattern[len(REGEX) :])
+    elif RANGE.search(pattern):
+        compiled(ranged(pattern))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -19,7 +19,7 @@ from sparsify.errors import PlanError
 from sparsify.files import strict_json
 from sparsify.files.strict_json import short
 from sparsify.formats.registry import packing_format
-from sparsify.plan.habits import from_habit, hint_for
+from sparsify.plan.habits import from_habit, hint_for, without_neutral
 from sparsify.plan.installed import find
 from sparsify.plan.name_patterns import PatternError, check_pattern, matches
 
@@ -143,7 +143,7 @@ def arguments(rule: Any, values: tuple[Any, ...], fields: Mapping[str, Any], whe
         raise ArgumentError(f"{where}: {len(values)} values are given by position, it {rest}; name the others")
     found = dict(zip(positional, values, strict=False))
     names = [spec.name for spec in specs]
-    for word, value in fields.items():
+    for word, value in without_neutral(fields, names).items():
         name, value = (word, value) if word in names else from_habit(word, value, names)
         if name is None:
             hint = hint_for(rule.__name__, word)
@@ -169,7 +169,8 @@ class Rule:
     """Base of all rules.
 
     match: which modules: a glob over qualified names (`*.o_proj`, `model.layers.[0-3].mlp`), a name without wildcards (the module
-        itself, or every module whose name ends in it after a dot: `q_proj`), `re:` and a regular expression that matches the whole
+        itself, or every module whose name ends in it after a dot: `q_proj`), numbers in braces for layers
+        (`model.layers.{0-15,31}.*`), `re:` and a regular expression that matches the whole
         name (without look-behind and back-references), or a list of these; for S2FT structure names are matched too.
         The first rule that matches a module wins; a rule that matches nothing is an error.
     """
@@ -233,7 +234,8 @@ class S2FT(Rule):
     `S2FT(0.03)` is `S2FT(fraction=0.03)`.
 
     structure: which coupled structures: "ffn" (columns of Down), "attention" (columns of O), or "both".
-    fraction: trained share of the consumers' parameters (O, Down), uniform over layers. With "both", O and Down get equal
+    fraction: trained share *of the consumers' parameters* (O, Down), not of the whole model; uniform over layers. The report's line
+        "budget" says the number that it is a share of, and "trainable" the share of the model. With "both", O and Down get equal
         *parameters* (`balance="parameters"`), or the same share of units ("units"), as nearly as whole units allow.
     budget: "total": what all structures of the rule train together is at most `fraction`, so that a head which costs more than its half
         gives way to channels, and a budget below one unit in each layer goes to fewer layers (one unit always trains). "structure": each
@@ -560,16 +562,17 @@ class Plan:
         if len(text) > MAX_CHARACTERS:
             raise PlanError(f"the plan is not read: {len(text):,} characters, at most {MAX_CHARACTERS:,} are")
         document = strict_json.parse(text, "the plan", PlanError, depth=MAX_DEPTH)
-        if not isinstance(document, dict) or not isinstance(document.get("rules"), list):
+        entries = document.pop("rules", None) if isinstance(document, dict) else None
+        if not isinstance(document, dict) or not isinstance(entries, list):
             raise PlanError('the plan must be a JSON object with a list "rules"')
         rules = []
-        entries = document.pop("rules")
         if len(entries) > MAX_ENTRIES:
             raise PlanError(f"the plan has {len(entries):,} rules, at most {MAX_ENTRIES:,} are read")
         for number, entry in enumerate(entries):
-            if not isinstance(entry, dict) or not isinstance(entry.get("rule"), str):
+            name = entry.get("rule") if isinstance(entry, dict) else None
+            if not isinstance(entry, dict) or not isinstance(name, str):
                 raise PlanError(f'rules[{number}]: expected an object with a "rule" name, got {short(entry)}')
-            name = entry.pop("rule")
+            del entry["rule"]
             if name not in RULES:
                 find(name)
             if name not in RULES:

@@ -17,7 +17,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -31,6 +31,9 @@ from sparsify.model.sharded import back_to_pieces
 from sparsify.model.untouched import fake_in, untouched
 from sparsify.program import Program, Stage
 from sparsify.program.names import is_safe, with_safe_targets, with_targets
+
+if TYPE_CHECKING:
+    from sparsify.program.values import Batch, Inputs
 
 CACHE_SWITCHES = ("use_cache",)
 #: Sub-configurations of composite Hugging Face configurations.
@@ -48,7 +51,7 @@ TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", 
 QUIET = ("torch.export", "torch._export", "torch.fx", "torch._dynamo", "torch._subclasses", "torch._functorch")
 
 
-def capture(model: nn.Module, example: Any = None) -> Program:
+def capture(model: nn.Module, example: Batch | None = None) -> Program:
     """Trace `model` into a `Program`.
 
     example: positional inputs as a tuple or list, keyword inputs as a mapping (a batch from a data loader), or one
@@ -89,7 +92,7 @@ TEXT_ONLY = (
 
 
 def trace(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool = False
+    model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], training: bool = False
 ) -> torch.export.ExportedProgram:
     """Export a copy of `model`, in eval mode unless `training`, that shares its tensors; in-place operations come out functional.
 
@@ -145,7 +148,7 @@ def read_through_scatters(graph: torch.fx.Graph) -> None:
 
 def slice_range(node: torch.fx.Node, arguments: tuple[Any, ...]) -> tuple[int, int, int] | None:
     """(dim, start, stop) of a slice of `node`'s source by `(dim, start, end, step)`; None unless it is contiguous and static."""
-    given: list[Any] = [*arguments, *(0, None, None, 1)[len(arguments) :]]
+    given: tuple[Any, ...] = (*arguments, *(0, None, None, 1)[len(arguments) :])
     dim, start, end, step = given
     shape = node.args[0].meta["val"].shape  # type: ignore[union-attr]
     dim %= len(shape)
@@ -198,7 +201,7 @@ def switch_off_caches(model: nn.Module) -> None:
                         setattr(part, switch, False)
 
 
-def configs(config: Any) -> list[Any]:
+def configs(config: object) -> list[object]:
     """A configuration and the configurations inside it."""
     if config is None or isinstance(config, dict | str | type):
         return []
@@ -219,7 +222,7 @@ class Stopped(Exception):
         super().__init__(str(error))
         self.error = error
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if name != "partial_fx_graph":
             super().__setattr__(name, value)
 
@@ -229,7 +232,7 @@ def give_plain_outputs(model: nn.Module) -> None:
     forward = model.forward
 
     @functools.wraps(forward)
-    def plain_forward(*args: Any, **kwargs: Any) -> Any:
+    def plain_forward(*args: object, **kwargs: object) -> object:
         try:
             return plain_output(forward(*args, **kwargs))
         except Exception as error:
@@ -238,13 +241,13 @@ def give_plain_outputs(model: nn.Module) -> None:
     model.__dict__["forward"] = plain_forward
 
 
-def plain_output(value: Any, depth: int = 8) -> Any:
+def plain_output(value: object, depth: int = 8) -> object:
     """`value` with objects that pytree does not know (dataclasses, caches, distributions) as dicts of their fields.
 
     Fields without a tensor in them are left out; so is what refers to itself.
     """
 
-    def convert(leaf: Any) -> Any:
+    def convert(leaf: object) -> object:
         if leaf is None or isinstance(leaf, torch.Tensor | int | float | bool | str | complex | torch.SymInt):
             return leaf
         if depth == 0:
@@ -284,27 +287,27 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def text_alone(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+def text_alone(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> dict[str, object] | None:
     """The text among the inputs of a vision or audio language model, when there is something else too; else None."""
     config = getattr(model, "config", None)
     extra = [name for name, value in kwargs.items() if name not in TEXT_INPUTS and holds_tensor(value)]
-    if args or not extra or not isinstance(kwargs.get("input_ids"), torch.Tensor) or len(configs(config)) < 2:
+    ids = kwargs.get("input_ids")
+    if args or not extra or not isinstance(ids, torch.Tensor) or len(configs(config)) < 2:
         return None
     kept = {name: value for name, value in kwargs.items() if name in TEXT_INPUTS or not holds_tensor(value)}
     special = placeholder_tokens(config)
     if special:
-        ids = kwargs["input_ids"]
         kept["input_ids"] = torch.where(
             torch.isin(ids, torch.tensor(special, device=ids.device)), ordinary(special), ids
         )
     return kept
 
 
-def holds_tensor(value: Any) -> bool:
+def holds_tensor(value: object) -> bool:
     return any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value))
 
 
-def placeholder_tokens(config: Any) -> list[int]:
+def placeholder_tokens(config: object) -> list[int]:
     """Ids of the tokens that stand for pictures and sounds in a model's text."""
     found = (getattr(part, name, None) for part in configs(config) for name in PLACEHOLDER_TOKENS)
     return sorted({token for token in found if isinstance(token, int)})
@@ -369,7 +372,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def example_inputs(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def example_inputs(model: nn.Module, example: Batch | None) -> Inputs:
     """Arguments of one forward call, caches switched off, tensors on the model's device.
 
     A mapping is keyword inputs where the forward takes them, and else its one positional input.
@@ -378,7 +381,7 @@ def example_inputs(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], dic
     signature = inspect.signature(model.forward)
     if example is None:
         kwargs = dummy_inputs(model)
-        args: tuple[Any, ...] = ()
+        args: tuple[object, ...] = ()
     elif isinstance(example, Mapping):
         args, kwargs = (), dict(example)
         if not binds(signature, args, kwargs) and binds(signature, (kwargs,), {}):
@@ -422,7 +425,7 @@ def cut(text: str, limit: int = 200) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def binds(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def binds(signature: inspect.Signature, args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
     try:
         signature.bind(*args, **kwargs)
     except TypeError:
@@ -430,7 +433,7 @@ def binds(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str,
     return True
 
 
-def check_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def check_leaves(args: tuple[object, ...], kwargs: dict[str, object]) -> None:
     """Raises CaptureError for an input that a trace cannot take."""
     for path, leaf in pytree.tree_leaves_with_path((args, kwargs)):
         if leaf is None or isinstance(leaf, torch.Tensor | int | float | bool | str | complex):
@@ -534,7 +537,7 @@ def evaluating(model: nn.Module, training: bool = False) -> Iterator[None]:
             module.training = training
 
 
-def explain(model: nn.Module, error: Exception, inputs: Mapping[str, Any] | None = None) -> str:
+def explain(model: nn.Module, error: Exception, inputs: Mapping[str, object] | None = None) -> str:
     """Which line of the model stopped the trace, in which submodule's class, and what to try; a few lines.
 
     inputs: the keyword inputs of the trace.

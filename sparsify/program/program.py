@@ -10,9 +10,9 @@ takes what the model takes (of the captured shapes) and returns what the model r
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
 from torch import fx, nn
@@ -41,11 +41,16 @@ from sparsify.program.values import (
 if TYPE_CHECKING:
     import networkx as nx
 
+    from sparsify.host.quantized_bases import PackedBase
     from sparsify.lowering.kernel_texts import KernelText
     from sparsify.methods.channels import TrainedSlice
     from sparsify.methods.part import TrainedPart
     from sparsify.methods.sparse_lowrank import SparseLowRank
     from sparsify.program.unit_budget import Budget
+    from sparsify.program.values import Inputs
+    from sparsify.pruning.sequential import LayerStats
+
+A = TypeVar("A")
 
 
 class Stage(enum.IntEnum):
@@ -84,11 +89,15 @@ class Program:
 
     @classmethod
     def from_export(
-        cls, exported: torch.export.ExportedProgram, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        cls,
+        exported: torch.export.ExportedProgram,
+        host: nn.Module,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
     ) -> Program:
         signature = exported.graph_signature
         named: dict[str, tuple[Literal["parameter", "buffer", "constant"], str]] = {}
-        kinds: tuple[tuple[Any, Literal["parameter", "buffer", "constant"]], ...] = (
+        kinds: tuple[tuple[Mapping[str, str], Literal["parameter", "buffer", "constant"]], ...] = (
             (signature.inputs_to_parameters, "parameter"),
             (signature.inputs_to_buffers, "buffer"),
             (signature.inputs_to_lifted_tensor_constants, "constant"),
@@ -114,22 +123,23 @@ class Program:
             raise SparsifyError("torch.export returned no calling convention")
         tables = ("buffers_to_mutate", "user_inputs_to_mutate", "parameters_to_mutate")
         mutations = sum(len(getattr(signature, table, {})) for table in tables)
+        constants = {name: value for name, value in exported.constants.items() if isinstance(value, torch.Tensor)}
         exported.graph_module.recompile()
         return cls(
             graph_module=exported.graph_module,
             inputs=tuple(inputs),
             host=host,
-            captured=Captured(in_spec, out_spec, mutations, (args, kwargs), canonical, dict(exported.constants)),
+            captured=Captured(in_spec, out_spec, mutations, (args, kwargs), canonical, constants),
             history=(
                 f"capture: {type(host).__name__}, {sum(n.op == 'call_function' for n in exported.graph.nodes)} operations",
             ),
         )
 
-    def evolve(self, note: str, **changes: Any) -> Program:
+    def evolve(self, note: str, **changes: object) -> Program:
         """A new program with `changes`; `note` goes on top of the printed history."""
         return self.replaced(history=(*self.history, note), **changes)
 
-    def replaced(self, **changes: Any) -> Program:
+    def replaced(self, **changes: object) -> Program:
         """A new program with `changes`, by the names of fields or of what stands in their groups."""
         whole = {name: value for name, value in changes.items() if name not in GROUP_OF}
         for group in dict.fromkeys(GROUP_OF[name] for name in changes if name in GROUP_OF):
@@ -141,7 +151,7 @@ class Program:
         """The program over a host that holds its tensors now, packed ones too."""
         return self.replaced(host=host, tensors={}, packed={})
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, object]:
         """Every field by name, those of the groups one by one."""
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in GROUPS}
         return found | {name: getattr(self, name) for name in GROUP_OF}
@@ -164,7 +174,7 @@ class Program:
         return self.captured.mutations
 
     @property
-    def example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def example(self) -> Inputs:
         """The inputs of the trace, `(args, kwargs)`."""
         return self.captured.example
 
@@ -174,7 +184,7 @@ class Program:
         return self.captured.aliases
 
     @property
-    def constants(self) -> dict[str, Any]:
+    def constants(self) -> dict[str, torch.Tensor]:
         """Tensors of the trace that belong to no module."""
         return self.captured.constants
 
@@ -234,7 +244,7 @@ class Program:
         return self.packing.packings
 
     @property
-    def bases(self) -> dict[str, Any]:
+    def bases(self) -> dict[str, PackedBase]:
         """Weights that came packed."""
         return self.packing.bases
 
@@ -249,7 +259,7 @@ class Program:
         return self.pruning.masks
 
     @property
-    def pruned(self) -> tuple[Any, ...]:
+    def pruned(self) -> tuple[LayerStats, ...]:
         """What pruning did to each layer."""
         return self.pruning.pruned
 
@@ -349,8 +359,8 @@ class Program:
                 offsets = given["offsets"] if grouped else None
                 yield LinearNode(node, x, names[weight.name], bias_name, swapped != flipped, bias, offsets)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the graph. Inputs must have the structure and shapes of the captured example."""
+    def __call__(self, *args: object, **kwargs: object) -> Any:
+        """Run the graph. Inputs must have the structure and shapes of the captured example; so has what the model returns."""
         _, example_kwargs = self.example
         for name, value in example_kwargs.items():
             if name not in kwargs and not isinstance(value, torch.Tensor):
@@ -364,7 +374,7 @@ class Program:
         outputs = self.graph_module(*values)
         return pytree.tree_unflatten(list(outputs)[self.mutations :], self.out_spec)
 
-    def run_example(self) -> Any:
+    def run_example(self) -> object:
         args, kwargs = self.example
         return self(*args, **kwargs)
 
@@ -417,18 +427,19 @@ def is_grouped(node: fx.Node) -> bool:
     return getattr(node.target, "_schema", None) is not None and node.target._schema.name == "sparsify::grouped_linear"  # type: ignore[union-attr]
 
 
-def through_transpose(node: Any) -> tuple[Any, bool]:
+def through_transpose(node: A) -> tuple[A | fx.Node, bool]:
     """The node under `t`, `transpose(0, 1)` and `permute([1, 0])`, and whether their number is odd."""
     aten = torch.ops.aten
+    under: A | fx.Node = node
     flipped = False
-    while isinstance(node, fx.Node) and node.op == "call_function":
-        is_t = node.target is aten.t.default or node.target is aten.numpy_T.default
-        is_t |= node.target is aten.transpose.int and {int(a) % 2 for a in node.args[1:3]} == {0, 1}  # type: ignore[arg-type]
-        is_t |= node.target is aten.permute.default and list(node.args[1]) in ([1, 0], [-1, -2])  # type: ignore[arg-type]
+    while isinstance(under, fx.Node) and under.op == "call_function":
+        is_t = under.target is aten.t.default or under.target is aten.numpy_T.default
+        is_t |= under.target is aten.transpose.int and {int(a) % 2 for a in under.args[1:3]} == {0, 1}  # type: ignore[arg-type]
+        is_t |= under.target is aten.permute.default and list(under.args[1]) in ([1, 0], [-1, -2])  # type: ignore[arg-type]
         if not is_t:
             break
-        node, flipped = node.args[0], not flipped
-    return node, flipped
+        under, flipped = under.all_input_nodes[0], not flipped
+    return under, flipped
 
 
 def canonical_names(host: nn.Module) -> dict[str, str]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Hashable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import fx
 from torch.fx.node import Target
@@ -253,10 +252,17 @@ def block_hash(block: Block, tensors: dict[str, str], describe: Describe) -> str
 
 @dataclass(frozen=True)
 class Ref:
-    """A value that an operation reads: by its position in the same repetition or in the one before, or a node outside."""
+    """A value that an operation reads: by its position in the same repetition ("here"), or in the one before ("before")."""
 
     kind: str
-    at: Any
+    at: int
+
+
+@dataclass(frozen=True)
+class Outside:
+    """A value that an operation reads: a node outside of all repetitions."""
+
+    at: fx.Node
 
 
 def argument_form(
@@ -274,7 +280,7 @@ def argument_form(
                 return "@" + relative(tensors[value.name], blocks)
             if value in here:
                 return Ref("here", here[value])
-            return Ref("before", before[value]) if value in before else Ref("outside", value)
+            return Ref("before", before[value]) if value in before else Outside(value)
         if isinstance(value, tuple | list):
             return tuple(map(form, value))
         if isinstance(value, dict):
@@ -343,10 +349,11 @@ def carried_values(first: list[Form], second: list[Form]) -> dict[int, fx.Node] 
 
     def agree(a: object, b: object) -> bool:
         if isinstance(a, Ref) and isinstance(b, Ref):
-            if b.kind == "before" and a.kind == "outside":
-                return carried.setdefault(b.at, a.at) is a.at
-            if b.kind == "outside":
-                fixed.add(b.at)
+            return a == b
+        if isinstance(a, Outside) and isinstance(b, Ref) and b.kind == "before":
+            return carried.setdefault(b.at, a.at) is a.at
+        if isinstance(a, Ref | Outside) and isinstance(b, Outside):
+            fixed.add(b.at)
             return a == b
         if type(a) is tuple and type(b) is tuple:
             return len(a) == len(b) and all(agree(x, y) for x, y in zip(a, b, strict=True))

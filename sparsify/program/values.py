@@ -11,8 +11,9 @@ A `Program` shows every field of these as an attribute of its own, and `evolve` 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 from torch import fx
@@ -21,6 +22,15 @@ from torch.utils import _pytree as pytree
 from sparsify.program.permutation import Permutation
 from sparsify.program.structure import Declined, Structure
 from sparsify.program.unit_budget import Budget
+
+if TYPE_CHECKING:
+    from sparsify.host.quantized_bases import PackedBase
+    from sparsify.pruning.sequential import LayerStats
+
+#: what data loaders give for one call: keyword inputs by name, positional ones in a row, or the one tensor
+Batch: TypeAlias = "Mapping[str, object] | Sequence[object] | torch.Tensor"
+#: positional and keyword arguments of one call
+Inputs: TypeAlias = "tuple[tuple[object, ...], dict[str, object]]"
 
 
 @dataclass(frozen=True)
@@ -122,9 +132,9 @@ class Captured:
     in_spec: pytree.TreeSpec
     out_spec: pytree.TreeSpec
     mutations: int
-    example: tuple[tuple[Any, ...], dict[str, Any]]
+    example: Inputs
     aliases: dict[str, str]
-    constants: dict[str, Any]
+    constants: dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +172,7 @@ class Packing:
     quantize: dict[str, str] = field(default_factory=dict)
     packed: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     packings: tuple[Packed, ...] = ()
-    bases: dict[str, Any] = field(default_factory=dict)
+    bases: dict[str, PackedBase] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
 
 
@@ -172,7 +182,7 @@ class Pruning:
     model before."""
 
     masks: dict[str, torch.Tensor] = field(default_factory=dict)
-    pruned: tuple[Any, ...] = ()
+    pruned: tuple[LayerStats, ...] = ()
     dense_hash: str | None = None
 
 

@@ -11,16 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from sparsify.calibration.checks import IGNORED
+
+if TYPE_CHECKING:
+    from sparsify.program.values import Batch, Inputs
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Watcher(TorchDispatchMode):
                 place = self.ranges.setdefault(tensor.untyped_storage().data_ptr(), [])
                 place.append((start, start + tensor.numel(), name))
 
-    def owner(self, tensor: Any) -> tuple[str, int] | None:
+    def owner(self, tensor: object) -> tuple[str, int] | None:
         """`(parameter, offset in elements)` when `tensor` lies in a watched parameter."""
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.device.type == "meta":
             return None
@@ -80,14 +84,14 @@ class Watcher(TorchDispatchMode):
         return None
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self, func: OpOverload, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> object:
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor):
             self.look(func, args, kwargs or {}, result)
         return result
 
-    def look(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
+    def look(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
         aten = torch.ops.aten
         name = func.name()
         if func is aten.mm.default:
@@ -120,6 +124,10 @@ class Watcher(TorchDispatchMode):
         self.seen(Product(view, x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), bias))
 
 
+#: memory, offset, shape, strides and version of a tensor
+InputId: TypeAlias = "tuple[int, int | torch.SymInt, tuple[int, ...], tuple[int, ...], int]"
+
+
 class InputIdentities:
     """Tells inputs apart while it lives, by memory, shape and version; memory that was freed and used again is another input.
 
@@ -129,7 +137,7 @@ class InputIdentities:
     def __init__(self) -> None:
         self.alive: list[StorageWeakRef] = []
 
-    def of(self, x: Tensor) -> tuple[Any, ...]:
+    def of(self, x: Tensor) -> InputId:
         storage = StorageWeakRef(x.untyped_storage())
         self.alive.append(storage)
         return storage.cdata, x.storage_offset(), tuple(x.shape), tuple(x.stride()), x._version
@@ -138,15 +146,15 @@ class InputIdentities:
 # --- which rows are tokens --------------------------------------------------------------------------------------------------------
 
 
-def token_masks(batch: Any) -> dict[str, Tensor]:
+def token_masks(batch: Batch) -> dict[str, Tensor]:
     """Flat bool masks of the non-padding tokens by side: "encoder" (or the only side) and "decoder"."""
     if not isinstance(batch, Mapping):
         return {}
     masks: dict[str, Tensor] = {}
-    if isinstance(batch.get("attention_mask"), Tensor) and batch["attention_mask"].dim() == 2:
-        masks["encoder"] = batch["attention_mask"].reshape(-1).bool()
-    decoder = batch.get("decoder_attention_mask")
+    encoder, decoder = batch.get("attention_mask"), batch.get("decoder_attention_mask")
     labels = batch.get("labels")
+    if isinstance(encoder, Tensor) and encoder.dim() == 2:
+        masks["encoder"] = encoder.reshape(-1).bool()
     if isinstance(decoder, Tensor) and decoder.dim() == 2:
         masks["decoder"] = decoder.reshape(-1).bool()
     elif isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point():
@@ -178,26 +186,27 @@ class PaddingDropper:
                 self.handles.append(module.register_forward_hook(self._restore))
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
 
-    def _drop(self, _module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def _drop(self, _module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Inputs:
         assert self.mask is not None
         mask = self.mask
 
-        def keep(t: Any) -> Any:
+        def keep(t: object) -> object:
             return t[mask.to(t.device)] if isinstance(t, Tensor) and t.dim() and t.shape[0] == mask.numel() else t
 
-        return pytree.tree_map(keep, (args, kwargs))
+        kept: Inputs = pytree.tree_map(keep, (args, kwargs))
+        return kept
 
-    def _restore(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+    def _restore(self, _module: nn.Module, _args: object, output: object) -> object:
         assert self.mask is not None
         mask = self.mask
         kept = int(mask.sum())
 
-        def spread(t: Any) -> Any:
+        def spread(t: object) -> object:
             if not isinstance(t, Tensor) or not t.dim() or t.shape[0] != kept:
                 return t
             full = t.new_zeros((mask.numel(), *t.shape[1:]))

@@ -14,7 +14,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -29,15 +28,15 @@ class Abandoned(BaseException):
 class LockstepForward:
     """One forward in a thread. `unit`, `args`, `kwargs`: where it waits; `finished` when it has returned."""
 
-    def __init__(self, run: Callable[[], Any]) -> None:
+    def __init__(self, run: Callable[[], object]) -> None:
         self.run = run
         self.unit: str | None = None
-        self.args: tuple[Any, ...] = ()
-        self.kwargs: dict[str, Any] = {}
+        self.args: tuple[object, ...] = ()
+        self.kwargs: dict[str, object] = {}
         self.finished = False
         self.error: BaseException | None = None
         self._abandon = False
-        self._output: Any = None
+        self._output: object = None
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
         self._thread = threading.Thread(target=self._main, daemon=True, name="sparsify-calibration")
         self._thread.start()
@@ -57,7 +56,7 @@ class LockstepForward:
             self.finished, self.unit, self.args, self.kwargs = True, None, (), {}
             self._stopped.release()
 
-    def suspend(self, unit: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def suspend(self, unit: str, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         """Called in the forward's thread at a unit: wait, and return the unit's output that the driver hands over."""
         self.unit, self.args, self.kwargs = unit, args, kwargs
         self._stopped.release()
@@ -67,7 +66,7 @@ class LockstepForward:
         output, self._output = self._output, None
         return output
 
-    def advance(self, output: Any = None) -> None:
+    def advance(self, output: object = None) -> None:
         """Called by the driver: go on (with the output of the unit) until the next unit or the end. Raises the forward's error."""
         self.unit, self.args, self.kwargs = None, (), {}
         self._output = output
@@ -86,26 +85,28 @@ class LockstepForward:
 
 
 @contextmanager
-def intercepted(units: Mapping[str, nn.Module]) -> Iterator[dict[str, Callable[..., Any]]]:
+def intercepted(units: Mapping[str, nn.Module]) -> Iterator[dict[str, Callable[..., object]]]:
     """While open, a unit called in a lockstep thread waits for the driver; elsewhere it runs. Gives the original forwards."""
-    originals: dict[str, Callable[..., Any]] = {}
-    overridden: dict[str, Any] = {}
+    originals: dict[str, Callable[..., object]] = {}
+    overridden: dict[str, object] = {}
     for name, module in units.items():
         original = module.forward
         originals[name] = original
         if "forward" in module.__dict__:
             overridden[name] = module.__dict__["forward"]
 
-        def stop(*args: Any, _name: str = name, _original: Callable[..., Any] = original, **kwargs: Any) -> Any:
+        def stop(
+            *args: object, _name: str = name, _original: Callable[..., object] = original, **kwargs: object
+        ) -> object:
             forward: LockstepForward | None = getattr(_CURRENT, "forward", None)
             return _original(*args, **kwargs) if forward is None else forward.suspend(_name, args, kwargs)
 
-        module.forward = stop
+        setattr(module, "forward", stop)  # noqa: B010  what it returns is the forward's
     try:
         yield originals
     finally:
         for name, module in units.items():
             if name in overridden:
-                module.forward = overridden[name]
+                setattr(module, "forward", overridden[name])  # noqa: B010
             else:
                 module.__dict__.pop("forward", None)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -27,6 +27,12 @@ from sparsify.pruning.rule import Prune
 from sparsify.pruning.sequential import HESSIAN_BYTES, PruneResult, prune_model
 from sparsify.pruning.streaming import StreamedWeights, parameters_on_meta
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from sparsify.files.strict_json import Json
+    from sparsify.program.values import Batch
+
 BUFFER_BYTES = 1 << 30
 MOST_LAYERS = 10_000
 
@@ -36,9 +42,9 @@ def prune_on_disk(
     target: str | Path,
     plan: Plan,
     *,
-    calibration: Iterable[Any] | None = None,
+    calibration: Iterable[Batch] | None = None,
     build: Callable[[], nn.Module] | None = None,
-    example: Any = None,
+    example: Batch | None = None,
     progress: bool = True,
     max_hessian_bytes: int = HESSIAN_BYTES,
     dtype: torch.dtype | None = None,
@@ -112,12 +118,12 @@ def hugging_face_model(folder: Path) -> nn.Module:
         ) from error
 
 
-def hugging_face_class(folder: Path) -> Any:
+def hugging_face_class(folder: Path) -> type[PreTrainedModel]:
     """The class that `folder/config.json` names. Raises PlanError when there is none."""
     return hugging_face_config(folder)[0]
 
 
-def hugging_face_config(folder: Path) -> tuple[Any, Any]:
+def hugging_face_config(folder: Path) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     """Class and config of a folder. Raises PlanError when config.json is missing or damaged, or names no model of transformers."""
     import transformers
 
@@ -140,7 +146,7 @@ def hugging_face_config(folder: Path) -> tuple[Any, Any]:
     return kind, config
 
 
-def check_depth(path: Path, document: dict[str, Any]) -> None:
+def check_depth(path: Path, document: dict[str, Json]) -> None:
     """Raises PlanError for a number of layers that no model has: making them would take for ever."""
     for name, value in document.items():
         if isinstance(value, dict):

@@ -13,9 +13,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias, TypedDict, TypeGuard
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from torch import Tensor
 from sparsify.errors import PlanError
 from sparsify.files import kinds, strict_json
 from sparsify.files.atomic import shown, sweep, write_bytes
+from sparsify.files.strict_json import Json
 from sparsify.files.tensors import TensorFile, write_tensors
 from sparsify.ops.bits import pack_bits, unpack_bits
 from sparsify.pruning.collect import View
@@ -30,7 +31,22 @@ from sparsify.pruning.collect import View
 STATE_VERSION = 2
 READABLE_VERSIONS = (1, 2)
 STATE = "state.json"
+
+
+class ViewStats(TypedDict):
+    """What happened to one rectangle of a weight; see `LayerStats`, which adds those of a weight up. energy: of the layer's output."""
+
+    method: str
+    error: float
+    energy: float
+    tokens: int
+    seconds: float
+    note: str
+
+
 STATS = {"method": str, "error": float, "energy": float, "tokens": int, "seconds": float, "note": str}
+#: rectangle of a weight → values, survivors, statistics
+Written: TypeAlias = dict[View, tuple[Tensor, Tensor, ViewStats]]
 
 
 class ResumeStore:
@@ -71,7 +87,7 @@ class ResumeStore:
     def path(self, views: list[View]) -> Path:
         return self.folder / f"group-{hashlib.sha256(repr(views).encode()).hexdigest()[:24]}.safetensors"
 
-    def save(self, written: Mapping[View, tuple[Tensor, Tensor, dict[str, Any]]]) -> None:
+    def save(self, written: Written) -> None:
         tensors: dict[str, Tensor] = {}
         for place, (values, mask, _) in enumerate(written.values()):
             tensors[f"values.{place}"], tensors[f"bits.{place}"] = values.contiguous(), pack_bits(mask)
@@ -83,9 +99,7 @@ class ResumeStore:
         }
         write_tensors(self.path(views), tensors, metadata)
 
-    def load(
-        self, views: list[View], dtypes: Mapping[str, torch.dtype]
-    ) -> dict[View, tuple[Tensor, Tensor, dict[str, Any]]] | None:
+    def load(self, views: list[View], dtypes: Mapping[str, torch.dtype]) -> Written | None:
         """What was saved for these views, None when nothing was. dtypes: of their parameters. Raises PlanError for anything else."""
         path = self.path(views)
         if not views or not os.path.lexists(path):
@@ -98,9 +112,7 @@ class ResumeStore:
                 f"{error}; delete {path.name} to prune its layers again, or {shown(self.folder)} to start over"
             ) from error
 
-    def checked(
-        self, file: TensorFile, views: list[View], dtypes: Mapping[str, torch.dtype]
-    ) -> dict[View, tuple[Tensor, Tensor, dict[str, Any]]]:
+    def checked(self, file: TensorFile, views: list[View], dtypes: Mapping[str, torch.dtype]) -> Written:
         if self.version > 1:
             file.require_hashes()
         if file.hashes is not None and (
@@ -111,7 +123,7 @@ class ResumeStore:
         if differing := sorted(expected ^ set(file.parts)):
             raise file.bad(f"damaged: tensor {differing[0]!r} is missing, or too many")
         stats = self.statistics(file, len(views))
-        found = {}
+        found: Written = {}
         for place, view in enumerate(views):
             values, bits = file.parts[f"values.{place}"], file.parts[f"bits.{place}"]
             size, dtype = (math.prod(view.shape) + 7) // 8, dtypes[view.param]
@@ -128,10 +140,11 @@ class ResumeStore:
             found[view] = (kept, mask, stats[place])
         return found
 
-    def statistics(self, file: TensorFile, count: int) -> list[dict[str, Any]]:
+    def statistics(self, file: TensorFile, count: int) -> list[ViewStats]:
         listed = parsed_stats(file)
         if len(listed) != count:
             raise file.bad("damaged: its statistics are not one for each weight")
+        found: list[ViewStats] = []
         for stats in listed:
             if set(stats) != set(STATS):
                 raise file.bad("damaged: its statistics are incomplete")
@@ -142,21 +155,27 @@ class ResumeStore:
                     stats[name] = float(value)
                 elif type(value) is not STATS[name]:
                     raise file.bad(f"damaged: {name!r} in its statistics is {str(value)[:40]!r}")
-        return listed
+            if is_stats(stats):
+                found.append(stats)
+        return found
 
 
-def stats_text(listed: list[dict[str, Any]]) -> str:
+def is_stats(stats: Mapping[str, object]) -> TypeGuard[ViewStats]:
+    return set(stats) == set(STATS) and all(type(value) is STATS[name] for name, value in stats.items())
+
+
+def stats_text(listed: Iterable[Mapping[str, object]]) -> str:
     """Statistics as JSON, in which NaN (no calibration token came) is null."""
     nan = lambda value: isinstance(value, float) and not math.isfinite(value)  # noqa: E731
     return json.dumps([{name: None if nan(value) else value for name, value in stats.items()} for stats in listed])
 
 
-def parsed_stats(file: TensorFile) -> list[dict[str, Any]]:
+def parsed_stats(file: TensorFile) -> list[dict[str, Json]]:
     """The statistics in a file's metadata. Version 1 wrote NaN as such."""
     text = file.metadata.get("stats", "")
     if file.hashes is None:
         text = text.replace("NaN", "null")
     listed = strict_json.parse(text, f"{shown(file.path)}: damaged: its statistics", file.error)
-    if not isinstance(listed, list) or not all(isinstance(stats, dict) for stats in listed):
+    if not strict_json.is_objects(listed):
         raise file.bad("damaged: its statistics are no list of objects")
     return listed

@@ -19,14 +19,15 @@ import inspect
 import math
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
@@ -57,14 +58,21 @@ from sparsify.pruning.collect import (
     token_masks,
 )
 from sparsify.pruning.lockstep import LockstepForward, intercepted
-from sparsify.pruning.resume import ResumeStore
+from sparsify.pruning.resume import ResumeStore, ViewStats, Written
 from sparsify.pruning.rule import Prune
 from sparsify.pruning.scores import InputNorms, magnitude_prune, random_prune, wanda_prune
 from sparsify.pruning.sparsegpt import Hessian, Pruned, inverse_factor, sparsegpt_prune
 from sparsify.pruning.streaming import NoStreaming, Residence
 from sparsify.pruning.trace import Group, Unit, inside, plan_units, record_events
 
-Written = dict[View, tuple[Tensor, Tensor, dict[str, Any]]]  # values, survivors, statistics
+if TYPE_CHECKING:
+    from sparsify.files.strict_json import Json
+    from sparsify.program.values import Batch, Inputs
+    from sparsify.pruning.collect import InputId
+
+Forward: TypeAlias = Callable[..., object]
+#: a forward that waits at a unit, the number of its batch, and the batch
+Waiting: TypeAlias = "tuple[LockstepForward, int, Batch]"
 
 RUN_VERSION = 1  # of what makes two runs the same
 HESSIAN_BYTES = 2 << 30
@@ -127,7 +135,7 @@ def prune_model(
     host: nn.Module,
     program: Program | None,
     rules: Sequence[tuple[str, Prune]],
-    calibration: Iterable[Any] | None = None,
+    calibration: Iterable[Batch] | None = None,
     *,
     seed: int = 0,
     progress: bool = True,
@@ -156,6 +164,15 @@ def prune_model(
     return driver.run()
 
 
+@dataclass
+class Begun:
+    """A parameter of which some views are pruned. mask: their survivors so far; numel: how many entries they have."""
+
+    mask: Tensor
+    numel: int = 0
+    stats: list[ViewStats] = field(default_factory=list)
+
+
 class Driver:
     """State of one `prune_model` call."""
 
@@ -164,7 +181,7 @@ class Driver:
         host: nn.Module,
         program: Program | None,
         rules: Sequence[tuple[str, Prune]],
-        calibration: Iterable[Any] | None,
+        calibration: Iterable[Batch] | None,
         seed: int,
         progress: bool,
         resume_dir: str | Path | None,
@@ -196,7 +213,7 @@ class Driver:
         with together():  # one rank reads and writes the folder
             mine = resume_dir is not None and rank() == 0
             self.store = ResumeStore(Path(resume_dir), self.run_hash) if mine and resume_dir is not None else None
-        self.finished: dict[str, dict[str, Any]] = {}
+        self.begun: dict[str, Begun] = {}
         self.sparsity: dict[str, float] = {}
         self.short: dict[str, tuple[int, int]] = {}  # fewer calibration tokens than inputs: (tokens, inputs)
         self.bar = tqdm(total=len(self.rules), desc="pruning", unit="layer", disable=not progress)
@@ -364,7 +381,7 @@ class Driver:
             masks = token_masks(batch)
 
             def seen(
-                product: Product, masks: Mapping[str, Tensor] = masks, number: int = number, batch: Any = batch
+                product: Product, masks: Mapping[str, Tensor] = masks, number: int = number, batch: Batch = batch
             ) -> None:
                 norm = norms.setdefault(product.view, InputNorms(product.view.shape[1]))
                 with self.naming(number, batch, product.view):
@@ -375,7 +392,7 @@ class Driver:
                 run_batch(self.host, batch)
 
     @contextmanager
-    def naming(self, number: int, batch: Any, view: View) -> Iterator[None]:
+    def naming(self, number: int, batch: Batch, view: View) -> Iterator[None]:
         """An error inside gets the batch and the layer it came from."""
         try:
             yield
@@ -433,10 +450,10 @@ class Driver:
                     forward.abandon()
 
     def bring_to(
-        self, unit: str, forwards: list[LockstepForward], done: set[str], originals: Mapping[str, Any]
-    ) -> list[tuple[LockstepForward, int, Any]]:
+        self, unit: str, forwards: list[LockstepForward], done: set[str], originals: Mapping[str, Forward]
+    ) -> list[Waiting]:
         """Forwards that wait at `unit`, with their batches and numbers; those at a finished unit run through it first."""
-        here = []
+        here: list[Waiting] = []
         for number, (forward, batch) in enumerate(zip(forwards, self.batches, strict=True)):
             while forward.unit in done and forward.unit is not None:
                 with self.residence.loaded(forward.unit):
@@ -446,7 +463,7 @@ class Driver:
                 here.append((forward, number, batch))
         return here
 
-    def prune_group(self, unit: Unit, group: Group, here: list[tuple[LockstepForward, int, Any]], forward: Any) -> None:
+    def prune_group(self, unit: Unit, group: Group, here: list[Waiting], forward: Forward) -> None:
         """Collect on every rank, prune on the first, and give all ranks its bits (the same sums may still be factorised to
         other last digits on another machine)."""
         written: Written | None = None
@@ -478,11 +495,13 @@ class Driver:
         for view in views:
             here = view.of(self.parameter(view.param).detach())
             values, mask = torch.empty(view.shape, dtype=here.dtype), torch.empty(view.shape, dtype=torch.bool)
-            stats: dict[str, Any] = {}
+            stats: ViewStats | None = None
             if view in written:
                 values, mask, stats = written[view]
             values, mask = values.to(here.device), mask.to(here.device)
-            found[view] = (from_rank(0, values), from_rank(0, mask), object_from_rank(0, stats))
+            stats = object_from_rank(0, stats)
+            assert stats is not None  # the first rank has written every view
+            found[view] = (from_rank(0, values), from_rank(0, mask), stats)
         return found
 
     def is_scored(self, group: Group) -> bool:
@@ -512,8 +531,8 @@ class Driver:
         unit: Unit,
         group: Group,
         views: list[View],
-        here: list[tuple[LockstepForward, int, Any]],
-        forward: Any,
+        here: list[Waiting],
+        forward: Forward,
     ) -> Statistics:
         """Run the unit on every batch, up to the group's last product, and accumulate."""
         rules = {name: self.rules[name] for name in group.params}
@@ -526,16 +545,16 @@ class Driver:
         for waiting, number, batch in here:
             masks = token_masks(batch)
             remaining = group.calls
-            inputs: set[tuple[Any, ...]] = set()
+            inputs: set[InputId] = set()
             identities = InputIdentities()
 
             def seen(
                 product: Product,
                 masks: Mapping[str, Tensor] = masks,
-                inputs: set[tuple[Any, ...]] = inputs,
+                inputs: set[InputId] = inputs,
                 identities: InputIdentities = identities,
                 number: int = number,
-                batch: Any = batch,
+                batch: Batch = batch,
             ) -> None:
                 nonlocal remaining
                 if product.view in wanted:
@@ -566,7 +585,7 @@ class Driver:
         mask = mask.to(product.x.device)
         return product.x[mask], product.y[mask]
 
-    def prune_view(self, view: View, statistics: Statistics) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    def prune_view(self, view: View, statistics: Statistics) -> tuple[Tensor, Tensor, ViewStats]:
         rule, sparsity, where = self.rules[view.param], self.sparsity[view.param], self.label(view)
         weight = view.of(self.parameter(view.param).detach())
         started, method, note = time.perf_counter(), rule.method, ""
@@ -594,7 +613,7 @@ class Driver:
             if method in ("sparsegpt", "wanda")
             else float(weight.float().square().sum()) * 2
         )
-        stats = {
+        stats: ViewStats = {
             "method": method,
             "error": relative(pruned, energy),
             "energy": energy,
@@ -606,31 +625,30 @@ class Driver:
 
     # --- writing ---
 
-    def write(self, view: View, values: Tensor, mask: Tensor, stats: dict[str, Any]) -> None:
+    def write(self, view: View, values: Tensor, mask: Tensor, stats: ViewStats) -> None:
         """Put one view's result into the host; when the parameter is complete, into the result."""
         name = view.param
-        state = self.finished.get(name)
+        state = self.begun.get(name)
         if state is None:
             old = self.parameter(name)
             fresh = nn.Parameter(
                 old.detach().clone(memory_format=torch.preserve_format), requires_grad=old.requires_grad
             )
-            state = {"mask": torch.ones_like(old, dtype=torch.bool), "numel": 0, "stats": []}
-            self.finished[name] = state
+            state = self.begun[name] = Begun(torch.ones_like(old, dtype=torch.bool))
             self.rebind(name, fresh)
         parameter = self.parameter(name)
         view.of(parameter.data).copy_(values)
-        view.of(state["mask"]).copy_(mask)
-        state["numel"] += view.numel
+        view.of(state.mask).copy_(mask)
+        state.numel += view.numel
         if stats["method"] == "sparsegpt" and stats["tokens"] < tokens_wanted(view.shape[1], mask):
             self.short[name] = min(
                 self.short.get(name, (stats["tokens"], view.shape[1])), (stats["tokens"], view.shape[1])
             )
-        state["stats"].append(stats)
-        if state["numel"] < parameter.numel():
+        state.stats.append(stats)
+        if state.numel < parameter.numel():
             return
-        final = state.pop("mask")
-        every = state["stats"]
+        final, every = state.mask, state.stats
+        del self.begun[name]
         energy = sum(s["energy"] for s in every)
         error = sum(s["error"] * s["energy"] for s in every if s["energy"]) / energy if energy else math.nan
         notes = [s["note"] for s in every if s["note"]]
@@ -723,11 +741,11 @@ class GroupDone(BaseException):
     """The group has its inputs: the rest of the unit need not run."""
 
 
-def copied_inputs(inputs: Any) -> Any:
+def copied_inputs(inputs: Inputs) -> Inputs:
     """Floating tensors copied, because a block may write to its inputs; what is one object stays one (`key is value`)."""
     copies: dict[int, Tensor] = {}
 
-    def copy(leaf: Any) -> Any:
+    def copy(leaf: object) -> object:
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             return leaf
         if id(leaf) not in copies:
@@ -814,21 +832,21 @@ class Statistics:
         self.factors.clear()
 
 
-def run_batch(model: nn.Module, batch: Any) -> Any:
+def run_batch(model: nn.Module, batch: Batch) -> object:
     """One forward: mapping → keywords, tuple or list → positional, tensor → one argument; caches off."""
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     batch = pytree.tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, batch)
     accepted = inspect.signature(model.forward).parameters
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
     cached = "use_cache" in accepted or (open_ended and hasattr(getattr(model, "config", None), "use_cache"))
-    extra: dict[str, Any] = {"use_cache": False} if cached else {}
+    extra = {"use_cache": False} if cached else {}
     if isinstance(batch, Mapping):
         return model(**{**extra, **batch})
     return model(*batch, **extra) if isinstance(batch, tuple | list) else model(batch, **extra)
 
 
 @contextmanager
-def eager_products(host: nn.Module) -> Any:
+def eager_products(host: nn.Module) -> Iterator[None]:
     """Products as operators that can be seen: no fused encoder fast path, no gathered copies of expert weights."""
     fast = torch.backends.mha.get_fastpath_enabled()
     changed = []
@@ -848,7 +866,7 @@ def eager_products(host: nn.Module) -> Any:
 
 def token_sides(program: Program) -> dict[str, str]:
     """For each weight: "decoder" when its input depends on a `decoder_…` input of the model, else "encoder". From the graph."""
-    decoder: set[Any] = set()
+    decoder: set[fx.Node] = set()
     for node in program.graph.nodes:
         if node.op == "placeholder":
             if node.name.removeprefix("kwargs_").startswith("decoder_"):
@@ -863,10 +881,10 @@ def token_sides(program: Program) -> dict[str, str]:
     return sides
 
 
-def layer_stats(stats: dict[str, Any], where: str) -> LayerStats:
+def layer_stats(stats: Mapping[str, Json], where: str) -> LayerStats:
     """LayerStats from what a file brought back (None for NaN). Raises SparsifyError when it is something else."""
     known = {f.name: str(f.type) for f in fields(LayerStats)}
-    types: dict[str, Any] = {"str": str, "int": int, "float": int | float | None}
+    types: dict[str, type | UnionType] = {"str": str, "int": int, "float": int | float | None}
     if set(stats) != set(known) or not all(
         isinstance(value, types[known[name]]) and not isinstance(value, bool) for name, value in stats.items()
     ):
@@ -875,6 +893,6 @@ def layer_stats(stats: dict[str, Any], where: str) -> LayerStats:
     return LayerStats(**values)
 
 
-def stats_table(result: PruneResult) -> list[dict[str, Any]]:
+def stats_table(result: PruneResult) -> list[dict[str, Json]]:
     """The layers as plain dictionaries, for JSON."""
     return [asdict(layer) for layer in result.layers]

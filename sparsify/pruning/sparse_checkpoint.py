@@ -25,7 +25,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +33,9 @@ from sparsify.console import printable
 from sparsify.errors import SparsifyError
 from sparsify.files import kinds, strict_json
 from sparsify.files.atomic import shown, write_bytes
+from sparsify.files.strict_json import Json
 from sparsify.files.tensor_file import DTYPE_NAMES, INDEX, FolderTensors, Part, PartWriter, tensor_file
-from sparsify.files.tensors import TensorFile
+from sparsify.files.tensors import TensorFile, is_sizes
 from sparsify.modules.masked import MaskedModule, bits_name, mask_modules, masked_parameters
 from sparsify.ops.bits import pack_bits, unpack_bits
 
@@ -143,7 +143,7 @@ def save_sparse(
     if taken := [name for name in metadata or () if name in RESERVED]:
         raise SparseCheckpointError(f"metadata: the format keeps {taken[0]!r} for itself; choose another name")
     tensors, masks = collect(source, masks)
-    entries: dict[str, Any] = {}
+    entries: dict[str, dict[str, object]] = {}
     parts: list[Part] = []
     sizes: dict[str, tuple[int, int]] = {}
     for name in tensors:
@@ -151,7 +151,7 @@ def save_sparse(
         dense = own[0].nbytes
         if entry is not None:
             entries[name] = entry
-            dense = prod(entry["shape"]) * own[0].dtype.itemsize
+            dense = tensors[name].numel() * own[0].dtype.itemsize
         parts += own
         sizes[name] = (dense, sum(part.nbytes for part in own))
     header = {"format": FORMAT, "version": str(VERSION), "entries": json.dumps(entries), **(metadata or {})}
@@ -166,7 +166,7 @@ def save_sparse(
     return SizeReport(sum(d for d, _ in sizes.values()), sum(s for _, s in sizes.values()), sizes)
 
 
-def planned_parts(name: str, tensor: Tensor, mask: Tensor | None) -> tuple[list[Part], dict[str, Any] | None]:
+def planned_parts(name: str, tensor: Tensor, mask: Tensor | None) -> tuple[list[Part], dict[str, object] | None]:
     """What the file gets for a tensor: values and bits with an entry for the header, or the tensor as it is and None."""
     shape = tuple(tensor.shape)
     survivors = count_survivors(name, tensor, mask)
@@ -479,7 +479,7 @@ def read_header(file: TensorFile) -> tuple[dict[str, Entry], set[str], dict[str,
             entries[name] = parse_entry(value)
         except (KeyError, TypeError, ValueError) as error:
             raise SparseCheckpointError(f"{where}: '{name[:200]}': {error}") from error
-    masked = {name for name, value in listed.items() if value.get("masked") is True}
+    masked = {name for name, value in listed.items() if isinstance(value, dict) and value.get("masked") is True}
     expected = {name + suffix for name in entries for suffix in (VALUES, BITMASK)}
     plain = {name: part for name, part in stored.items() if name not in expected}
     if missing := sorted(expected - set(stored)):
@@ -500,18 +500,12 @@ def read_header(file: TensorFile) -> tuple[dict[str, Entry], set[str], dict[str,
     return entries, masked, plain, metadata.get("base")
 
 
-def parse_entry(value: Any) -> Entry:
+def parse_entry(value: Json) -> Entry:
     if not isinstance(value, dict):
         raise ValueError("an entry must be an object")
     shape, kind, survivors = value["shape"], str(value["dtype"])[:40], value["survivors"]
     dtype = getattr(torch, kind, None) if re.fullmatch(r"[a-z0-9_]+", kind) else None
-    sane = (
-        isinstance(shape, list)
-        and len(shape) <= 64
-        and all(type(s) is int and 0 <= s < MAX_ENTRIES for s in shape)
-        and prod(shape) < MAX_ENTRIES
-    )
-    if not sane:
+    if not is_sizes(shape) or len(shape) > 64 or any(s >= MAX_ENTRIES for s in shape) or prod(shape) >= MAX_ENTRIES:
         raise ValueError(f"bad shape {str(shape)[:80]}")
     if not isinstance(dtype, torch.dtype) or dtype.itemsize not in INTEGERS:
         raise ValueError(f"bad dtype {kind!r}")

@@ -22,7 +22,7 @@ from dataclasses import asdict
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,10 @@ from sparsify.ops.bits import pack_bits, unpack_bits
 from sparsify.program import canonical_names
 from sparsify.pruning.collect import Watcher
 from sparsify.pruning.resume import parsed_stats, stats_text
+
+if TYPE_CHECKING:
+    from sparsify.files.strict_json import Json
+    from sparsify.pruning.sequential import LayerStats, PruneResult
 
 RECORDS = "pruning"
 VERSION = 2  # of records and run.json: with content hashes
@@ -108,7 +112,7 @@ class Residence(Protocol):
         """A few entries of a dense weight that has no memory, to tell models apart; None when it has memory."""
         ...
 
-    def masks(self) -> Any:
+    def masks(self) -> Mapping[str, Tensor]:
         """The mapping that the run's masks go to."""
         ...
 
@@ -116,7 +120,7 @@ class Residence(Protocol):
         """Around the whole run: everything outside of repeated blocks is usable inside. run: hash of rules, weights, calibration."""
         ...
 
-    def finished(self, unit: str) -> list[dict[str, Any]] | None:
+    def finished(self, unit: str) -> list[dict[str, Json]] | None:
         """Statistics of what an earlier start of the same run has put away for `unit`; None when it has to be pruned."""
         ...
 
@@ -128,7 +132,7 @@ class Residence(Protocol):
         """Inside, a forward of the host loads each block as it comes and drops it after; the watcher is told."""
         ...
 
-    def keep(self, result: Any, name: str, tensor: Tensor, mask: Tensor) -> None:
+    def keep(self, result: PruneResult, name: str, tensor: Tensor, mask: Tensor) -> None:
         """Put a finished parameter into the result, whose last layer has its statistics."""
         ...
 
@@ -145,7 +149,7 @@ class NoStreaming:
     def opened(self, host: nn.Module, run: str) -> AbstractContextManager[object]:
         return nullcontext()
 
-    def finished(self, unit: str) -> list[dict[str, Any]] | None:
+    def finished(self, unit: str) -> list[dict[str, Json]] | None:
         return None
 
     def loaded(self, unit: str, *, keep: bool = False) -> AbstractContextManager[object]:
@@ -154,7 +158,8 @@ class NoStreaming:
     def loading_forward(self, watcher: Watcher) -> AbstractContextManager[object]:
         return nullcontext()
 
-    def keep(self, result: Any, name: str, tensor: Tensor, mask: Tensor) -> None:
+    def keep(self, result: PruneResult, name: str, tensor: Tensor, mask: Tensor) -> None:
+        assert isinstance(result.masks, dict)  # the run's are those of `masks`
         result.tensors[name], result.masks[name] = tensor, mask
 
 
@@ -192,7 +197,7 @@ class StreamedWeights:
             raise PlanError(f"{self.target}: the pruned model needs a folder of its own, not the dense model's")
         self.written: dict[str, TensorFile] = {}
         self.stored = StoredMasks()
-        self.pending: list[tuple[Tensor, dict[str, Any]]] = []
+        self.pending: list[tuple[Tensor, LayerStats]] = []
         self.host: nn.Module = nn.Module()
         self.blocks: list[str] = []
 
@@ -225,7 +230,7 @@ class StreamedWeights:
         yield
         self.finish()
 
-    def finished(self, unit: str) -> list[dict[str, Any]] | None:
+    def finished(self, unit: str) -> list[dict[str, Json]] | None:
         """None as well when a shard was deleted: the unit is pruned again. Raises SparsifyError for damaged files."""
         path = self.record(unit)
         shards = [self.target / shard_name(part) for part in self.parts(unit)]
@@ -234,7 +239,7 @@ class StreamedWeights:
         try:
             record = open_record(path)
             stats = parsed_stats(record)
-            if {layer.get("name") for layer in stats} != set(record.parts):
+            if {name for layer in stats if isinstance(name := layer.get("name"), str)} != set(record.parts):
                 raise record.bad("damaged: its statistics are of other layers than its masks")
         except SparsifyError as error:
             raise SparsifyError(
@@ -298,7 +303,7 @@ class StreamedWeights:
                 self.drop(block)
             present.clear()
 
-        def enter(_module: nn.Module, _args: Any, block: str) -> None:
+        def enter(_module: nn.Module, _args: object, block: str) -> None:
             if block not in present:
                 leave()
                 self.load(self.own_names(block))
@@ -313,8 +318,8 @@ class StreamedWeights:
                     cleanup.callback(hook.remove)
             yield
 
-    def keep(self, result: Any, name: str, tensor: Tensor, mask: Tensor) -> None:
-        self.pending.append((pack_bits(mask), asdict(result.layers[-1])))
+    def keep(self, result: PruneResult, name: str, tensor: Tensor, mask: Tensor) -> None:
+        self.pending.append((pack_bits(mask), result.layers[-1]))
 
     # --- the state of the run ---
 
@@ -350,7 +355,7 @@ class StreamedWeights:
 
     def write_record(self, unit: str) -> None:
         """Masks and statistics of a unit whose shards are on disk: from now on it is finished."""
-        bits = {stats["name"]: packed for packed, stats in self.pending}
+        bits = {stats.name: packed for packed, stats in self.pending}
         shards = {
             self.written[name].path.name: self.written[name].seal
             for part in self.parts(unit)
@@ -358,7 +363,7 @@ class StreamedWeights:
         }
         metadata = {
             "version": str(VERSION),
-            "stats": stats_text([stats for _, stats in self.pending]),
+            "stats": stats_text([asdict(stats) for _, stats in self.pending]),
             "shards": "\n".join(f"{file} {seal}" for file, seal in shards.items()),
         }
         write_tensors(self.record(unit), bits, metadata)

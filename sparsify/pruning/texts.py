@@ -17,13 +17,18 @@ import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NoReturn, TypeGuard
 
 import torch
 from torch import Tensor
 
 from sparsify.errors import PlanError
 from sparsify.pruning.collect import IGNORED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+    from sparsify.files.strict_json import Json
 
 ROWS = 8
 SEQUENCE = 512
@@ -32,7 +37,13 @@ Sample = tuple[list[int], list[int]]
 
 
 def calibration_batches(
-    path: str | Path, config: Any, tokenizer: Any, *, samples: int = 128, sequence: int = 0, seed: int = 0
+    path: str | Path,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    samples: int = 128,
+    sequence: int = 0,
+    seed: int = 0,
 ) -> list[dict[str, Tensor]]:
     """At most `samples` samples as batches of `ROWS` rows: `input_ids`, `attention_mask`, and `labels` for an encoder–decoder.
 
@@ -45,7 +56,14 @@ def calibration_batches(
 
 
 def split_batches(
-    path: str | Path, config: Any, tokenizer: Any, *, samples: int, held_out: int, sequence: int = 0, seed: int = 0
+    path: str | Path,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    samples: int,
+    held_out: int,
+    sequence: int = 0,
+    seed: int = 0,
 ) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
     """`calibration_batches`, and as batches at most `held_out` samples that are not among them (none when all of them are)."""
     path = Path(path)
@@ -72,7 +90,7 @@ def split_batches(
     return batches(order[:samples]), batches(order[samples : samples + held_out])
 
 
-def sequence_length(config: Any, tokenizer: Any, asked: int) -> int:
+def sequence_length(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None, asked: int) -> int:
     """Raises PlanError for more tokens than the model has positions."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     limit = positions if isinstance(positions, int) and positions > 0 else None
@@ -84,7 +102,9 @@ def sequence_length(config: Any, tokenizer: Any, asked: int) -> int:
     return min(limits)
 
 
-def windows(path: Path, config: Any, tokenizer: Any, length: int) -> list[Sample]:
+def windows(
+    path: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None, length: int
+) -> list[Sample]:
     """Windows of one text that do not overlap; a text shorter than one window is one sample."""
     if is_encoder_decoder(config):
         raise PlanError(
@@ -99,7 +119,7 @@ def windows(path: Path, config: Any, tokenizer: Any, length: int) -> list[Sample
     return [(ids[s : s + length], []) for s in starts if len(ids[s : s + length]) > 1]
 
 
-def lines(path: Path, config: Any, tokenizer: Any, length: int) -> list[Sample]:
+def lines(path: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None, length: int) -> list[Sample]:
     """One sample per line of the file: lines end with a newline byte and with nothing else, so text may hold any character."""
     found: list[Sample] = []
     for number, line in enumerate(read_bytes(path).removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
@@ -114,14 +134,14 @@ def lines(path: Path, config: Any, tokenizer: Any, length: int) -> list[Sample]:
     return found
 
 
-def read_record(where: str, line: str) -> dict[str, Any]:
+def read_record(where: str, line: str) -> dict[str, Json]:
     """The JSON object in one line. Raises PlanError for anything else, and for what readers of JSON disagree about."""
 
-    def constant(name: str) -> Any:
+    def constant(name: str) -> NoReturn:
         raise PlanError(f"{where}: {name} is no JSON value")
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+    def unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+        found: dict[str, Json] = {}
         for key, value in pairs:
             if key in found:
                 raise PlanError(f"{where}: {key!r} stands there twice")
@@ -141,50 +161,56 @@ def read_record(where: str, line: str) -> dict[str, Any]:
     return record
 
 
-def inputs_of(where: str, record: dict[str, Any], tokenizer: Any) -> list[int]:
+def inputs_of(where: str, record: dict[str, Json], tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
     if "input_ids" in record:
         return checked_ids(where, "input_ids", record["input_ids"])
     if "messages" in record:
-        if getattr(tokenizer, "chat_template", None) is None:
+        if tokenizer is None or getattr(tokenizer, "chat_template", None) is None:
             raise PlanError(
                 f"{where}: 'messages' need a tokenizer with a chat template, which this model does not have"
             )
         return encode(where, tokenizer, chat_text(where, tokenizer, record["messages"]), special=False)
-    if isinstance(record.get("text"), str):
-        return encode(where, tokenizer, record["text"], special=True)
+    text = record.get("text")
+    if isinstance(text, str):
+        return encode(where, tokenizer, text, special=True)
     if "text" in record:
         raise PlanError(f"{where}: 'text' must be a string, got {type(record['text']).__name__}")
     found = ", ".join(list(record)[:8]) + (", …" if len(record) > 8 else "")
     raise PlanError(f"{where}: expected 'text', 'messages' or 'input_ids', found {found or 'nothing'}")
 
 
-def chat_text(where: str, tokenizer: Any, messages: Any) -> str:
+def chat_text(where: str, tokenizer: PreTrainedTokenizerBase, messages: Json) -> str:
     """Messages through the tokenizer's template. Raises PlanError for what is no conversation, or none that the template takes."""
-    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) and "role" in m for m in messages):
+    if not is_conversation(messages):
         raise PlanError(f"{where}: 'messages' must be a list of objects with 'role' and 'content'")
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False)
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception as error:  # the template is a program from the model's folder
         raise PlanError(
             f"{where}: the tokenizer's chat template does not take these messages: {type(error).__name__}: {error}"
         ) from error
 
 
-def targets_of(where: str, record: dict[str, Any], tokenizer: Any) -> list[int]:
+def is_conversation(messages: Json) -> TypeGuard[list[dict[str, str]]]:
+    return isinstance(messages, list) and bool(messages) and all(isinstance(m, dict) and "role" in m for m in messages)
+
+
+def targets_of(where: str, record: dict[str, Json], tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
     if "labels" in record:
         return checked_ids(where, "labels", record["labels"])
-    if isinstance(record.get("target"), str):
-        return encode(where, tokenizer, record["target"], special=True)
+    target = record.get("target")
+    if isinstance(target, str):
+        return encode(where, tokenizer, target, special=True)
     raise PlanError(f"{where}: an encoder–decoder needs 'target' (text) or 'labels' (token ids) beside its input")
 
 
-def checked_ids(where: str, name: str, ids: Any) -> list[int]:
+def checked_ids(where: str, name: str, ids: object) -> list[int]:
     if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < 1 << 31 for i in ids):
         raise PlanError(f"{where}: '{name}' must be a list of token ids")
     return ids
 
 
-def encode(where: str, tokenizer: Any, text: str, *, special: bool) -> list[int]:
+def encode(where: str, tokenizer: PreTrainedTokenizerBase | None, text: str, *, special: bool) -> list[int]:
     if tokenizer is None:
         raise PlanError(f"{where}: the model's folder has no tokenizer; give a .jsonl file of 'input_ids'")
     if half := next((c for c in text if "\ud800" <= c <= "\udfff"), None):
@@ -224,14 +250,14 @@ def decoded(where: str, data: bytes) -> str:
         raise PlanError(f"{where} cannot be read as text: {error}; expected UTF-8") from error
 
 
-def check_vocabulary(path: Path, config: Any, found: Sequence[Sample]) -> None:
+def check_vocabulary(path: Path, config: PreTrainedConfig, found: Sequence[Sample]) -> None:
     size = getattr(config.get_text_config(), "vocab_size", None)
     largest = max(max((*ids, *target)) for ids, target in found)
     if isinstance(size, int) and largest >= size:
         raise PlanError(f"{path.name}: token id {largest}, but the model's vocabulary has {size}")
 
 
-def is_encoder_decoder(config: Any) -> bool:
+def is_encoder_decoder(config: PreTrainedConfig) -> bool:
     return bool(getattr(config, "is_encoder_decoder", False))
 
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsify.errors import Refusal
 from sparsify.model.blocks import repeated_blocks
-from sparsify.pruning.collect import InputIdentities, Product, View, Watcher
+from sparsify.pruning.collect import InputId, InputIdentities, Product, View, Watcher
 
 
 @dataclass
@@ -47,12 +46,12 @@ class Event:
 
     view: View
     path: tuple[tuple[str, int], ...]
-    input_id: tuple[Any, ...]
+    input_id: InputId
 
 
 def record_events(
     host: nn.Module,
-    run: Callable[[], Any],
+    run: Callable[[], object],
     params: Callable[[], Mapping[str, Tensor]],
     scope: Callable[[Watcher], AbstractContextManager[object]],
 ) -> tuple[list[Event], dict[str, str]]:
@@ -63,14 +62,14 @@ def record_events(
     calls = 0
 
     def enter(name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
+        def hook(*_: object) -> None:
             nonlocal calls
             calls += 1
             stack.append((name, calls))
 
         return hook
 
-    def leave(*_: Any) -> None:
+    def leave(*_: object) -> None:
         stack.pop()
 
     def seen(product: Product) -> None:

@@ -9,7 +9,6 @@ under a mask                        all entries count, the survivors train: what
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -34,7 +33,7 @@ def count_parameters(host: nn.Module) -> ParameterCount:
     """Count every weight once, tied ones too, as the dense model has it."""
     named = dict(host.named_parameters())
     trainable = sum(p.numel() for p in named.values() if p.requires_grad)
-    modules: list[Any] = list(host.modules())
+    modules = list(host.modules())
     adapted = [module for module in modules if isinstance(module, AdaptedMixin)]
     counted = {id(module._parameters.get(leaf)) for module in adapted for leaf in module.entries_of_weight}
     total = sum(p.numel() for p in named.values() if id(p) not in counted)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -92,7 +91,7 @@ def human(count: float) -> str:
     raise AssertionError
 
 
-def make_report(program: Program, plan: Plan, host: nn.Module, cpu: Any = None) -> Report:
+def make_report(program: Program, plan: Plan, host: nn.Module, cpu: object = None) -> Report:
     found: dict[str, int] = {}
     for structure in program.structures:
         found[structure.kind] = found.get(structure.kind, 0) + 1

@@ -15,7 +15,7 @@ import json
 import os
 import warnings
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,6 +23,11 @@ from torch import nn
 from sparsify.adapters import adapter as files
 from sparsify.errors import AdapterError, SparsifyError
 from sparsify.train.rosa import handle_of
+
+if TYPE_CHECKING:
+    from transformers.trainer_utils import TrainOutput
+
+    from sparsify.host.handle import Handle
 
 Runner = TypeVar("Runner")
 
@@ -45,14 +50,14 @@ def adapter_checkpoints(runner: Runner, model: nn.Module | None = None) -> Runne
         raise SparsifyError(
             f"adapter_checkpoints: {type(runner).__name__} is neither a transformers.Trainer nor an accelerate.Accelerator"
         )
-    trainer: Any = runner
+    trainer: Any = runner  # whose private methods are exchanged
     handle = trains_adapter(trainer.model)
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise SparsifyError(
             "adapter_checkpoints: FSDP and DeepSpeed write checkpoints of their own; leave them as they are"
         )
 
-    def save(output_dir: str | None = None, state_dict: Any = None) -> None:
+    def save(output_dir: str | None = None, state_dict: object = None) -> None:
         folder = Path(trainer.args.output_dir if output_dir is None else output_dir)
         if not trainer.args.should_save:
             return
@@ -65,7 +70,7 @@ def adapter_checkpoints(runner: Runner, model: nn.Module | None = None) -> Runne
 
     whole_model, best_model, train = trainer._load_from_checkpoint, trainer._load_best_model, trainer.train
 
-    def load(resume_from_checkpoint: str, model: Any = None) -> None:
+    def load(resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if (Path(resume_from_checkpoint) / files.TENSORS).exists():
             resume(handle, resume_from_checkpoint)
         else:
@@ -77,12 +82,12 @@ def adapter_checkpoints(runner: Runner, model: nn.Module | None = None) -> Runne
         else:
             best_model()
 
-    def from_complete(resume_from_checkpoint: Any = None, *given: Any, **named: Any) -> Any:
+    def from_complete(resume_from_checkpoint: str | bool | None = None, *given: object, **named: object) -> TrainOutput:
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(trainer.args.output_dir)
-            if resume_from_checkpoint is None:
+            last = last_checkpoint(trainer.args.output_dir)
+            if last is None:
                 raise SparsifyError(f"resume_from_checkpoint: {trainer.args.output_dir} holds no complete checkpoint")
-            resume_from_checkpoint = str(resume_from_checkpoint)
+            resume_from_checkpoint = str(last)
         return train(resume_from_checkpoint, *given, **named)
 
     trainer._save, trainer._load_from_checkpoint, trainer._load_best_model = save, load, load_best
@@ -100,20 +105,20 @@ def with_accelerator(accelerator: Any, model: nn.Module | None) -> Any:
             "adapter_checkpoints: FSDP and DeepSpeed write checkpoints of their own; leave them as they are"
         )
 
-    def ours(models: list[Any]) -> list[int]:
+    def ours(models: list[nn.Module]) -> list[int]:
         return [
             place
             for place, each in enumerate(models)
             if accelerator.unwrap_model(each).__dict__.get("sparsify") is handle
         ]
 
-    def save(models: list[Any], weights: list[Any], folder: str) -> None:
+    def save(models: list[nn.Module], weights: list[dict[str, object]], folder: str) -> None:
         for place in reversed(ours(models)):
             weights.pop(place)
             if accelerator.is_main_process:
                 handle.save_adapter(folder)
 
-    def load(models: list[Any], folder: str) -> None:
+    def load(models: list[nn.Module], folder: str) -> None:
         for place in reversed(ours(models)):
             models.pop(place)
             resume(handle, folder)
@@ -123,7 +128,7 @@ def with_accelerator(accelerator: Any, model: nn.Module | None) -> Any:
     return accelerator
 
 
-def trains_adapter(model: nn.Module) -> Any:
+def trains_adapter(model: nn.Module) -> Handle:
     """The handle of a host. Raises SparsifyError for what has no adapter to save."""
     handle = handle_of(model)
     if not handle.parts and not handle.train:
@@ -133,7 +138,7 @@ def trains_adapter(model: nn.Module) -> Any:
     return handle
 
 
-def resume(handle: Any, folder: str | os.PathLike[str]) -> None:
+def resume(handle: Handle, folder: str | os.PathLike[str]) -> None:
     """Put an adapter of the same plan where the active one trains, bit for bit, supports that were collected during training too.
 
     Raises AdapterError when the host trains other units or entries than the adapter.

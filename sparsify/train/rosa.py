@@ -18,8 +18,8 @@ Under Hugging Face's Trainer: `train_rosa(trainer, batches, warmup_steps=64)`, o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -32,14 +32,19 @@ from sparsify.passes.select_linears import gradient_supports
 from sparsify.train.rosa_trainer import restart_schedule
 
 if TYPE_CHECKING:
+    from torch.optim.lr_scheduler import LRScheduler
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+    from sparsify.calibration.statistics import Loss
     from sparsify.host.handle import Handle
+    from sparsify.program.values import Batch
 
 
 def collect_masks(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[Batch],
     *,
-    loss: Callable[[Any, Any], Tensor] | None = None,
+    loss: Loss | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     restart: bool = True,
     progress: bool = True,
@@ -95,7 +100,7 @@ def forget(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> 
         parameter.grad = None
 
 
-def handle_of(model: nn.Module) -> Handle:
+def handle_of(model: nn.Module | None) -> Handle:
     inner = getattr(model, "module", model)
     handle = inner.__dict__.get("sparsify")
     if handle is None:
@@ -104,12 +109,12 @@ def handle_of(model: nn.Module) -> Handle:
 
 
 def RosaCallback(
-    batches: Iterable[Any],
+    batches: Iterable[Batch],
     *,
     warmup_steps: int = 64,
-    loss: Callable[[Any, Any], Tensor] | None = None,
+    loss: Loss | None = None,
     progress: bool = True,
-) -> Any:
+) -> TrainerCallback:
     """A `transformers.TrainerCallback` that collects the masks after `warmup_steps` optimizer steps and restarts, inside one run.
 
     Factors, their optimizer state and the learning-rate schedule (with its warm-up, over the steps that are left) start anew; what else
@@ -124,7 +129,13 @@ def RosaCallback(
         """Low-rank warm-up, mask collection, restart."""
 
         def on_train_begin(
-            self, args: Any, state: Any, control: Any, model: Any = None, lr_scheduler: Any = None, **_: Any
+            self,
+            args: TrainingArguments,
+            state: TrainerState,
+            control: TrainerControl,
+            model: nn.Module | None = None,
+            lr_scheduler: LRScheduler | None = None,
+            **_: object,
         ) -> None:
             resumed = model is not None and state.global_step > warmup_steps and not handle_of(model).open_masks()
             if resumed and lr_scheduler is not None:
@@ -132,13 +143,13 @@ def RosaCallback(
 
         def on_step_end(
             self,
-            args: Any,
-            state: Any,
-            control: Any,
-            model: Any = None,
-            optimizer: Any = None,
-            lr_scheduler: Any = None,
-            **_: Any,
+            args: TrainingArguments,
+            state: TrainerState,
+            control: TrainerControl,
+            model: nn.Module | None = None,
+            optimizer: torch.optim.Optimizer | None = None,
+            lr_scheduler: LRScheduler | None = None,
+            **_: object,
         ) -> None:
             if model is None or state.global_step < warmup_steps or not handle_of(model).open_masks():
                 return

@@ -10,24 +10,31 @@ Trainer(…, callbacks=[RosaCallback(batches, warmup_steps=64)])     one call, a
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
 
 from sparsify.errors import SparsifyError
 
+if TYPE_CHECKING:
+    from torch.optim.lr_scheduler import LRScheduler
+    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer_utils import TrainOutput
+
+    from sparsify.calibration.statistics import Loss
+    from sparsify.program.values import Batch
+
 
 def train_rosa(
-    trainer: Any,
-    batches: Iterable[Any],
+    trainer: Trainer,
+    batches: Iterable[Batch],
     *,
     warmup_steps: int = 64,
     restart: Literal["extra", "inside"] = "extra",
-    loss: Callable[[Any, Any], Tensor] | None = None,
+    loss: Loss | None = None,
     progress: bool = True,
-) -> Any:
+) -> TrainOutput:
     """Run RoSA's warm-up, collect the masks from `batches`, and train again from the base; returns what the second `train()` returns.
 
     restart: whether the warm-up's steps come on top of those that the arguments ask for ("extra", the paper's), or are taken from them.
@@ -43,7 +50,9 @@ def train_rosa(
     class Stop(TrainerCallback):
         """Ends the warm-up, which writes nothing."""
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_step_end(
+            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+        ) -> None:
             control.should_save = control.should_evaluate = False
             control.should_training_stop |= state.global_step >= warmup_steps
 
@@ -54,7 +63,9 @@ def train_rosa(
             "train_rosa makes the optimizer anew for its second run, and this trainer was given one: leave `optimizers` out "
             "(optimizer_cls_and_kwargs is kept), or write the loop yourself around collect_masks"
         )
-    handle = handle_of(trainer.model)
+    model = trainer.model
+    handle = handle_of(model)
+    assert model is not None
     if not handle.open_masks():
         raise SparsifyError("train_rosa: no mask is open; the supports are fixed already, or the plan has no RoSA rule")
     stop, asked = Stop(), trainer.args.max_steps
@@ -66,10 +77,10 @@ def train_rosa(
             raise SparsifyError(f"train_rosa: {warmup_steps} steps of warm-up do not fit into a run of {total}")
     finally:
         trainer.remove_callback(stop)
-    collect_masks(trainer.model, batches, loss=loss, progress=progress)
+    collect_masks(model, batches, loss=loss, progress=progress)
     handle.restart()
     trainer.optimizer = trainer.lr_scheduler = None
-    trainer.model.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     set_seed(trainer.args.seed)
     try:
         if restart == "inside":
@@ -79,7 +90,7 @@ def train_rosa(
         trainer.args.max_steps = asked
 
 
-def restart_schedule(scheduler: Any, args: Any, steps: int, *, rewind: bool = True) -> None:
+def restart_schedule(scheduler: LRScheduler, args: TrainingArguments, steps: int, *, rewind: bool = True) -> None:
     """Let a running learning-rate schedule of transformers be one over `steps` steps, with its warm-up, from its beginning.
 
     rewind: False only exchanges the curve, for a run that resumes (where it was stands in the checkpoint). A schedule that is no curve
@@ -94,13 +105,15 @@ def restart_schedule(scheduler: Any, args: Any, steps: int, *, rewind: bool = Tr
         )
         return
     stand_in = torch.optim.SGD([{"params": [torch.zeros(1, requires_grad=True)]} for _ in inner.base_lrs], lr=1.0)
-    fresh: Any = get_scheduler(
+    own = args.lr_scheduler_kwargs
+    fresh = get_scheduler(
         args.lr_scheduler_type,
         optimizer=stand_in,
         num_warmup_steps=args.get_warmup_steps(steps),
         num_training_steps=steps,
-        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        scheduler_specific_kwargs=own if isinstance(own, dict) else None,
     )
+    assert isinstance(fresh, torch.optim.lr_scheduler.LambdaLR)  # of one kind with `inner`
     inner.lr_lambdas = fresh.lr_lambdas
     if rewind:
         inner.last_epoch, inner._step_count = 0, 1

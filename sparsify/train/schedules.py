@@ -14,10 +14,10 @@ A pruned weight stays pruned unless `regrow=True`: masks only shrink.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,9 @@ from sparsify.modules.masked import (
     masked_parameters,
 )
 from sparsify.pruning.patterns import NM, Pattern, keep_largest, mask_from_scores, parse_pattern
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 MASK_FILE = "sparsify_masks.safetensors"
 STATE_FILE = "sparsify_pruning.json"
@@ -86,6 +89,13 @@ class CubicSchedule:
         return cubic_sparsity(
             self.start + updates * self.every, start=self.start, end=self.end, final=self.final, initial=self.initial
         )
+
+
+class PrunerState(TypedDict):
+    """What a gradual pruner resumes from: packed masks by parameter name, and the sparsity reached."""
+
+    masks: dict[str, Tensor]
+    sparsity: float
 
 
 class GradualPruner:
@@ -163,11 +173,11 @@ class GradualPruner:
             return keep_largest(scores, round(sparsity * scores.numel()))
         return mask_from_scores(scores.clamp_min(0), sparsity, self.pattern, where=name)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> PrunerState:
         """Masks and the sparsity reached, to resume from."""
         return {"sparsity": self.sparsity, "masks": mask_state(self.host)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: PrunerState) -> None:
         load_mask_state(self.host, state["masks"])
         self.sparsity = float(state["sparsity"])
 
@@ -184,15 +194,17 @@ def clear_state(optimizer: torch.optim.Optimizer, parameter: Tensor, mask: Tenso
             local_fill(value, ~mask.to(value.device))
 
 
-def gradual_pruning_callback(pruner: GradualPruner) -> Any:
+def gradual_pruning_callback(pruner: GradualPruner) -> TrainerCallback:
     """A `transformers.TrainerCallback` that steps the pruner, saves its masks in every checkpoint and restores them on resume."""
     from transformers import TrainerCallback
 
     class GradualPruning(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_train_begin(
+            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+        ) -> None:
             if state.global_step == 0:
                 return
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            folder = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
             if isinstance(args.resume_from_checkpoint, str):
                 folder = Path(args.resume_from_checkpoint)
             if not (folder / MASK_FILE).exists():
@@ -201,24 +213,39 @@ def gradual_pruning_callback(pruner: GradualPruner) -> Any:
                 )
             pruner.load_state_dict(read_state(folder))
 
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_step_end(
+            self,
+            args: TrainingArguments,
+            state: TrainerState,
+            control: TrainerControl,
+            optimizer: torch.optim.Optimizer | None = None,
+            **_: object,
+        ) -> None:
             time = state.global_step if pruner.schedule.unit == "step" else state.epoch
-            optimizer = kwargs.get("optimizer")
             pruner.step(time, getattr(optimizer, "optimizer", optimizer))
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        def on_log(
+            self,
+            args: TrainingArguments,
+            state: TrainerState,
+            control: TrainerControl,
+            logs: dict[str, float] | None = None,
+            **kwargs: object,
+        ) -> None:
             for entry in (logs, state.log_history[-1] if state.log_history else None):
                 if entry is not None:
                     entry["sparsity"] = pruner.sparsity
 
-        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        def on_save(
+            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+        ) -> None:
+            folder = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
             on_first_rank(lambda: write_state(folder, pruner.state_dict()))
 
     return GradualPruning()
 
 
-def write_state(folder: Path, state: Mapping[str, Any]) -> None:
+def write_state(folder: Path, state: PrunerState) -> None:
     """Masks and the sparsity reached, both or neither. Raises SparsifyError when they cannot be written."""
     with committing() as commit:
         with commit.writing(folder / STATE_FILE) as file:
@@ -226,7 +253,7 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> None:
         write_tensors(folder / MASK_FILE, state["masks"], {"sparsity": repr(float(state["sparsity"]))}, commit)
 
 
-def read_state(folder: Path) -> dict[str, Any]:
+def read_state(folder: Path) -> PrunerState:
     """What `write_state` wrote. Raises SparsifyError, naming the file, for anything else."""
     file, where = TensorFile(folder / MASK_FILE), folder / STATE_FILE
     document = strict_json.read(where)

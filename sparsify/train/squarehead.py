@@ -41,6 +41,9 @@ from sparsify.train.teacher import TeacherCache, TeacherStates, int8_copy
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Shaped
+    from transformers import PreTrainedTokenizerBase
+
+    from sparsify.calibration.statistics import Loss
 
 IGNORED = -100
 
@@ -170,7 +173,7 @@ def kl_loss(
 # --- hidden states of any model -----------------------------------------------------------------------------------------------------
 
 
-def first_tensor(output: Any) -> Tensor | None:
+def first_tensor(output: object) -> Tensor | None:
     """The hidden state in what a block returns: the first floating tensor with at least three axes, or the first one."""
     leaves = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
     return next((t for t in leaves if t.dim() >= 3), leaves[0] if leaves else None)
@@ -196,7 +199,7 @@ class BlockOutputs:
         self.handles = [module.register_forward_hook(self._hook(i)) for i, module in enumerate(modules)]
 
     def _hook(self, slot: int) -> Callable[..., None]:
-        def record(module: nn.Module, args: Any, output: Any) -> None:
+        def record(module: nn.Module, args: object, output: object) -> None:
             if self.armed:
                 hidden = output if isinstance(output, Tensor) else first_tensor(output)
                 if hidden is not None:
@@ -209,7 +212,7 @@ class BlockOutputs:
         self.armed = True
         return self
 
-    def __exit__(self, *exc: Any) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.armed = False
         if exc[0] is not None:
             self.store.clear()
@@ -246,7 +249,7 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def token_mask(
-    batch: Mapping[str, Any], hidden: Float[Tensor, "batch tokens hidden"], encoder: bool, seq2seq: bool
+    batch: Mapping[str, object], hidden: Float[Tensor, "batch tokens hidden"], encoder: bool, seq2seq: bool
 ) -> Bool[Tensor, "batch tokens"] | None:
     """Non-padding tokens `(batch, tokens)` of a hidden state `(batch, tokens, hidden)`, or None when every position counts.
 
@@ -255,8 +258,9 @@ def token_mask(
     """
     if seq2seq and not encoder:
         mask = batch.get("decoder_attention_mask")
-        if mask is None and isinstance(batch.get("labels"), Tensor) and batch["labels"].dim() == 2:
-            mask = batch["labels"] != IGNORED
+        labels = batch.get("labels")
+        if mask is None and isinstance(labels, Tensor) and labels.dim() == 2:
+            mask = labels != IGNORED
     else:
         mask = batch.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.shape != hidden.shape[:-1]:
@@ -275,7 +279,7 @@ class Distilled:
     ce: Tensor
     kl: Tensor
     sq: Tensor
-    outputs: Any
+    outputs: Any  # of whatever class the student returns
 
 
 @dataclass
@@ -321,10 +325,10 @@ class Distiller:
         temperature: float = 1.0,
         eps: float = 1e-6,
         normalise: Literal["layer", "token"] = "layer",
-        task_loss: Callable[[Any, Mapping[str, Any]], Tensor] | None = None,
+        task_loss: Loss | None = None,
         cache: str | Path | None = None,
         int8: bool = False,
-        tokenizers: tuple[Any, Any] | None = None,
+        tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None,
     ) -> None:
         if teacher is student:
             raise PlanError("the teacher is the student itself: pass the dense model (or a copy made before pruning)")
@@ -348,7 +352,7 @@ class Distiller:
 
     # --- the teacher ---
 
-    def teach(self, batch: Mapping[str, Any]) -> TeacherStates:
+    def teach(self, batch: Mapping[str, object]) -> TeacherStates:
         """The teacher's hidden states and logits for a batch; labels are needed only when the model makes its inputs from them."""
         if self.cache is not None and (known := self.cache.get(batch)) is not None:
             return known
@@ -370,7 +374,7 @@ class Distiller:
             self.cache.put(batch, states)
         return states
 
-    def window(self, batches: Iterable[Mapping[str, Any]], *, keep: bool = True) -> Window:
+    def window(self, batches: Iterable[Mapping[str, object]], *, keep: bool = True) -> Window:
         """Totals over the micro-batches of one optimizer step (and over all ranks), so that their losses add up to the full batch's.
 
         keep: hold the teacher's states until their micro-batch is trained; without it the teacher runs twice.
@@ -404,7 +408,7 @@ class Distiller:
     # --- the loss ---
 
     def __call__(
-        self, batch: Mapping[str, Any], *, window: Window | None = None, model: nn.Module | None = None
+        self, batch: Mapping[str, object], *, window: Window | None = None, model: nn.Module | None = None
     ) -> Distilled:
         """Losses of one (micro-)batch. model: the wrapped student to call (DDP, compiled); default the student itself.
 
@@ -466,7 +470,7 @@ class Distiller:
             )
 
     def valid_targets(
-        self, batch: Mapping[str, Any], logits: Float[Tensor, "batch tokens vocabulary"]
+        self, batch: Mapping[str, object], logits: Float[Tensor, "batch tokens vocabulary"]
     ) -> Bool[Tensor, "batch tokens"] | None:
         """Tokens that are targets, `(batch, tokens)`: labels ≠ −100, else the attention mask of the side that has the logits."""
         labels = batch.get("labels")
@@ -474,7 +478,7 @@ class Distiller:
             return labels != IGNORED
         return token_mask(batch, logits, False, not self.causal)
 
-    def count_targets(self, batch: Mapping[str, Any]) -> int:
+    def count_targets(self, batch: Mapping[str, object]) -> int:
         """How many terms the model's own mean loss has for this batch (rows when there are no token labels)."""
         labels = batch.get("labels")
         if not isinstance(labels, Tensor):
@@ -484,15 +488,15 @@ class Distiller:
         shifted = labels[:, 1:] if self.causal and shifts_labels(self.student) else labels
         return int((shifted != IGNORED).sum())
 
-    def count_predictions(self, batch: Mapping[str, Any]) -> int:
+    def count_predictions(self, batch: Mapping[str, object]) -> int:
         """How many predictions the KL term has for this batch."""
-        labels = batch.get("labels")
+        labels, mask, ids = (batch.get(name) for name in ("labels", "attention_mask", "input_ids"))
         if isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point():
             kept = labels != IGNORED
-        elif isinstance(batch.get("attention_mask"), Tensor) and self.causal:
-            kept = batch["attention_mask"].bool()
-        elif isinstance(batch.get("input_ids"), Tensor) and self.causal:
-            kept = torch.ones_like(batch["input_ids"], dtype=torch.bool)
+        elif isinstance(mask, Tensor) and self.causal:
+            kept = mask.bool()
+        elif isinstance(ids, Tensor) and self.causal:
+            kept = torch.ones_like(ids, dtype=torch.bool)
         else:
             return len(next(v for v in batch.values() if isinstance(v, Tensor)))
         return int((kept[:, 1:] if self.causal else kept).sum())
@@ -504,7 +508,7 @@ def shifts_labels(model: nn.Module) -> bool:
     return "TokenClassification" not in kind and "MaskedLM" not in kind
 
 
-def own_loss(outputs: Any) -> Tensor:
+def own_loss(outputs: object) -> Tensor:
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     if not isinstance(loss, Tensor):
         raise SparsifyError(
@@ -513,7 +517,7 @@ def own_loss(outputs: Any) -> Tensor:
     return loss
 
 
-def read_logits(outputs: Any) -> Tensor:
+def read_logits(outputs: object) -> Tensor:
     if isinstance(outputs, Tensor):
         return outputs
     logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
@@ -522,11 +526,17 @@ def read_logits(outputs: Any) -> Tensor:
     return logits
 
 
-def move(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+def move(batch: Mapping[str, object], device: torch.device) -> dict[str, object]:
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
-def check_teacher(student: nn.Module, teacher: nn.Module, tokenizers: tuple[Any, Any] | None, *, logits: bool) -> None:
+def check_teacher(
+    student: nn.Module,
+    teacher: nn.Module,
+    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None,
+    *,
+    logits: bool,
+) -> None:
     """Raises PlanError saying which of depth, hidden size, vocabulary differs."""
     own, other = repeated_blocks(student), repeated_blocks(teacher)
     if [len(s) for s in own] != [len(s) for s in other]:
@@ -563,22 +573,26 @@ def distillation_trainer(base: type | None = None) -> type:
         #: our losses are already normalised over the whole step
         loss_is_scaled_for_ga = True
 
-        def __init__(self, *args: Any, distiller: Distiller, **kwargs: Any) -> None:
+        def __init__(self, *args: object, distiller: Distiller, **kwargs: object) -> None:
             super().__init__(*args, **kwargs)
             self.distiller = distiller
             self.loss_is_scaled_for_ga = True
             self._window: Window | None = None
 
         def get_batch_samples(
-            self, epoch_iterator: Any, num_batches: int, device: torch.device
-        ) -> tuple[list[Any], Any]:
+            self, epoch_iterator: object, num_batches: int, device: torch.device
+        ) -> tuple[list[object], object]:
             samples, count = super().get_batch_samples(epoch_iterator, num_batches, device)
             self._window = self.distiller.window(samples) if samples else None
             return samples, count
 
         def compute_loss(
-            self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> Any:
+            self,
+            model: nn.Module,
+            inputs: dict[str, object],
+            return_outputs: bool = False,
+            num_items_in_batch: object = None,
+        ) -> object:
             result = self.distiller(inputs, model=model, window=self._window if model.training else None)
             return (result.loss, result.outputs) if return_outputs else result.loss
 

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ class TeacherStates:
     logits: Tensor | None
 
 
-def batch_key(batch: Mapping[str, Any]) -> str:
+def batch_key(batch: Mapping[str, object]) -> str:
     """A hash of every tensor in a batch, names and shapes included."""
     digest = hashlib.sha256()
     for name in sorted(batch):
@@ -53,7 +52,7 @@ class TeacherCache:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
-    def get(self, batch: Mapping[str, Any]) -> TeacherStates | None:
+    def get(self, batch: Mapping[str, object]) -> TeacherStates | None:
         key = batch_key(batch)
         found = self.memory.get(key)
         if found is None and self.folder is not None and (path := self.folder / f"{key}.safetensors").exists():
@@ -61,7 +60,7 @@ class TeacherCache:
         self.hits += found is not None
         return found
 
-    def put(self, batch: Mapping[str, Any], states: TeacherStates) -> None:
+    def put(self, batch: Mapping[str, object], states: TeacherStates) -> None:
         key = batch_key(batch)
         if self.folder is None:
             self.memory[key] = states
@@ -111,7 +110,7 @@ class Int8Linear(nn.Module):
 
 def int8_copy(model: nn.Module) -> nn.Module:
     """A copy of the module tree with int8 weights in every `nn.Linear` (tied output layers excepted); other tensors are shared."""
-    memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    memo: dict[int, object] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     made = copy_module_tree(model, memo)
     counts: dict[int, int] = {}
     for _, parameter in made.named_parameters(remove_duplicate=False):

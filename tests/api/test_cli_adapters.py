@@ -147,9 +147,9 @@ def test_verify_finds_a_flipped_bit_and_another_base(given: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("names", "options", "spec"),
     [
-        (("a",), (), "a"),
         (("peft",), (), "peft"),
-        (("a", "b"), (), {"a": 0.5, "b": 0.5}),
+        pytest.param(("a",), (), "a", marks=pytest.mark.slow),  # the day from the shell merges one of ours
+        pytest.param(("a", "b"), (), {"a": 0.5, "b": 0.5}, marks=pytest.mark.slow),  # the next one is a sum too
         (("a", "lora"), ("--mix", "a=1,lora=-0.5"), {"a": 1.0, "lora": -0.5}),
     ],
 )
@@ -191,7 +191,9 @@ def test_fuse_is_the_weighted_sum(given: Path, tmp_path: Path) -> None:
     assert "holds files already" in refused("adapter", "fuse", given / "a", "-o", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["a", "lora"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("a", marks=pytest.mark.slow), "lora"]
+)  # the day from the shell exports S2FT
 def test_export_is_what_peft_computes(given: Path, tmp_path: Path, name: str) -> None:
     peft = pytest.importorskip("peft")
     arguments = ["adapter", "export", given / "model", given / name, "-o", tmp_path / "out", "--to", "vllm"]

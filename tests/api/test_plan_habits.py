@@ -152,7 +152,7 @@ def test_json_takes_the_words_too():
 ANSWERS = [
     (lambda: LoRA(ranc=8), r"LoRA: unknown field 'ranc'; did you mean 'rank'.*its fields are match, exclude, rank, alpha, dropout, rslora"),
     (lambda: LoRA(modules_to_save=["head"]), r"write Plan\(\[…\], train=\[…\]\)"), (lambda: LoRA(bias="all"), r"train=\['\*\.bias'\]"),
-    (lambda: LoRA(use_dora=True), "DoRA is a method from outside"), (lambda: LoRA(rank_pattern={}), r"write rank=\{"),
+    (lambda: LoRA(use_dora=True), "DoRA is a method from outside"), (lambda: LoRA(rank_pattern={"q_proj": 2}), r"write rank=\{"),
     (lambda: LoRA(8, 16), "takes 1 value by position"), (lambda: LoRA(8, r=8), "rank is given twice"),
     (lambda: LoRA(target_modules=["a"], match="b"), "match is given twice"), (lambda: S2FT(r=8), r"S2FT: unknown field 'r'; write fraction=… .* or units=…"),
     (lambda: S2FT(lora_alpha=8), "S2FT has no alpha"), (lambda: Quantize(bits=4), "write format="),

@@ -11,6 +11,8 @@ from pathlib import Path
 import processes
 import pytest
 
+from sparsify.demo.pretrained import why_missing
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 #: script → (arguments, what its output must contain)
@@ -21,6 +23,7 @@ SCRIPTS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "tiny_decoder.py": (["--fast"], ["trained on code: loss", "adapter on:", "off is the base again"]),
     "trainer.py": (["--fast", "--out", "{tmp}"], ["before:", "after:", "saved and read back as a plain model"]),
+    "chat_trl.py": (["--fast", "--out", "{tmp}"], ["adapter: ", "before: ", "after: "]),
     "inspect_graph.py": (["llama", "--svg", "{tmp}/graph.svg"], ["found      2 attention, 2 ffn", "» %", "drawn in"]),
     "write_a_pass.py": (
         [],
@@ -80,6 +83,8 @@ def test_every_example_is_tested() -> None:
 
 
 def check(script: str, folder: Path, fresh: bool) -> None:
+    if script == "chat_trl.py" and why_missing():
+        pytest.skip(why_missing())
     arguments, expected = SCRIPTS[script]
     output = run(script, *(a.replace("{tmp}", str(folder)) for a in arguments), fresh=fresh)
     for text in expected:
@@ -88,8 +93,8 @@ def check(script: str, folder: Path, fresh: bool) -> None:
 
 #: long ones → where the default run does the same: prune, distil, save and read back in tests/e2e/test_demo.py and
 #: tests/api/test_sparse_checkpoint.py; Trainer in tests/api/test_trainer.py; a decoder that generates with an adapter in
-#: tests/property/test_equivalence.py. Their imports and options are still read here.
-LONG = ("prune_and_distil.py", "trainer.py", "tiny_decoder.py")
+#: tests/property/test_equivalence.py; TRL in tests/e2e/test_trl.py. Their imports and options are still read here.
+LONG = ("prune_and_distil.py", "trainer.py", "tiny_decoder.py", "chat_trl.py")
 READ = (*LONG, "deploy.py")  # `deploy.py` is long too: tests/README.md
 
 

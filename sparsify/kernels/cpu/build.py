@@ -17,10 +17,9 @@ import os
 import platform
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from sparsify.kernels.cache import keep, kept, seal, unseal
 from sparsify.kernels.cpu.codegen import Variant, generate
@@ -137,7 +136,7 @@ class Kernels:
         self.variant = variant
         self.library = load_library(generate(variant), variant.flags, [f"sparsify_{name}" for name in variant.kernels])
         pointer, word = ctypes.c_void_p, ctypes.c_int64
-        self.entries: dict[str, Any] = {}
+        self.entries: dict[str, Callable[..., int]] = {}
         for name in variant.kernels:
             entry = getattr(self.library, f"sparsify_{name}")
             entry.argtypes = [pointer, pointer, word, word, pointer, word, pointer, word, ctypes.c_int, word]

@@ -16,11 +16,11 @@ import linecache
 import os
 import threading
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -55,8 +55,16 @@ REINTERPRETED = {
     "a_ptr",
     "b_ptr",
 }  # read as integers, see templates/macros.jinja
+
+
+class Kernel(Protocol):
+    """A `@triton.jit` function, or what Triton's interpreter makes of one."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]: ...
+
+
 load_lock = threading.Lock()
-loaded: dict[tuple[KernelSpec, bool], Any] = {}
+loaded: dict[tuple[KernelSpec, bool], Kernel] = {}
 
 
 class TritonError(SparsifyError, RuntimeError):
@@ -106,7 +114,7 @@ def target_of(device: torch.device) -> str:
     return {8: "sm_80", 9: "sm_90", 10: "sm_100"}.get(major, "sm_120" if major > 10 else f"sm_{major}{minor}")
 
 
-def import_source(text: str) -> Any:
+def import_source(text: str) -> types.ModuleType:
     """Run generated source as a module. Triton asks for the text of its kernels: it finds what ran, not what a file says, nor
     bytecode that lies beside one."""
     try:
@@ -121,7 +129,7 @@ def import_source(text: str) -> Any:
     return module
 
 
-def load_kernel(spec: KernelSpec) -> Any:
+def load_kernel(spec: KernelSpec) -> Kernel:
     """The kernel of a spec, generated and imported once per process. Raises TritonError without triton."""
     key = (spec, interpreting())
     found = loaded.get(key)

@@ -13,7 +13,6 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sparsify.kernels.gpu.build import import_source
 from sparsify.kernels.gpu.codegen import generate, parameters
@@ -57,8 +56,8 @@ def compile_kernel(spec: KernelSpec) -> Compiled:
     from triton.compiler import ASTSource
 
     types = parameters(spec)
-    kernel: Any = import_source(generate(spec)).kernel
-    aligned: Any = {
+    kernel = import_source(generate(spec)).kernel
+    aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, type) in enumerate(types.items())
         if type.startswith("*") or name in MULTIPLES
@@ -66,7 +65,7 @@ def compile_kernel(spec: KernelSpec) -> Compiled:
     options = {"num_warps": spec.tile.warps, "num_stages": spec.tile.stages}
     if spec.target.startswith("gfx"):
         target = GPUTarget("hip", spec.target, 64)
-        built: Any = triton.compile(ASTSource(kernel, types, {}, aligned), target=target, options=options)
+        built = triton.compile(ASTSource(kernel, types, {}, aligned), target=target, options=options)
         return read_amd(built.asm["hsaco"], built.asm["amdgcn"])
     target = GPUTarget("cuda", int(spec.target.removeprefix("sm_")), 32)
     built = triton.compile(ASTSource(kernel, types, {}, aligned), target=target, options=options)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +45,7 @@ def stream_key(packed: Stream, tokens: int) -> str:
 
 
 @lru_cache(maxsize=4)
-def read_tiles(path: Path, stamp: float) -> dict[str, dict[str, Any]]:
+def read_tiles(path: Path, stamp: float) -> dict[str, dict[str, object]]:
     """GPU name → key → tile and its time; empty when the file is missing, damaged, or not ours alone. `stamp` is its time of change."""
     if unusable(path.parent):
         return {}
@@ -67,7 +66,7 @@ def remembered_tile(packed: Stream, tokens: int, device: torch.device) -> Tile |
     return tile_of(read_tiles(path, stamp).get(gpu_name(device), {}).get(stream_key(packed, tokens)))
 
 
-def tile_of(entry: Any) -> Tile | None:
+def tile_of(entry: object) -> Tile | None:
     """The tile of one measurement; None for what no measurement can have written."""
     found = entry.get("tile") if isinstance(entry, dict) else None
     if not isinstance(found, dict) or set(found) != {spec.name for spec in fields(Tile)}:
@@ -94,7 +93,7 @@ def remember_tile(packed: Stream, tokens: int, device: torch.device, tile: Tile,
     read_tiles.cache_clear()
 
 
-def device_seconds(call: Callable[[], Any]) -> float:
+def device_seconds(call: Callable[[], object]) -> float:
     """Time of one call on the current stream, by events."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -24,6 +24,8 @@ from sparsify.kernels.cpu.tune import TUNE_VERSION, cpu_name, measured
 from sparsify.lowering.cpu.sparse_linear import GatedLinear, SparseLinear, halves
 from sparsify.lowering.fuse_linears import FusedActivation, GatedProduct
 from sparsify.lowering.target import Joined, Seconds
+
+Product: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 SLACK = 1.05  # smallest times of equally fast products differ by this much from run to run
 
@@ -37,7 +39,7 @@ class Counted:
     cold: bool = False
 
     def compare(
-        self, key: str, width: int, linear: SparseLinear, fused: Callable[[Any], Any], apart: Callable[[Any], Any]
+        self, key: str, width: int, linear: SparseLinear, fused: Product, apart: Product
     ) -> tuple[Seconds, str]:
         """Both ways in turn at every number of tokens: (timings, why not to fuse, or nothing)."""
         seconds: dict[int, tuple[str, float, float, float]] = {}

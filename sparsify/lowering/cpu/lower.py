@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal, TypedDict, Unpack
 
 import torch
 from torch import nn
@@ -283,8 +283,9 @@ class CpuTarget:
 
     def leave(self, layer: Layer, outcome: Outcome, reason: str) -> Outcome:
         """Dense again, with rounded weights if they were to be rounded, in oneDNN's layout where that is faster."""
-        rounded = isinstance(outcome.module, SparseLinear) and outcome.module.packed.value == "s8"
-        plain = plain_linear(outcome.module) if rounded else None
+        packed = outcome.module if isinstance(outcome.module, SparseLinear) else None
+        rounded = packed is not None and packed.packed.value == "s8"
+        plain = plain_linear(packed) if packed is not None and rounded else None
         again = layer if plain is None else replace(layer, module=plain)
         refusal = outcome.refusal or Refusal(layer.name, reason)
         kept = self.try_prepacked(again, refusal, DenseProducts(again.weight))
@@ -326,7 +327,18 @@ def exceeds_caches(host: nn.Module) -> bool:
     return sum(weight.nbytes for weight in weights.values()) > last_level_cache()
 
 
-def cpu_target(program: Program | None, *, compare: bool = False, **options: Any) -> CpuTarget:
+class Settings(TypedDict, total=False):
+    """Fields of `CpuTarget` that a caller chooses; see `lower_model`."""
+
+    group: int
+    int8_activations: bool
+    tokens: Sequence[int] | None
+    mode: Literal["fast", "small"]
+    tied: Literal["skip", "copy"]
+    cold: bool
+
+
+def cpu_target(program: Program | None, *, compare: bool = False, **options: Unpack[Settings]) -> CpuTarget:
     """The target of a program. compare: its example is the user's; options: fields of `CpuTarget`."""
     given = options.get("tokens") is not None
     example = example_tokens(program) if program is not None and compare and not given else {}
@@ -335,6 +347,8 @@ def cpu_target(program: Program | None, *, compare: bool = False, **options: Any
 
 def make_report(host: nn.Module, decision: Decision, bytes_before: int) -> CpuReport:
     """What was done to a host that is lowered now."""
+    whole = decision.whole
+    assert whole is None or isinstance(whole, WholeModel)  # `CpuTarget.compare` makes no other
     return CpuReport(
         machine=cpu_name(),
         lowered=decision.packed,
@@ -344,19 +358,19 @@ def make_report(host: nn.Module, decision: Decision, bytes_before: int) -> CpuRe
         notes=(f"kernels for {isa_text()}, {torch.get_num_threads()} threads",),
         prepacked=decision.rearranged,
         fusions=tuple(decision.fusions),
-        whole=decision.whole,
+        whole=whole,
         not_fused=tuple(decision.not_fused),
     )
 
 
 def lower_program(
     host: nn.Module, program: Program | None, *, names: Sequence[str] | None = None, quantize: Quantize = None,
-    check: bool = False, compare: bool = False, **options: Any,
+    check: bool = False, compare: bool = False, progress: bool = False, **options: Unpack[Settings],
 ) -> tuple[CpuReport, Program | None]:  # fmt: skip
     """Lower `host`, in place, and `program`, into a new one; see `driver.lower`. options: see `lower_model`."""
     before = packed_operator.module_bytes(host)
     target = cpu_target(program, compare=compare, cold=exceeds_caches(host), **options)
-    decision, lowered = lower(host, program, target, names=names, quantize=quantize, check=check)
+    decision, lowered = lower(host, program, target, names=names, quantize=quantize, check=check, progress=progress)
     return make_report(host, decision, before), lowered
 
 
@@ -386,6 +400,12 @@ def lower_model(
     tied: a weight that an embedding shares stays dense ("skip"), or is packed beside the embedding's copy ("copy").
     compare: the program's example is the user's: time the whole model on it, and take the dense layers back if they are faster.
     """
-    options = {"group": group, "int8_activations": int8_activations, "tokens": tokens, "mode": mode, "tied": tied}
+    options: Settings = {
+        "group": group,
+        "int8_activations": int8_activations,
+        "tokens": tokens,
+        "mode": mode,
+        "tied": tied,
+    }
     report, _ = lower_program(host, program, names=names, quantize=quantize, compare=compare, **options)
     return report

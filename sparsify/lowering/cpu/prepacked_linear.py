@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional as F
@@ -19,6 +19,9 @@ from sparsify.errors import RefusedError
 from sparsify.kernels.cpu.formats import check
 from sparsify.kernels.cpu.operator import check_one_device
 from sparsify.modules.kernel_module import KernelModule
+
+if TYPE_CHECKING:
+    from torch.fx.node import Argument
 
 PREPACKED_DTYPES = (torch.float32, torch.bfloat16)
 torch.library.define("sparsify::prepacked_linear", "(Tensor x, Tensor? bias, int out_features, int handle) -> Tensor")
@@ -86,7 +89,7 @@ class PrepackedLinear(KernelModule):
     def operator(self) -> torch._ops.OpOverload:
         return torch.ops.sparsify.prepacked_linear.default
 
-    def arguments(self, tensor: Callable[[str], Any]) -> dict[str, Any]:
+    def arguments(self, tensor: Callable[[str], Argument]) -> dict[str, Argument]:
         bias = None if self.bias is None else tensor("bias")
         return {"bias": bias, "out_features": self.out_features, "handle": self.handle}
 
@@ -128,10 +131,10 @@ class PrepackedLinear(KernelModule):
         if bias is not None and self.bias is not None:
             self.bias = bias.to(self.bias.dtype).contiguous()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "blocked": self.blocked.to_dense()}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)
         self.blocked = prepack(self.blocked)
         self.handle = next(handles)

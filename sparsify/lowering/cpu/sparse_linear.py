@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -33,6 +33,9 @@ from sparsify.kernels.cpu.formats import Bitmask, FormatError, concatenate, pack
 from sparsify.kernels.fallback import note
 from sparsify.modules.kernel_module import GeneratedKernel, KernelModule
 from sparsify.modules.rows_of_gated import Gated
+
+if TYPE_CHECKING:
+    from torch.fx.node import Argument
 
 PACKED = ("masks", "values", "panel_ptr", "scales")
 
@@ -90,7 +93,7 @@ class SparseLinear(KernelModule):
             for name, tensor in self._buffers.items():
                 if tensor is not None and tensor.is_inference():
                     self._buffers[name] = tensor.clone()
-        buffers: dict[str, Any] = {name: self._buffers[name] for name in PACKED}
+        buffers: dict[str, object] = {name: self._buffers[name] for name in PACKED}
         self.packed = replace(self.packed, **buffers)
         packed_operator.check_layer(self.packed, self.row_sums, self.bias, self.activation, self.gated, self.int8)
         if self.bias is not None and (self.bias.dtype != torch.float32 or not self.bias.is_contiguous()):
@@ -125,7 +128,7 @@ class SparseLinear(KernelModule):
         self,
         tokens: int,
         measure: bool = False,
-        dense: Callable[[int], Mapping[str, Callable[[], Any]]] | None = None,
+        dense: Callable[[int], Mapping[str, Callable[[], object]]] | None = None,
         cold: bool = False,
     ) -> Choice:
         """Kernel for a number of tokens; measured earlier, measured now (`measure`), or by the cost model.
@@ -145,7 +148,7 @@ class SparseLinear(KernelModule):
     def operator(self) -> torch._ops.OpOverload:
         return torch.ops.sparsify.packed_linear.default
 
-    def arguments(self, tensor: Callable[[str], Any]) -> dict[str, Any]:
+    def arguments(self, tensor: Callable[[str], Argument]) -> dict[str, Argument]:
         held = {name: None if getattr(self, name) is None else tensor(name) for name in (*PACKED, "row_sums", "bias")}
         sizes = {"rows": self.packed.rows, "cols": self.packed.cols, "group": self.packed.group}
         epilogue = {"residual": None, "activation": self.activation, "gated": self.gated}
@@ -232,15 +235,15 @@ class SparseLinear(KernelModule):
         for name in PACKED:
             setattr(self, name, getattr(packed, name))
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         state = self.__dict__.copy()
         for name in ("kernels", "layer", "choices", "seen", "absent"):
             state.pop(name, None)
         return state
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)
-        buffers: dict[str, Any] = {name: self._buffers[name] for name in PACKED}
+        buffers: dict[str, object] = {name: self._buffers[name] for name in PACKED}
         self.packed = replace(self.packed, **buffers)  # one set of tensors after a copy, not two
         huge_pages.make_huge(self.packed.masks)
         huge_pages.make_huge(self.packed.values)

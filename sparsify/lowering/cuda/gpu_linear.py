@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -25,6 +25,9 @@ from sparsify.kernels.gpu.formats import (
 )
 from sparsify.kernels.gpu.spec import TARGETS
 from sparsify.modules.kernel_module import GeneratedKernel, KernelModule
+
+if TYPE_CHECKING:
+    from torch.fx.node import Argument
 
 NAMES = {
     "stream": ("values", "meta", "base", "start", "order", "scales"),
@@ -96,7 +99,7 @@ class GpuSparseLinear(KernelModule):
     def operator(self) -> torch._ops.OpOverload:
         return torch.ops.sparsify.gpu_linear.default
 
-    def arguments(self, tensor: Callable[[str], Any]) -> dict[str, Any]:
+    def arguments(self, tensor: Callable[[str], Argument]) -> dict[str, Argument]:
         bias = None if self.bias is None else tensor("bias")
         sizes = {"format": self.format, "rows": self.rows, "cols": self.cols, "gated": self.gated}
         epilogue = {"residual": None, "activation": self.activation}

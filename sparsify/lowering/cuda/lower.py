@@ -159,10 +159,13 @@ def lower_program(
     names: Sequence[str] | None = None,
     quantize: Quantize = None,
     check: bool = False,
+    progress: bool = False,
 ) -> tuple[GpuReport, Program | None]:
     """Lower `host`, in place, and `program`, into a new one; see `driver.lower`."""
     before = module_bytes(host)
-    decision, lowered = lower(host, program, CudaTarget(), names=names, quantize=quantize, check=check)
+    decision, lowered = lower(
+        host, program, CudaTarget(), names=names, quantize=quantize, check=check, progress=progress
+    )
     after, apart = module_bytes(host), tuple(decision.not_fused)
     report = GpuReport(
         decision.packed, decision.refusals, before, after, notes(host), tuple(decision.fusions), not_fused=apart

@@ -11,16 +11,16 @@ Forward only. Everything that does not depend on `x` is computed first, from par
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OperatorBase
 from torch.nn import functional as F
 
 from sparsify.formats import format_named
 from sparsify.library import OUTSIDE
 
-Table = dict[Any, Callable[..., Any]]
+Table = dict[OperatorBase, Callable[..., object]]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

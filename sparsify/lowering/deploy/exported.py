@@ -15,13 +15,14 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
+from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
 from torch.utils import _pytree as pytree
@@ -36,6 +37,15 @@ from sparsify.model.untouched import untouched
 from sparsify.ops.schema import arguments, positional
 from sparsify.program.capture import evaluating, example_inputs, explain, unwrap
 from sparsify.program.names import placeholder, with_safe_targets
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.node import Argument
+
+    from sparsify.program.values import Batch
+
+#: as `torch.export.export` takes them
+DynamicShapes: TypeAlias = "dict[str, Any] | tuple[Any, ...] | list[Any]"
 
 aten = torch.ops.aten
 LIFTED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -91,7 +101,8 @@ class Editor:
     def value(self, node: fx.Node) -> Tensor:
         """The tensor behind a lifted placeholder."""
         target = str(self.specs[node].target)
-        found: Any = self.state[target] if target in self.state else self.constants[target]
+        found = self.state[target] if target in self.state else self.constants[target]
+        assert isinstance(found, Tensor)  # lifted placeholders are those of parameters, buffers and constant tensors
         return found
 
     def add_constant(self, hint: str, tensor: Tensor, like: fx.Node) -> fx.Node:
@@ -107,7 +118,7 @@ class Editor:
         self.lifted.append(node)
         return node
 
-    def call(self, target: Any, /, **given: Any) -> fx.Node:
+    def call(self, target: OpOverload, /, **given: Argument) -> fx.Node:
         """A call at the graph's insertion point, with arguments by the names of the operator's schema, and its fake value."""
         args, kwargs = positional(target, given)
         node = self.graph.call_function(target, args, kwargs)
@@ -146,7 +157,7 @@ class Editor:
         )
 
 
-def numbered(name: str) -> Any:
+def numbered(name: str) -> Iterator[str]:
     """name, name_1, name_2, …"""
     yield name
     number = 0
@@ -155,7 +166,7 @@ def numbered(name: str) -> Any:
         yield f"{name}_{number}"
 
 
-def fake_mode_of(node: fx.Node) -> Any:
+def fake_mode_of(node: fx.Node) -> FakeTensorMode:
     return node.meta["val"].fake_mode
 
 
@@ -211,7 +222,7 @@ def sources_of(node: fx.Node) -> list[fx.Node]:
 
 def evaluate(editor: Editor, node: fx.Node) -> Tensor:
     """The value of a constant node; intermediate results are dropped."""
-    known: dict[fx.Node, Any] = {}
+    known: dict[fx.Node, Any] = {}  # what operators return: tensors, numbers, tuples of them
 
     def value(n: fx.Node) -> Any:
         if n not in known:
@@ -301,7 +312,9 @@ def unpack_gpu(editor: Editor, node: fx.Node) -> None:
 # --- from a model to a package ---------------------------------------------------------------------------------------------------
 
 
-def export_for_inference(model: nn.Module, example: Any = None, dynamic_shapes: Any = None) -> ExportedProgram:
+def export_for_inference(
+    model: nn.Module, example: Batch | None = None, dynamic_shapes: DynamicShapes | None = None
+) -> ExportedProgram:
     """`torch.export` of a host in eval mode, taking tensors only and returning a tensor, a tuple, or a dict.
 
     example: as for `sparsify.compile`; caches are switched off. Arguments that are no tensors are fixed, and an output class of
@@ -321,11 +334,13 @@ def export_for_inference(model: nn.Module, example: Any = None, dynamic_shapes: 
                 raise CaptureError(explain(model, error)) from None
 
 
-def holds_tensors(value: Any) -> bool:
+def holds_tensors(value: object) -> bool:
     return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
 
 
-def as_callable(model: nn.Module, args: Sequence[Any], given: Mapping[str, Any], fixed: Mapping[str, Any]) -> nn.Module:
+def as_callable(
+    model: nn.Module, args: Sequence[object], given: Mapping[str, object], fixed: Mapping[str, object]
+) -> nn.Module:
     """A view of `model` (same submodules, parameters and names) whose forward takes only `args` and `given`."""
     forward = model.forward
     parameters = inspect.signature(forward).parameters
@@ -333,7 +348,7 @@ def as_callable(model: nn.Module, args: Sequence[Any], given: Mapping[str, Any],
     kind = inspect.Parameter.KEYWORD_ONLY
     named = [inspect.Parameter(name, kind) for name in given]
 
-    def call(*call_args: Any, **call_kwargs: Any) -> Any:
+    def call(*call_args: object, **call_kwargs: object) -> object:
         return plain_output(forward(*call_args, **call_kwargs, **fixed))
 
     call.__signature__ = inspect.Signature([*positional, *named])  # type: ignore[attr-defined]
@@ -342,7 +357,7 @@ def as_callable(model: nn.Module, args: Sequence[Any], given: Mapping[str, Any],
     return view
 
 
-def plain_output(value: Any) -> Any:
+def plain_output(value: object) -> object:
     """Mappings (the output classes of transformers) as dicts, without entries that are None."""
     if isinstance(value, Mapping):
         return {str(k): plain_output(v) for k, v in value.items() if v is not None}
@@ -352,12 +367,12 @@ def plain_output(value: Any) -> Any:
 def package(
     model: nn.Module | ExportedProgram,
     path: str | os.PathLike[str],
-    example: Any = None,
+    example: Batch | None = None,
     *,
-    dynamic_shapes: Any = None,
+    dynamic_shapes: DynamicShapes | None = None,
     fold: bool = True,
     kernels: bool = True,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, object] | None = None,
 ) -> Path:
     """Compile a model with AOTInductor into one file; `torch._inductor.aoti_load_package(path)` gives it back as a callable.
 

@@ -39,7 +39,7 @@ class JointPasses:
     before: a pass that the user had configured, run first.
     """
 
-    def __init__(self, before: Any = None) -> None:
+    def __init__(self, before: Callable[[fx.Graph], object] | None = None) -> None:
         self.before = before
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -50,11 +50,12 @@ class JointPasses:
     def uuid(self) -> str:
         here = Path(__file__)
         text = here.read_text(encoding="utf-8") + (here.parent / "joint_passes.py").read_text(encoding="utf-8")
-        earlier = self.before.uuid() if hasattr(self.before, "uuid") else ""
+        own = getattr(self.before, "uuid", None)
+        earlier = own() if own is not None else ""
         return hashlib.sha256((text + str(earlier)).encode()).hexdigest()
 
 
-def inductor_pass(before: Any) -> Any:
+def inductor_pass(before: Callable[[fx.Graph], object] | None) -> JointPasses:
     """`JointPasses` as a subclass of Inductor's own class, which its caches insist on; made late to keep imports lean."""
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
@@ -62,8 +63,8 @@ def inductor_pass(before: Any) -> Any:
 
 
 def compile_with_inductor(
-    gm: fx.GraphModule, inputs: Sequence[Any], mode: str | None, options: Mapping[str, Any]
-) -> Callable[..., Any]:
+    gm: fx.GraphModule, inputs: Sequence[object], mode: str | None, options: Mapping[str, object]
+) -> Callable[..., object]:
     from torch import _inductor
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
@@ -75,7 +76,7 @@ def compile_with_inductor(
     return compile_fx(gm, inputs, config_patches=patches)  # type: ignore[return-value, arg-type]
 
 
-def partition(joint: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+def partition(joint: fx.GraphModule, inputs: Sequence[object], **options: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Run the passes, then split by minimal cut: of what the backward needs, save what takes the fewest bytes."""
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
@@ -84,20 +85,22 @@ def partition(joint: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> t
     return min_cut_rematerialization_partition(joint, inputs, **options)
 
 
-def compile_with(compiler: Callable[..., Any], gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+def compile_with(
+    compiler: Callable[..., object], gm: fx.GraphModule, inputs: Sequence[object]
+) -> Callable[..., object]:
     """AOTAutograd with our partition; `compiler(graph, inputs)` gets forward and backward separately."""
     from torch._dynamo.backends.common import aot_autograd
 
     return aot_autograd(fw_compiler=compiler, partition_fn=partition)(gm, inputs)
 
 
-def run_eagerly(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+def run_eagerly(gm: fx.GraphModule, inputs: Sequence[object]) -> Callable[..., object]:
     from functorch.compile import make_boxed_func
 
     return make_boxed_func(gm.forward)
 
 
-def find_compiler(name: str) -> Callable[..., Any]:
+def find_compiler(name: str) -> Callable[..., object]:
     """The graph compiler of a registered backend."""
     from torch._dynamo.backends.registry import list_backends, lookup_backend
 
@@ -107,14 +110,14 @@ def find_compiler(name: str) -> Callable[..., Any]:
         raise PlanError(
             f"backend: unknown inner backend {name!r}; torch knows {', '.join(list_backends(exclude_tags=None))}"
         )
-    found: Any = lookup_backend(name)
+    found = lookup_backend(name)
     return getattr(found, "kwargs", {}).get("fw_compiler", found)
 
 
 class Backend:
     """A Dynamo backend: our passes over `inner`, which is "inductor", a registered backend's name, or a graph compiler."""
 
-    def __init__(self, inner: str | Callable[..., Any], mode: str | None, options: Mapping[str, Any]) -> None:
+    def __init__(self, inner: str | Callable[..., object], mode: str | None, options: Mapping[str, object]) -> None:
         self.inner, self.mode, self.options = inner, mode, dict(options)
         self.__name__ = "sparsify"
         if inner != "inductor" and (mode or options):
@@ -124,11 +127,11 @@ class Backend:
     def __call__(
         self,
         gm: fx.GraphModule,
-        inputs: Sequence[Any],
+        inputs: Sequence[object],
         *,
         mode: str | None = None,
-        options: Mapping[str, Any] | None = None,
-    ) -> Callable[..., Any]:
+        options: Mapping[str, object] | None = None,
+    ) -> Callable[..., object]:
         if self.compiler is not None:
             if mode or options:
                 raise PlanError(f"backend: mode and options belong to Inductor, not to {self.inner!r}")
@@ -137,10 +140,10 @@ class Backend:
 
 
 def backend(
-    inner: str | Callable[..., Any] = "inductor",
+    inner: str | Callable[..., object] = "inductor",
     *,
     mode: str | None = None,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, object] | None = None,
 ) -> Backend:
     """A backend for `torch.compile(model, backend=sparsify.backend(…))`.
 
@@ -153,11 +156,11 @@ def backend(
 
 def sparsify_backend(
     gm: fx.GraphModule,
-    inputs: Sequence[Any],
+    inputs: Sequence[object],
     *,
     mode: str | None = None,
-    options: Mapping[str, Any] | None = None,
-) -> Callable[..., Any]:
+    options: Mapping[str, object] | None = None,
+) -> Callable[..., object]:
     """The entry point behind `backend="sparsify"`."""
     return backend()(gm, inputs, mode=mode, options=options)
 

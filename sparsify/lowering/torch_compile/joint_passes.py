@@ -8,8 +8,7 @@ recompute_cheap    silu(gate) · up, the norm's x · rsqrt, casts, slices       
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable
-from typing import Any
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import fx
@@ -132,8 +131,12 @@ def is_factor_product(node: fx.Node) -> bool:
     """Whether a node is the second result of `skinny_products(x, None, factor)`, which is `factorᵀ x`."""
     if node.target is not operator.getitem or node.args[1] != 1:
         return False
-    source: Any = node.args[0]
-    return source.target is torch.ops.sparsify.skinny_products.default and source.args[1] is None
+    source = node.args[0]
+    return (
+        isinstance(source, fx.Node)
+        and source.target is torch.ops.sparsify.skinny_products.default
+        and source.args[1] is None
+    )
 
 
 def is_transposition(node: fx.Node) -> bool:
@@ -157,16 +160,18 @@ def width(node: fx.Node) -> int:
     return columns if isinstance(columns, int) else 0
 
 
-def input_of(product: fx.Node) -> Any:
+def input_of(product: fx.Node) -> fx.Node:
     """`x` of a product `gᵀ x`."""
-    return product.args[0].args[0] if product.target is operator.getitem else product.args[1]  # type: ignore[union-attr]
+    x = product.args[0].args[0] if product.target is operator.getitem else product.args[1]  # type: ignore[union-attr]
+    assert isinstance(x, fx.Node)
+    return x
 
 
 def join_products(graph: fx.Graph, members: list[tuple[fx.Node, fx.Node]], rows: list[int]) -> None:
     last, _ = members[-1]
     x = input_of(last)
 
-    def call(target: Any, *args: Argument) -> fx.Node:
+    def call(target: Callable[..., object], *args: Argument) -> fx.Node:
         node = graph.call_function(target, args)
         with enable_python_dispatcher():
             node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
@@ -179,7 +184,7 @@ def join_products(graph: fx.Graph, members: list[tuple[fx.Node, fx.Node]], rows:
         elif last.target is operator.getitem:
             whole = call(operator.getitem, call(torch.ops.sparsify.skinny_products.default, x, None, joined), 1)
         else:
-            whole = call(last.target, joined, x, None)
+            whole = call(torch.ops.sparsify.channel_grad.default, joined, x, None)
         start = 0
         for (node, _), count in zip(members, rows, strict=True):
             part = call(aten.slice.Tensor, whole, 0, start, start + count)
@@ -360,6 +365,7 @@ def elements(node: fx.Node) -> int:
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return 0
-    count: Any = value.numel()
-    count = count if isinstance(count, int) else getattr(count.node, "hint", None)
+    count = value.numel()
+    if isinstance(count, torch.SymInt):
+        count = getattr(count.node, "hint", None)
     return count if isinstance(count, int) else 0

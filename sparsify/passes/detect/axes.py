@@ -317,7 +317,7 @@ class Call:
         "spans",
     )
 
-    def __init__(self, machine: Interpreter, node: fx.Node, op: str, args: dict[str, Any]) -> None:
+    def __init__(self, machine: Interpreter, node: fx.Node, op: str, args: dict[str, object]) -> None:
         self.machine, self.node, self.op, self.args = machine, node, op, args
         self.name = node.name
         self.spans: list[tuple[Axis, int, int]] = []
@@ -332,7 +332,7 @@ class Call:
     def __getitem__(self, name: str) -> Any:
         return self.args[name]
 
-    def get(self, name: str, default: Any = None) -> Any:
+    def get(self, name: str, default: object = None) -> Any:
         return self.args.get(name, default)
 
     @property
@@ -385,7 +385,7 @@ class Call:
         self.contractions.append(record)
         return record
 
-    def known(self, node: Any) -> torch.Tensor | None:
+    def known(self, node: object) -> torch.Tensor | None:
         """The values of a small constant (`torch.tensor([-2])` in the model's code), when export kept them."""
         while isinstance(node, fx.Node) and node.op == "call_function" and node not in self.machine.written:
             if str(node.target).split(".")[1:2] not in (
@@ -417,7 +417,7 @@ class Call:
 Rule = Callable[[Call], "Axes | list[Axes] | None"]
 
 
-def tensors_of(value: Any) -> list[torch.Tensor]:
+def tensors_of(value: object) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, list | tuple):
@@ -425,7 +425,7 @@ def tensors_of(value: Any) -> list[torch.Tensor]:
     return []
 
 
-def values_of(value: Any) -> Iterable[Value]:
+def values_of(value: object) -> Iterable[Value]:
     if isinstance(value, Value):
         yield value
     elif isinstance(value, list | tuple):
@@ -448,7 +448,7 @@ def written_nodes(graph: fx.Graph) -> set[fx.Node]:
     """Nodes that an in-place operation may write to, directly or through a view: they may stop being uniform."""
     written: set[fx.Node] = set()
 
-    def mark(node: Any) -> None:
+    def mark(node: object) -> None:
         while isinstance(node, fx.Node) and node not in written:
             written.add(node)
             node = node.args[0] if node.args else None
@@ -474,10 +474,10 @@ def written_nodes(graph: fx.Graph) -> set[fx.Node]:
 
 
 SUBGRAPHS = {"wrap_with_set_grad_enabled", "wrap_with_autocast", "wrap", "invoke_subgraph", "tag_activation_checkpoint"}
-_SCHEMAS: dict[OpOverload, tuple[str, list[tuple[str, bool, Any]], bool]] = {}
+_SCHEMAS: dict[OpOverload, tuple[str, Sequence[tuple[str, bool, object]], bool]] = {}
 
 
-def schema_of(target: OpOverload) -> tuple[str, list[tuple[str, bool, Any]], bool]:
+def schema_of(target: OpOverload) -> tuple[str, Sequence[tuple[str, bool, object]], bool]:
     """(qualified name, [(argument, has a default, default)], whether it writes to an argument), cached per operator."""
     if target not in _SCHEMAS:
         schema = target._schema
@@ -508,7 +508,7 @@ class Interpreter:
 
     def run(self, graph: fx.Graph) -> None:
         self.written = written_nodes(graph)
-        env: dict[fx.Node, Any] = {}
+        env: dict[fx.Node, object] = {}
         for node in graph.nodes:
             if node.op == "placeholder":
                 env[node] = self.placeholder(node)
@@ -520,9 +520,9 @@ class Interpreter:
             else:
                 env[node] = self.step(node, env, graph)
 
-    def subgraph(self, graph: fx.Graph, arguments: Sequence[Any]) -> Any:
+    def subgraph(self, graph: fx.Graph, arguments: Sequence[object]) -> object:
         """Run an inner graph on values of the outer one; its output structure."""
-        env: dict[fx.Node, Any] = {}
+        env: dict[fx.Node, object] = {}
         remaining = iter(arguments)
         for node in graph.nodes:
             if node.op == "placeholder":
@@ -533,7 +533,7 @@ class Interpreter:
                 env[node] = self.step(node, env, graph)
         return None
 
-    def lookup(self, arg: Any, env: Mapping[fx.Node, Any]) -> Any:
+    def lookup(self, arg: object, env: Mapping[fx.Node, object]) -> object:
         if isinstance(arg, fx.Node):
             return env.get(arg)
         if isinstance(arg, list | tuple):
@@ -566,7 +566,7 @@ class Interpreter:
         value.origin = frozenset() if name is not None else None
         return value
 
-    def step(self, node: fx.Node, env: dict[fx.Node, Any], graph: fx.Graph) -> Any:
+    def step(self, node: fx.Node, env: dict[fx.Node, object], graph: fx.Graph) -> object:
         """The value (or values) of one node."""
         if node.op == "get_attr":
             return self.attribute(node, graph)
@@ -633,7 +633,7 @@ class Interpreter:
             return None
         return axes
 
-    def instantiate(self, argument: Any) -> Any:
+    def instantiate(self, argument: object) -> object:
         """Values with a fresh leaf in the place of every uniform axis."""
         if isinstance(argument, list):
             return [self.instantiate(a) for a in argument]
@@ -644,7 +644,7 @@ class Interpreter:
         value.origin = argument.origin
         return value
 
-    def record(self, call: Call, axes: Axes | list[Axes], inputs: tuple[Value, ...]) -> Any:
+    def record(self, call: Call, axes: Axes | list[Axes], inputs: tuple[Value, ...]) -> object:
         view = call.op.removeprefix("aten::") in self.views
         inputs = inputs if call.inputs is None else call.inputs
         origin: frozenset[str] | None = frozenset()
@@ -680,7 +680,7 @@ class Interpreter:
             self.cores.append(call.core)
         return result
 
-    def unknown(self, node: fx.Node, op: str, inputs: tuple[Value, ...], outputs: list[torch.Tensor]) -> Any:
+    def unknown(self, node: fx.Node, op: str, inputs: tuple[Value, ...], outputs: list[torch.Tensor]) -> object:
         """Fix every axis that the operation touches; outputs keep the axes of an input of the same shape, all fixed."""
         reason = Reason(f"node '{node.name}' ({op}) may depend on the order along every axis that it touches")
         for value in inputs:
@@ -700,7 +700,9 @@ class Interpreter:
             results.append(value)
         return results[0] if isinstance(node.meta.get("val"), torch.Tensor) else results
 
-    def mutate(self, node: fx.Node, op: str, env: dict[fx.Node, Any], inputs: tuple[Value, ...], result: Any) -> None:
+    def mutate(
+        self, node: fx.Node, op: str, env: dict[fx.Node, object], inputs: tuple[Value, ...], result: object
+    ) -> None:
         """After an in-place operation its first argument, and what that is a view of, holds the result.
 
         Capture makes in-place operations functional; they are met here in graphs of other makers.
@@ -729,8 +731,8 @@ class Interpreter:
             base.inputs = (*base.inputs, *inputs[1:])
             base = base.base
 
-    def attribute(self, node: fx.Node, graph: fx.Graph) -> Any:
-        owner: Any = graph.owning_module
+    def attribute(self, node: fx.Node, graph: fx.Graph) -> object:
+        owner: object = graph.owning_module
         for name in str(node.target).split("."):
             owner = getattr(owner, name, None)
         if isinstance(owner, fx.GraphModule):
@@ -742,7 +744,7 @@ class Interpreter:
         return self.new(tuple(fresh(s, reason) for s in tensor_shape(tensor)), "get_attr", node.name)
 
 
-def fits(axes: Any, outputs: list[torch.Tensor]) -> bool:
+def fits(axes: Axes | list[Axes], outputs: list[torch.Tensor]) -> bool:
     """Whether a rule's answer has the shapes that export recorded: a wrong rule must not pass unseen."""
     answers = axes if isinstance(axes, list) else [axes]
     if len(answers) != len(outputs):

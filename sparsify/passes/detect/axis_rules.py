@@ -7,9 +7,8 @@ all inputs alike, permutes its output alike. When a case is not modelled, raise 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import prod
-from typing import Any
 
 import torch
 from torch._ops import OpOverload
@@ -88,11 +87,11 @@ def wrap(dim: int, rank: int) -> int:
     return dim + rank if dim < 0 else dim
 
 
-def dims_of(value: Any, rank: int) -> list[int]:
+def dims_of(value: int | Sequence[int] | None, rank: int) -> list[int]:
     """Normalised dims; None or empty stands for all of them."""
     if value is None or value == []:
         return list(range(rank))
-    return [wrap(d, rank) for d in (value if isinstance(value, list | tuple) else [value])]
+    return [wrap(d, rank) for d in ([value] if isinstance(value, int) else value)]
 
 
 def replace_at(axes: Axes, dim: int, *new: Axis) -> Axes:
@@ -238,7 +237,7 @@ def permute(call: Call) -> Axes:
 @rule("transpose", "swapaxes", "swapdims")
 def transpose(call: Call) -> Axes:
     x = list(call["self"].axes)
-    a, b = (call.args[k] for k in list(call.args)[1:3])
+    a, b = (call[k] for k in list(call.args)[1:3])
     x[a], x[b] = x[b], x[a]
     return tuple(x)
 
