@@ -233,7 +233,8 @@ def test_what_killed_writers_left_is_swept_and_living_ones_are_not(tmp_path: Pat
     previous = left.replace(
         f"{found['pid']}-{found['token']}", f"{os.getpid()}-{'0' * 16}"
     )  # a dead process with this one's number
-    for name in (elsewhere, previous, "mine.tmp", ".a.tmp", "a.safetensors.tmpl", ".hidden"):
+    another = left.replace(f"-{found['pid']}-", f"-{os.getppid()}-")  # of a process that is alive
+    for name in (elsewhere, previous, another, "mine.tmp", ".a.tmp", "a.safetensors.tmpl", ".hidden"):
         (tmp_path / name).write_bytes(b"x")
     old = elsewhere.replace("0" * 8, "1" * 8)
     (tmp_path / old).write_bytes(b"x")
@@ -257,8 +258,9 @@ def test_what_killed_writers_left_is_swept_and_living_ones_are_not(tmp_path: Pat
         file.write(b"y")
         assert len([n for n in rows(tmp_path) if n.startswith(".b.")]) == 1, "a file that is being written stays"
     assert rows(tmp_path) == sorted(
-        [*others, elsewhere, ".a.tmp", ".hidden", "a", "a.safetensors.tmpl", "b", "mine.tmp"]
+        [*others, elsewhere, another, ".a.tmp", ".hidden", "a", "a.safetensors.tmpl", "b", "mine.tmp"]
     )
+    (tmp_path / another).unlink()
 
 
 # --- the reader -----------------------------------------------------------------------------------------------------------

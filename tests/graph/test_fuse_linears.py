@@ -169,6 +169,7 @@ def activated(change: Callable[[Tensor], Any], forward: Callable[[Any, Tensor], 
     ("model", "reason"),
     [
         (activated(torch.sigmoid), "what follows is none of relu, "),
+        (activated(lambda y: F.gelu(y) * 1.001), "what follows is none of relu, "),  # a thousandth off
         (activated(lambda y: F.gelu(y).sum(-1)), "act does more than element-wise work on it"),
         (activated(F.gelu, lambda m, x: m.act(y := m.ffn(x)) + y.sum()), "its output is read outside of act too"),
         (

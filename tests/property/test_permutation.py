@@ -174,3 +174,11 @@ def test_chosen_heads_come_together_also_when_their_group_moves(heads):
     assert sorted(indices[o.param, o.axis][: wanted.numel()].tolist()) == sorted(wanted.tolist())
     assert torch.equal(indices[o.param, o.axis], indices[q.param, q.axis])  # both have a block of 8 for each head
     assert torch.equal(moved.tensors[o.param], program.tensor(o.param).index_select(1, indices[o.param, o.axis]))
+
+
+def test_a_part_of_a_group_comes_from_the_group_whose_best_units_are_best():
+    """Not from the one that is best as a whole, and after the whole groups are taken."""
+    scores = torch.tensor([0.9, 0.0, 0.0, 0.5, 0.5, 0.5, 0.8, 0.8, 0.1])
+    assert choose(scores, 1, group=3) == (0,)
+    assert choose(scores, 2, group=3) == (6, 7)
+    assert choose(scores, 4, group=3) == (0, 6, 7, 8)
