@@ -13,7 +13,7 @@ SCRIPTS = sorted(p.name for p in (ROOT / "benchmarks").glob("*.py") if 'if __nam
 
 
 def test_there_are_scripts() -> None:
-    assert {"cpu_linear.py", "train_step.py", "gpu_quantized.py", "quality.py"} <= set(SCRIPTS)
+    assert {"cpu_linear.py", "train_step.py", "gpu_quantized.py", "claims.py", "real_model.py"} <= set(SCRIPTS)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

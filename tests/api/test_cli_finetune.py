@@ -212,7 +212,9 @@ def test_an_interrupt_says_how_to_go_on(given: Path, tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "out" / "checkpoints").iterdir()] == ["checkpoint-2"]
     outcome = finetune(model, small_folder.tokenizer(), file, resume=True)
     assert (outcome.resumed_from, outcome.steps) == (2, 4)
-    assert [step for step, _ in outcome.losses] == [4]  # fewer steps than between two losses: the last is said all the same
+    assert [step for step, _ in outcome.losses] == [
+        4
+    ]  # fewer steps than between two losses: the last is said all the same
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
 
 
