@@ -146,6 +146,7 @@ def judge(architecture: Architecture, answers: Any) -> None:
     import sparsify
     from sparsify.api import compile_for_training
     from sparsify.passes.base import Context
+    from sparsify.passes.train_experts import write_out_experts
     from sparsify.program.capture import capture
 
     try:
@@ -168,7 +169,9 @@ def judge(architecture: Architecture, answers: Any) -> None:
     for name, make in rules().items():
         try:
             plan = sparsify.Plan(make())
-            host = compile_for_training(program, model, Context(plan, progress=False))
+            source = write_out_experts(model, plan)  # as `sparsify.compile` does, for plans that train packed experts
+            captured = program if source is model else capture(source, example)
+            host = compile_for_training(captured, source, Context(plan, progress=False))
             verdict = compare(model, host, batch, architecture.kind, name in ("Prune", "Quantize + LoRA"))
         except sparsify.PlanError as error:
             verdict = f"declined: {first_line(error)}"

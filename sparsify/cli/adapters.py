@@ -134,7 +134,8 @@ def our_facts(folder: Path) -> dict[str, Any]:
 
     loaded = files.load(folder)
     try:
-        rules = json.loads(loaded.info.get("plan") or "{}").get("rules", [])
+        plan = loaded.info.get("plan")
+        rules = json.loads(plan if isinstance(plan, str) else "{}").get("rules", [])
     except (ValueError, AttributeError):
         rules = []
     methods = list(dict.fromkeys(str(rule.get("rule")) for rule in rules if isinstance(rule, dict)))

@@ -40,7 +40,7 @@ from sparsify.lowering.driver import Decision, Quantize, lower
 from sparsify.lowering.fuse_linears import FusedActivation, GatedProduct
 from sparsify.lowering.restore import plain_linear
 from sparsify.lowering.target import Fusion, Joined, Layer, Outcome, Seconds, reasons, rows
-from sparsify.model.linears import is_plain_linear
+from sparsify.model.linears import is_plain_linear, logical_weight
 from sparsify.program import Program
 from sparsify.program.repeats import Line
 
@@ -323,8 +323,9 @@ def numbers_of_tokens(
 
 def exceeds_caches(host: nn.Module) -> bool:
     """Whether the weights of a model's linears are more than the last-level cache holds: each call then reads them from memory."""
-    weights = {id(m.weight): m.weight for m in host.modules() if is_plain_linear(m) and m.weight.device.type == "cpu"}
-    return sum(weight.nbytes for weight in weights.values()) > last_level_cache()
+    weights = [logical_weight(module) for module in host.modules() if is_plain_linear(module)]
+    distinct = {weight.data_ptr(): weight.nbytes for weight in weights if weight.device.type == "cpu"}
+    return sum(distinct.values()) > last_level_cache()
 
 
 class Settings(TypedDict, total=False):
@@ -335,14 +336,15 @@ class Settings(TypedDict, total=False):
     tokens: Sequence[int] | None
     mode: Literal["fast", "small"]
     tied: Literal["skip", "copy"]
-    cold: bool
 
 
-def cpu_target(program: Program | None, *, compare: bool = False, **options: Unpack[Settings]) -> CpuTarget:
+def cpu_target(
+    program: Program | None, *, compare: bool = False, cold: bool = False, **options: Unpack[Settings]
+) -> CpuTarget:
     """The target of a program. compare: its example is the user's; options: fields of `CpuTarget`."""
     given = options.get("tokens") is not None
     example = example_tokens(program) if program is not None and compare and not given else {}
-    return CpuTarget(example=example, timed=compare, **options)
+    return CpuTarget(example=example, timed=compare, cold=cold, **options)
 
 
 def make_report(host: nn.Module, decision: Decision, bytes_before: int) -> CpuReport:
