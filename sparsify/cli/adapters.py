@@ -10,6 +10,7 @@ export MODEL ADAPTER -o OUT   PEFT's LoRA folder that computes the same
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from collections.abc import Iterator
@@ -38,24 +39,27 @@ class AdapterGroup(RuledGroup):
     """`sparsify adapter FOLDER` is `sparsify adapter show FOLDER`; a word that is neither is answered."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args:
+            raise InputError(
+                f"sparsify adapter: give a folder, or a verb ({', '.join(self.commands)}) and what it takes"
+            )
         word = next((a for a in args if not a.startswith("-")), "")
         if args and args[0] not in self.commands and not {"-h", "--help"} & set(args[:1]):
-            if word and not os.path.lexists(word) and not any(c in word for c in "/\\."):
-                raise InputError(f"sparsify adapter {word}: {self.answer(word)}")
+            if not os.path.lexists(word) and (verb := self.meant(word)):
+                raise InputError(
+                    f"sparsify adapter {word}: no folder and no verb; here it is `sparsify adapter {verb}`"
+                )
             args = ["show", *args]
         return super().parse_args(ctx, args)
 
-    def answer(self, word: str) -> str:
-        from sparsify.plan import nearest
-
-        if word in OTHER_WORDS:
-            return f"here it is `sparsify adapter {OTHER_WORDS[word]}`"
-        return f"neither a folder nor a verb{nearest(word, list(self.commands), 6)}"
+    def meant(self, word: str) -> str | None:
+        """The verb that another tool's word, or a slip, stands for."""
+        close = difflib.get_close_matches(word[:40], list(self.commands), n=1, cutoff=0.7)
+        return OTHER_WORDS.get(word) or next(iter(close), None)
 
 
 adapters = typer.Typer(
     cls=AdapterGroup,
-    no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Look at, check, merge, fuse and export adapters.",
 )

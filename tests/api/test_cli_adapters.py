@@ -113,12 +113,13 @@ def test_the_old_way_to_call_it_is_show(given: Path) -> None:
     [
         ("list", "here it is `sparsify adapter ls`"),
         ("info", "adapter show`"),
-        ("mrge", "neither a folder nor a verb; did you mean 'merge'"),
+        ("mrge", "no folder and no verb; here it is `sparsify adapter merge`"),
         ("convert", "adapter export`"),
     ],
 )
 def test_other_words_are_answered(word: str, answer: str) -> None:
     assert answer in refused("adapter", word, "x")
+    assert "give a folder, or a verb (show, ls, verify, merge, fuse, export)" in refused("adapter")
 
 
 def test_verify_finds_a_flipped_bit_and_another_base(given: Path, tmp_path: Path) -> None:

@@ -64,10 +64,10 @@ def padded(rows: int, length: int) -> dict[str, torch.Tensor]:
 
 
 SPARSE = RoSA(3, density=0.02, mask="magnitude")
-#: PaCA is counted like S2FT, RoSA's low-rank part like LoRA's
+#: all go through the same counting
 RULES: list[Any] = [
     S2FT(0.1),
-    LoRA(4),
+    pytest.param(LoRA(4), marks=pytest.mark.slow),
     pytest.param(PaCA(4), marks=pytest.mark.slow),
     pytest.param(SPARSE, marks=pytest.mark.slow),
 ]
