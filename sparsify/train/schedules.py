@@ -40,6 +40,7 @@ from sparsify.modules.masked import (
 from sparsify.pruning.patterns import NM, Pattern, keep_largest, mask_from_scores, parse_pattern
 
 if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 MASK_FILE = "sparsify_masks.safetensors"
@@ -160,7 +161,9 @@ class GradualPruner:
                 clear_state(optimizer, getattr(module, leaf), fresh)
         self.sparsity = sparsity
 
-    def mask_of(self, scores: Tensor, sparsity: float, name: str) -> Tensor:
+    def mask_of(
+        self, scores: Float[Tensor, "*experts n m"], sparsity: float, name: str
+    ) -> Bool[Tensor, "*experts n m"]:
         if scores.dim() == 3:
             return torch.stack([self.mask_of(expert, sparsity, name) for expert in scores])
         if isinstance(self.pattern, NM):
@@ -187,7 +190,9 @@ def oriented(module: MaskedModule, leaf: str, tensor: Tensor) -> Tensor:
     return tensor.transpose(-2, -1) if stored_transposed(module) and tensor.dim() > 1 else tensor
 
 
-def clear_state(optimizer: torch.optim.Optimizer, parameter: Tensor, mask: Tensor) -> None:
+def clear_state(
+    optimizer: torch.optim.Optimizer, parameter: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]
+) -> None:
     """Zero an optimizer's per-element state of one parameter where `mask` is False."""
     for value in optimizer.state.get(parameter, {}).values():
         if isinstance(value, Tensor) and value.shape == mask.shape:

@@ -75,7 +75,7 @@ def squarehead_loss(
     mask: Shaped[Tensor, "batch tokens"] | Sequence[Shaped[Tensor, "batch tokens"] | None] | None = None,
     *,
     eps: float = 1e-6,
-    totals: Sequence[tuple[Tensor, Tensor]] | None = None,
+    totals: Sequence[tuple[Float[Tensor, ""], Float[Tensor, ""]]] | None = None,
     normalise: Literal["layer", "token"] = "layer",
 ) -> Float[Tensor, ""]:
     """`Σ_l mean((h_s − h_t)²) / (mean(h_t²) · (1 + ε))`, an fp32 scalar.
@@ -114,7 +114,9 @@ def squarehead_loss(
     return loss
 
 
-def relative_errors(student: Tensor, teacher: Tensor, eps: float) -> Tensor:
+def relative_errors(
+    student: Float[Tensor, "*t hidden"], teacher: Float[Tensor, "*t hidden"], eps: float
+) -> Float[Tensor, "*t 1"]:
     """`mean_h((h_s − h_t)²) / (mean_h(h_t²) · (1 + ε))` of every token, fp32 `(…, 1)`."""
     energy = teacher.float().square().mean(-1, keepdim=True)
     squared = (student.float() - teacher.float()).square().mean(-1, keepdim=True)
@@ -249,8 +251,8 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def token_mask(
-    batch: Mapping[str, object], hidden: Float[Tensor, "batch tokens hidden"], encoder: bool, seq2seq: bool
-) -> Bool[Tensor, "batch tokens"] | None:
+    batch: Mapping[str, object], hidden: Float[Tensor, "*t hidden"], encoder: bool, seq2seq: bool
+) -> Bool[Tensor, "*t"] | None:
     """Non-padding tokens `(batch, tokens)` of a hidden state `(batch, tokens, hidden)`, or None when every position counts.
 
     Encoder blocks and plain models use `attention_mask`. Decoder blocks of an encoder–decoder use `decoder_attention_mask`,
@@ -470,8 +472,8 @@ class Distiller:
             )
 
     def valid_targets(
-        self, batch: Mapping[str, object], logits: Float[Tensor, "batch tokens vocabulary"]
-    ) -> Bool[Tensor, "batch tokens"] | None:
+        self, batch: Mapping[str, object], logits: Float[Tensor, "*t vocabulary"]
+    ) -> Bool[Tensor, "*t"] | None:
         """Tokens that are targets, `(batch, tokens)`: labels ≠ −100, else the attention mask of the side that has the logits."""
         labels = batch.get("labels")
         if isinstance(labels, Tensor) and labels.shape == logits.shape[:-1] and logits.dim() == 3:
@@ -517,7 +519,7 @@ def own_loss(outputs: object) -> Tensor:
     return loss
 
 
-def read_logits(outputs: object) -> Tensor:
+def read_logits(outputs: object) -> Float[Tensor, "*t vocabulary"]:
     if isinstance(outputs, Tensor):
         return outputs
     logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from torch.nn import functional as F
 from sparsify.errors import SparsifyError
 from sparsify.files.tensors import TensorFile, write_tensors
 from sparsify.model.module_tree import copy_module_tree
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 
 @dataclass
@@ -100,11 +104,11 @@ class Int8Linear(nn.Module):
         self.bias = linear.bias
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Int[Tensor, "n m"]:
         """The int8 values: models that look at `weight.dtype` (T5) then leave activations as they are."""
         return self.values
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Float[Tensor, "*t m"]) -> Float[Tensor, "*t n"]:
         return F.linear(input, (self.values.to(self.scale.dtype) * self.scale).to(input.dtype), self.bias)
 
 
