@@ -24,6 +24,8 @@ from torch.utils.hooks import RemovableHandle
 from sparsify.calibration.checks import IGNORED
 
 if TYPE_CHECKING:
+    from jaxtyping import Bool, Num, Shaped
+
     from sparsify.program.values import Batch, Inputs
 
 
@@ -36,7 +38,7 @@ class View:
     shape: tuple[int, int]
     stride: tuple[int, int]
 
-    def of(self, tensor: Tensor) -> Tensor:
+    def of(self, tensor: Tensor) -> Shaped[Tensor, "n m"]:
         """The rectangle of `tensor`, which has the parameter's layout; shares its memory."""
         return tensor.as_strided(self.shape, self.stride, tensor.storage_offset() + self.offset)
 
@@ -114,8 +116,10 @@ class Watcher(TorchDispatchMode):
                 if (found := self.owner(operand)) is not None:
                     self.other_uses.setdefault(found[0], name)
 
-    def product(self, x: Tensor, weight_t: Tensor, bias: Tensor | None, y: Tensor) -> None:
-        """`weight_t (in, out)` as the operator got it."""
+    def product(
+        self, x: Num[Tensor, "*t m"], weight_t: Num[Tensor, "m n"], bias: Tensor | None, y: Num[Tensor, "*t n"]
+    ) -> None:
+        """`weight_t (in, out)` as the operator got it; `bias` whatever it adds."""
         found = self.owner(weight_t)
         if found is None or weight_t.dim() != 2:
             return
@@ -146,11 +150,11 @@ class InputIdentities:
 # --- which rows are tokens --------------------------------------------------------------------------------------------------------
 
 
-def token_masks(batch: Batch) -> dict[str, Tensor]:
+def token_masks(batch: Batch) -> dict[str, Bool[Tensor, " T"]]:
     """Flat bool masks of the non-padding tokens by side: "encoder" (or the only side) and "decoder"."""
     if not isinstance(batch, Mapping):
         return {}
-    masks: dict[str, Tensor] = {}
+    masks: dict[str, Bool[Tensor, " T"]] = {}
     encoder, decoder = batch.get("attention_mask"), batch.get("decoder_attention_mask")
     labels = batch.get("labels")
     if isinstance(encoder, Tensor) and encoder.dim() == 2:
@@ -162,7 +166,7 @@ def token_masks(batch: Batch) -> dict[str, Tensor]:
     return masks
 
 
-def choose_mask(masks: Mapping[str, Tensor], rows: int, side: str) -> Tensor | None:
+def choose_mask(masks: Mapping[str, Bool[Tensor, " T"]], rows: int, side: str) -> Bool[Tensor, " T"] | None:
     """The mask of `side` when it has `rows` tokens; None when every row counts (pooled rows, frames without a mask)."""
     mask = masks.get(side)
     return mask if mask is not None and mask.numel() == rows else None
@@ -174,7 +178,7 @@ class PaddingDropper:
     Expert products read rows that are already routed, so padding has to go before the router's choice is applied.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], mask: Tensor | None) -> None:
+    def __init__(self, modules: Iterable[nn.Module], mask: Bool[Tensor, " T"] | None) -> None:
         self.modules, self.mask = list(modules), mask
         self.handles: list[RemovableHandle] = []
 

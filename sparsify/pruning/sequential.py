@@ -66,6 +66,8 @@ from sparsify.pruning.streaming import NoStreaming, Residence
 from sparsify.pruning.trace import Group, Unit, inside, plan_units, record_events
 
 if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
     from sparsify.files.strict_json import Json
     from sparsify.program.values import Batch, Inputs
     from sparsify.pruning.collect import InputId
@@ -381,7 +383,10 @@ class Driver:
             masks = token_masks(batch)
 
             def seen(
-                product: Product, masks: Mapping[str, Tensor] = masks, number: int = number, batch: Batch = batch
+                product: Product,
+                masks: Mapping[str, Bool[Tensor, " T"]] = masks,
+                number: int = number,
+                batch: Batch = batch,
             ) -> None:
                 norm = norms.setdefault(product.view, InputNorms(product.view.shape[1]))
                 with self.naming(number, batch, product.view):
@@ -550,7 +555,7 @@ class Driver:
 
             def seen(
                 product: Product,
-                masks: Mapping[str, Tensor] = masks,
+                masks: Mapping[str, Bool[Tensor, " T"]] = masks,
                 inputs: set[InputId] = inputs,
                 identities: InputIdentities = identities,
                 number: int = number,
@@ -578,14 +583,19 @@ class Driver:
                     pass
         return statistics
 
-    def tokens_only(self, product: Product, masks: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def tokens_only(
+        self, product: Product, masks: Mapping[str, Bool[Tensor, " T"]]
+    ) -> tuple[Float[Tensor, "tokens m"], Float[Tensor, "tokens n"]]:
+        """Inputs and outputs of a product in the rows that are tokens: all `T`, or as many as their mask keeps."""
         mask = choose_mask(masks, product.x.shape[0], self.sides.get(product.view.param, "encoder"))
         if mask is None:
             return product.x, product.y
         mask = mask.to(product.x.device)
         return product.x[mask], product.y[mask]
 
-    def prune_view(self, view: View, statistics: Statistics) -> tuple[Tensor, Tensor, ViewStats]:
+    def prune_view(
+        self, view: View, statistics: Statistics
+    ) -> tuple[Float[Tensor, "n m"], Bool[Tensor, "n m"], ViewStats]:
         rule, sparsity, where = self.rules[view.param], self.sparsity[view.param], self.label(view)
         weight = view.of(self.parameter(view.param).detach())
         started, method, note = time.perf_counter(), rule.method, ""
@@ -625,7 +635,7 @@ class Driver:
 
     # --- writing ---
 
-    def write(self, view: View, values: Tensor, mask: Tensor, stats: ViewStats) -> None:
+    def write(self, view: View, values: Float[Tensor, "n m"], mask: Bool[Tensor, "n m"], stats: ViewStats) -> None:
         """Put one view's result into the host; when the parameter is complete, into the result."""
         name = view.param
         state = self.begun.get(name)
@@ -701,7 +711,7 @@ def too_few_tokens(short: Mapping[str, tuple[int, int]], layers: int) -> str:
     )
 
 
-def tokens_wanted(width: int, mask: Tensor) -> float:
+def tokens_wanted(width: int, mask: Bool[Tensor, "n m"]) -> float:
     """Calibration tokens below which SparseGPT is warned of: one per input, and more where few weights survive to carry the others' part.
 
     Inputs times zeros per survivor: 1 × at 50 %, 3 × at 75 %. On SmolLM2-135M (1,536 inputs at most) 1,024 tokens destroy the model at
@@ -776,7 +786,16 @@ class Statistics:
     def key(self, view: View) -> View | None:
         return view if self.per_view else None
 
-    def add(self, view: View, x: Tensor, y: Tensor, bias: Tensor | None, full: bool, *, fresh: bool) -> None:
+    def add(
+        self,
+        view: View,
+        x: Float[Tensor, "tokens m"],
+        y: Float[Tensor, "tokens n"],
+        bias: Tensor | None,
+        full: bool,
+        *,
+        fresh: bool,
+    ) -> None:
         """fresh: this input was not added for another matrix of the group."""
         key = self.key(view)
         if key not in self.inputs:
@@ -811,11 +830,11 @@ class Statistics:
     def energy(self, view: View) -> float:
         return self.energies.get(view, 0.0)
 
-    def mean_squares(self, view: View) -> Tensor:
+    def mean_squares(self, view: View) -> Float[Tensor, " m"]:
         held = self.inputs[self.key(view)]
         return held.mean_squares() if isinstance(held, InputNorms) else held.matrix.diagonal() / max(held.tokens, 1)
 
-    def factor(self, view: View, damping: float, where: str) -> tuple[Tensor, Tensor]:
+    def factor(self, view: View, damping: float, where: str) -> tuple[Float[Tensor, "m m"], Bool[Tensor, " m"]]:
         """`U` and the dead inputs; computed once per Hessian, which is freed."""
         key = self.key(view)
         if key not in self.factors:

@@ -25,6 +25,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,9 @@ from sparsify.files.tensor_file import DTYPE_NAMES, INDEX, FolderTensors, Part, 
 from sparsify.files.tensors import TensorFile, is_sizes
 from sparsify.modules.masked import MaskedModule, bits_name, mask_modules, masked_parameters
 from sparsify.ops.bits import pack_bits, unpack_bits
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Num, Shaped, UInt8
 
 FORMAT, VERSION = "sparsify-sparse", 2
 READABLE_VERSIONS = ("1", "2")
@@ -84,7 +88,7 @@ class SizeReport:
         return f"{self.sparse / 2**20:.1f} MiB sparse, {self.dense / 2**20:.1f} MiB dense: {ratio:.2f} times smaller"
 
 
-def bit_pattern(tensor: Tensor) -> Tensor:
+def bit_pattern(tensor: Shaped[Tensor, "*shape"]) -> Num[Tensor, "*shape"]:
     """The tensor's bytes as integers of the same width: exact for every dtype."""
     return tensor.contiguous().view(INTEGERS[tensor.element_size()])
 
@@ -123,7 +127,7 @@ def save_sparse(
     source: nn.Module | Mapping[str, Tensor] | str | Path,
     path: str | Path,
     *,
-    masks: Mapping[str, Tensor] | None = None,
+    masks: Mapping[str, Bool[Tensor, "*shape"]] | None = None,
     base: nn.Module | str | Path | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> SizeReport:
@@ -166,7 +170,9 @@ def save_sparse(
     return SizeReport(sum(d for d, _ in sizes.values()), sum(s for _, s in sizes.values()), sizes)
 
 
-def planned_parts(name: str, tensor: Tensor, mask: Tensor | None) -> tuple[list[Part], dict[str, object] | None]:
+def planned_parts(
+    name: str, tensor: Shaped[Tensor, "*shape"], mask: Bool[Tensor, "*shape"] | None
+) -> tuple[list[Part], dict[str, object] | None]:
     """What the file gets for a tensor: values and bits with an entry for the header, or the tensor as it is and None."""
     shape = tuple(tensor.shape)
     survivors = count_survivors(name, tensor, mask)
@@ -183,13 +189,17 @@ def planned_parts(name: str, tensor: Tensor, mask: Tensor | None) -> tuple[list[
     }
 
 
-def write_compressed(file: PartWriter, name: str, tensor: Tensor, mask: Tensor | None) -> None:
+def write_compressed(
+    file: PartWriter, name: str, tensor: Shaped[Tensor, "*shape"], mask: Bool[Tensor, "*shape"] | None
+) -> None:
     for values, kept in pieces(tensor, mask):
         file.append(name + VALUES, values[kept])
         file.append(name + BITMASK, pack_bits(kept))
 
 
-def pieces(tensor: Tensor, mask: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+def pieces(
+    tensor: Shaped[Tensor, "*shape"], mask: Bool[Tensor, "*shape"] | None
+) -> Iterator[tuple[Num[Tensor, " piece"], Bool[Tensor, " piece"]]]:
     """`(bit patterns, which survive)` of at most `PIECE` entries each, flat, on the CPU."""
     flat = bit_pattern(tensor.detach()).reshape(-1)
     kept = None if mask is None else mask.reshape(-1)
@@ -198,7 +208,7 @@ def pieces(tensor: Tensor, mask: Tensor | None) -> Iterator[tuple[Tensor, Tensor
         yield values, values != 0 if kept is None else kept[start : start + PIECE].cpu()
 
 
-def count_survivors(name: str, tensor: Tensor, mask: Tensor | None) -> int | None:
+def count_survivors(name: str, tensor: Shaped[Tensor, "*shape"], mask: Bool[Tensor, "*shape"] | None) -> int | None:
     """How many values are stored, or None when compressing is not smaller, or not possible in this dtype.
 
     Raises SparseCheckpointError for a mask that does not fit, or drops an entry that is not zero.
@@ -229,11 +239,11 @@ def check_mask(name: str, tensor: Tensor, mask: Tensor) -> None:
 class ModuleMasks(Mapping[str, Tensor]):
     """The masks of a host by parameter name, unpacked when asked for; `given` ones come first."""
 
-    def __init__(self, host: nn.Module, given: Mapping[str, Tensor]) -> None:
+    def __init__(self, host: nn.Module, given: Mapping[str, Bool[Tensor, "*shape"]]) -> None:
         self.given = given
         self.own = {name: (module, leaf) for name, module, leaf in masked_parameters(host)}
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> Bool[Tensor, "*shape"]:
         if name in self.given:
             return self.given[name]
         module, leaf = self.own[name]
@@ -247,8 +257,8 @@ class ModuleMasks(Mapping[str, Tensor]):
 
 
 def collect(
-    source: nn.Module | Mapping[str, Tensor] | str | Path, masks: Mapping[str, Tensor] | None
-) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    source: nn.Module | Mapping[str, Tensor] | str | Path, masks: Mapping[str, Bool[Tensor, "*shape"]] | None
+) -> tuple[Mapping[str, Tensor], Mapping[str, Bool[Tensor, "*shape"]]]:
     """Tensors by name (each piece of memory once) and masks, of a module, a mapping or a folder."""
     found: Mapping[str, Tensor]
     if isinstance(source, str | Path):
@@ -320,11 +330,11 @@ class SparseCheckpoint:
         """Of a tensor in full; nothing is read."""
         return self.entries[name].shape if name in self.entries else self.parts[name].shape
 
-    def sparse(self, name: str) -> tuple[Tensor, Tensor]:
+    def sparse(self, name: str) -> tuple[Shaped[Tensor, " k"], UInt8[Tensor, " bytes"]]:
         """`(values (k,), bits (⌈numel/8⌉,))` of a compressed tensor."""
         return self.part(name + VALUES), self.part(name + BITMASK)
 
-    def mask(self, name: str) -> Tensor:
+    def mask(self, name: str) -> Bool[Tensor, "*shape"]:
         """Survivors of a compressed tensor, bool of its shape."""
         return unpack_bits(self.part(name + BITMASK), self.entries[name].shape)
 
@@ -346,7 +356,7 @@ class SparseCheckpoint:
         """Everything in full: an ordinary state dict."""
         return {name: self.tensor(name) for name in self.names}
 
-    def csr(self, name: str) -> Tensor:
+    def csr(self, name: str) -> Shaped[Tensor, "p q"]:
         """A compressed matrix as `torch.sparse_csr` (explicit zeros among the survivors are kept)."""
         entry = self.entries[name]
         if len(entry.shape) != 2:
@@ -514,7 +524,7 @@ def parse_entry(value: Json) -> Entry:
     return Entry(tuple(shape), dtype, survivors)
 
 
-def check_bits(path: Path, name: str, entry: Entry, bits: Tensor) -> None:
+def check_bits(path: Path, name: str, entry: Entry, bits: UInt8[Tensor, " bytes"]) -> None:
     """The number of set bits is the number of values, and unused bits are zero."""
     within = beyond = 0
     for start in range(0, bits.numel(), PIECE // 8):  # unpacked, a bit takes a byte

@@ -154,7 +154,7 @@ def sparsegpt_prune(
     *,
     damping: float = 0.01,
     where: str = "layer",
-    factor: tuple[Tensor, Tensor] | None = None,
+    factor: tuple[Float[Tensor, "m m"], Bool[Tensor, " m"]] | None = None,
 ) -> Pruned:
     """Prune one weight `(n, m)` given `H (m, m)` of its inputs (overwritten).
 

@@ -39,6 +39,8 @@ from sparsify.pruning.collect import Watcher
 from sparsify.pruning.resume import parsed_stats, stats_text
 
 if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, UInt8
+
     from sparsify.files.strict_json import Json
     from sparsify.pruning.sequential import LayerStats, PruneResult
 
@@ -53,7 +55,7 @@ class StoredMasks(Mapping[str, Tensor]):
     def __init__(self) -> None:
         self.files: dict[str, TensorFile] = {}
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> UInt8[Tensor, " bytes"]:
         return self.files[name].read(name)
 
     def __iter__(self) -> Iterator[str]:
@@ -84,7 +86,7 @@ class FolderMasks(StoredMasks):
                     )
                 self.files[name] = file
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> Bool[Tensor, "*shape"]:
         return unpack_bits(super().__getitem__(name), torch.Size(self.tensors[name].parts[name].shape))
 
 
@@ -132,7 +134,13 @@ class Residence(Protocol):
         """Inside, a forward of the host loads each block as it comes and drops it after; the watcher is told."""
         ...
 
-    def keep(self, result: PruneResult, name: str, tensor: Tensor, mask: Tensor) -> None:
+    def keep(
+        self,
+        result: PruneResult,
+        name: str,
+        tensor: Float[Tensor, "*experts p q"],
+        mask: Bool[Tensor, "*experts p q"],
+    ) -> None:
         """Put a finished parameter into the result, whose last layer has its statistics."""
         ...
 
@@ -158,7 +166,13 @@ class NoStreaming:
     def loading_forward(self, watcher: Watcher) -> AbstractContextManager[object]:
         return nullcontext()
 
-    def keep(self, result: PruneResult, name: str, tensor: Tensor, mask: Tensor) -> None:
+    def keep(
+        self,
+        result: PruneResult,
+        name: str,
+        tensor: Float[Tensor, "*experts p q"],
+        mask: Bool[Tensor, "*experts p q"],
+    ) -> None:
         assert isinstance(result.masks, dict)  # the run's are those of `masks`
         result.tensors[name], result.masks[name] = tensor, mask
 
@@ -318,7 +332,13 @@ class StreamedWeights:
                     cleanup.callback(hook.remove)
             yield
 
-    def keep(self, result: PruneResult, name: str, tensor: Tensor, mask: Tensor) -> None:
+    def keep(
+        self,
+        result: PruneResult,
+        name: str,
+        tensor: Float[Tensor, "*experts p q"],
+        mask: Bool[Tensor, "*experts p q"],
+    ) -> None:
         self.pending.append((pack_bits(mask), result.layers[-1]))
 
     # --- the state of the run ---

@@ -26,6 +26,7 @@ from sparsify.errors import PlanError
 from sparsify.pruning.collect import IGNORED
 
 if TYPE_CHECKING:
+    from jaxtyping import Int
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from sparsify.files.strict_json import Json
@@ -44,7 +45,7 @@ def calibration_batches(
     samples: int = 128,
     sequence: int = 0,
     seed: int = 0,
-) -> list[dict[str, Tensor]]:
+) -> list[dict[str, Int[Tensor, "batch tokens"]]]:
     """At most `samples` samples as batches of `ROWS` rows: `input_ids`, `attention_mask`, and `labels` for an encoder–decoder.
 
     config: of the Hugging Face model. tokenizer: None is enough for lines of token ids. sequence: tokens per sample; 0: `SEQUENCE`, or
@@ -64,7 +65,7 @@ def split_batches(
     held_out: int,
     sequence: int = 0,
     seed: int = 0,
-) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+) -> tuple[list[dict[str, Int[Tensor, "batch tokens"]]], list[dict[str, Int[Tensor, "batch tokens"]]]]:
     """`calibration_batches`, and as batches at most `held_out` samples that are not among them (none when all of them are)."""
     path = Path(path)
     if not -(1 << 63) <= seed < 1 << 64:
@@ -83,7 +84,7 @@ def split_batches(
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).tolist()
     pad = getattr(config.get_text_config(), "pad_token_id", None) or 0
 
-    def batches(places: list[int]) -> list[dict[str, Tensor]]:
+    def batches(places: list[int]) -> list[dict[str, Int[Tensor, "batch tokens"]]]:
         chosen = [found[place] for place in sorted(places)]
         return [as_batch(chosen[start : start + ROWS], pad) for start in range(0, len(chosen), ROWS)]
 
@@ -261,7 +262,7 @@ def is_encoder_decoder(config: PreTrainedConfig) -> bool:
     return bool(getattr(config, "is_encoder_decoder", False))
 
 
-def as_batch(rows: Sequence[Sample], pad: int) -> dict[str, Tensor]:
+def as_batch(rows: Sequence[Sample], pad: int) -> dict[str, Int[Tensor, "batch tokens"]]:
     """Samples padded on the right to the longest."""
     width = max(len(ids) for ids, _ in rows)
     batch = {

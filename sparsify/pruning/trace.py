@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from sparsify.errors import Refusal
 from sparsify.model.blocks import repeated_blocks
 from sparsify.pruning.collect import InputId, InputIdentities, Product, View, Watcher
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 @dataclass
@@ -130,7 +134,9 @@ def unread(name: str, parameter: Tensor, other_uses: Mapping[str, str]) -> str:
     return "no matrix product reads it in a forward of the first calibration batch"
 
 
-def add_to_groups(unit: Unit, name: str, by_param: Mapping[str, list[Event]], parameter: Tensor) -> None:
+def add_to_groups(
+    unit: Unit, name: str, by_param: Mapping[str, list[Event]], parameter: Float[Tensor, "*experts p q"]
+) -> None:
     """Join the group whose matrices read exactly the same inputs, or start one."""
     uses = by_param[name]
     views = list(dict.fromkeys(use.view for use in uses))
@@ -154,7 +160,7 @@ def add_to_groups(unit: Unit, name: str, by_param: Mapping[str, list[Event]], pa
             unit.groups.append(Group([name], same, calls=len(part) * len(same)))
 
 
-def expert_views(name: str, example: View, parameter: Tensor) -> list[View]:
+def expert_views(name: str, example: View, parameter: Float[Tensor, "experts p q"]) -> list[View]:
     """One view per expert of a packed `(experts, …, …)` parameter, shaped like the one that was seen."""
     experts, step = parameter.shape[0], parameter.stride(0)
     base = example.offset % step if step else 0
