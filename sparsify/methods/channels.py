@@ -37,6 +37,7 @@ from sparsify.program.selection import unit_channels
 from sparsify.program.structure import Site, Structure
 
 if TYPE_CHECKING:
+    from jaxtyping import Float, Int, Shaped, UInt8
     from torch.fx.node import Argument
 
 ops = torch.ops.sparsify
@@ -63,16 +64,18 @@ class PartialMixin(AdaptedMixin):
     entries_of_weight = ("weight_slice",)
     follows_from_weight = True
 
-    def trained_block(self) -> Tensor:
+    def trained_block(self) -> Float[Tensor, "*experts i j"]:
         """The trained channels; over a pruned base the pruned entries stay zero and get no gradient."""
         bits = getattr(self, "slice_mask_bits", None)
         return self.weight_slice if bits is None else ops.apply_mask(self.weight_slice, bits)
 
-    def trained_masks(self) -> dict[str, Tensor]:
+    def trained_masks(self) -> dict[str, UInt8[Tensor, " bytes"]]:
         bits = getattr(self, "slice_mask_bits", None)
         return {} if bits is None else {"weight_slice": bits}
 
-    def forward(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "*t m"], offsets: Int[Tensor, " experts"] | None = None
+    ) -> Float[Tensor, "*t n"]:
         weight, block = self.logical(self.weight), self.trained_block()
         if offsets is not None:
             start, index = self.slice_start, self.slice_channels if self.slice_start < 0 else None
@@ -83,7 +86,7 @@ class PartialMixin(AdaptedMixin):
             return ops.partial_linear_at(x, weight, self.bias, block, self.slice_channels, self.slice_axis)
         return ops.partial_linear(x, weight, self.bias, block, self.slice_start, self.slice_axis)
 
-    def folded(self, weight: Tensor) -> Tensor:
+    def folded(self, weight: Float[Tensor, "*experts p q"]) -> Float[Tensor, "*experts p q"]:
         logical, block = self.logical(weight), self.trained_block().detach()
         if self.slice_start < 0:
             write_block_at(logical, block, self.slice_channels, self.stored_axis)
@@ -101,21 +104,21 @@ class PartialMixin(AdaptedMixin):
         found = b"".join(bytes_of(t) for t in placed if t is not None and not t.is_meta)
         return f"{self.slice_start} {self.slice_axis}".encode() + found
 
-    def region(self, stored: Tensor) -> Tensor:
+    def region(self, stored: Float[Tensor, "*experts p q"]) -> Float[Tensor, "*experts i j"]:
         """The trained channels in a tensor laid out like the stored weight; logical `(out, in)` layout."""
         logical = self.logical(stored)
         if self.slice_start < 0:
             return logical.index_select(self.stored_axis, self.slice_channels.to(stored.device))
         return logical.narrow(self.stored_axis, self.slice_start, self.weight_slice.shape[self.stored_axis])
 
-    def clear_trained(self, stored: Tensor) -> None:
+    def clear_trained(self, stored: Float[Tensor, "*experts p q"]) -> None:
         logical = self.logical(stored)
         if self.slice_start < 0:
             logical.index_fill_(self.stored_axis, self.slice_channels.to(stored.device), 0)
         else:
             logical.narrow(self.stored_axis, self.slice_start, self.weight_slice.shape[self.stored_axis]).zero_()
 
-    def read_from(self, stored: Tensor) -> dict[str, Tensor]:
+    def read_from(self, stored: Float[Tensor, "*experts p q"]) -> dict[str, Float[Tensor, "*experts i j"]]:
         if self.slice_start < 0 and self.slice_channels.is_meta:
             return {}  # which channels they are is not known yet
         return {"weight_slice": self.region(stored)}
@@ -135,7 +138,7 @@ class PartialLinear(PartialMixin, nn.Linear):
     """`nn.Linear` with trained input columns (S2FT Down and O, PaCA) or output rows (S2FT Up and V)."""
 
     # as `nn.Linear` calls it, whose input a host may name; the mixin says `x`, as Conv1D does, and serves experts too
-    def forward(self, input: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self, input: Float[Tensor, "*t m"]) -> Float[Tensor, "*t n"]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return super().forward(input)
 
 
@@ -193,7 +196,7 @@ class TrainedSlice(TrainedPart):
         """Qualified name of the trained parameter in the host."""
         return beside(self.param, "weight_slice")
 
-    def read(self, stored: Tensor) -> Tensor:
+    def read(self, stored: Shaped[Tensor, "*experts p q"]) -> Shaped[Tensor, "*experts i j"]:
         """The channels of a tensor laid out like the stored weight, in logical layout; a view when contiguous."""
         if self.places:
             region = stored.index_select(self.axis, torch.tensor(self.places, device=stored.device))
@@ -201,7 +204,7 @@ class TrainedSlice(TrainedPart):
             region = stored.narrow(self.axis, self.start, self.length)
         return region.mT if self.transposed else region
 
-    def write(self, stored: Tensor, block: Tensor) -> None:
+    def write(self, stored: Float[Tensor, "*experts p q"], block: Float[Tensor, "*experts i j"]) -> None:
         """Put a block in logical layout into its channels of `stored`."""
         block = (block.mT if self.transposed else block).to(stored.dtype)
         if self.places:
@@ -225,7 +228,9 @@ class TrainedSlice(TrainedPart):
 
     # --- into the graph
 
-    def initial(self, weight: Callable[[], Tensor], program: Program, seed: int) -> dict[str, Tensor]:
+    def initial(
+        self, weight: Callable[[], Float[Tensor, "*experts p q"]], program: Program, seed: int
+    ) -> dict[str, Tensor]:
         """The block, contiguous, in fp32 over a 16-bit weight; logical layout (columns `(n, s)`, rows `(s, m)`)."""
         stored = weight().detach()
         block = (
@@ -328,7 +333,7 @@ class TrainedSlice(TrainedPart):
     def counted(cls, count: int) -> str:
         return f"{count} trained slices"
 
-    def saved_bytes(self, x: Tensor) -> int | None:
+    def saved_bytes(self, x: Float[Tensor, "*t m"]) -> int | None:
         """A copy of its columns; rows need all of x."""
         if self.side == "row":
             return None
@@ -376,7 +381,7 @@ def neighbours(site: Site) -> bool:
     return site.step == site.block and not site.outer
 
 
-def channels_of(structure: Structure, site: Site, units: tuple[int, ...]) -> Tensor:
+def channels_of(structure: Structure, site: Site, units: tuple[int, ...]) -> Int[Tensor, " s"]:
     return unit_channels(site, structure)[torch.tensor(units)].reshape(-1)
 
 
@@ -384,7 +389,7 @@ def slice_at(
     program: Program,
     param: str,
     axis: int,
-    original: Tensor,
+    original: Int[Tensor, " s"],
     side: Literal["column", "row"],
     structure: str = "",
     rule: int = 0,
@@ -445,10 +450,10 @@ class SlicePart(LivePart[TrainedSlice, PartialMixin]):
         if not hasattr(self.module, "packed_names"):
             self.part.write(self.module.weight.data, self.base)
 
-    def restore_base(self, stored: Tensor) -> None:
+    def restore_base(self, stored: Float[Tensor, "*experts p q"]) -> None:
         self.part.write(stored, self.base.to(stored.device))
 
-    def take_base(self, weight: Tensor) -> None:
+    def take_base(self, weight: Float[Tensor, "*experts p q"]) -> None:
         self.base = self.part.read(weight).to(self.base.dtype).clone()
 
     def deltas(self, snapshot: dict[str, Tensor] | None = None) -> list[Delta]:
@@ -459,7 +464,7 @@ class SlicePart(LivePart[TrainedSlice, PartialMixin]):
         values, exact = self.to_file(values), None if exact is None else self.to_file(exact)
         return [Delta(self.param, self.part.side, channels, values, self.part.transposed, exact=exact)]
 
-    def to_file(self, values: Tensor) -> Tensor:
+    def to_file(self, values: Float[Tensor, "*experts i j"]) -> Float[Tensor, "*experts i j"]:
         """A tensor like the block, its other axis in original order."""
         other = 1 - self.part.logical_axis
         moves = self.layout.logical_moves(leaf_of(self.param), self.part.transposed)
@@ -474,7 +479,7 @@ class SlicePart(LivePart[TrainedSlice, PartialMixin]):
             and set(deltas[0].channels.tolist()) == set(self.part.channels)
         )
 
-    def from_file(self, delta: Delta, values: Tensor) -> Tensor:
+    def from_file(self, delta: Delta, values: Float[Tensor, "*experts i j"]) -> Float[Tensor, "*experts i j"]:
         """A tensor like the values of a fitting delta, in the order and layout of the block."""
         side = self.part.logical_axis
         place = {c: i for i, c in enumerate(delta.channels.tolist())}

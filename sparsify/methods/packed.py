@@ -16,6 +16,8 @@ from sparsify.ops.quantized_linear import dense_weight
 if TYPE_CHECKING:
     from typing import Self
 
+    from jaxtyping import Float, Int
+
 
 class QuantizedMixin(SparseLowRankMixin, PartialMixin):
     """A linear over a packed base, with any trained part beside it. `weight` is empty and only carries dtype and device."""
@@ -33,7 +35,7 @@ class QuantizedMixin(SparseLowRankMixin, PartialMixin):
     follows_from_weight = False
 
     # no experts over a packed base, so no offsets
-    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self, x: Float[Tensor, "*t m"]) -> Float[Tensor, "*t n"]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if self.compute_dtype is None or x.dtype == self.compute_dtype:
             return super().forward(x)
         return super().forward(x.to(self.compute_dtype)).to(x.dtype)
@@ -54,15 +56,20 @@ class QuantizedMixin(SparseLowRankMixin, PartialMixin):
             self._buffers[name] = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
         return self
 
-    def block_parts(self) -> tuple[Tensor | None, Tensor | None, int]:
+    def block_parts(self) -> tuple[Float[Tensor, "i j"] | None, Int[Tensor, " s"] | None, int]:
         """`(block, channels, axis)` of the trained channels; `(None, None, 1)` without any."""
         if not hasattr(self, "weight_slice"):
             return None, None, 1
         return self.trained_block(), getattr(self, "slice_channels", None), self.slice_axis
 
     def multiply(
-        self, x: Tensor, values: Tensor | None, index: Tensor | None, a: Tensor | None, b: Tensor | None
-    ) -> Tensor:
+        self,
+        x: Float[Tensor, "*t m"],
+        values: Float[Tensor, " k"] | None,
+        index: Int[Tensor, " k"] | None,
+        a: Float[Tensor, "r m"] | None,
+        b: Float[Tensor, "n r"] | None,
+    ) -> Float[Tensor, "*t n"]:
         block, channels, axis = self.block_parts()
         return torch.ops.sparsify.quantized_linear(
             x, self.format, self.shape[0], self.shape[1], self.conv1d, self.bias, block, channels, axis, values, index, a, b,
@@ -70,16 +77,16 @@ class QuantizedMixin(SparseLowRankMixin, PartialMixin):
         )  # fmt: skip
 
     @torch.no_grad()
-    def dense(self) -> Tensor:
+    def dense(self) -> Float[Tensor, "p q"]:
         """The weight that the packed base and its trained channels and entries stand for (no low-rank part)."""
         values, index, _, _ = self.parts()
         parts = (*self.block_parts(), values, index)
         return dense_weight(self.packed(), self.format, list(self.shape), self.conv1d, self.weight.dtype, *parts)
 
-    def base_weight(self) -> Tensor:
+    def base_weight(self) -> Float[Tensor, "p q"]:
         return self.dense()
 
-    def clear_trained(self, stored: Tensor) -> None:
+    def clear_trained(self, stored: Float[Tensor, "p q"]) -> None:
         if "weight_slice" in self._parameters:
             super().clear_trained(stored)
 
@@ -102,7 +109,7 @@ class QuantizedLinear(QuantizedMixin, nn.Linear):
     """`nn.Linear` over a packed base."""
 
     # as `nn.Linear` calls it, whose input a host may name; the mixin says `x`, as Conv1D does, and serves experts too
-    def forward(self, input: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self, input: Float[Tensor, "*t m"]) -> Float[Tensor, "*t n"]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return super().forward(input)
 
 

@@ -22,6 +22,7 @@ from sparsify.model.linears import owner_name
 from sparsify.program.repeats import Line
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch.fx.node import Argument
 
     from sparsify.adapters.adapter import Delta
@@ -83,7 +84,9 @@ class TrainedPart(ABC):
         return self
 
     @abstractmethod
-    def initial(self, weight: Callable[[], Tensor], program: Program, seed: int) -> dict[str, Tensor]:
+    def initial(
+        self, weight: Callable[[], Float[Tensor, "*experts p q"]], program: Program, seed: int
+    ) -> dict[str, Tensor]:
         """Values of its tensors by qualified name, such that the forward is the base's. weight: gives the stored weight."""
 
     @abstractmethod
@@ -138,7 +141,7 @@ class TrainedPart(ABC):
         """How the history of a program counts parts of the kind."""
         return f"{count} {cls.module_kind} parts"
 
-    def saved_bytes(self, x: Tensor) -> int | None:
+    def saved_bytes(self, x: Float[Tensor, "*t m"]) -> int | None:
         """Bytes of the linear's input that backward keeps for it alone; None for all of x, kept once however many read it."""
         return None
 
@@ -218,10 +221,10 @@ class LivePart(ABC, Generic[Part, Module]):
     def reset(self) -> None:
         """The base is back, in the part and (dense) in the weight."""
 
-    def restore_base(self, stored: Tensor) -> None:
+    def restore_base(self, stored: Float[Tensor, "*experts p q"]) -> None:
         """Put base values under the part into a copy of the stored weight."""
 
-    def take_base(self, weight: Tensor) -> None:
+    def take_base(self, weight: Float[Tensor, "*experts p q"]) -> None:
         """A state dict brought another base, this one as it lies here: take the values that the part keeps of it."""
 
     @abstractmethod

@@ -31,6 +31,7 @@ from sparsify.program.permutation import invert_index
 from sparsify.program.selection import generator, index_dtype
 
 if TYPE_CHECKING:
+    from jaxtyping import Float, Int
     from torch.fx.node import Argument
 
 ops = torch.ops.sparsify
@@ -62,13 +63,23 @@ class SparseLowRankMixin(AdaptedMixin):
     support_leaf = "sparse_index"
     rates = {"sparse_values": "sparse", "lora_A": "lora", "lora_B": "lora"}  # noqa: RUF012
 
-    def parts(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    def parts(
+        self,
+    ) -> tuple[
+        Float[Tensor, " k"] | None,
+        Int[Tensor, " k"] | None,
+        Float[Tensor, "*experts r m"] | None,
+        Float[Tensor, "*experts n r"] | None,
+    ]:
+        """`(values, index, A, B)` that compute now; None for a part that is missing, or sparse and still open."""
         sparse = hasattr(self, "sparse_values") and not self.mask_open
         values, index = (self.sparse_values, self.sparse_index) if sparse else (None, None)
         a, b = (self.lora_A, self.lora_B) if hasattr(self, "lora_A") else (None, None)
         return values, index, a, b
 
-    def forward(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "*t m"], offsets: Int[Tensor, " experts"] | None = None
+    ) -> Float[Tensor, "*t n"]:
         if offsets is not None:
             return self.grouped(x.to(self.weight.dtype), offsets)
         self.check_dtype(x)
@@ -80,7 +91,7 @@ class SparseLowRankMixin(AdaptedMixin):
             return y + self.scale * torch.nn.functional.linear(low, b.to(y.dtype))
         return self.multiply(x, values, index, a, b)
 
-    def grouped(self, x: Tensor, offsets: Tensor) -> Tensor:
+    def grouped(self, x: Float[Tensor, "T m"], offsets: Int[Tensor, " experts"]) -> Float[Tensor, "T n"]:
         """The product of packed experts."""
         values, index, a, b = self.parts()
         dropped = bool(self.dropout and self.training and a is not None)
@@ -93,11 +104,16 @@ class SparseLowRankMixin(AdaptedMixin):
         return y + self.scale * ops.grouped_linear(low, b.to(x.dtype), offsets)
 
     def multiply(
-        self, x: Tensor, values: Tensor | None, index: Tensor | None, a: Tensor | None, b: Tensor | None
-    ) -> Tensor:
+        self,
+        x: Float[Tensor, "*t m"],
+        values: Float[Tensor, " k"] | None,
+        index: Int[Tensor, " k"] | None,
+        a: Float[Tensor, "r m"] | None,
+        b: Float[Tensor, "n r"] | None,
+    ) -> Float[Tensor, "*t n"]:
         return ops.sparse_lowrank_linear(x, self.weight, self.bias, values, index, a, b, self.scale, self.conv1d)
 
-    def folded(self, weight: Tensor) -> Tensor:
+    def folded(self, weight: Float[Tensor, "*experts p q"]) -> Float[Tensor, "*experts p q"]:
         values, index, a, b = self.parts()
         write_values(weight, None if values is None else values.detach(), index)
         return weight if a is None or b is None else add_low_rank(self, weight)
@@ -105,11 +121,11 @@ class SparseLowRankMixin(AdaptedMixin):
     def part_digest(self) -> bytes:
         return f"{float(self.scale)!r}".encode() if self._parameters.get("lora_A") is not None else b""
 
-    def supports(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    def supports(self, tensors: Mapping[str, Tensor]) -> list[Int[Tensor, " k"]]:
         index = tensors.get("sparse_index")
         return [] if index is None or index.is_meta or self.support_open(index) else [index.flatten().long()]
 
-    def support_open(self, support: Tensor | None = None) -> bool:
+    def support_open(self, support: Int[Tensor, " k"] | None = None) -> bool:
         return self.mask_open if support is None else bool((support < 0).any())
 
     def read_settings(self) -> None:
@@ -130,14 +146,14 @@ def describe_parts(module: SparseLowRankMixin) -> str:
     return ", ".join(text)
 
 
-def low_rank_delta(module: SparseLowRankMixin) -> Tensor:
+def low_rank_delta(module: SparseLowRankMixin) -> Float[Tensor, "*experts p q"]:
     """`s · B A` in fp32, or fp64 where the factors are, laid out like the stored weight."""
     a, b = (t.detach() if t.dtype == torch.float64 else t.detach().float() for t in (module.lora_A, module.lora_B))
     delta = module.scale * (b @ a)
     return delta.mT if module.conv1d else delta
 
 
-def add_low_rank(module: SparseLowRankMixin, weight: Tensor) -> Tensor:
+def add_low_rank(module: SparseLowRankMixin, weight: Float[Tensor, "*experts p q"]) -> Float[Tensor, "*experts p q"]:
     """`W + s · B A`, summed in fp32 or fp64, in the weight's dtype; a fresh tensor."""
     wide = weight if weight.dtype == torch.float64 else weight.float()
     return (wide + low_rank_delta(module)).to(weight.dtype)
@@ -147,7 +163,7 @@ class SparseLowRankLinear(SparseLowRankMixin, nn.Linear):
     """`nn.Linear` with a sparse and a low-rank part (RoSA, LoRA)."""
 
     # as `nn.Linear` calls it, whose input a host may name; the mixin says `x`, as Conv1D does, and serves experts too
-    def forward(self, input: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self, input: Float[Tensor, "*t m"]) -> Float[Tensor, "*t n"]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return super().forward(input)
 
 
@@ -197,7 +213,9 @@ class SparseLowRank(TrainedPart):
         index, original = current_index(program, self.param, self.original, program.tensor(self.param).shape)
         return replace(self, index=index, original=original)
 
-    def initial(self, weight: Callable[[], Tensor], program: Program, seed: int) -> dict[str, Tensor]:
+    def initial(
+        self, weight: Callable[[], Float[Tensor, "*experts p q"]], program: Program, seed: int
+    ) -> dict[str, Tensor]:
         return initial_parts(weight() if self.count else program.tensor(self.param), self, seed)
 
     def arguments(self, editor: GraphEditor) -> dict[str, Argument]:
@@ -265,7 +283,7 @@ class SparseLowRank(TrainedPart):
     def counted(cls, count: int) -> str:
         return f"{count} sparse or low-rank parts"
 
-    def saved_bytes(self, x: Tensor) -> int | None:
+    def saved_bytes(self, x: Float[Tensor, "*t m"]) -> int | None:
         return None if self.rank or self.index is not None else 0
 
     # --- into the host
@@ -287,7 +305,9 @@ class SparseLowRank(TrainedPart):
         return LowRankPart(self, module, layout, base, seed)
 
 
-def current_index(program: Program, param: str, original: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+def current_index(
+    program: Program, param: str, original: Int[Tensor, " k"], shape: torch.Size
+) -> tuple[Int[Tensor, " k"], Int[Tensor, " k"]]:
     """Flat entries of a stored weight of `shape`, original to current: `(index sorted, original in the same order)`.
 
     The two are one tensor where the weight stays in its order.
@@ -305,7 +325,7 @@ def current_index(program: Program, param: str, original: Tensor, shape: torch.S
     return flat.values.to(index_dtype(shape)), original[flat.indices]
 
 
-def flat_places(places: Sequence[Tensor], shape: torch.Size) -> Tensor:
+def flat_places(places: Sequence[Int[Tensor, " k"]], shape: torch.Size) -> Int[Tensor, " k"]:
     """Positions by axis as positions in the flat tensor; the inverse of `torch.unravel_index`."""
     flat = places[0]
     for place, size in zip(places[1:], shape[1:], strict=True):
@@ -313,7 +333,7 @@ def flat_places(places: Sequence[Tensor], shape: torch.Size) -> Tensor:
     return flat
 
 
-def initial_parts(weight: Tensor, part: SparseLowRank, seed: int) -> dict[str, Tensor]:
+def initial_parts(weight: Float[Tensor, "*experts p q"], part: SparseLowRank, seed: int) -> dict[str, Tensor]:
     """Values that start at the base, `A` Kaiming-uniform (a = √5), `B` zero: the forward is the base's."""
     dtype = master_dtype(weight)
     *experts, n, m = weight.mT.shape if part.transposed else weight.shape
@@ -330,7 +350,7 @@ def initial_parts(weight: Tensor, part: SparseLowRank, seed: int) -> dict[str, T
     return {beside(part.param, leaf): tensor for leaf, tensor in found.items()}
 
 
-def kaiming_a(param: str, rank: int, width: int, seed: int, *experts: int) -> Tensor:
+def kaiming_a(param: str, rank: int, width: int, seed: int, *experts: int) -> Float[Tensor, "*experts r m"]:
     """`A (rank, width)`, uniform in ±1/√width (Kaiming-uniform with a = √5), equal on every rank of a group; one for each of
     `experts`, if given."""
     bound = width**-0.5
@@ -415,11 +435,11 @@ class LowRankPart(LivePart[SparseLowRank, SparseLowRankMixin]):
             if not hasattr(self.module, "packed_names"):
                 self.restore_base(self.module.weight.data)
 
-    def restore_base(self, stored: Tensor) -> None:
+    def restore_base(self, stored: Float[Tensor, "*experts p q"]) -> None:
         if self.base is not None and self.part.index is not None:
             stored.view(-1).index_copy_(0, self.part.index.long().to(stored.device), self.base.to(stored))
 
-    def place(self, index: Tensor, original: Tensor) -> SparseLowRank:
+    def place(self, index: Int[Tensor, " k"], original: Int[Tensor, " k"]) -> SparseLowRank:
         """Fix the support of an open mask, or another one (current and original coordinates); values start at the base."""
         module = self.module
         if self.base is not None:
@@ -463,14 +483,14 @@ class LowRankPart(LivePart[SparseLowRank, SparseLowRankMixin]):
             and torch.equal(kinds["sparse"].channels.sort().values, self.part.original.long().sort().values)
         )
 
-    def on_support(self, delta: Delta, values: Tensor) -> Tensor:
+    def on_support(self, delta: Delta, values: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
         """A tensor like the values of a sparse delta on this support, in its order."""
         assert self.part.original is not None
         order = delta.channels.argsort()
         places = torch.searchsorted(delta.channels[order], self.part.original.long())
         return values[order][places]
 
-    def factors_of(self, delta: Delta) -> tuple[Tensor, Tensor]:
+    def factors_of(self, delta: Delta) -> tuple[Float[Tensor, "*experts r m"], Float[Tensor, "*experts n r"]]:
         """`(A, B)` of a low-rank delta in current coordinates."""
         assert delta.a is not None
         return self.layout.factors_to_current(self.param, self.part.transposed, delta.a, delta.values)

@@ -56,7 +56,7 @@ def set_masks(handle: OfHost, supports: Mapping[str, Int[Tensor, " k"]]) -> None
             place(handle, part, *current_index(handle.program, param, original.cpu(), part.module.stored_shape()))
 
 
-def place(handle: OfHost, part: LowRankPart, index: Tensor, original: Tensor) -> None:
+def place(handle: OfHost, part: LowRankPart, index: Int[Tensor, " k"], original: Int[Tensor, " k"]) -> None:
     handle.program = activate_support(handle.program, part.place(index, original))
 
 
@@ -80,10 +80,10 @@ class Adopt:
         assert isinstance(part, LowRankPart)
         return part
 
-    def known(self) -> Tensor | None:
+    def known(self) -> Int[Tensor, " k"] | None:
         return self.part().part.index
 
-    def __call__(self, index: Tensor) -> None:
+    def __call__(self, index: Int[Tensor, " k"]) -> None:
         part = self.part()
         index = index.cpu()
         shape = part.module.stored_shape()
