@@ -36,7 +36,7 @@ from sparsify.errors import PlanError, SparsifyError
 from sparsify.program.capture import evaluating
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Shaped
 
     from sparsify.calibration.statistics import Loss
     from sparsify.program.values import Batch
@@ -144,7 +144,7 @@ class Chunk:
     spec: pytree.TreeSpec
 
     @property
-    def rows(self) -> list[Tensor]:
+    def rows(self) -> list[Shaped[Tensor, "samples ..."]]:
         return [leaf for leaf, kind in zip(self.leaves, self.kinds, strict=True) if kind == "row" and has_rows(leaf)]
 
     def sample(self, rows: Sequence[Tensor]) -> Batch:
@@ -192,7 +192,7 @@ def chunk_gradients(
     chunk: Chunk,
     loss: Loss,
     number: int,
-) -> dict[str, Tensor]:
+) -> dict[str, Float[Tensor, "samples n m"]]:
     """Per-sample gradients `(samples, out, in)` of every probed layer. Raises PlanError where vmap cannot follow the model."""
 
     def sample_loss(zeros: dict[str, Tensor], rows: list[Tensor]) -> Tensor:

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
 from sparsify.errors import SparsifyError
+
+if TYPE_CHECKING:
+    from jaxtyping import Num, Shaped
 
 Value = TypeVar("Value")
 
@@ -38,7 +41,7 @@ def collective_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
 
-def sum_over_ranks(value: Tensor) -> Tensor:
+def sum_over_ranks(value: Num[Tensor, "*shape"]) -> Num[Tensor, "*shape"]:
     """A tensor's sum over all ranks, the same bits on each; every rank must call it with the same shape and dtype."""
     if rank_count() == 1:
         return value
@@ -48,7 +51,7 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return moved.to(value.device)
 
 
-def from_rank(source: int, tensor: Tensor) -> Tensor:
+def from_rank(source: int, tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
     """The tensor of rank `source`, everywhere; `tensor` has its shape and dtype on every rank (any dtype, bool too)."""
     if rank_count() == 1:
         return tensor

@@ -50,7 +50,7 @@ def run_batch(model: nn.Module, batch: Batch) -> object:
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)
 
 
-def token_mask(batch: Batch, shape: torch.Size, decoder: bool = False) -> Tensor | None:
+def token_mask(batch: Batch, shape: torch.Size, decoder: bool = False) -> Bool[Tensor, " T"] | None:
     """Flat bool mask of the non-padding tokens of an input `(*shape, channels)`, or None when every position counts.
 
     Decoders of encoder–decoders go by `decoder_attention_mask`, else by labels ≠ −100; everything else by `attention_mask`.
@@ -208,11 +208,12 @@ def gradient_statistics(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
     batches: Sequence[Batch],
-    reduce: Callable[[str, Float[Tensor, "n m"]], None],
+    reduce: Callable[[str, Float[Tensor, "*experts n m"]], None],
     loss: Loss | None = None,
     progress: bool = True,
 ) -> None:
-    """Call `reduce(name, dW)` with each module's dense weight gradient `(out, in)` in fp32, once per batch and layer.
+    """Call `reduce(name, dW)` with each module's dense weight gradient `(out, in)` in fp32, once per batch and layer; of packed
+    experts it is `(experts, out, in)`.
 
     The gradient is formed inside a backward hook from the layer's own input and output gradient and dropped when
     `reduce` returns: one dense gradient is alive at a time, and no `.grad` of the model is touched. A module that runs

@@ -275,7 +275,7 @@ def column_scores(
     if rule.select == "gradient":
         sums: dict[str, Tensor] = {}
 
-        def reduce(name: str, gradient: Float[Tensor, "n m"]) -> None:
+        def reduce(name: str, gradient: Float[Tensor, "*experts n m"]) -> None:
             total = column_squares(rows_of(gradient, -1))
             sums[name] = sums[name] + total if name in sums else total
 
@@ -375,7 +375,7 @@ def gradient_supports(
     """
     sums: dict[str, Tensor] = {}
 
-    def reduce(name: str, gradient: Float[Tensor, "n m"]) -> None:
+    def reduce(name: str, gradient: Float[Tensor, "*experts n m"]) -> None:
         part = (squares_of(gradient) if mask == "gradient" else gradient).cpu()
         sums[name] = sums[name] + part if name in sums else part.clone()  # (fp64 where fp32 squares would not fit)
 

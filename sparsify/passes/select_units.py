@@ -241,7 +241,7 @@ def consumer_squares(
     if rule.select == "gradient":
         sums: dict[str, Tensor] = {}
 
-        def reduce(name: str, gradient: Float[Tensor, "n m"]) -> None:
+        def reduce(name: str, gradient: Float[Tensor, "*experts n m"]) -> None:
             total = column_squares(rows_of(gradient, -1))
             sums[name] = sums[name] + total if name in sums else total
 
