@@ -45,7 +45,7 @@ from sparsify.show.parameter_count import count_parameters
 from sparsify.show.report import Report, make_report
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Int
+    from jaxtyping import Bool, Float, Int
 
     from sparsify.pruning.sparse_checkpoint import SizeReport
 
@@ -519,7 +519,7 @@ class OtherBase:
 
     part: LivePart[TrainedPart, AdaptedMixin]
 
-    def __call__(self, weight: Tensor | None) -> None:
+    def __call__(self, weight: Float[Tensor, "*experts p q"] | None) -> None:
         self.part.base_known = weight is not None
         if weight is not None:
             self.part.take_base(weight)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int, UInt8
 
 
 class AdaptedMixin(nn.Module if TYPE_CHECKING else object):
@@ -89,18 +89,18 @@ class AdaptedMixin(nn.Module if TYPE_CHECKING else object):
         """Where the part lies and how it is scaled, for the digest of the module's layout; shapes are in it already."""
         return b""
 
-    def clear_trained(self, stored: Tensor) -> None:
+    def clear_trained(self, stored: Float[Tensor, "*experts p q"]) -> None:
         """Zeros where trained entries lie in a contiguous stored weight: what stands there is scratch."""
 
-    def supports(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    def supports(self, tensors: Mapping[str, Tensor]) -> list[Int[Tensor, " k"]]:
         """Flat entries of the stored weight under the part that `tensors` (by leaf) are of; beside `clear_trained`."""
         return []
 
-    def trained_masks(self) -> dict[str, Tensor]:
+    def trained_masks(self) -> dict[str, UInt8[Tensor, " bytes"]]:
         """Trained leaf → packed bits (`sparsify.ops.bits`) of its entries that are no pruned ones, where the base is pruned."""
         return {}
 
-    def support_open(self, support: Tensor | None = None) -> bool:
+    def support_open(self, support: Int[Tensor, " k"] | None = None) -> bool:
         """Whether the support (the module's own unless given) is still to be collected."""
         return False
 
@@ -111,7 +111,7 @@ class AdaptedMixin(nn.Module if TYPE_CHECKING else object):
         """Whether the frozen base is the folded weight outside of its scratch, if the part holds `tensors`."""
         return False
 
-    def read_from(self, stored: Tensor) -> dict[str, Tensor]:
+    def read_from(self, stored: Float[Tensor, "*experts p q"]) -> dict[str, Tensor]:
         """Trained leaves as a folded weight holds them, where they follow from it and their places are known."""
         return {}
 

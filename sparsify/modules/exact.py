@@ -9,8 +9,13 @@ left out, and the sum is rounded once.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 BITS = {torch.float64: torch.int64, torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
@@ -19,13 +24,18 @@ def sum_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def change_of(trained: Tensor, base: Tensor) -> Tensor:
+def change_of(trained: Float[Tensor, "*shape"], base: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """`trained − base`."""
     dtype = sum_dtype(trained, base)
     return trained.to(dtype) - base.to(trained.device, dtype)
 
 
-def changed(base: Tensor, change: Tensor, correction: Tensor | None, dtype: torch.dtype) -> Tensor:
+def changed(
+    base: Float[Tensor, "*shape"],
+    change: Float[Tensor, "*shape"],
+    correction: Float[Tensor, "*shape"] | None,
+    dtype: torch.dtype,
+) -> Float[Tensor, "*shape"]:
     """`base + change` in `dtype`, with the corrections put in."""
     inner = sum_dtype(base, change)
     found = (base.to(inner) + change.to(base.device, inner)).to(dtype)
@@ -35,7 +45,9 @@ def changed(base: Tensor, change: Tensor, correction: Tensor | None, dtype: torc
     return torch.where(correction.isnan(), found, correction.to(dtype))
 
 
-def correction_of(trained: Tensor, base: Tensor, change: Tensor) -> Tensor | None:
+def correction_of(
+    trained: Float[Tensor, "*shape"], base: Float[Tensor, "*shape"], change: Float[Tensor, "*shape"]
+) -> Float[Tensor, "*shape"] | None:
     """What `changed` needs to give `trained`, bit for bit; None where the change is enough."""
     found = changed(base.to(trained.device), change, None, trained.dtype)
     kind = BITS[trained.dtype]

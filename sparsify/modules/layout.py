@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from sparsify.model.sharded import whole
 from sparsify.modules.adapted import AdaptedMixin, effective_weight
 from sparsify.program.permutation import invert_index
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, Shaped
+
 MARKER = "sparsify_layout"
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -28,9 +31,9 @@ Module = TypeVar("Module", bound=nn.Module)
 class Adopts(Protocol):
     """Takes a support that differs from the module's own (a mask collected before a checkpoint was written)."""
 
-    def __call__(self, index: Tensor) -> None: ...
+    def __call__(self, index: Int[Tensor, " k"]) -> None: ...
 
-    def known(self) -> Tensor | None:
+    def known(self) -> Int[Tensor, " k"] | None:
         """The support that the handle has, or None while the mask is open."""
         ...
 
@@ -39,7 +42,7 @@ class BaseLoaded(Protocol):
     """Told when a state dict brings another base than the host was compiled from; `weight` is that base as it lies, None if the
     trained parts were in it, so that its values in their places are not known."""
 
-    def __call__(self, weight: Tensor | None) -> None: ...
+    def __call__(self, weight: Float[Tensor, "*experts p q"] | None) -> None: ...
 
 
 @dataclass
@@ -67,29 +70,33 @@ class Layout:
     def refresh(self) -> None:
         self.inverses = {leaf: [(a, invert_index(i)) for a, i in moves] for leaf, moves in self.moves.items()}
 
-    def to_original(self, leaf: str, tensor: Tensor) -> Tensor:
+    def to_original(self, leaf: str, tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         for axis, inverse in reversed(self.inverses.get(leaf, [])):
             tensor = tensor.index_select(axis, inverse.to(tensor.device))
         return tensor
 
-    def to_current(self, leaf: str, tensor: Tensor) -> Tensor:
+    def to_current(self, leaf: str, tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         for axis, index in self.moves.get(leaf, []):
             tensor = tensor.index_select(axis, index.to(tensor.device))
         return tensor
 
-    def logical_moves(self, leaf: str, transposed: bool) -> dict[int, tuple[Tensor, Tensor]]:
+    def logical_moves(self, leaf: str, transposed: bool) -> dict[int, tuple[Int[Tensor, " c"], Int[Tensor, " c"]]]:
         """Logical axis (0 = out, 1 = in) → `(index, inverse)` of a weight's moves."""
         pairs = zip(self.moves.get(leaf, []), self.inverses.get(leaf, []), strict=True)
         found = {axis - self.lead: (index, inverse) for (axis, index), (_, inverse) in pairs}
         return {(1 - axis if transposed else axis): move for axis, move in found.items()}
 
-    def factors_to_original(self, param: str, transposed: bool, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    def factors_to_original(
+        self, param: str, transposed: bool, a: Float[Tensor, "*experts r m"], b: Float[Tensor, "*experts n r"]
+    ) -> tuple[Float[Tensor, "*experts r m"], Float[Tensor, "*experts n r"]]:
         """Low-rank factors `a (r, in)`, `b (out, r)` of a weight, perhaps of every expert, from current to original coordinates."""
         moves = self.logical_moves(param.rpartition(".")[2], transposed)
         a = a.index_select(self.lead + 1, moves[1][1].to(a.device)) if 1 in moves else a
         return a, b.index_select(self.lead, moves[0][1].to(b.device)) if 0 in moves else b
 
-    def factors_to_current(self, param: str, transposed: bool, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    def factors_to_current(
+        self, param: str, transposed: bool, a: Float[Tensor, "*experts r m"], b: Float[Tensor, "*experts n r"]
+    ) -> tuple[Float[Tensor, "*experts r m"], Float[Tensor, "*experts n r"]]:
         """The inverse of `factors_to_original`."""
         moves = self.logical_moves(param.rpartition(".")[2], transposed)
         a = a.index_select(self.lead + 1, moves[1][0].to(a.device)) if 1 in moves else a
@@ -149,7 +156,7 @@ def stand_in(module: Module, tensors: Mapping[str, Tensor]) -> Module:
     return twin
 
 
-def fold(module: AdaptedMixin, tensors: Mapping[str, Tensor]) -> Tensor:
+def fold(module: AdaptedMixin, tensors: Mapping[str, Tensor]) -> Float[Tensor, "*experts p q"]:
     """The weight that an adapted module would compute with if it held `tensors` (by leaf; pieces are gathered)."""
     held = {n: tensors.get(n, t) for n, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
     device = whole(held["weight"]).device

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,9 @@ from sparsify.errors import SparsifyError
 from sparsify.model.linears import is_conv1d_class
 from sparsify.model.sharded import local, piece_of, refuse_sharded, whole
 from sparsify.ops.bits import pack_bits, unpack_bits
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Num, UInt8
 
 _LIVE: weakref.WeakSet[MaskedModule] = weakref.WeakSet()
 _STEP_HOOK: list[RemovableHandle] = []
@@ -57,7 +60,7 @@ class MaskedModule(nn.Module):
 
     masked_leaves: tuple[str, ...] = ()
 
-    def attach_mask(self, leaf: str, mask: Tensor) -> None:
+    def attach_mask(self, leaf: str, mask: Bool[Tensor, "*shape"]) -> None:
         """Start masking the parameter `leaf`; its data is replaced by a masked *copy* (the old tensor is not written)."""
         parameter = getattr(self, leaf)
         if mask.shape != parameter.shape or mask.dtype is not torch.bool:
@@ -73,12 +76,12 @@ class MaskedModule(nn.Module):
             self.masked_leaves = (*self.masked_leaves, leaf)
         self._watch()
 
-    def mask(self, leaf: str = "weight") -> Tensor:
+    def mask(self, leaf: str = "weight") -> Bool[Tensor, "*shape"]:
         """Survivors of a parameter, bool of its shape."""
         return unpack_bits(getattr(self, bits_name(leaf)), getattr(self, leaf).shape)
 
     @torch.no_grad()
-    def set_mask(self, leaf: str, mask: Tensor) -> None:
+    def set_mask(self, leaf: str, mask: Bool[Tensor, "*shape"]) -> None:
         """Replace the mask in place (same buffer, so compiled code and DDP see it) and zero what it drops."""
         bits = getattr(self, bits_name(leaf))
         bits.copy_(pack_bits(mask.to(bits.device)))
@@ -131,7 +134,7 @@ class MaskedModule(nn.Module):
         return result
 
 
-def local_fill(parameter: Tensor, gone: Tensor) -> None:
+def local_fill(parameter: Num[Tensor, "*shape"], gone: Bool[Tensor, "*shape"]) -> None:
     """`parameter[gone] = 0`; of a sharded parameter every rank fills its piece, without communication."""
     local(parameter).masked_fill_(piece_of(gone, parameter), 0)
 
@@ -177,7 +180,7 @@ class MaskedLinear(MaskedModule, nn.Linear):
     _operator_leaves = ("weight",)
     weight_mask_bits: Tensor
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Float[Tensor, "*t m"]) -> Float[Tensor, "*t n"]:
         return torch.ops.sparsify.masked_linear(input, self.weight, self.weight_mask_bits, self.bias)
 
 
@@ -212,7 +215,7 @@ def _rebuild(base: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def _conv1d_forward(self: MaskedLinear, x: Tensor) -> Tensor:
+def _conv1d_forward(self: MaskedLinear, x: Float[Tensor, "*t m"]) -> Float[Tensor, "*t n"]:
     """Conv1D stores `(in, out)`, and so does its mask."""
     return torch.ops.sparsify.masked_linear(x, self.weight, self.weight_mask_bits, self.bias, True)
 
@@ -225,7 +228,7 @@ def __getattr__(name: str) -> type[nn.Module]:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def mask_modules(host: nn.Module, masks: Mapping[str, Tensor]) -> None:
+def mask_modules(host: nn.Module, masks: Mapping[str, Bool[Tensor, "*shape"]]) -> None:
     """Give the parameters named in `masks` (qualified name → bool of the stored shape) masks, in the given module tree.
 
     The owners become their masked subclass in place (`__class__`), and the parameters become new Parameters: tensors that `host` shares
@@ -259,12 +262,12 @@ def masked_parameters(host: nn.Module) -> Iterator[tuple[str, MaskedModule, str]
             yield f"{path}.{leaf}" if path else leaf, module, leaf
 
 
-def mask_state(host: nn.Module) -> dict[str, Tensor]:
+def mask_state(host: nn.Module) -> dict[str, UInt8[Tensor, " bytes"]]:
     """Packed masks by parameter name, to be saved next to a checkpoint (`safetensors.torch.save_file`)."""
     return {name: getattr(module, bits_name(leaf)).clone() for name, module, leaf in masked_parameters(host)}
 
 
-def load_mask_state(host: nn.Module, state: Mapping[str, Tensor]) -> None:
+def load_mask_state(host: nn.Module, state: Mapping[str, UInt8[Tensor, " bytes"]]) -> None:
     """Inverse of `mask_state`, into a host that carries masks on the same parameters. Nothing is changed if it does not fit."""
     present = {name: (module, leaf) for name, module, leaf in masked_parameters(host)}
     if set(present) != set(state):

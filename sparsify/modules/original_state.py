@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsify.kernels.cpu.formats import FormatError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 class OriginalState(nn.Module):
@@ -18,19 +21,19 @@ class OriginalState(nn.Module):
     out_features: int
     transposed: bool
 
-    def dense(self) -> torch.Tensor:
+    def dense(self) -> Float[Tensor, "n m"]:
         """The weight that this module computes with, (out, in)."""
         raise NotImplementedError
 
-    def original_bias(self) -> torch.Tensor | None:
+    def original_bias(self) -> Float[Tensor, " n"] | None:
         """The bias in the type that it had before lowering."""
         return getattr(self, "bias", None)
 
-    def take(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def take(self, weight: Float[Tensor, "n m"], bias: Float[Tensor, " n"] | None) -> None:
         """Compute with another weight, (out, in), and, unless it is None, another bias from now on."""
         raise NotImplementedError
 
-    def _save_to_state_dict(self, destination: dict[str, torch.Tensor], prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         weight, bias = self.dense(), self.original_bias()
         destination[prefix + "weight"] = (weight.t() if self.transposed else weight).contiguous()
         if bias is not None:
@@ -38,7 +41,7 @@ class OriginalState(nn.Module):
 
     def _load_from_state_dict(
         self,
-        state_dict: Mapping[str, torch.Tensor],
+        state_dict: Mapping[str, Tensor],
         prefix: str,
         local_metadata: object,
         strict: bool,
@@ -67,7 +70,7 @@ class OriginalState(nn.Module):
 
 def misfit(name: str, tensor: object, shape: tuple[int, ...]) -> str:
     """Why a tensor of a state dict is not taken, or nothing: nothing native may read what does not have the size that it expects."""
-    if not isinstance(tensor, torch.Tensor):
+    if not isinstance(tensor, Tensor):
         return f"{name} is a {type(tensor).__name__}, not a tensor"
     if tuple(tensor.shape) != shape:
         return f"size mismatch for {name}: got {tuple(tensor.shape)}, expected {shape}"
@@ -105,7 +108,7 @@ class RowsOfWhole(OriginalState, Generic[Linear]):
         return slice(self.first, self.first + self.out_features)
 
     @property
-    def weight(self) -> torch.Tensor:
+    def weight(self) -> Float[Tensor, "p q"]:
         """Shape and dtype of the original weight without its data."""
         shape = (self.out_features, self.in_features)
         return torch.empty(shape[::-1] if self.transposed else shape, dtype=self.whole.dtype, device="meta")

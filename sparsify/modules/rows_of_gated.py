@@ -9,10 +9,15 @@ In what order the kernel keeps its rows is the gated linear's own affair: it giv
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparsify.modules.original_state import RowsOfWhole
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 class Gated(nn.Module):
@@ -21,15 +26,15 @@ class Gated(nn.Module):
 
     dtype: torch.dtype
 
-    def gate_and_up(self) -> torch.Tensor:
+    def gate_and_up(self) -> Float[Tensor, "2*n m"]:
         """A new tensor (2n, m): the rows of gate, then those of up."""
         raise NotImplementedError
 
-    def bias_of_both(self) -> torch.Tensor | None:
+    def bias_of_both(self) -> Float[Tensor, " 2*n"] | None:
         """(2n,) in the same order and in the dtype that it had before lowering; zeros where only the other one has a bias."""
         raise NotImplementedError
 
-    def take_both(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def take_both(self, weight: Float[Tensor, "2*n m"], bias: Float[Tensor, " 2*n"] | None) -> None:
         """Compute with another [gate; up] and, unless it is None, another bias from now on."""
         raise NotImplementedError
 
@@ -53,19 +58,19 @@ class RowsOfGated(RowsOfWhole[Gated]):
     """Rows of a gated linear's [gate; up]: their weight in `state_dict`, their product when somebody asks for it alone."""
 
     @property
-    def bias(self) -> torch.Tensor | None:
+    def bias(self) -> Float[Tensor, " n"] | None:
         bias = self.whole.bias_of_both() if self.has_bias else None
         return None if bias is None else bias[self.rows].clone()
 
-    def dense(self) -> torch.Tensor:
+    def dense(self) -> Float[Tensor, "n m"]:
         """The weight of these rows, (out, in)."""
         return self.whole.gate_and_up()[self.rows]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Float[Tensor, "*t m"]) -> Float[Tensor, "*t n"]:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return nn.functional.linear(x, self.dense().to(x.dtype), bias)
 
-    def take(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def take(self, weight: Float[Tensor, "n m"], bias: Float[Tensor, " n"] | None) -> None:
         whole, both = self.whole.gate_and_up(), self.whole.bias_of_both()
         whole[self.rows].copy_(weight)
         if both is not None and bias is not None:
