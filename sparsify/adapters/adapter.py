@@ -27,6 +27,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -39,6 +40,9 @@ from sparsify.files.atomic import write_bytes as write_atomic  # noqa: F401  (it
 from sparsify.files.strict_json import Json, short
 from sparsify.files.tensors import TensorFile, write_tensors
 from sparsify.plan.installed import find
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
@@ -340,8 +344,8 @@ def unknown_kind(file: str, param: str, kind: str, document: Document) -> str:
 
 
 def read_exact(
-    opened: TensorFile, places_name: str, name: str, entry: dict[str, Json], values: Tensor, file: str
-) -> Tensor:
+    opened: TensorFile, places_name: str, name: str, entry: dict[str, Json], values: Float[Tensor, "*shape"], file: str
+) -> Float[Tensor, "*shape"]:
     """Corrections by place → a tensor of the shape of `values`, NaN where there is none."""
     shapes = [list(opened.part(n).shape) for n in (places_name, name)]
     if entry["kind"] not in ("column", "row", "sparse") or shapes != [[entry["exact"]]] * 2:

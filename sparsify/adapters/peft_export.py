@@ -21,7 +21,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,12 +40,15 @@ from sparsify.model.linears import owner_name
 from sparsify.plan.name_patterns import Regex
 from sparsify.program import canonical_names
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 LOW_RANK = ("column", "row", "lora")
 WHOLE = ("full", "buffer")
 
 
-def lora_factors(delta: Delta, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def lora_factors(delta: Delta, shape: tuple[int, int]) -> tuple[Float[Tensor, "r m"], Float[Tensor, "n r"]]:
     """`(A (r, in), B (out, r))` with `B A` equal to the delta; `shape` is the logical `(out, in)`."""
     values = delta.values.float()
     if delta.kind == "lora":

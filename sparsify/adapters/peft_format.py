@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,9 @@ from sparsify.model.linears import is_conv1d
 from sparsify.plan import nearest
 from sparsify.plan.name_patterns import PatternError
 from sparsify.program import canonical_names
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -296,13 +300,15 @@ class Reading:
             a, b = torch.cat([a, first_a]), torch.cat([b, -first_b], dim=1)
         return Delta(param, "lora", torch.empty(0, dtype=torch.int64), b, transposed, a, scale)
 
-    def check_sizes(self, name: str, a: Tensor, b: Tensor, scale: float) -> None:
+    def check_sizes(
+        self, name: str, a: Float[Tensor, "*experts r m"], b: Float[Tensor, "*experts n r"], scale: float
+    ) -> None:
         if float(a.abs().max()) * float(b.abs().max()) * a.shape[-2] * max(abs(scale), 1.0) > LARGEST_CHANGE:
             raise self.fail(f"{name}: the factors are so large that their product overflows")
 
     def first_factors(
         self, module: str, param: str, rank: int, scale: float, transposed: bool
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Float[Tensor, "r m"], Float[Tensor, "n r"]]:
         """`(A₀, B₀)` that PEFT takes out of the base when it loads a PiSSA or OLoRA adapter."""
         word = self.settings.residual
         if self.base is None:
