@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from sparsify.errors import SparsifyError
 from sparsify.program.structure import Site
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
 
 
 @dataclass(frozen=True)
@@ -29,9 +34,9 @@ class Permutation:
                 raise SparsifyError(f"not a permutation of 0…{size - 1}: {order}")
 
     @classmethod
-    def of(cls, order: list[int] | tuple[int, ...] | torch.Tensor) -> Permutation:
+    def of(cls, order: list[int] | tuple[int, ...] | Int[Tensor, "*repeats units"]) -> Permutation:
         """From one order `(units,)`, or one order per repeat `(repeats, units)`."""
-        if isinstance(order, torch.Tensor):
+        if isinstance(order, Tensor):
             rows = order.tolist() if order.dim() == 2 else [order.tolist()]
             return cls(tuple(tuple(row) for row in rows))
         return cls((tuple(order),))
@@ -66,7 +71,7 @@ class Permutation:
         first, second = self.orders * (count // len(self.orders)), other.orders * (count // len(other.orders))
         return Permutation(tuple(tuple(a[i] for i in b) for a, b in zip(first, second, strict=True)))
 
-    def expand(self, site: Site, length: int) -> torch.Tensor:
+    def expand(self, site: Site, length: int) -> Int[Tensor, " c"]:
         """Channel index of the whole axis: `new_tensor = old_tensor.index_select(site.axis, index)`; int64 `(length,)`."""
         index = torch.arange(length, dtype=torch.int64)
         places = site.positions(self.size)
@@ -80,7 +85,7 @@ class Permutation:
         return index
 
 
-def invert_index(index: torch.Tensor) -> torch.Tensor:
+def invert_index(index: Int[Tensor, " c"]) -> Int[Tensor, " c"]:
     """Inverse of a channel index `(length,)` as made by `Permutation.expand`."""
     inverse = torch.empty_like(index)
     inverse[index] = torch.arange(index.numel(), dtype=index.dtype)

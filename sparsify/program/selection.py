@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from sparsify.program.structure import Site, Structure
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 
 def generator(seed: int, name: str) -> torch.Generator:
@@ -16,11 +21,11 @@ def generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def random_scores(seed: int, name: str, units: int) -> torch.Tensor:
+def random_scores(seed: int, name: str, units: int) -> Float[Tensor, " units"]:
     return torch.rand(units, generator=generator(seed, name), dtype=torch.float64)
 
 
-def unit_norms(squares: torch.Tensor, site: Site, structure: Structure) -> torch.Tensor:
+def unit_norms(squares: Float[Tensor, " channels"], site: Site, structure: Structure) -> Float[Tensor, " units"]:
     """Sum per-channel squares `(length,)` over the channels of each selectable unit, then take the root.
 
     Selectable units are query heads where the structure has an `inner` one (in the order group · heads + head), else the structure's own.
@@ -29,7 +34,7 @@ def unit_norms(squares: torch.Tensor, site: Site, structure: Structure) -> torch
     return squares.double().to("cpu")[channels].sum(1).sqrt()
 
 
-def unit_channels(site: Site, structure: Structure) -> torch.Tensor:
+def unit_channels(site: Site, structure: Structure) -> Int[Tensor, "units per_unit"]:
     """Channels of every selectable unit of a consumer or producer site, int64 `(selectable units, channels per unit)`."""
     inner = structure.inner
     if inner is not None:
@@ -49,7 +54,7 @@ def selectable_units(structure: Structure) -> int:
     return structure.units * (structure.inner.units if structure.inner is not None else 1)
 
 
-def choose(scores: torch.Tensor, count: int, *, group: int = 1, largest: bool = True) -> tuple[int, ...]:
+def choose(scores: Float[Tensor, " units"], count: int, *, group: int = 1, largest: bool = True) -> tuple[int, ...]:
     """Ids of `count` units: the best whole groups, and the best of one more group for the remainder.
 
     scores: `(units,)`; group: units that can only be contiguous together (query heads of a KV group), 1 for none. Ties go to the lower id.
