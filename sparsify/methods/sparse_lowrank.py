@@ -91,7 +91,7 @@ class SparseLowRankMixin(AdaptedMixin):
             return y + self.scale * torch.nn.functional.linear(low, b.to(y.dtype))
         return self.multiply(x, values, index, a, b)
 
-    def grouped(self, x: Float[Tensor, "T m"], offsets: Int[Tensor, " experts"]) -> Float[Tensor, "T n"]:
+    def grouped(self, x: Float[Tensor, "S m"], offsets: Int[Tensor, " experts"]) -> Float[Tensor, "S n"]:
         """The product of packed experts."""
         values, index, a, b = self.parts()
         dropped = bool(self.dropout and self.training and a is not None)

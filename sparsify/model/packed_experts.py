@@ -46,7 +46,7 @@ class GroupedLinear(nn.Module):
         super().__init__()
         self.weight = weight
 
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "S m"], offsets: Int[Tensor, " experts"]) -> Float[Tensor, "S n"]:
         weight = self.weight.transpose(1, 2) if self.conv1d else self.weight
         return torch.ops.sparsify.grouped_linear(x.to(self.weight.dtype), weight, offsets)
 

@@ -18,13 +18,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from sparsify.library import LIBRARY, Context
 from sparsify.ops.checks import require, require_floats, require_index, require_shape, require_together, require_within
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 LIBRARY.define("grouped_linear(Tensor x, Tensor weight, Tensor offsets) -> Tensor")
 LIBRARY.define("grouped_outer(Tensor g, Tensor x, Tensor offsets) -> Tensor")
@@ -36,23 +39,32 @@ ops = torch.ops.sparsify
 # --- the oracle: what the operators mean, written out, in any precision -------------------------------------------------
 
 
-def oracle_grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def oracle_grouped_linear(
+    x: Float[Tensor, "S m"], weight: Float[Tensor, "experts n m"], offsets: Int[Tensor, " experts"]
+) -> Float[Tensor, "S n"]:
     """Eager definition: every row times the matrix of its expert."""
     return torch.stack([x[row] @ weight[e].t() for row, e in enumerate(expert_of_rows(offsets, x.shape[0]).tolist())])
 
 
-def oracle_grouped_outer(g: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+def oracle_grouped_outer(
+    g: Float[Tensor, "S n"], x: Float[Tensor, "S m"], offsets: Int[Tensor, " experts"]
+) -> Float[Tensor, "experts n m"]:
     """Eager definition: the sum over an expert's rows of their outer products."""
     expert = expert_of_rows(offsets, x.shape[0])
     return torch.stack([g[expert == e].t() @ x[expert == e] for e in range(offsets.numel())])
 
 
-def oracle_grouped_backward(g: Tensor, x: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+def oracle_grouped_backward(
+    g: Float[Tensor, "S n"],
+    x: Float[Tensor, "S m"],
+    weight: Float[Tensor, "experts n m"],
+    offsets: Int[Tensor, " experts"],
+) -> tuple[Float[Tensor, "S m"], Float[Tensor, "experts n m"]]:
     """`(dX, dW)` of `grouped_linear`, written out: `dX_e = g_e W_e`, `dW_e = g_eᵀ x_e`."""
     return oracle_grouped_linear(g, weight.transpose(1, 2), offsets), oracle_grouped_outer(g, x, offsets)
 
 
-def expert_of_rows(offsets: Tensor, rows: int) -> Tensor:
+def expert_of_rows(offsets: Int[Tensor, " experts"], rows: int) -> Int[Tensor, " S"]:
     """The expert of each row, `(S,)`."""
     return torch.searchsorted(offsets.contiguous(), torch.arange(rows, device=offsets.device), right=True)
 
@@ -60,7 +72,9 @@ def expert_of_rows(offsets: Tensor, rows: int) -> Tensor:
 # --- what is checked ----------------------------------------------------------------------------------------------------
 
 
-def check_grouped(name: str, x: Tensor, weight: Tensor, offsets: Tensor) -> None:
+def check_grouped(
+    name: str, x: Float[Tensor, "S m"], weight: Float[Tensor, "experts n m"], offsets: Int[Tensor, " experts"]
+) -> None:
     """That rows, matrices and groups fit; without reading any tensor."""
     require(
         x.dim() == 2 and weight.dim() == 3,
@@ -74,11 +88,11 @@ def check_grouped(name: str, x: Tensor, weight: Tensor, offsets: Tensor) -> None
     require_shape(name, "offsets", offsets, weight.shape[0])
 
 
-def check_offsets(name: str, offsets: Tensor) -> None:
+def check_offsets(name: str, offsets: Int[Tensor, " experts"]) -> None:
     require_index(name, "offsets", offsets)
 
 
-def groups(name: str, offsets: Tensor, rows: int) -> Iterator[tuple[int, int, int]]:
+def groups(name: str, offsets: Int[Tensor, " experts"], rows: int) -> Iterator[tuple[int, int, int]]:
     """`(expert, start, end)` of every group that has rows. Reads the offsets, and checks them first."""
     ends = offsets.tolist()
     require(
@@ -108,7 +122,9 @@ def in_one_call(*matrices: Tensor) -> bool:
 # --- eager code ---------------------------------------------------------------------------------------------------------
 
 
-def multiply(name: str, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def multiply(
+    name: str, x: Float[Tensor, "S m"], weight: Float[Tensor, "experts n m"], offsets: Int[Tensor, " experts"]
+) -> Float[Tensor, "S n"]:
     """`y_e = x_e W_eᵀ` in the dtype of x; of a weight in another dtype one expert at a time is cast."""
     if in_one_call(x, weight):
         return torch.nn.functional.grouped_mm(x, weight.transpose(1, 2), offs=offsets.to(torch.int32))
@@ -118,7 +134,9 @@ def multiply(name: str, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return y
 
 
-def _grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def _grouped_linear(
+    x: Float[Tensor, "S m"], weight: Float[Tensor, "experts n m"], offsets: Int[Tensor, " experts"]
+) -> Float[Tensor, "S n"]:
     name = "grouped_linear"
     check_grouped(name, x, weight, offsets)
     require_together(name, x, weight, offsets)
@@ -126,17 +144,21 @@ def _grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return multiply(name, x, weight, offsets)
 
 
-def _grouped_linear_fake(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def _grouped_linear_fake(
+    x: Float[Tensor, "S m"], weight: Float[Tensor, "experts n m"], offsets: Int[Tensor, " experts"]
+) -> Float[Tensor, "S n"]:
     check_grouped("grouped_linear", x, weight, offsets)
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
-def _grouped_linear_in_aten(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def _grouped_linear_in_aten(
+    x: Float[Tensor, "S m"], weight: Float[Tensor, "experts n m"], offsets: Int[Tensor, " experts"]
+) -> Float[Tensor, "S n"]:
     rows = weight.to(x.dtype).index_select(0, expert_of_rows(offsets, x.shape[0]))
     return torch.matmul(rows, x.unsqueeze(-1)).squeeze(-1)
 
 
-def _check_outer(g: Tensor, x: Tensor, offsets: Tensor) -> None:
+def _check_outer(g: Float[Tensor, "S n"], x: Float[Tensor, "S m"], offsets: Int[Tensor, " experts"]) -> None:
     name = "grouped_outer"
     require(g.dim() == 2 and x.dim() == 2, lambda: f"{name}: g and x are matrices, not {g.dim()}-D and {x.dim()}-D")
     require_shape(name, "g", g, x.shape[0], g.shape[1])
@@ -144,7 +166,9 @@ def _check_outer(g: Tensor, x: Tensor, offsets: Tensor) -> None:
     check_offsets(name, offsets)
 
 
-def _grouped_outer(g: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+def _grouped_outer(
+    g: Float[Tensor, "S n"], x: Float[Tensor, "S m"], offsets: Int[Tensor, " experts"]
+) -> Float[Tensor, "experts n m"]:
     _check_outer(g, x, offsets)
     require_together("grouped_outer", g, x, offsets)
     require_floats("grouped_outer", g=g, x=x)
@@ -158,17 +182,23 @@ def _grouped_outer(g: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     return found
 
 
-def _grouped_outer_fake(g: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+def _grouped_outer_fake(
+    g: Float[Tensor, "S n"], x: Float[Tensor, "S m"], offsets: Int[Tensor, " experts"]
+) -> Float[Tensor, "experts n m"]:
     _check_outer(g, x, offsets)
     return g.new_empty(offsets.shape[0], g.shape[1], x.shape[1])
 
 
-def _grouped_outer_in_aten(g: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+def _grouped_outer_in_aten(
+    g: Float[Tensor, "S n"], x: Float[Tensor, "S m"], offsets: Int[Tensor, " experts"]
+) -> Float[Tensor, "experts n m"]:
     member = expert_of_rows(offsets, x.shape[0]) == torch.arange(offsets.shape[0], device=x.device).unsqueeze(1)
     return torch.matmul((member.unsqueeze(-1) * g).transpose(1, 2), x)
 
 
-def _check_sampled(a: Tensor, b: Tensor, index: Tensor, offsets: Tensor) -> None:
+def _check_sampled(
+    a: Float[Tensor, "S p"], b: Float[Tensor, "S q"], index: Int[Tensor, " k"], offsets: Int[Tensor, " experts"]
+) -> None:
     name = "grouped_sampled"
     require(a.dim() == 2 and b.dim() == 2, lambda: f"{name}: a and b are matrices, not {a.dim()}-D and {b.dim()}-D")
     require_shape(name, "b", b, a.shape[0], b.shape[1])
@@ -177,7 +207,9 @@ def _check_sampled(a: Tensor, b: Tensor, index: Tensor, offsets: Tensor) -> None
     check_offsets(name, offsets)
 
 
-def _grouped_sampled(a: Tensor, b: Tensor, index: Tensor, offsets: Tensor) -> Tensor:
+def _grouped_sampled(
+    a: Float[Tensor, "S p"], b: Float[Tensor, "S q"], index: Int[Tensor, " k"], offsets: Int[Tensor, " experts"]
+) -> Float[Tensor, " k"]:
     """`sampled_product` of each expert: no more than one expert's tiles are alive."""
     name = "grouped_sampled"
     _check_sampled(a, b, index, offsets)
@@ -197,12 +229,16 @@ def _grouped_sampled(a: Tensor, b: Tensor, index: Tensor, offsets: Tensor) -> Te
     return found if order is None else torch.empty_like(found).index_copy(0, order, found)
 
 
-def _grouped_sampled_fake(a: Tensor, b: Tensor, index: Tensor, offsets: Tensor) -> Tensor:
+def _grouped_sampled_fake(
+    a: Float[Tensor, "S p"], b: Float[Tensor, "S q"], index: Int[Tensor, " k"], offsets: Int[Tensor, " experts"]
+) -> Float[Tensor, " k"]:
     _check_sampled(a, b, index, offsets)
     return a.new_empty(index.shape)
 
 
-def _grouped_sampled_in_aten(a: Tensor, b: Tensor, index: Tensor, offsets: Tensor) -> Tensor:
+def _grouped_sampled_in_aten(
+    a: Float[Tensor, "S p"], b: Float[Tensor, "S q"], index: Int[Tensor, " k"], offsets: Int[Tensor, " experts"]
+) -> Float[Tensor, " k"]:
     return _grouped_outer_in_aten(a, b, offsets).reshape(-1).index_select(0, index)
 
 
@@ -222,7 +258,7 @@ def _setup_linear(ctx: _Saved, inputs: tuple[Tensor, Tensor, Tensor], output: Te
     ctx.dtype = weight.dtype
 
 
-def _backward_linear(ctx: _Saved, g: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_linear(ctx: _Saved, g: Float[Tensor, "S n"]) -> tuple[Tensor | None, ...]:
     x, weight, offsets = ctx.saved_tensors
     need = ctx.needs_input_grad
     dx = ops.grouped_linear(g, weight.transpose(1, 2), offsets) if need[0] else None
@@ -235,7 +271,7 @@ def _setup_outer(ctx: Context, inputs: tuple[Tensor, Tensor, Tensor], output: Te
     ctx.save_for_backward(g if need[1] else None, x if need[0] else None, offsets)
 
 
-def _backward_outer(ctx: Context, outer: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_outer(ctx: Context, outer: Float[Tensor, "experts n m"]) -> tuple[Tensor | None, ...]:
     """Of `g_eᵀ x_e`: `x_e V_eᵀ` for g and `g_e V_e` for x, where V is the outer gradient."""
     g, x, offsets = ctx.saved_tensors
     need = ctx.needs_input_grad
@@ -247,7 +283,7 @@ def _setup_sampled(ctx: Context, inputs: tuple[Tensor, Tensor, Tensor, Tensor], 
     ctx.save_for_backward(*inputs)
 
 
-def _backward_sampled(ctx: Context, outer: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_sampled(ctx: Context, outer: Float[Tensor, " k"]) -> tuple[Tensor | None, ...]:
     """As of `grouped_outer`, V being zero beside the positions; it is dense, for once."""
     a, b, index, offsets = ctx.saved_tensors
     shape = (offsets.shape[0], a.shape[1], b.shape[1])

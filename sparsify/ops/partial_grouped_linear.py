@@ -18,7 +18,7 @@ The gradient of x is the same operator over turned views: `dX_e = g_e W'_e`. So 
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ from sparsify.ops.grouped_linear import (
     oracle_grouped_linear,
     oracle_grouped_outer,
 )
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 LIBRARY.define(
     "partial_grouped_linear(Tensor x, Tensor weight, Tensor block, Tensor? index, int start, int axis, Tensor offsets) -> Tensor"
@@ -49,36 +52,49 @@ ops = torch.ops.sparsify
 
 
 def oracle_partial_grouped_linear(
-    x: Tensor, weight: Tensor, block: Tensor, channels: Tensor, axis: int, offsets: Tensor
-) -> Tensor:
+    x: Float[Tensor, "S m"],
+    weight: Float[Tensor, "experts n m"],
+    block: Float[Tensor, "experts i j"],
+    channels: Int[Tensor, " s"],
+    axis: int,
+    offsets: Int[Tensor, " experts"],
+) -> Float[Tensor, "S n"]:
     """Eager definition of the forward; channels `(s,)` on `axis` of every expert's matrix are the block's."""
     return oracle_grouped_linear(x, replaced(weight, block, channels, axis), offsets)
 
 
 def oracle_partial_grouped_backward(
-    g: Tensor, x: Tensor, weight: Tensor, block: Tensor, channels: Tensor, axis: int, offsets: Tensor
-) -> tuple[Tensor, Tensor]:
+    g: Float[Tensor, "S n"],
+    x: Float[Tensor, "S m"],
+    weight: Float[Tensor, "experts n m"],
+    block: Float[Tensor, "experts i j"],
+    channels: Int[Tensor, " s"],
+    axis: int,
+    offsets: Int[Tensor, " experts"],
+) -> tuple[Float[Tensor, "S m"], Float[Tensor, "experts i j"]]:
     """`(dX, dBlock)`: `dX_e = g_e W'_e`, `dBlock_e = (g_eᵀ x_e)` on the selected channels."""
     dx = oracle_grouped_linear(g, replaced(weight, block, channels, axis).transpose(1, 2), offsets)
     return dx, oracle_grouped_outer(g, x, offsets).index_select(axis + 1, channels)
 
 
-def replaced(weight: Tensor, block: Tensor, channels: Tensor, axis: int) -> Tensor:
+def replaced(
+    weight: Float[Tensor, "experts n m"], block: Float[Tensor, "experts i j"], channels: Int[Tensor, " s"], axis: int
+) -> Float[Tensor, "experts n m"]:
     """`W'` as a new tensor, differentiable in both."""
     return weight.index_copy(axis + 1, channels.long(), block.to(weight.dtype))
 
 
 def oracle_sparse_lowrank_grouped(
-    x: Tensor,
-    weight: Tensor,
-    values: Tensor | None,
-    index: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
+    x: Float[Tensor, "S m"],
+    weight: Float[Tensor, "experts p q"],
+    values: Float[Tensor, " k"] | None,
+    index: Int[Tensor, " k"] | None,
+    a: Float[Tensor, "experts r m"] | None,
+    b: Float[Tensor, "experts n r"] | None,
     scale: float,
     transposed: bool,
-    offsets: Tensor,
-) -> Tensor:
+    offsets: Int[Tensor, " experts"],
+) -> Float[Tensor, "S n"]:
     """Eager definition: one dense weight per expert."""
     logical = logical_view(with_values(weight, values, index), transposed)
     if a is not None and b is not None:
@@ -86,13 +102,15 @@ def oracle_sparse_lowrank_grouped(
     return oracle_grouped_linear(x, logical, offsets)
 
 
-def with_values(stored: Tensor, values: Tensor | None, index: Tensor | None) -> Tensor:
+def with_values(
+    stored: Float[Tensor, "experts p q"], values: Float[Tensor, " k"] | None, index: Int[Tensor, " k"] | None
+) -> Float[Tensor, "experts p q"]:
     if values is None or index is None:
         return stored
     return stored.reshape(-1).index_copy(0, index.long(), values.to(stored.dtype)).view(stored.shape)
 
 
-def logical_view(stored: Tensor, transposed: bool) -> Tensor:
+def logical_view(stored: Float[Tensor, "experts p q"], transposed: bool) -> Float[Tensor, "experts n m"]:
     return stored.transpose(1, 2) if transposed else stored
 
 
@@ -100,7 +118,13 @@ def logical_view(stored: Tensor, transposed: bool) -> Tensor:
 
 
 def _check_partial(
-    x: Tensor, weight: Tensor, block: Tensor, index: Tensor | None, start: int, axis: int, offsets: Tensor
+    x: Float[Tensor, "S m"],
+    weight: Float[Tensor, "experts n m"],
+    block: Float[Tensor, "experts i j"],
+    index: Int[Tensor, " s"] | None,
+    start: int,
+    axis: int,
+    offsets: Int[Tensor, " experts"],
 ) -> None:
     name = "partial_grouped_linear"
     check_grouped(name, x, weight, offsets)
@@ -121,7 +145,13 @@ def _check_partial(
     )
 
 
-def write_grouped_block(weight: Tensor, block: Tensor, index: Tensor | None, start: int, axis: int) -> None:
+def write_grouped_block(
+    weight: Float[Tensor, "experts n m"],
+    block: Float[Tensor, "experts i j"],
+    index: Int[Tensor, " s"] | None,
+    start: int,
+    axis: int,
+) -> None:
     """Copy `block` to its channels of every expert's matrix; bypasses the version counter (see `partial_linear`)."""
     if index is None:
         weight.data.narrow(axis + 1, start, block.shape[axis + 1]).copy_(block)
@@ -130,8 +160,14 @@ def write_grouped_block(weight: Tensor, block: Tensor, index: Tensor | None, sta
 
 
 def _partial_grouped(
-    x: Tensor, weight: Tensor, block: Tensor, index: Tensor | None, start: int, axis: int, offsets: Tensor
-) -> Tensor:
+    x: Float[Tensor, "S m"],
+    weight: Float[Tensor, "experts n m"],
+    block: Float[Tensor, "experts i j"],
+    index: Int[Tensor, " s"] | None,
+    start: int,
+    axis: int,
+    offsets: Int[Tensor, " experts"],
+) -> Float[Tensor, "S n"]:
     name = "partial_grouped_linear"
     _check_partial(x, weight, block, index, start, axis, offsets)
     require_together(name, x, weight, block, index, offsets)
@@ -143,24 +179,38 @@ def _partial_grouped(
 
 
 def _partial_grouped_fake(
-    x: Tensor, weight: Tensor, block: Tensor, index: Tensor | None, start: int, axis: int, offsets: Tensor
-) -> Tensor:
+    x: Float[Tensor, "S m"],
+    weight: Float[Tensor, "experts n m"],
+    block: Float[Tensor, "experts i j"],
+    index: Int[Tensor, " s"] | None,
+    start: int,
+    axis: int,
+    offsets: Int[Tensor, " experts"],
+) -> Float[Tensor, "S n"]:
     _check_partial(x, weight, block, index, start, axis, offsets)
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
-def _places(block: Tensor, index: Tensor | None, start: int, axis: int) -> Tensor:
+def _places(
+    block: Float[Tensor, "experts i j"], index: Int[Tensor, " s"] | None, start: int, axis: int
+) -> Int[Tensor, " s"]:
     return torch.arange(start, start + block.shape[axis + 1], device=block.device) if index is None else index
 
 
 def _partial_grouped_in_aten(
-    x: Tensor, weight: Tensor, block: Tensor, index: Tensor | None, start: int, axis: int, offsets: Tensor
-) -> Tensor:
+    x: Float[Tensor, "S m"],
+    weight: Float[Tensor, "experts n m"],
+    block: Float[Tensor, "experts i j"],
+    index: Int[Tensor, " s"] | None,
+    start: int,
+    axis: int,
+    offsets: Int[Tensor, " experts"],
+) -> Float[Tensor, "S n"]:
     dense = replaced(weight, block, _places(block, index, start, axis), axis)
     return _grouped_linear_in_aten(x, dense, offsets)
 
 
-def _channels(x: Tensor, index: Tensor | None, start: int, count: int) -> Tensor:
+def _channels(x: Float[Tensor, "S c"], index: Int[Tensor, " s"] | None, start: int, count: int) -> Float[Tensor, "S s"]:
     """A copy of the channels of rows that a block multiplies."""
     if index is not None:
         return x.index_select(-1, index)
@@ -168,8 +218,14 @@ def _channels(x: Tensor, index: Tensor | None, start: int, count: int) -> Tensor
 
 
 def _frozen_gradient(
-    g: Tensor, x: Tensor, block: int, index: Tensor | None, start: int, axis: int, offsets: Tensor
-) -> Tensor:
+    g: Float[Tensor, "S n"],
+    x: Float[Tensor, "S m"],
+    block: int,
+    index: Int[Tensor, " s"] | None,
+    start: int,
+    axis: int,
+    offsets: Int[Tensor, " experts"],
+) -> Float[Tensor, "experts n m"]:
     """`g_eᵀ x_e` with zeros under the block: for a weight that was made to require a gradient in spite of the plan."""
     places = torch.arange(start, start + block, device=g.device) if index is None else index.long()
     return ops.grouped_outer(g, x, offsets).index_fill(axis + 1, places, 0)
@@ -200,7 +256,7 @@ def _setup_partial(
     ctx.save_for_backward(kept, *own, index, offsets)
 
 
-def _backward_partial(ctx: _SavedPartial, g: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_partial(ctx: _SavedPartial, g: Float[Tensor, "S n"]) -> tuple[Tensor | None, ...]:
     kept, weight, block, index, offsets = ctx.saved_tensors
     dx = d_weight = d_block = None
     if ctx.needs_input_grad[0]:
@@ -220,14 +276,14 @@ def _backward_partial(ctx: _SavedPartial, g: Tensor) -> tuple[Tensor | None, ...
 
 
 def _check_sparse(
-    x: Tensor,
-    weight: Tensor,
-    values: Tensor | None,
-    index: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
+    x: Float[Tensor, "S m"],
+    weight: Float[Tensor, "experts p q"],
+    values: Float[Tensor, " k"] | None,
+    index: Int[Tensor, " k"] | None,
+    a: Float[Tensor, "experts r m"] | None,
+    b: Float[Tensor, "experts n r"] | None,
     transposed: bool,
-    offsets: Tensor,
+    offsets: Int[Tensor, " experts"],
 ) -> None:
     name = "sparse_lowrank_grouped_linear"
     require(weight.dim() == 3, lambda: f"{name}: the weight {tuple(weight.shape)} has not three dimensions")
@@ -241,21 +297,23 @@ def _check_sparse(
         require_shape(name, "b", b, experts, rows, a.shape[1])
 
 
-def _low_rank(x: Tensor, a: Tensor, offsets: Tensor) -> Tensor:
+def _low_rank(
+    x: Float[Tensor, "S inputs"], a: Float[Tensor, "experts outputs inputs"], offsets: Int[Tensor, " experts"]
+) -> Float[Tensor, "S outputs"]:
     return ops.grouped_linear(x, a.to(x.dtype), offsets)
 
 
 def _sparse_grouped(
-    x: Tensor,
-    weight: Tensor,
-    values: Tensor | None,
-    index: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
+    x: Float[Tensor, "S m"],
+    weight: Float[Tensor, "experts p q"],
+    values: Float[Tensor, " k"] | None,
+    index: Int[Tensor, " k"] | None,
+    a: Float[Tensor, "experts r m"] | None,
+    b: Float[Tensor, "experts n r"] | None,
     scale: float,
     transposed: bool,
-    offsets: Tensor,
-) -> Tensor:
+    offsets: Int[Tensor, " experts"],
+) -> Float[Tensor, "S n"]:
     name = "sparse_lowrank_grouped_linear"
     _check_sparse(x, weight, values, index, a, b, transposed, offsets)
     require_together(name, x, weight, values, index, a, b, offsets)
@@ -271,31 +329,31 @@ def _sparse_grouped(
 
 
 def _sparse_grouped_fake(
-    x: Tensor,
-    weight: Tensor,
-    values: Tensor | None,
-    index: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
+    x: Float[Tensor, "S m"],
+    weight: Float[Tensor, "experts p q"],
+    values: Float[Tensor, " k"] | None,
+    index: Int[Tensor, " k"] | None,
+    a: Float[Tensor, "experts r m"] | None,
+    b: Float[Tensor, "experts n r"] | None,
     scale: float,
     transposed: bool,
-    offsets: Tensor,
-) -> Tensor:
+    offsets: Int[Tensor, " experts"],
+) -> Float[Tensor, "S n"]:
     _check_sparse(x, weight, values, index, a, b, transposed, offsets)
     return x.new_empty(x.shape[0], weight.shape[2 if transposed else 1])
 
 
 def _sparse_grouped_in_aten(
-    x: Tensor,
-    weight: Tensor,
-    values: Tensor | None,
-    index: Tensor | None,
-    a: Tensor | None,
-    b: Tensor | None,
+    x: Float[Tensor, "S m"],
+    weight: Float[Tensor, "experts p q"],
+    values: Float[Tensor, " k"] | None,
+    index: Int[Tensor, " k"] | None,
+    a: Float[Tensor, "experts r m"] | None,
+    b: Float[Tensor, "experts n r"] | None,
     scale: float,
     transposed: bool,
-    offsets: Tensor,
-) -> Tensor:
+    offsets: Int[Tensor, " experts"],
+) -> Float[Tensor, "S n"]:
     y = _grouped_linear_in_aten(x, logical_view(with_values(weight, values, index), transposed), offsets)
     if a is None or b is None:
         return y
@@ -324,7 +382,7 @@ def _setup_sparse(
     ctx.save_for_backward(x if trained else None, *own, index, a, b, offsets)
 
 
-def _backward_sparse(ctx: _SavedSparse, g: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_sparse(ctx: _SavedSparse, g: Float[Tensor, "S n"]) -> tuple[Tensor | None, ...]:
     """`low = g B` is shared by `dX = g W' + s low A` and `dA = s lowᵀ x`; `dB = s gᵀ (x Aᵀ)`."""
     x, weight, values, index, a, b, offsets = ctx.saved_tensors
     need, (of_weight, of_values, of_a, of_b) = ctx.needs_input_grad, ctx.dtypes
