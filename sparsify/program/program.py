@@ -40,6 +40,7 @@ from sparsify.program.values import (
 
 if TYPE_CHECKING:
     import networkx as nx
+    from jaxtyping import Bool, Int
 
     from sparsify.host.quantized_bases import PackedBase
     from sparsify.lowering.kernel_texts import KernelText
@@ -254,7 +255,7 @@ class Program:
         return self.packing.hashes
 
     @property
-    def masks(self) -> dict[str, torch.Tensor]:
+    def masks(self) -> dict[str, Bool[torch.Tensor, "*experts p q"]]:
         """Pruned weight → which entries survive, in the current order."""
         return self.pruning.masks
 
@@ -295,7 +296,7 @@ class Program:
         read = {names.get(through_transpose(source)[0].name) for source in node.all_input_nodes}
         return next((p for p in self.parts if p.param in read or f"{p.owner}.packed_0".lstrip(".") in read), None)
 
-    def moved_index(self, param: str, axis: int) -> torch.Tensor | None:
+    def moved_index(self, param: str, axis: int) -> Int[torch.Tensor, " c"] | None:
         """How a tensor was reordered on an axis, `current = original.index_select(axis, index)`; None where it was not."""
         return next((m.index for m in self.moves if m.param == param and m.axis == axis), None)
 

@@ -14,11 +14,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from sparsify.console import one_line, printable
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
 
 Role = Literal["q", "k", "v", "o", "up", "gate", "down", "vector", "other"]
 Kind = Literal["attention", "ffn", "other"]
@@ -82,7 +85,7 @@ class Site:
             bases = [bases[repeat]]
         return [base + unit * self.step + i for base in bases for i in range(self.block)]
 
-    def positions(self, units: int) -> torch.Tensor:
+    def positions(self, units: int) -> Int[torch.Tensor, "repeats units block"]:
         """All positions, int64 of shape (repeats, units, block)."""
         base = torch.tensor(self.bases(), dtype=torch.int64).view(-1, 1, 1)
         unit = torch.arange(units, dtype=torch.int64).view(1, -1, 1) * self.step
