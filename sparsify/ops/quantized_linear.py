@@ -293,7 +293,8 @@ def _quantized_dx_in_aten(
 
 
 class _Saved(Context, Protocol):
-    """meta: format, rows, columns, transposed. whole: whether all of x was saved. dtypes: of the gradients that are wanted."""
+    """meta: format, rows, columns, transposed. whole: whether all of x was saved, or a block's columns alone (of dX's backward it is
+    all of the outer gradient). dtypes: of the gradients that are wanted."""
 
     meta: tuple[str, int, int, bool]
     whole: bool
@@ -354,23 +355,25 @@ def _setup_quantized(
 
 
 def _quantized_block_gradient(
+    ctx: _Saved,
     g: Float[Tensor, "*t n"],
-    x: Float[Tensor, "*t m"],
+    x: Float[Tensor, "*t c"],
     channels: Int[Tensor, " s"],
-    axis: int,
     index: Int[Tensor, " k"] | None,
-    shape: tuple[int, int],
-    transposed: bool,
+    dtype: torch.dtype,
 ) -> Float[Tensor, "i j"]:
-    """`(gᵀ x)` on trained channels, zero where the sparse part is written over them; of axis 1, `x` holds these columns only."""
+    """`(gᵀ x)` on trained channels in `dtype`, zero where the sparse part is written over them. x: as `ctx.whole` says."""
+    _, rows, columns, transposed = ctx.meta
+    if ctx.axis == 1 and ctx.whole:
+        x = x.index_select(-1, channels)
     tokens_g, tokens_x = flat(g), flat(x)
-    tokens_g = tokens_g if axis == 1 else tokens_g.index_select(1, channels)
+    tokens_g = tokens_g if ctx.axis == 1 else tokens_g.index_select(1, channels)
     gradient = tokens_g.t().mm(tokens_x)
-    if index is None:
-        return gradient
-    free = torch.ones(shape, dtype=torch.bool, device=g.device)
-    free.view(-1)[index.long()] = False
-    return gradient * (free.t() if transposed else free).index_select(axis, channels)
+    if index is not None:
+        free = torch.ones((rows, columns), dtype=torch.bool, device=g.device)
+        free.view(-1)[index.long()] = False
+        gradient = gradient * (free.t() if transposed else free).index_select(ctx.axis, channels)
+    return gradient.to(dtype)
 
 
 def _backward_quantized(ctx: _Saved, g: Float[Tensor, "*t n"]) -> Gradients:
@@ -378,7 +381,7 @@ def _backward_quantized(ctx: _Saved, g: Float[Tensor, "*t n"]) -> Gradients:
     *kept, block, values, channels, index, a, b = saved[:9]
     packed = list(saved[9:])
     need, (of_bias, of_block, of_values, of_a, of_b) = ctx.needs_input_grad, ctx.dtypes
-    _, rows, columns, transposed = ctx.meta
+    *_, transposed = ctx.meta
     dx = d_block = None
     x = restored_input(*kept)
     low, d_a, d_b = low_rank_gradients(g, x if ctx.whole else None, a, b, ctx.scale, need[0], of_a, of_b)
@@ -388,10 +391,7 @@ def _backward_quantized(ctx: _Saved, g: Float[Tensor, "*t n"]) -> Gradients:
         dx = torch.ops.sparsify.quantized_linear_dx(g, *ctx.meta, *parts)
     d_bias = None if of_bias is None else flat(g).sum(0).to(of_bias)
     if of_block is not None and x is not None:
-        read = x.index_select(-1, channels) if ctx.whole and ctx.axis == 1 else x
-        d_block = _quantized_block_gradient(g, read, channels, ctx.axis, index, (rows, columns), transposed).to(
-            of_block
-        )
+        d_block = _quantized_block_gradient(ctx, g, x, channels, index, of_block)
     d_values = sparse_gradient(g, x if ctx.whole else None, index, transposed, of_values)
     gradients = (dx, None, None, None, None, d_bias, d_block, None, None, d_values, None, d_a, d_b, None)
     return (*gradients, [None] * len(packed))
@@ -421,7 +421,8 @@ def _setup_quantized_dx(
     need = ctx.needs_input_grad
     own = (block, values) if need[0] else (None, None)
     ctx.save_for_backward(g if need[5] or need[8] else None, *own, channels, index, low, a, *packed)
-    ctx.meta, ctx.axis, ctx.scale = (format, rows, columns, transposed), axis, scale
+    ctx.meta, ctx.whole = (format, rows, columns, transposed), True
+    ctx.axis, ctx.scale = axis, scale
     ctx.dtypes = tuple(dtype_if(need[i], t) for i, t in ((5, block), (8, values), (10, low), (11, a)))
 
 
@@ -431,16 +432,13 @@ def _backward_quantized_dx(ctx: _Saved, outer: Float[Tensor, "*t m"]) -> Gradien
     g, block, values, channels, index, low, a = saved[:7]
     packed = list(saved[7:])
     of_block, of_values, of_low, of_a = ctx.dtypes
-    _, rows, columns, transposed = ctx.meta
+    *_, transposed = ctx.meta
     dg = d_block = None
     if ctx.needs_input_grad[0]:
         parts = (None, block, None if block is None else channels, ctx.axis, values, None if values is None else index)
         dg = torch.ops.sparsify.quantized_linear(outer, *ctx.meta, *parts, None, None, 1.0, packed)
     if of_block is not None:
-        read = outer.index_select(-1, channels) if ctx.axis == 1 else outer
-        d_block = _quantized_block_gradient(g, read, channels, ctx.axis, index, (rows, columns), transposed).to(
-            of_block
-        )
+        d_block = _quantized_block_gradient(ctx, g, outer, channels, index, of_block)
     d_values = sparse_gradient(g, outer, index, transposed, of_values)
     d_low, d_a = added_gradients(outer, low, a, ctx.scale, of_low, of_a)
     gradients = (dg, None, None, None, None, d_block, None, None, d_values, None, d_low, d_a, None)
