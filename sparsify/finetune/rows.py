@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sparsify.console import printable
 from sparsify.errors import PlanError
 from sparsify.files.regular import check_regular
 from sparsify.plan import nearest
@@ -52,6 +53,7 @@ class Sample:
         return sum(label != IGNORED for label in self.labels[1:])
 
 
+@printable
 @dataclass(frozen=True)
 class Rows:
     """Samples of one source. skipped: rows of which nothing is learned once they are cut; cut: rows that were longer."""
