@@ -87,16 +87,17 @@ class Layout:
         return {(1 - axis if transposed else axis): move for axis, move in found.items()}
 
     def factors_to_original(
-        self, param: str, transposed: bool, a: Float[Tensor, "*experts r m"], b: Float[Tensor, "*experts n r"]
-    ) -> tuple[Float[Tensor, "*experts r m"], Float[Tensor, "*experts n r"]]:
-        """Low-rank factors `a (r, in)`, `b (out, r)` of a weight, perhaps of every expert, from current to original coordinates."""
+        self, param: str, transposed: bool, a: Float[Tensor, "*experts r m"], b: Tensor
+    ) -> tuple[Float[Tensor, "*experts r m"], Tensor]:
+        """Low-rank factors `a (r, in)`, `b (out, r)` of a weight, perhaps of every expert, from current to original coordinates;
+        `b` may be a vector over the outputs too, as DoRA's magnitude is."""
         moves = self.logical_moves(param.rpartition(".")[2], transposed)
         a = a.index_select(self.lead + 1, moves[1][1].to(a.device)) if 1 in moves else a
         return a, b.index_select(self.lead, moves[0][1].to(b.device)) if 0 in moves else b
 
     def factors_to_current(
-        self, param: str, transposed: bool, a: Float[Tensor, "*experts r m"], b: Float[Tensor, "*experts n r"]
-    ) -> tuple[Float[Tensor, "*experts r m"], Float[Tensor, "*experts n r"]]:
+        self, param: str, transposed: bool, a: Float[Tensor, "*experts r m"], b: Tensor
+    ) -> tuple[Float[Tensor, "*experts r m"], Tensor]:
         """The inverse of `factors_to_original`."""
         moves = self.logical_moves(param.rpartition(".")[2], transposed)
         a = a.index_select(self.lead + 1, moves[1][0].to(a.device)) if 1 in moves else a
