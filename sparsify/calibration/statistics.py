@@ -29,6 +29,7 @@ from sparsify.calibration.checks import (
 from sparsify.calibration.ranks import sum_over_ranks, together
 from sparsify.errors import PlanError, SparsifyError
 from sparsify.model.linears import stored_transposed
+from sparsify.model.packed_experts import GroupedLinear
 from sparsify.program.capture import evaluating
 
 if TYPE_CHECKING:
@@ -204,6 +205,12 @@ def logical_shape(module: nn.Module) -> tuple[int, int]:
     return (shape[1], shape[0]) if stored_transposed(module) else (shape[0], shape[1])
 
 
+def gradient_shape(module: nn.Module) -> tuple[int, ...]:
+    """Of what `gradient_statistics` reduces: `(out, in)`, of packed experts `(experts, out, in)`."""
+    experts = (module.weight.shape[0],) if isinstance(module, GroupedLinear) else ()
+    return (*experts, *logical_shape(module))
+
+
 def gradient_statistics(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
@@ -292,7 +299,7 @@ def gradient_statistics(
     require_gradients(modules, moved)
     for name, module in modules.items():
         if name not in moved:
-            reduce(name, torch.zeros(logical_shape(module)))
+            reduce(name, torch.zeros(gradient_shape(module)))
 
 
 def weight_gradient(

@@ -119,10 +119,17 @@ class GradualPruner:
     ) -> None:
         self.host, self.schedule, self.pattern, self.regrow = host, schedule, parse_pattern(pattern), regrow
         if names is not None:
+            names = list(names)
             named = dict(host.named_parameters())
             unknown = [name for name in names if name not in named]
             if unknown:
                 raise PlanError(f"GradualPruner: the model has no parameter '{unknown[0]}'")
+            flat = [name for name in names if named[name].dim() < 2]
+            if flat:
+                shape = tuple(named[flat[0]].shape)
+                raise PlanError(
+                    f"GradualPruner: '{flat[0]}' has shape {shape}; weights of linears are pruned, not biases and norms"
+                )
             mask_modules(host, {name: torch.ones_like(named[name], dtype=torch.bool) for name in names})
         self.targets = list(masked_parameters(host))
         if not self.targets:

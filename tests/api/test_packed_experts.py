@@ -319,3 +319,20 @@ def test_checkpoints_are_the_users(rule: str, tmp_path: Any) -> None:
     host.save_pretrained(tmp_path / "checkpoint", state_dict=host.state_dict())
     again = MixtralForCausalLM.from_pretrained(tmp_path / "checkpoint").eval()
     torch.testing.assert_close(again(**inputs).logits.detach(), trained, rtol=1e-4, atol=1e-5)
+
+
+def test_a_rank_that_saw_no_batch_adds_zeros_of_every_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums over ranks need one shape: the other ranks hold `(experts, out, in)`."""
+    from sparsify.calibration import statistics
+
+    monkeypatch.setattr(statistics, "require_seen", lambda *_: None)  # another rank ran them
+    monkeypatch.setattr(statistics, "require_gradients", lambda *_: None)
+    modules = {"a": GroupedLinear(torch.nn.Parameter(torch.randn(3, 5, 4))), "b": torch.nn.Linear(7, 6)}
+    found: dict[str, Any] = {}
+    statistics.gradient_statistics(
+        torch.nn.ModuleDict(modules), modules, [], lambda name, g: found.setdefault(name, g), progress=False
+    )
+    assert {name: tuple(g.shape) for name, g in found.items()} == {"a": (3, 5, 4), "b": (6, 7)}
+    x = torch.randn(8, 4)
+    offsets = torch.tensor([2, 2, 8], dtype=torch.int32)
+    assert statistics.weight_gradient(x, torch.randn(8, 5), None, offsets).shape == found["a"].shape  # type: ignore[union-attr]

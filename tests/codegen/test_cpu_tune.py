@@ -440,3 +440,24 @@ def test_a_cold_record_serves_a_call_that_measures_nothing() -> None:
     tune.remember(key, {"seconds": {"gemv/64": 1.0, "stream/64": 2.0}, "steady": True})
     tune.remember(tune.cold_key(key), {"seconds": {"gemv/64": 2.0, "stream/64": 1.0}, "steady": True})
     assert (layer.choice(16).kernel, layer.choice(16).measured) == ("stream", 1.0)
+
+
+def test_numbers_of_tokens_that_were_not_measured_are_predicted_from_one_that_was() -> None:
+    """A kernel that took five times what the model says at 32 tokens is expected to do so at 200."""
+    layer = SparseLinear(pack(torch.randn(64, 128) * (torch.rand(64, 128) > 0.5)))
+    if layer.kernels is None:
+        pytest.skip("no compiler")
+    variant, threads = layer.kernels.variant, torch.get_num_threads()
+
+    def predicted(kernel: str, tokens: int) -> float:
+        return dispatch.predict(layer.packed, variant.isa, kernel, tokens, threads)
+
+    for slow, fast in (("decompress", "stream"), ("stream", "decompress")):
+        layer.choices.clear()
+        key = dispatch.tune_key(layer.packed, layer.layer, variant, 32, threads, layer.int8)
+        seconds = {f"{slow}/{48 if slow == 'decompress' else 128}": 50 * predicted(slow, 32)}
+        seconds[f"{fast}/{48 if fast == 'decompress' else 128}"] = predicted(fast, 32)
+        tune.remember(key, {"seconds": seconds, "steady": True})
+        choice = layer.choice(200)
+        assert (choice.kernel, choice.measured) == (fast, None)
+        assert choice.predicted == pytest.approx(predicted(fast, 256))

@@ -642,3 +642,9 @@ def test_two_uneven_ranks_give_the_full_batch(tmp_path: Path) -> None:
     Distiller(student, teacher, kl=0.5)(batch()).loss.backward()
     expected = student.model.layers[0].mlp.up_proj.weight.grad  # type: ignore[union-attr]
     assert torch.allclose(torch.load(tmp_path / "grad.pt"), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_a_bias_is_not_pruned() -> None:
+    model = nn.Sequential(nn.Linear(4, 5))
+    with pytest.raises(PlanError, match=r"'0.bias' has shape \(5,\)"):
+        GradualPruner(model, CubicSchedule(start=0, end=2, final=0.5), names=(n for n in ["0.bias"]))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import os
 import statistics
 from collections.abc import Callable, Mapping
@@ -379,6 +380,8 @@ def choose(
         timing = next((found for found in map(recorded, names) if found is not None), None)
     known = [o for o in options if timing is not None and option_name(o) in timing.seconds]
     if timing is None or not known:
+        costs = corrected(costs, packed, layer, kernels.variant, size, threads, vnni)
+        best = min(options, key=lambda option: costs[option])
         return Choice(best[0], best[1], costs[best])
     best = min(known, key=lambda option: timing.seconds[option_name(option)])
     if (
@@ -387,6 +390,34 @@ def choose(
         return Choice(best[0], best[1], costs[best])
     others = {name: s for name, s in timing.seconds.items() if name not in map(option_name, options)}
     return Choice(best[0], best[1], costs[best], timing.seconds[option_name(best)], others, timing.steady)
+
+
+def corrected(
+    costs: Mapping[tuple[str, int], float],
+    packed: Bitmask,
+    layer: LayerStruct,
+    variant: Variant,
+    size: int,
+    threads: int,
+    vnni: bool,
+) -> dict[tuple[str, int], float]:
+    """Predicted costs at `size` tokens, each times what its kernel took over what was predicted at the nearest number of tokens that was
+    measured for such a layer: the model knows how work grows better than it knows a machine."""
+    for other in sorted(BUCKETS, key=lambda b: abs(math.log(b / size))):
+        key = tune_key(packed, layer, variant, other, threads, vnni)
+        timing = recorded(cold_key(key)) or recorded(key)
+        if timing is None:
+            continue
+        off: dict[str, float] = {}
+        for kernel, tile in candidates(variant.isa, packed.value, other, vnni):
+            found = timing.seconds.get(option_name((kernel, tile)))
+            if found is not None:
+                ratio = found / predict(packed, variant.isa, kernel, other, threads)
+                off[kernel] = min(ratio, off.get(kernel, math.inf))
+        if off:
+            rest = max(off.values())  # a kernel that was not worth measuring there
+            return {option: cost * off.get(option[0], rest) for option, cost in costs.items()}
+    return dict(costs)
 
 
 def serves(choice: Choice, dtype: torch.dtype, tokens: int) -> Choice:
