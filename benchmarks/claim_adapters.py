@@ -25,7 +25,8 @@ import sparsify
 from benchmarks.claim_tasks import OTHER, TASKS, batches, pool
 from sparsify import S2FT, LoRA, PaCA, Plan, Quantize, RoSA
 from sparsify.demo.language_tasks import Row, general_text
-from sparsify.demo.language_training import answer_loss, encode, score, text_blocks, text_loss
+from sparsify.demo.language_training import encode, score, text_blocks, text_loss
+from sparsify.demo.language_training import train as descend
 from sparsify.plan import Rule
 from sparsify.train import param_groups
 from sparsify.train.rosa import collect_masks
@@ -172,36 +173,6 @@ class Judge:
         return {"loss": found.loss, "exact": found.exact, "text": text_loss(model, self.blocks), "other": other}
 
 
-def loop(
-    model: nn.Module,
-    tokenizer: Any,
-    groups: list[dict[str, Any]],
-    steps: Sequence[Sequence[Row]],
-    seen: Callable[[int], None] | None = None,
-) -> list[float]:
-    """AdamW, warm-up over a tenth, then linearly to zero, clipping at 1, no weight decay. Returns every step's loss."""
-    trained = [p for group in groups for p in group["params"]]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.99))
-    warm = max(1, len(steps) // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm, (len(steps) - step) / max(1, len(steps) - warm))
-    )
-    losses = []
-    for number, rows in enumerate(steps, 1):
-        model.train()
-        inputs, labels = encode(tokenizer, rows)
-        loss = answer_loss(model(**inputs).logits, labels)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        losses.append(loss.item())
-        if seen is not None:
-            seen(number)
-    return losses
-
-
 def train(
     base: nn.Module,
     tokenizer: Any,
@@ -221,10 +192,10 @@ def train(
     begun = time.process_time()
     model = compiled(base, method, seed, marks)
     if method.warm_up:
-        # on batches of its own, at a constant rate; then the supports are chosen and everything starts anew
+        # on batches of its own; then the supports are chosen and everything starts anew
         first = batches(rows, WARM_UP, setting.batch, seed + 900)
-        constant = [dict(g) for g in groups(model, method, rates)]
-        loop(model, tokenizer, constant, first)
+        own = groups(model, method, rates)
+        descend(model, tokenizer, first, lr=0.0, name="warm-up", seed=seed, groups=own)
         collect_masks(model, marks, progress=False)
         model.sparsify.restart()
         if method.warm_up == "inside":
@@ -238,8 +209,8 @@ def train(
         if not tuning and step % every == 0 and step < len(order):
             path.append({"step": step, **judge.glance(model)})
 
-    losses = loop(model, tokenizer, groups(model, method, rates), order, seen)
-    model.eval()
+    own = groups(model, method, rates)
+    losses = descend(model, tokenizer, order, lr=0.0, name=method.label, seed=seed, groups=own, seen=seen).losses
     end = judge.whole(model) if not tuning else judge.glance(model)
     if not tuning:
         path.append({"step": len(order), **judge.glance(model)})

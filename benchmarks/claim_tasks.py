@@ -9,6 +9,7 @@ question). `forgetting`: the loss on the `help()` topics of Python, and on the o
 
 from __future__ import annotations
 
+import hashlib
 import random
 import sys
 from collections.abc import Sequence
@@ -65,6 +66,12 @@ OTHER = {"arithmetic": SORTING, "sorting": ARITHMETIC}
 def pool(task: LanguageTask, seed: int, size: int = POOL) -> list[Row]:
     """The training rows that a run may see."""
     return task.distinct(seed, size)
+
+
+def digest(task: LanguageTask) -> str:
+    """A short hash of the rows that a task makes: numbers on other rows are no numbers of this task."""
+    rows = task.distinct(0, 50) + task.distinct(0, 50, held_out=True)
+    return hashlib.sha256(repr(rows).encode()).hexdigest()[:12]
 
 
 def batches(rows: Sequence[Row], steps: int, batch: int, seed: int) -> list[list[Row]]:

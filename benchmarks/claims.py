@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import claim_squarehead
 from benchmarks.claim_adapters import METHODS, Setting, train
 from benchmarks.claim_fusion import KINDS, fuse
-from benchmarks.claim_tasks import TASKS
+from benchmarks.claim_tasks import TASKS, digest
 from benchmarks.harness import RESULTS, cpu_model, parser, versions
 
 FOLDER = RESULTS / "claims"
@@ -46,6 +46,7 @@ TUNING_SEED = 100
 GRID = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 START = {"full": 1e-4, "lora": 1e-3, "s2ft": 1e-3, "paca": 1e-3, "sparse": 1e-3}
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+ROWS = {name: digest(task) for name, task in TASKS.items()}
 PARTS = ("squarehead", "adapters", "fusion")
 SPARSITIES = (0.6, 0.75, 0.85)
 VARIANTS_ON = "sorting"
@@ -134,7 +135,14 @@ def rates_for(grid: Grid, task: str, family: str) -> dict[str, float]:
 
     def loss(rate: float) -> float:
         tried = {**rates, family: rate}
-        facts = {"task": task, "method": family, "rates": tried, "seed": TUNING_SEED, "setting": asdict(grid.setting)}
+        facts = {
+            "task": task,
+            "rows": ROWS,
+            "method": family,
+            "rates": tried,
+            "seed": TUNING_SEED,
+            "setting": asdict(grid.setting),
+        }
 
         def make() -> dict[str, Any]:
             base, tokenizer = grid.model
@@ -149,7 +157,7 @@ def rates_for(grid: Grid, task: str, family: str) -> dict[str, float]:
 def adapter_run(grid: Grid, task: str, name: str, seed: int) -> dict[str, Any]:
     method = METHODS[name]
     rates = method.scaled(rates_for(grid, task, method.family))
-    facts = {"task": task, "method": name, "rates": rates, "seed": seed, "setting": asdict(grid.setting)}
+    facts = {"task": task, "rows": ROWS, "method": name, "rates": rates, "seed": seed, "setting": asdict(grid.setting)}
 
     def make() -> dict[str, Any]:
         base, tokenizer = grid.model
@@ -167,7 +175,7 @@ def base_run(grid: Grid, task: str) -> dict[str, Any]:
         judge = Judge(tokenizer, task, grid.setting, False)
         return {"end": judge.whole(base), "path": [{"step": 0, **judge.glance(base)}]}
 
-    return grid.cell(f"{task}-base", {"task": task, "setting": asdict(grid.setting)}, make)
+    return grid.cell(f"{task}-base", {"task": task, "rows": ROWS, "setting": asdict(grid.setting)}, make)
 
 
 def adapters(grid: Grid, tasks: Sequence[str], methods: Sequence[str]) -> Iterator[Callable[[], Any]]:
@@ -209,7 +217,7 @@ def squarehead(grid: Grid) -> Iterator[Callable[[], Any]]:
 def fusion(grid: Grid) -> Iterator[Callable[[], Any]]:
     def run(kind: str, seed: int) -> dict[str, Any]:
         rates = {task: rates_for(grid, task, KINDS[kind]) for task in TASKS}
-        facts = {"kind": kind, "rates": rates, "seed": seed, "setting": asdict(grid.setting)}
+        facts = {"kind": kind, "rows": ROWS, "rates": rates, "seed": seed, "setting": asdict(grid.setting)}
         base, tokenizer = grid.model
         return grid.cell(f"fusion-{kind}-{seed}", facts, lambda: fuse(base, tokenizer, kind, rates, seed, grid.setting))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -135,21 +135,26 @@ def train(
     lr: float,
     name: str,
     seed: int = 0,
+    groups: Sequence[dict[str, Any]] = (),
+    seen: Callable[[int], None] | None = None,
 ) -> Run:
-    """AdamW on what requires a gradient: warm-up over a tenth, then linearly to zero, clipping at 1, no weight decay."""
+    """AdamW on what requires a gradient: warm-up over a tenth, then linearly to zero, clipping at 1, no weight decay.
+
+    groups: parameter groups with rates of their own, in place of `lr`. seen: told the number of each step that is done.
+    """
     torch.manual_seed(seed)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(list(groups) or trained, lr=lr, weight_decay=0.0, betas=(0.9, 0.99))
     steps = len(batches)
     warm = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm, (steps - step) / max(1, steps - warm))
     )
     run, seconds = Run(), []
-    model.train()
     bar = tqdm(batches, desc=name, unit="step", leave=False, dynamic_ncols=True)
     begun, cpu = time.perf_counter(), time.process_time()
-    for rows in bar:
+    for number, rows in enumerate(bar, 1):
+        model.train()  # whoever looks on may have left it in eval mode
         start = time.perf_counter()
         inputs, labels = encode(tokenizer, rows)
         loss = answer_loss(model(**inputs).logits, labels)
@@ -161,6 +166,8 @@ def train(
         seconds.append(time.perf_counter() - start)
         run.losses.append(loss.item())
         bar.set_postfix(loss=f"{statistics.mean(run.losses[-5:]):.2f}")
+        if seen is not None:
+            seen(number)
     model.eval()
     run.seconds, run.cpu_seconds = time.perf_counter() - begun, time.process_time() - cpu
     run.step_seconds = statistics.median(seconds)

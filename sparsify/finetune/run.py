@@ -146,7 +146,7 @@ def finetune(
     collate = Collator(pad)
     transformers.set_seed(file.training.seed)
     host: Any = sparsify.compile(
-        model, file.plan, calibration=calibration(file, prepared.rows, collate), progress=False
+        model, file.plan, calibration=calibration(file, prepared.rows, collate), progress=first
     )
     if first:
         write_text(folder / PLAN, file.to_yaml())

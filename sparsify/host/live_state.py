@@ -585,7 +585,8 @@ class SavePretrained(OnHost):
         with_parts = "state_dict" in bound.arguments
         state = original(host, host.state_dict() if state is None else state, with_parts=with_parts)
         bound.arguments["state_dict"] = state
-        if with_parts and trains_packed_experts(host):
+        known = inspect.signature(self.of_class).parameters  # a class of the user's own may not have the option
+        if with_parts and "save_original_format" in known and trains_packed_experts(host):
             bound = inspect.signature(self.of_class).bind_partial(
                 *bound.args, **{"save_original_format": False, **bound.kwargs}
             )

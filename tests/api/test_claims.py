@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
@@ -17,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import claim_adapters, claim_page, claims  # noqa: E402
 from benchmarks.claim_adapters import Setting  # noqa: E402
-from benchmarks.claim_tasks import ARITHMETIC, SORTING, TASKS, WORDS, batches, pool  # noqa: E402
+from benchmarks.claim_tasks import ARITHMETIC, SORTING, TASKS, WORDS, batches, digest, pool  # noqa: E402
 from benchmarks.claims import Grid, OutOfTime, best_on  # noqa: E402
 
 
@@ -83,6 +84,40 @@ def test_both_forms_of_a_batch_have_one_loss() -> None:
     inputs, labels = encode(Letters(), rows)
     expected = answer_loss(model(**inputs).logits, labels)
     torch.testing.assert_close(model(**claim_adapters.labelled(Letters(), rows)).loss, expected)
+
+
+def test_training_takes_groups_and_tells_every_step() -> None:
+    """What `claims.py` adds to the demo's loop: rates by group, and someone who looks on and leaves the model in eval mode."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from sparsify.demo.language_training import train
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    still, moving = list(model.model.parameters()), list(model.lm_head.parameters())
+    told: list[int] = []
+
+    def seen(step: int) -> None:
+        assert model.training
+        model.eval()
+        told.append(step)
+
+    batch = [("abc", "de"), ("fghij", "k")]
+    groups = [{"params": still, "lr": 0.0}, {"params": moving, "lr": 1e-2}]
+    run = train(model, Letters(), [batch] * 4, lr=1.0, name="x", groups=groups, seen=seen)  # type: ignore[arg-type]
+    assert told == [1, 2, 3, 4]
+    assert len(run.losses) == 4
+    assert {n for n, p in model.named_parameters() if not torch.equal(p, start[n])} == {"lm_head.weight"}
+
+
+def test_other_rows_are_another_task() -> None:
+    assert digest(ARITHMETIC) == digest(ARITHMETIC) != digest(SORTING)
+    changed = dataclasses.replace(SORTING, row=lambda draw: (SORTING.row(draw)[0], " none"))
+    assert digest(changed) != digest(SORTING)
 
 
 def test_rates_are_tried_outwards_until_the_best_is_inside() -> None:

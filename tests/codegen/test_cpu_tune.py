@@ -428,8 +428,11 @@ def test_layers_of_a_model_larger_than_the_cache_are_timed_cold(monkeypatch: pyt
     with torch.no_grad():
         for linear in model:
             linear.weight.masked_fill_(torch.rand_like(linear.weight) < 0.7, 0.0)
-    lower_model(model, tokens=(1,))
+    tune.other_data()
+    report = lower_model(model, tokens=(1,))
     assert asked == {cache == 1 << 10}
+    assert ("timed with cold weights" in str(report)) == (cache == 1 << 10)
+    assert tune.other_data.cache_info().currsize == 0  # memory that only measuring needed
 
 
 def test_a_cold_record_serves_a_call_that_measures_nothing() -> None:

@@ -17,6 +17,7 @@ import importlib
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -192,7 +193,7 @@ def judge(mistake: Mistake, tree: Path, sound: dict[str, str], seconds: float) -
         if sound[again]:
             result = {"result": "not applicable", "why": f"{again} {sound[again]}"}
             continue
-        result = {"result": "killed", "by": again, "why": why}
+        result = {"result": "killed", "by": again, "why": re.sub(r"/\S*/pytest-of-\S+?/pytest-\d+/", "", why)}
         break
     if not ran:
         result = {"result": "not applicable", "why": "no test of those named was run"}

@@ -29,7 +29,7 @@ from sparsify.kernels.cpu import operator as packed_operator
 from sparsify.kernels.cpu.build import BuildError
 from sparsify.kernels.cpu.dispatch import activations, best_isa, bucket, kernels_for, predict_dense
 from sparsify.kernels.cpu.formats import Bitmask, FormatError, pack, pack_int8, quantize_int8
-from sparsify.kernels.cpu.tune import TUNE_VERSION, Timing, cpu_name, last_level_cache, measured
+from sparsify.kernels.cpu.tune import TUNE_VERSION, Timing, cpu_name, last_level_cache, measured, other_data
 from sparsify.kernels.fallback import note, switched_on
 from sparsify.lowering.cpu.fuse import Counted, absorb_activation, join_gated
 from sparsify.lowering.cpu.options import DEFAULT_TOKENS
@@ -347,8 +347,8 @@ def cpu_target(
     return CpuTarget(example=example, timed=compare, cold=cold, **options)
 
 
-def make_report(host: nn.Module, decision: Decision, bytes_before: int) -> CpuReport:
-    """What was done to a host that is lowered now."""
+def make_report(host: nn.Module, decision: Decision, bytes_before: int, cold: bool) -> CpuReport:
+    """What was done to a host that is lowered now. cold: its layers were timed with weights that come from memory."""
     whole = decision.whole
     assert whole is None or isinstance(whole, WholeModel)  # `CpuTarget.compare` makes no other
     return CpuReport(
@@ -357,7 +357,10 @@ def make_report(host: nn.Module, decision: Decision, bytes_before: int) -> CpuRe
         refusals=decision.refusals,
         bytes_before=bytes_before,
         bytes_after=packed_operator.module_bytes(host),
-        notes=(f"kernels for {isa_text()}, {torch.get_num_threads()} threads",),
+        notes=(
+            f"kernels for {isa_text()}, {torch.get_num_threads()} threads",
+            *(("layers timed with cold weights: the model is larger than the last-level cache",) if cold else ()),
+        ),
         prepacked=decision.rearranged,
         fusions=tuple(decision.fusions),
         whole=whole,
@@ -372,8 +375,11 @@ def lower_program(
     """Lower `host`, in place, and `program`, into a new one; see `driver.lower`. options: see `lower_model`."""
     before = packed_operator.module_bytes(host)
     target = cpu_target(program, compare=compare, cold=exceeds_caches(host), **options)
-    decision, lowered = lower(host, program, target, names=names, quantize=quantize, check=check, progress=progress)
-    return make_report(host, decision, before), lowered
+    try:
+        decision, lowered = lower(host, program, target, names=names, quantize=quantize, check=check, progress=progress)
+    finally:
+        other_data.cache_clear()
+    return make_report(host, decision, before, target.cold), lowered
 
 
 def lower_model(
