@@ -240,12 +240,15 @@ class LivePart(ABC, Generic[Part, Module]):
         """Base plus fitting deltas; bit for bit the trained values on the base that they were trained on."""
 
     def mix(self, weighted: Sequence[tuple[float, Delta]]) -> None:
-        """Base plus a weighted sum of fitting deltas, over a packed base, which has nothing else to add to."""
+        """Base plus a weighted sum of fitting deltas, over a packed base, which has nothing else to add to; not what `mix_beside` takes."""
         raise NotImplementedError
 
     def mix_beside(self, weighted: Sequence[tuple[float, Delta]]) -> None:
-        """Deltas of the kinds that it `takes`, over a dense base."""
+        """Deltas of the kinds that it `takes`, by parameters in the place of its own, which `unmix` puts back."""
         raise NotImplementedError
+
+    def unmix(self) -> None:
+        """Undo `mix_beside`: the same parameters are the module's again."""
 
     @abstractmethod
     def read_back(self) -> None:
