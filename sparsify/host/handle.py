@@ -30,6 +30,7 @@ from sparsify.host.merge import MergeNote, merge, unmerge
 from sparsify.host.mix import Conflict, Mix, put_back
 from sparsify.host.moved_buffers import Buffers
 from sparsify.host.plain import plain, restore
+from sparsify.host.same_base import in_pieces
 from sparsify.host.switch import add_adapter, reset_to_base, set_adapter
 from sparsify.host.switch_lock import SwitchLock, guard
 from sparsify.methods.packed import QuantizedMixin
@@ -101,6 +102,7 @@ class Handle:
     backups: list[tuple[str, int | None, Tensor, Tensor]] = field(default_factory=list)
     merge_backups: dict[str, list[Tensor]] = field(default_factory=dict)
     released: dict[str, Released] = field(default_factory=dict)  # verb → what fully_shard let go of, while it lasts
+    same_base: bool = False  # under fully_shard: the ranks have agreed on what the base holds
     owned: set[str] = field(default_factory=set)
     serving: bool = False  # made by `sparsify.load`: nothing trains, and adapters bring what trained in full with them
     buffers: Buffers = field(init=False)
@@ -390,14 +392,14 @@ class Handle:
         """
         self.need_unmerged("set_masks")
         self.require_default("set_masks")
-        back_to_pieces(self.host)
+        in_pieces(self)
         set_masks(self, supports)
 
     @writes
     def reset_lowrank(self) -> None:
         """Back to the initial factors (`B` = 0): RoSA's restart after its masks are collected."""
         self.require_default("reset_lowrank")
-        back_to_pieces(self.host)
+        in_pieces(self)
         reset_lowrank(self.parts)
 
     @writes
@@ -405,7 +407,7 @@ class Handle:
         """Back to the state after compile: factors, values, what trains in full and buffers are the base's; supports stay."""
         self.need_unmerged("restart")
         self.require_default("restart")
-        back_to_pieces(self.host)
+        in_pieces(self)
         reset_to_base(self)
 
     def require_default(self, verb: str) -> None:

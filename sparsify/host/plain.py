@@ -11,6 +11,7 @@ from torch import nn
 from sparsify.errors import SparsifyError
 from sparsify.host.install import save_again
 from sparsify.host.live_state import LoadHook, OnHost, RootHook, SaveHook, Unshare
+from sparsify.host.same_base import in_pieces
 from sparsify.host.switch import reset_to_base
 from sparsify.host.switch_lock import EnterForward, LeaveForward
 from sparsify.model.fast_paths import open_fast_paths
@@ -44,7 +45,7 @@ def restore(handle: Handle) -> nn.Module:
             "restore: Prune replaced the weights and their dense values are not kept; the model that was passed to compile "
             "still has them (unless donated)"
         )
-    back_to_pieces(handle.host)
+    in_pieces(handle)
     for part in handle.parts.values():
         handle.need_base(part, "restore")
     if handle.merged:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from sparsify.adapters.adapter import Adapter
 from sparsify.errors import AdapterError
 from sparsify.host.mix import Mix, add, check_mix, group_by_param, put_back, write_buffers
-from sparsify.model.sharded import back_to_pieces, take_back, whole, whole_parameters, write_whole
+from sparsify.host.same_base import in_pieces
+from sparsify.model.sharded import take_back, whole, whole_parameters, write_whole
 
 if TYPE_CHECKING:
     from sparsify.host.handle import Handle
@@ -25,7 +26,7 @@ BUFFERS = "::buffers"
 def set_adapter(handle: Handle, spec: str | Mapping[str, float] | None) -> Mix:
     """See `Handle.set_adapter`."""
     handle.need_unmerged("set_adapter")
-    back_to_pieces(handle.host)
+    in_pieces(handle)
     if isinstance(spec, Mapping) and [w for w in spec.values() if w == 1 and not isinstance(w, bool)] == list(
         spec.values()
     ):
@@ -59,7 +60,7 @@ def set_adapter(handle: Handle, spec: str | Mapping[str, float] | None) -> Mix:
 def add_adapter(handle: Handle, name: str) -> None:
     """See `Handle.add_adapter`."""
     handle.need_unmerged("add_adapter")
-    back_to_pieces(handle.host)
+    in_pieces(handle)
     active = handle.active.weights if handle.active.trainable else ()
     if not isinstance(name, str) or not name:
         raise AdapterError(

@@ -250,6 +250,10 @@ class LivePart(ABC, Generic[Part, Module]):
     def unmix(self) -> None:
         """Undo `mix_beside`: the same parameters are the module's again."""
 
+    def remembered(self) -> dict[str, Tensor]:
+        """What it keeps of the base beside the module, by attribute: ranks of which only the first has the base get the first one's."""
+        return {name: value for name, value in vars(self).items() if type(value) is Tensor}
+
     @abstractmethod
     def read_back(self) -> None:
         """After changes were added to the stored weight: compute with that weight."""
