@@ -448,7 +448,8 @@ class Handle:
 
     def gathered_state(self, place: torch.device) -> dict[str, Tensor]:
         """`original_state_dict` of a host in pieces: every tensor is gathered on all ranks and then put to `place`."""
-        return in_original_names(self.host, self.host.state_dict(), gather_to=place)
+        found = in_original_names(self.host, self.host.state_dict(), gather_to=place)
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
     def write_sparse(
         self, state: Mapping[str, Tensor], path: str | os.PathLike[str], options: SparseOptions

@@ -112,11 +112,10 @@ def bare_copy(handle: Handle) -> nn.Module:
     """A deep copy of the host as plain modules; its adapted weights are empty."""
     hooks = handle.host.__dict__.get("_sparsify_hooks")
     pieces = {p for p in handle.host.parameters() if is_sharded(p)}
-    bare = copy_module_tree(
-        handle.host,
-        {id(handle): None, id(hooks): None}
-        | {id(p): nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), p.requires_grad) for p in pieces},
-    )
+    memo: dict[int, object] = {id(handle): None, id(hooks): None}
+    for p in pieces:  # its pieces are nobody's there: `plain` loads what was gathered
+        memo[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), p.requires_grad)
+    bare = copy_module_tree(handle.host, memo)
     strip_sharding(bare)
     if handle.cpu is not None:
         from sparsify.lowering.restore import restore_modules

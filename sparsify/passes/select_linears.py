@@ -265,7 +265,7 @@ def column_scores(
     members = [p for g in groups for p in g]  # one order on every rank
     modules = {p: program.host.get_submodule(owner_name(p)) for p in members}
 
-    def squares() -> dict[str, Tensor]:
+    def weight_squares() -> dict[str, Tensor]:
         found = {}
         for param in members:
             weight = program.tensor(param).detach()
@@ -273,7 +273,7 @@ def column_scores(
             found[param] = column_squares(rows_of(weight, linears[param].in_axis))
         return found
 
-    weights = of_first_rank(squares) if rule.select in ("weight", "product") else {}
+    weights = of_first_rank(weight_squares) if rule.select in ("weight", "product") else {}
     if rule.select == "weight":
         return {g[0]: torch.stack([weights[p] for p in g]).sum(0).sqrt() for g in groups}
     batches = need_batches(context.calibration, f"rule {index}, select={rule.select!r},")

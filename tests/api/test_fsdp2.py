@@ -381,7 +381,8 @@ OTHER = Plan([PaCA(rank=2)])  # another selection: its adapters are added to the
 
 def outputs_of(host: nn.Module) -> Tensor:
     with torch.no_grad():
-        return tiny.output_of(host(**batch("Llama"))).clone()
+        outputs: Tensor = tiny.output_of(host(**batch("Llama")))
+    return outputs.clone()
 
 
 def verbs(host: Any, directory: str, alone: str = "") -> dict[str, Any]:
