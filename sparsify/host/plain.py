@@ -52,7 +52,8 @@ def restore(handle: Handle) -> nn.Module:
     reset_to_base(handle)
     for part in handle.parts.values():
         part.detach()
-        make_plain(part.module)
+        for module in part.modules:
+            make_plain(module)
     done: set[int] = set()  # a shared module, or a tensor tied between modules, is put back once
     for owner, layout in handle.layouts.items():
         module = handle.host.get_submodule(owner)
