@@ -84,7 +84,7 @@ def add(handle: Handle, chosen: Mapping[str, Adapter], weights: Mapping[str, flo
         part = handle.parts.get(param)
         if param in handle.base_full:
             handle.stored(param).detach().copy_(
-                mix_full(handle.base_full[param], [(weights[n], d.values) for n, d in members])
+                mix_full(handle.base_full[param], [(weights[n], as_it_lies(handle, d)) for n, d in members])
             )
             continue
         for kind in dict.fromkeys(d.kind for _, d in members):
@@ -194,6 +194,11 @@ def add_dense(handle: Handle, param: str, parts: list[tuple[float, Delta]]) -> N
     total = layout.to_current(param.rpartition(".")[2], total).to(weight.device)
     handle.backups.append((param, -1, torch.empty(0), weight.data.clone()))
     weight.detach().copy_(changed(weight.data, total, None, weight.dtype))
+
+
+def as_it_lies(handle: Handle, delta: Delta) -> Tensor:
+    """The values of a parameter that trained in full, in the order in which the host has it."""
+    return handle.layout(delta.param).to_current(delta.param.rpartition(".")[2], delta.values)
 
 
 def mix_full(base: Tensor, members: Sequence[tuple[float, Tensor]]) -> Tensor:

@@ -522,7 +522,8 @@ class Plan:
     """What `sparsify.compile` should do.
 
     rules: in order; the first that matches a module wins.
-    train: globs of further parameters or modules that train in full (a new classification head), saved with adapters.
+    train: parameters or modules that train in full, by name (a new classification head, "*.bias", "*norm*"), beside the rules or
+        alone; saved with adapters, and exported where PEFT loads them (`modules_to_save`, `bias`).
     seed: of every random choice; the same seed gives the same selection on every rank and machine.
     check: "numeric" runs the example after every pass and lowering, and both controls of every structure that is permuted, and names what
         drifted.
@@ -562,12 +563,12 @@ class Plan:
         object.__setattr__(self, "rules", rules)
         object.__setattr__(self, "train", train)
         check_patterns("Plan", "train", [pattern for pattern in train if pattern])
-        if not self.rules and self.target not in ("cpu", "cuda"):
-            raise PlanError("Plan: no rules, so nothing would train")
+        if not self.rules and not self.train and self.target not in ("cpu", "cuda"):
+            raise PlanError("Plan: no rules, so nothing would train; train=['*.bias'] trains parameters by name")
         if self.target == "cpu" and self.adapts:
-            rule = next(r for r in self.rules if r.phase == "adapt")
+            rule = next((type(r).__name__ for r in self.rules if r.phase == "adapt"), "train=…")
             raise PlanError(
-                f"Plan(target='cpu') is for inference, but {type(rule).__name__} trains parts: train first, then compile the "
+                f"Plan(target='cpu') is for inference, but {rule} trains parts: train first, then compile the "
                 "trained model with a plan of Prune and Quantize rules only"
             )
         check_types(self)
@@ -586,8 +587,9 @@ class Plan:
 
     @property
     def adapts(self) -> bool:
-        """Whether some rule trains parts beside a frozen base; a plan that only prunes trains every survivor instead."""
-        return any(rule.phase == "adapt" for rule in self.rules)
+        """Whether something trains beside a frozen base: a rule's parts, or what `train` names where nothing is pruned. A plan that
+        only prunes trains every survivor instead."""
+        return any(rule.phase == "adapt" for rule in self.rules) or bool(self.train and not self.rules)
 
     def to_json(self, **options: Any) -> str:
         """JSON text that `from_json` reads back to an equal plan."""
