@@ -45,6 +45,7 @@ def adapter_from(handle: Handle, parked: Mapping[str, Snapshot] | None) -> Adapt
             deltas += part.deltas(None if parked is None else parked[param])
     for name in handle.train:
         value = whole(handle.stored(name).detach()) if parked is None else parked[name]["full"]
+        value = handle.layout(name).to_original(name.rpartition(".")[2], value)
         deltas.append(Delta(name, "full", torch.empty(0, dtype=torch.int64), value.cpu().clone()))
     moved = handle.buffers.moved(handle.host) if parked is None else parked[BUFFERS]
     for name, value in moved.items():

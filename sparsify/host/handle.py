@@ -24,6 +24,7 @@ from sparsify.host.anchors import Anchor, anchors_of
 from sparsify.host.export_lora import export_lora
 from sparsify.host.fuse_adapters import fuse_adapters, overlap
 from sparsify.host.habits import answer
+from sparsify.host.install import twins_of
 from sparsify.host.layer_status import LayerStatus, layer_status
 from sparsify.host.live_state import original as in_original_names
 from sparsify.host.merge import MergeNote, merge, unmerge
@@ -115,6 +116,8 @@ class Handle:
             module = self.module(part.param)
             assert isinstance(module, AdaptedMixin)
             live = self.parts[part.param] = part.live(module, layout, self.plan.seed)
+            twins = twins_of(self.program, self.host, part.param).values()
+            live.twins = tuple(twin for twin in twins if isinstance(twin, AdaptedMixin))
             if live.takes_support:
                 layout.adopt = Adopt(self, part.param)
             if live.keeps_base or self.is_packed(part.param):

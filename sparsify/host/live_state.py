@@ -91,7 +91,7 @@ def original(
             own = getattr(module, leaf)
             folded = leaf == "weight" and isinstance(module, AdaptedMixin)
             if folded or leaf in layout.moves:
-                key = (id(module if folded else own), leaf)
+                key = (id(own), leaf)
                 if key not in done:
                     refuse_meta(value, prefix + leaf)
                     current = (

@@ -20,6 +20,7 @@ from sparsify.formats import format_named, pack, unpack
 from sparsify.methods.packed import QuantizedMixin
 from sparsify.model.sharded import back_to_pieces, local, release, sharded_modules, take_back, whole_parameters
 from sparsify.modules.adapted import effective_weight, make_plain, write_folded
+from sparsify.modules.layout import layout_of
 from sparsify.program.capture import evaluating
 
 if TYPE_CHECKING:
@@ -86,8 +87,9 @@ def merge(handle: Handle) -> nn.Module:
             if param in masked:
                 moved[param] = keep_mask(handle, param, module.weight)
         part.detach()
-        make_plain(module)
-        part.layout.mark(module)
+        for carrier in part.modules:
+            make_plain(carrier)
+            mark(carrier)
     handle.merged = True
     if packed or masked:
         handle.merge_note = MergeNote(moved, largest_move(before, example_outputs(handle)))
@@ -102,6 +104,13 @@ def merge(handle: Handle) -> nn.Module:
             stacklevel=3,
         )
     return handle.host
+
+
+def mark(module: nn.Module) -> None:
+    """Bring the marker of a module's layout up to date."""
+    layout = layout_of(module)
+    if layout is not None:
+        layout.mark(module)
 
 
 def keep_mask(handle: Handle, param: str, weight: Tensor) -> float:
@@ -132,7 +141,8 @@ def unmerge(handle: Handle) -> nn.Module:
         elif kept is not None:
             local(part.module.weight.data).copy_(kept[0])
         part.attach()
-        part.layout.mark(part.module)
+        for carrier in part.modules:
+            mark(carrier)
     take_back(handle.released.pop("merge", []))
     handle.merged = False
     return handle.host

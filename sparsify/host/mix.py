@@ -83,7 +83,7 @@ def add(handle: Handle, chosen: Mapping[str, Adapter], weights: Mapping[str, flo
     write_buffers(handle, [(weights[name], loaded) for name, loaded in chosen.items()])
     for param, members in by_param.items():
         if param in handle.base_full:
-            found = mix_full(handle.base_full[param], [(weights[n], d.values) for n, d in members])
+            found = mix_full(handle.base_full[param], [(weights[n], as_it_lies(handle, d)) for n, d in members])
             write_whole(handle.stored(param), found)
             continue
         with whole_parameters(handle.module(param), keep=True):
@@ -218,6 +218,11 @@ def add_dense(handle: Handle, param: str, parts: list[tuple[float, Delta]]) -> N
     total = layout.to_current(param.rpartition(".")[2], total).to(weight.device)
     handle.backups.append((param, -1, torch.empty(0), weight.data.clone()))
     weight.detach().copy_(changed(weight.data, total, None, weight.dtype))
+
+
+def as_it_lies(handle: Handle, delta: Delta) -> Tensor:
+    """The values of a parameter that trained in full, in the order in which the host has it."""
+    return handle.layout(delta.param).to_current(delta.param.rpartition(".")[2], delta.values)
 
 
 def mix_full(base: Tensor, members: Sequence[tuple[float, Tensor]]) -> Tensor:

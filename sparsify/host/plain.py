@@ -54,7 +54,8 @@ def restore(handle: Handle) -> nn.Module:
     release(handle.host, [p for part in handle.parts.values() for p in part.parameters()], "restore")
     for part in handle.parts.values():
         part.detach()
-        make_plain(part.module)
+        for module in part.modules:
+            make_plain(module)
     done: set[int] = set()  # a shared module, or a tensor tied between modules, is put back once
     for owner, layout in handle.layouts.items():
         module = handle.host.get_submodule(owner)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from sparsify.adapters.adapter import Adapter
 from sparsify.errors import AdapterError
-from sparsify.host.mix import Mix, add, check_mix, group_by_param, put_back, write_buffers
+from sparsify.host.mix import Mix, add, as_it_lies, check_mix, group_by_param, put_back, write_buffers
 from sparsify.host.same_base import in_pieces
 from sparsify.model.sharded import take_back, whole, whole_parameters, write_whole
 
@@ -141,7 +141,7 @@ def fill_parts(handle: Handle, name: str, loaded: Adapter) -> None:
             else:
                 part.fill(by_param[param])
     for n in handle.train:
-        write_whole(handle.stored(n), parked[n]["full"] if parked is not None else by_param[n][0].values)
+        write_whole(handle.stored(n), parked[n]["full"] if parked is not None else as_it_lies(handle, by_param[n][0]))
     if parked is not None:
         handle.buffers.write(handle.host, parked[BUFFERS])
     else:

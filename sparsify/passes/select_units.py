@@ -16,13 +16,15 @@ from sparsify.calibration.ranks import of_first_rank, sum_over_ranks
 from sparsify.calibration.statistics import batch_count, gradient_statistics, input_squares, need_batches
 from sparsify.errors import Refusal, RefusedError
 from sparsify.formats import pack, unpack
+from sparsify.methods.rows import HeadRows
 from sparsify.model.linears import owner_name
 from sparsify.passes.assign_rules import WHOLE, Assignment, assign_rule
 from sparsify.passes.avoid_units import free_only, read_adapters, taken_units
 from sparsify.passes.base import Context, PassResult
 from sparsify.passes.select_linears import select_linears, select_packed
+from sparsify.passes.select_rows import select_rows
 from sparsify.passes.train_in_full import trained_in_full
-from sparsify.plan import DATA_DRIVEN, S2FT, LinearRule, PaCA, Quantize, RoSA, Rule
+from sparsify.plan import DATA_DRIVEN, S2FT, LinearRule, PaCA, Quantize, RoSA, Rule, Tokens
 from sparsify.program import Program, UnitChoice
 from sparsify.program.selection import choose, random_scores, selectable_units, unit_channels, unit_norms
 from sparsify.program.structure import Site, Structure
@@ -53,6 +55,8 @@ def select_units(program: Program, context: Context) -> PassResult:
                 assignment, refusals = assign_rule(program, index, rule, taken)
                 program = extend(program, choose_units(program, assignment, context))
                 program = extend(program, {"refusals": refusals})
+            elif isinstance(rule, Tokens):
+                program = extend(program, select_rows(program, index, rule, taken))
             elif isinstance(rule, LinearRule) and not isinstance(rule, Quantize):
                 program = extend(program, select_linears(program, context, index, rule, taken))
     units = sum(len(c.consumers) for c in program.choices)
@@ -60,6 +64,7 @@ def select_units(program: Program, context: Context) -> PassResult:
     for things, what in (
         (program.channel_choices, "shared column sets"),
         (program.lowranks, "sparse or low-rank linears"),
+        ([p for p in program.parts if isinstance(p, HeadRows)], "weights of which rows train"),
         (program.quantize, "weights to quantise"),
     ):
         parts += [f"{len(things)} {what}"] if things else []
