@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 
@@ -31,6 +32,7 @@ settings.register_profile(
 axes.strict_rules = True  # a bug in a rule of the axis analysis is an error here, and an unknown operation for users
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "sparsify"))
 torch.set_num_threads(1)
+gc.set_threshold(10_000, 20, 50)  # a session keeps millions of objects (modules, traces): to look through all of them takes a second
 # pytest listens to every logger, and torch formats its structured log (a graph's text after each pass) for whoever listens
 torch._logging._internal.trace_log = logging.Logger("nobody listens")
 

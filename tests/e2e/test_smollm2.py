@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 import sparsify
 from sparsify import S2FT, CpuOptions, LoRA, Plan, Prune
-from sparsify.demo import smollm2
+from sparsify.demo import pretrained, smollm2
 from sparsify.demo.language_demo import LanguageSettings, run_language_demo
 from sparsify.demo.language_methods import METHODS
 from sparsify.demo.language_tasks import SQL, calibration_text, general_text
 from sparsify.demo.language_training import encode, score, text_blocks, text_loss, train, training_batches, write
 from sparsify.demo.pretrained import why_missing
+from sparsify.kernels import cache
 from sparsify.train.squarehead import Distiller
 
 pytestmark = pytest.mark.skipif(bool(why_missing()), reason=why_missing() or "installed")
 PROMPTS = ["The capital of France is", "Question: count the books?\nSQL:"]
 SIZE = 1_831_680
+FEW = 4  # blocks of the model that the demo's steps are tried on by default; all thirty with -m slow
 
 
 @pytest.fixture(scope="module")
@@ -149,14 +153,36 @@ def test_greedy_text_and_score_agree(opened: tuple[Any, Any]) -> None:
     assert score(model, tokenizer, [(PROMPTS[0], " zebra")]).exact == 0.0
 
 
-def test_every_step_of_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def keep_the_first_blocks(folder: Path, count: int) -> None:
+    """A cache in `folder` whose checkpoint has the first `count` blocks only, and the user's own kernels."""
+    folder.mkdir(mode=0o700)
+    for kept in cache.directory().iterdir():
+        if kept.name != "models" and not kept.name.startswith("."):
+            (shutil.copytree if kept.is_dir() else shutil.copy)(kept, folder / kept.name)
+    whole = pretrained.model_folder()
+
+    def save(place: Path) -> None:
+        LlamaForCausalLM.from_pretrained(whole, num_hidden_layers=count).save_pretrained(place)
+        AutoTokenizer.from_pretrained(whole).save_pretrained(place)
+
+    source = {"layout": pretrained.LAYOUT, "gguf": pretrained.sha256(pretrained.gguf_file())}
+    pretrained.ready(folder / "models" / pretrained.NAME, source, save)
+
+
+@pytest.mark.parametrize("blocks", [FEW, pytest.param(30, marks=pytest.mark.slow)])
+def test_every_step_of_the_demo(
+    blocks: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What `python -m sparsify.demo` does, with less of everything."""
+    if blocks == FEW:
+        keep_the_first_blocks(tmp_path / "cache", FEW)
+        monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path / "cache"))
     given = {"methods": ("s2ft", "lora"), "seed": 0, "out": tmp_path}
     few = {"steps": 2, "second_steps": 2, "batch": 2, "held_out": 2, "blocks": 1, "calibration": 1}
     run_language_demo(LanguageSettings(**given, **few, tokens=2, shown=2, answer=6, fast=True))  # type: ignore[arg-type]
     results = json.loads((tmp_path / "results.json").read_text())
     s2ft, lora = results["tuned"]
-    assert s2ft["trained"] == lora["trained"] == SIZE
+    assert s2ft["trained"] == lora["trained"] == SIZE * blocks // 30
     assert s2ft["run"]["losses"][0] == pytest.approx(lora["run"]["losses"][0], rel=1e-4)  # the same batches
     assert s2ft["score"]["loss"] < results["base"]["loss"]
     assert results["fresh_equal"]
