@@ -21,6 +21,7 @@ import torch.multiprocessing as mp
 
 PRELOADED = [
     "torch",
+    "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
     "torch.export._trace",
     "networkx",

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from quick_export import quick_export
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -21,6 +22,13 @@ from sparsify.formats import pack, unpack
 from sparsify.lowering.cpu.prepacked_linear import PrepackedLinear, alive
 from sparsify.lowering.deploy.decompositions import unpacked
 from sparsify.lowering.deploy.exported import Editor, bytes_of, export_for_inference, lower_exported, package
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test here reads the Python stacks of an exported program."""
+    monkeypatch.setattr(torch.export, "export", quick_export)
+
 
 ANY = {"input_ids": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}}
 ROSA = RoSA(rank=2, density=0.02, mask="random")
