@@ -182,7 +182,9 @@ def tokens_of(program: Program, host: nn.Module) -> int:
     """Positions of the captured example that the first linear sees; 0 for a model that takes no tokens."""
     if getattr(host, "main_input_name", "") != "input_ids":
         return 0
-    values = [argument(n, "x").meta.get("val") for n in program.graph.nodes if program.part_at(n) is not None]
+    rows = torch.ops.sparsify.partial_embedding.default  # has ids, and no input of channels
+    nodes = [n for n in program.graph.nodes if program.part_at(n) is not None and n.target is not rows]
+    values = [argument(n, "x").meta.get("val") for n in nodes]
     return next((v.numel() // v.shape[-1] for v in values if isinstance(v, torch.Tensor) and v.numel()), 0)
 
 
@@ -208,6 +210,8 @@ def backward_bytes(program: Program) -> tuple[int, int]:
     for node in program.graph.nodes:
         if node.op != "call_function" or node.target not in known or node.target is ops.apply_mask.default:
             continue
+        if node.target is ops.partial_embedding.default:
+            continue  # keeps ids alone
         x, part = argument(node, "x"), program.part_at(node)
         inputs[x.name] = node_bytes(x)
         own = part.saved_bytes(x.meta["val"]) if part is not None else None
