@@ -182,8 +182,12 @@ def tokens_of(program: Program, host: nn.Module) -> int:
     """Positions of the captured example that the first linear sees; 0 for a model that takes no tokens."""
     if getattr(host, "main_input_name", "") != "input_ids":
         return 0
-    rows = torch.ops.sparsify.partial_embedding.default  # has ids, and no input of channels
-    nodes = [n for n in program.graph.nodes if program.part_at(n) is not None and n.target is not rows]
+    ops = torch.ops.sparsify
+    known = set(operators(program)) - {
+        ops.partial_embedding.default,
+        ops.apply_mask.default,
+    }  # neither has an input of channels
+    nodes = [n for n in program.graph.nodes if n.op == "call_function" and n.target in known]
     values = [argument(n, "x").meta.get("val") for n in nodes]
     return next((v.numel() // v.shape[-1] for v in values if isinstance(v, torch.Tensor) and v.numel()), 0)
 
