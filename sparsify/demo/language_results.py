@@ -55,6 +55,15 @@ class Decoder:
 
 
 @dataclass
+class Stage:
+    """What one step of the demo took, on the wall and on the processor (with processes that it started)."""
+
+    name: str
+    seconds: float
+    cpu_seconds: float
+
+
+@dataclass
 class Findings:
     """Everything, in the order in which it was found."""
 
@@ -75,6 +84,7 @@ class Findings:
     decoders: list[Decoder] = field(default_factory=list)
     timed_tokens: int = 0
     notes: list[str] = field(default_factory=list)
+    stages: list[Stage] = field(default_factory=list)
     seconds: float = 0.0
     cpu_seconds: float = 0.0
 
@@ -174,6 +184,20 @@ def served_rows(found: Findings) -> Rows:
     )
 
 
+def served_note(found: Findings) -> str:
+    return (
+        f"The second adapter was trained for {found.settings['second_steps']} steps and is judged on {found.held_out // 2} held-out dates. "
+        f"Fused: both changes added; they share {found.shared} trained channels."
+    )
+
+
+STAGE_COLUMNS = ("step", "seconds", "processor seconds")
+
+
+def stage_rows(found: Findings) -> Rows:
+    return tuple((s.name, f"{s.seconds:.0f}", f"{s.cpu_seconds:.0f}") for s in found.stages)
+
+
 DECODER_COLUMNS = ("model", "tokens/s", "", "memory", "right", "text loss")
 
 
@@ -235,8 +259,7 @@ def write_report(out: Path, found: Findings, program: Any) -> None:
                         "Two adapters in one model",
                         SERVED_COLUMNS,
                         served_rows(found),
-                        f"The second was trained for {found.settings['second_steps']} steps. Fused: both changes added; they share "
-                        f"{found.shared} trained channels.",
+                        served_note(found),
                     ),
                 ),
             )
@@ -254,6 +277,7 @@ def write_report(out: Path, found: Findings, program: Any) -> None:
             )
         )
     sections.append(Section("The program", program=program))
+    sections.append(Section("Where the time went", tables=(Table("", STAGE_COLUMNS, stage_rows(found)),)))
     summary = (
         "SmolLM2-135M-Instruct, fine-tuned, switched, fused, pruned and quantised with sparsify"
         + (", with a fraction of the usual work (--fast): too little to judge by" if found.settings["fast"] else "")
