@@ -209,7 +209,8 @@ def fine_tune(bench: Bench, found: Findings, name: str) -> Any:
     host.sparsify.save_adapter(place)
     with bench.console.status("held-out questions and general text …"):
         result, text = bench.judge(host)
-        answers = write(host, bench.tokenizer, found.questions, settings.answer)
+        shown = not found.tuned  # the first method's answers stand beside those from before
+        answers = write(host, bench.tokenizer, found.questions, settings.answer) if shown else []
     tuned = Tuned(name, method.label, method.lr, trained, result, text, directory_bytes(place), answers, run)
     found.tuned.append(tuned)
     bench.laps.mark(f"judging {method.label}")

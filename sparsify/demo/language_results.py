@@ -20,7 +20,8 @@ Rows = tuple[tuple[str, ...], ...]
 
 @dataclass
 class Tuned:
-    """One method's fine-tuning. `text`: loss on general text; `size`: bytes of the saved adapter."""
+    """One method's fine-tuning. `text`: loss on general text; `size`: bytes of the saved adapter; `answers`: to the
+    questions that are shown, of the first method alone."""
 
     method: str
     label: str
@@ -222,7 +223,6 @@ def decoder_note(found: Findings) -> str:
 
 def write_report(out: Path, found: Findings, program: Any) -> None:
     sections = [
-        Section("In short", headline(found)),
         Section(
             "The same questions before and after",
             tables=(
@@ -277,14 +277,15 @@ def write_report(out: Path, found: Findings, program: Any) -> None:
             )
         )
     sections.append(Section("The program", program=program))
-    sections.append(Section("Where the time went", tables=(Table("", STAGE_COLUMNS, stage_rows(found)),)))
-    summary = (
-        "SmolLM2-135M-Instruct, fine-tuned, switched, fused, pruned and quantised with sparsify"
-        + (", with a fraction of the usual work (--fast): too little to judge by" if found.settings["fast"] else "")
-        + f"; {found.seconds:.0f} s on this machine ({torch.get_num_threads()} threads, torch {torch.__version__}, Python "
-        f"{platform.python_version()})."
+    spent = (
+        f"{found.seconds:.0f} s in all on this machine: {torch.get_num_threads()} threads, torch {torch.__version__}, Python "
+        f"{platform.python_version()}."
     )
-    write_html(out / "demo.html", "A small language model learns SQL", summary, sections)
+    sections.append(Section("Where the time went", (spent,), (Table("", STAGE_COLUMNS, stage_rows(found)),)))
+    first, *rest = headline(found)
+    sections.insert(0, Section("In short", tuple(rest)))
+    little = " (With --fast: a fraction of the usual work, too little to judge by.)" if found.settings["fast"] else ""
+    write_html(out / "demo.html", "A small language model learns SQL", first + little, sections)
 
 
 def write_results(out: Path, found: Findings) -> dict[str, Any]:

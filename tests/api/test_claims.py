@@ -19,7 +19,8 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import claim_adapters, claim_page, claims  # noqa: E402
 from benchmarks.claim_adapters import Setting  # noqa: E402
 from benchmarks.claim_tasks import ARITHMETIC, SORTING, TASKS, WORDS, batches, digest, pool  # noqa: E402
-from benchmarks.claims import Grid, OutOfTime, best_on  # noqa: E402
+from benchmarks.claims import best_on  # noqa: E402
+from benchmarks.grid import Grid, OutOfTime  # noqa: E402
 
 
 def test_answers_are_right() -> None:
