@@ -255,12 +255,19 @@ class LivePart(ABC, Generic[Part, Module]):
         """Base plus fitting deltas; bit for bit the trained values on the base that they were trained on."""
 
     def mix(self, weighted: Sequence[tuple[float, Delta]]) -> None:
-        """Base plus a weighted sum of fitting deltas, over a packed base, which has nothing else to add to."""
+        """Base plus a weighted sum of fitting deltas, over a packed base, which has nothing else to add to; not what `mix_beside` takes."""
         raise NotImplementedError
 
     def mix_beside(self, weighted: Sequence[tuple[float, Delta]]) -> None:
-        """Deltas of the kinds that it `takes`, over a dense base."""
+        """Deltas of the kinds that it `takes`, by parameters in the place of its own, which `unmix` puts back."""
         raise NotImplementedError
+
+    def unmix(self) -> None:
+        """Undo `mix_beside`: the same parameters are the module's again."""
+
+    def remembered(self) -> dict[str, Tensor]:
+        """What it keeps of the base beside the module, by attribute: ranks of which only the first has the base get the first one's."""
+        return {name: value for name, value in vars(self).items() if type(value) is Tensor}
 
     @abstractmethod
     def read_back(self) -> None:

@@ -12,13 +12,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from sparsify.calibration.checks import check_weights, column_squares, rows_of
-from sparsify.calibration.statistics import (
-    batch_count,
-    gradient_statistics,
-    input_squares,
-    need_batches,
-    sum_over_ranks,
-)
+from sparsify.calibration.ranks import of_first_rank, sum_over_ranks
+from sparsify.calibration.statistics import batch_count, gradient_statistics, input_squares, need_batches
 from sparsify.errors import Refusal, RefusedError
 from sparsify.formats import pack, unpack
 from sparsify.methods.rows import HeadRows
@@ -240,7 +235,9 @@ def consumer_squares(
     rule: S2FT = assignment.rule
     sites = [site for structure in assignment.structures for site in structure.consumers]
     if rule.select not in DATA_DRIVEN:
-        return {(s.param, s.axis): weight_squares(program, s) for s in sites}
+        by_name = {f"{s.param}:{s.axis}": s for s in sites}
+        scores = of_first_rank(lambda: {name: weight_squares(program, s) for name, s in by_name.items()})
+        return {(s.param, s.axis): scores[name] for name, s in by_name.items()}
     batches = need_batches(context.calibration, f"rule {assignment.index}, select={rule.select!r},")
     modules: dict[str, nn.Module] = {s.param: program.host.get_submodule(owner_name(s.param)) for s in sites}
     if rule.select == "gradient":
