@@ -15,6 +15,7 @@ from sparsify.console import stage
 from sparsify.errors import AdapterError, PlanError
 from sparsify.host.handle import Handle, Mix
 from sparsify.host.install import install
+from sparsify.host.native_forward import NativeForward
 from sparsify.host.quantized_bases import PackedBase, check_host, check_plan, dense_twin, refuse_packed
 from sparsify.host.serving import AdapterPaths, name_folders, serving_program
 from sparsify.lowering.cpu.options import CpuOptions
@@ -255,4 +256,7 @@ def compile_for_inference(
     assert lowered is not None  # it was given a program
     done = lowered.replaced(quantize=program.quantize)
     host.__dict__["sparsify"] = Handle(host, done, plan, layouts, (), flags, cpu=report)
+    step = getattr(report, "native", None)
+    if callable(step):
+        host.__dict__["forward"] = NativeForward(host, step)
     return host
