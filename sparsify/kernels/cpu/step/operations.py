@@ -66,11 +66,13 @@ class Product:
 
 @dataclass(frozen=True)
 class Pointwise:
-    """out[i] = an expression of `{0}`, `{1}`, …, floats that lie at (buffer, start + i), or at i of a tensor."""
+    """out[i] = an expression of `{0}`, `{1}`, …, floats that lie at (buffer, start + i), or at i of a tensor. logits: of and to the
+    logits, where they lie."""
 
     out: Buffer
     expression: str
     inputs: tuple[tuple[Buffer, int] | int, ...]
+    logits: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,10 +120,11 @@ Operation: TypeAlias = Embed | Norm | Product | Pointwise | Attend
 
 @dataclass(frozen=True)
 class Layer:
-    """The cache of one attention: kv heads and floats a head."""
+    """The cache of one attention: kv heads, floats a head, and how many tokens back it is read (0: all)."""
 
     heads: int
     width: int
+    window: int = 0
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sparsify.kernels.cpu.step.operations import Attend, Buffer, Decoder, Operation, Product, reads
+from sparsify.kernels.cpu.step.operations import Attend, Buffer, Decoder, Operation, Pointwise, Product, reads
 
 ALIGNED = 16  # floats: offsets of buffers are multiples of it
 
@@ -65,7 +65,9 @@ def schedule(decoder: Decoder) -> Schedule:
             heaps[True].waiting.clear()
         meets.append(meet)
         out = operation.out
-        if not (isinstance(operation, Product) and operation.logits):
+        if isinstance(operation, Product | Pointwise) and operation.logits:
+            dirty.add(out.number)  # the caller's memory
+        else:
             places[out.number] = heaps[out.shared].take(out.width)
             if out.shared:
                 dirty.add(out.number)
@@ -78,6 +80,8 @@ def schedule(decoder: Decoder) -> Schedule:
 
 def gone(operation: Operation, last: dict[int, int], place: int) -> list[Buffer]:
     """Buffers that nobody reads any more behind this operation."""
+    if isinstance(operation, Pointwise) and operation.logits:
+        return []
     return [buffer for buffer in dict.fromkeys(reads(operation)) if last[buffer.number] == place]
 
 

@@ -138,6 +138,13 @@ def product(text: StepText, op: Product) -> str:
 
 def pointwise(text: StepText, op: Pointwise) -> str:
     width, names, pointers = op.out.width, [], []
+    if op.logits:
+        pieces = -(-width // PIECE)
+        return (
+            f"share(team, {text.counter()}, s.batch * s.keep * {pieces}, [&](int64_t piece) {{ float* y = s.logits + piece / {pieces} * {width}; "
+            f"const int64_t start = piece % {pieces} * {PIECE}, end = std::min<int64_t>({width}, start + {PIECE}); "
+            f"for (int64_t i = start; i < end; ++i) y[i] = {op.expression.format('y[i]')}; }});"
+        )
     for number, source in enumerate(op.inputs):
         names.append(f"x{number}[i]")
         if isinstance(source, int):

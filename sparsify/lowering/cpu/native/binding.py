@@ -176,7 +176,7 @@ class Binding:
         except IndexError:
             found = Arena(torch.empty(0), torch.empty(0), 0, 0)
         widest = max((op.width for op in self.decoder.operations if isinstance(op, Attend)), default=0)
-        kept = max(op.x.width for op in self.decoder.operations[-1:])  # type: ignore[union-attr]
+        kept = max(op.x.width for op in self.decoder.operations if isinstance(op, Product) and op.logits)
         scores = aligned(self.code.own * rows)
         own = scores + aligned(max(aligned(widest) + tokens, kept * rows)) + aligned(16)
         if found.shared.numel() < self.code.shared * rows or found.own.numel() < own * threads:

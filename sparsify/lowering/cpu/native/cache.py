@@ -45,82 +45,117 @@ class Store:
             for new, old in zip(self.views(number), kept, strict=True):
                 new.copy_(old)
 
-    def views(self, number: int, length: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def views(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values (batch, heads, length, width) of a layer."""
-        layer, length = self.layers[number], self.length if length is None else length
+        layer = self.layers[number]
         each = layer.heads * layer.width * self.batch * self.capacity
         start = sum(2 * one.heads * one.width for one in self.layers[:number]) * self.batch * self.capacity
         shape = (self.batch, layer.heads, self.capacity, layer.width)
         keys, values = (self.memory[start + part * each : start + (part + 1) * each].view(shape) for part in (0, 1))
-        return keys[:, :, :length], values[:, :, :length]
+        return keys[:, :, : self.length], values[:, :, : self.length]
+
+    def fill(self, number: int, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        """Take a layer's last tokens; False where they are not (batch, heads, tokens, width) in float32, or not all that it will read."""
+        layer = self.layers[number]
+        count = min(self.length, layer.window - 1) if layer.window else self.length
+        for new, old in zip(self.views(number), (keys, values), strict=True):
+            fits = old.dim() == 4 and old.dtype == torch.float32 and old.device.type == "cpu" and count <= old.shape[2] <= self.length
+            if not fits or (old.shape[0], old.shape[1], old.shape[3]) != (self.batch, layer.heads, layer.width):
+                return False
+            new[:, :, self.length - old.shape[2] :] = old
+        return True
+
+
+class InStore:
+    """What makes a layer of transformers' cache one whose tensors lie in a store or, once somebody has set them, are its own."""
+
+    sliding_window = 0
+    record_past = False
+
+    def __init__(self, store: Store, number: int) -> None:
+        self.store: Store | None = store
+        self.number = number
+        self.own: list[torch.Tensor | None] = [None, None]
+        self.tokens = 0
+        self.is_initialized, self.dtype, self.device = True, torch.float32, torch.device("cpu")
+
+    def get(self, which: int) -> torch.Tensor | None:
+        if self.store is None:
+            return self.own[which]
+        first = max(0, self.store.length - self.sliding_window + 1) if self.sliding_window else 0
+        return self.store.views(self.number)[which][:, :, first:]
+
+    def leave(self) -> None:
+        """Keep views of the store as one's own."""
+        if self.store is not None:
+            self.own, self.tokens = [self.get(0), self.get(1)], self.store.length
+            self.store = None
+
+    def set(self, which: int, value: torch.Tensor | None) -> None:
+        self.leave()
+        self.own[which] = value
+
+    def count(self, value: int) -> None:
+        self.leave()
+        self.tokens = value
+
+    keys = property(lambda self: self.get(0), lambda self, value: self.set(0, value))
+    values = property(lambda self: self.get(1), lambda self, value: self.set(1, value))
+    cumulative_length = property(
+        lambda self: self.tokens if self.store is None else self.store.length, lambda self, value: self.count(value)
+    )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return rebuild, (self.sliding_window > 0,), self.__dict__
 
 
 @functools.cache
-def layer_class() -> type:
-    """`NativeLayer`, made when transformers is there."""
-    from transformers.cache_utils import DynamicLayer
+def layer_class(sliding: bool) -> type:
+    """A `DynamicLayer`, or a `DynamicSlidingWindowLayer`, in a store; made when transformers is there."""
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-    class NativeLayer(DynamicLayer):
-        """A layer of a cache whose tensors lie in a store, or, once somebody has set them, are its own."""
-
-        def __init__(self, store: Store, number: int) -> None:
-            self.store: Store | None = store
-            self.number = number
-            self.own: list[torch.Tensor | None] = [None, None]
-            self.is_initialized, self.dtype, self.device = True, torch.float32, torch.device("cpu")
-
-        def get(self, which: int) -> torch.Tensor | None:
-            return self.own[which] if self.store is None else self.store.views(self.number)[which]
-
-        def leave(self) -> None:
-            """Keep views of the store as one's own."""
-            if self.store is not None:
-                self.own = list(self.store.views(self.number))
-                self.store = None
-
-        def set(self, which: int, value: torch.Tensor | None) -> None:
-            self.leave()
-            self.own[which] = value
-
-        keys = property(lambda self: self.get(0), lambda self, value: self.set(0, value))
-        values = property(lambda self: self.get(1), lambda self, value: self.set(1, value))
-
-        def get_seq_length(self) -> int:
-            return super().get_seq_length() if self.store is None else self.store.length
-
-        def __reduce_ex__(self, protocol: Any) -> Any:
-            return rebuild, (), self.__dict__
-
-    return NativeLayer
+    bases = (InStore, DynamicSlidingWindowLayer if sliding else DynamicLayer)
+    return type("NativeSlidingWindowLayer" if sliding else "NativeLayer", bases, {"__doc__": InStore.__doc__})
 
 
-def rebuild() -> Any:
-    cls = layer_class()
+def rebuild(sliding: bool) -> Any:
+    cls = layer_class(sliding)
     return cls.__new__(cls)
+
+
+def make_layer(store: Store, number: int, sliding: bool) -> Any:
+    """The layer of a cache that lies in a store."""
+    made = layer_class(sliding)(store, number)
+    if sliding:
+        made.sliding_window = store.layers[number].window
+        made._sliding_window_tensor = torch.tensor(made.sliding_window, dtype=torch.long)
+    return made
 
 
 def length_of(cache: DynamicCache, layers: Sequence[Layer]) -> int | str:
     """Tokens in a cache that a step can go on with; or why it cannot."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
         return f"a cache of class {type(cache).__name__}"
     if not cache.layers:
         return 0
     if len(cache.layers) != len(layers):
-        return f"a cache of {len(cache.layers)} layers"
-    kinds = {type(layer) for layer in cache.layers}
-    known = {DynamicLayer, layer_class()}
-    if kinds - known:
-        return f"a cache layer of class {', '.join(sorted(kind.__name__ for kind in kinds - known))}"
-    lengths = {layer.get_seq_length() for layer in cache.layers}
+        return f"a cache of {len(cache.layers)} layers, not {len(layers)}"
+    lengths = set()
+    for layer, known in zip(cache.layers, layers, strict=True):
+        if type(layer) in (DynamicSlidingWindowLayer, layer_class(True)):
+            if layer.sliding_window != known.window or layer.record_past:
+                return f"a cache layer that keeps {layer.sliding_window} tokens"
+        elif type(layer) not in (DynamicLayer, layer_class(False)):
+            return f"a cache layer of class {type(layer).__name__}"
+        lengths.add(layer.get_seq_length())
     return lengths.pop() if len(lengths) == 1 else "layers of different lengths"
 
 
 def store_of(cache: DynamicCache, layers: Sequence[Layer], batch: int, length: int, room: int) -> Store | str:
     """The store of a cache, with room for so many tokens; made of what the cache holds if it has none. length: tokens in it."""
-    first = cache.layers[0] if cache.layers else None
-    store = getattr(first, "store", None)
+    store = getattr(cache.layers[0], "store", None) if cache.layers else None
     shared = store is not None and all(getattr(layer, "store", None) is store for layer in cache.layers)
     if shared and store is not None and store.batch == batch and store.layers == tuple(layers):
         store.grow(room)
@@ -128,11 +163,10 @@ def store_of(cache: DynamicCache, layers: Sequence[Layer], batch: int, length: i
     made = Store(layers, batch, room)
     made.length = length
     for number, layer in enumerate(cache.layers if length else ()):
-        for new, old in zip(made.views(number), (layer.keys, layer.values), strict=True):
-            if old is None or old.shape != new.shape or old.dtype != torch.float32 or old.device.type != "cpu":
-                return f"keys of shape {None if old is None else tuple(old.shape)}, not {tuple(new.shape)} in float32"
-            new.copy_(old)
-    cache.layers = [layer_class()(made, number) for number in range(len(layers))]
+        if not made.fill(number, layer.keys, layer.values):
+            return f"keys of shape {tuple(layer.keys.shape)}: not this batch, or not float32"
+    sliding = [type(layer).__name__.endswith("SlidingWindowLayer") for layer in cache.layers] or [False] * len(layers)
+    cache.layers = [make_layer(made, number, slides) for number, slides in enumerate(sliding)]
     return made
 
 

@@ -19,7 +19,7 @@ from sparsify.lowering.cpu.native.layout import (
     COS, JOINS, SAME, SIN, VIEWS, Layout, Term, Unknown, base, heads, join, move, rows_of, run, scaled, summed, turned,
 )  # fmt: skip
 from sparsify.lowering.cpu.native.norms import NormMatch, match_norm
-from sparsify.lowering.cpu.native.pointwise import POINTWISE, expression
+from sparsify.lowering.cpu.native.pointwise import POINTWISE, expression, number
 from sparsify.lowering.cpu.native.products import LinearMatch, match_linear
 from sparsify.lowering.cpu.native.tables import Tables
 from sparsify.ops.schema import arguments
@@ -58,18 +58,43 @@ class Recogniser:
         self.buffers = 0
 
     def decoder(self, logits: fx.Node) -> Decoder:
-        node = same(logits)
+        node, text = self.head(same(logits))
         found = match_linear(node, self.program)
-        if found is None:
-            raise Unknown(f"logits that come from {node.target}, not from a linear")
+        assert found is not None  # `head` made sure
         for one in self.program.graph.nodes:  # in order, so that no walk goes deep
             if one in self.tables.live and one.op == "call_function" and one is not node and one in self.needed(node):
                 self.value(one)
-        self.product(node, found, None, logits=True)
+        out = self.product(node, found, None, logits=True).buffer
+        self.operations += [Pointwise(out, text, ((out, 0),), logits=True)] if text != "{0}" else []
         return Decoder(
             tuple(self.operations), tuple(self.tensors), tuple(self.linears), tuple(self.layers), found.outputs,
             {"batch": self.batch, "length": self.length},
         )  # fmt: skip
+
+    def head(self, logits: fx.Node) -> tuple[fx.Node, str]:
+        """The linear behind the logits, and what is done to each of its outputs (scaled, capped) on the way."""
+
+        def operand(one: fx.Node) -> str:
+            source = same(one)
+            if match_linear(source, self.program) is not None:
+                linears.append(source)
+                return "{0}"
+            if source not in self.tables.live:
+                return number(self.constant(source))
+            return expression(source, operand)
+
+        linears: list[fx.Node] = []
+        text = operand(logits)
+        if len(set(linears)) != 1:
+            raise Unknown(f"logits that come from {len(set(linears))} linears")
+        return linears[0], text
+
+    def constant(self, node: fx.Node) -> float:
+        """A number that is a tensor in the graph."""
+        found = self.tables.value(node)
+        if found.numel() != 1:
+            raise Unknown("a tensor that is neither a number nor a weight")
+        return float(found)
 
     def needed(self, node: fx.Node) -> set[fx.Node]:
         """Where a walk may start without computing what will be fused: embeddings, attentions, and what linears read."""
@@ -242,7 +267,7 @@ class Recogniser:
         window = self.tables.window(given.get("attn_mask"), bool(given.get("is_causal")), self.length)
         scale = float(given["scale"]) if given.get("scale") is not None else width**-0.5
         out = self.buffer(count * width, shared=True)
-        self.layers.append(Layer(groups, width))
+        self.layers.append(Layer(groups, width, window))
         self.operations.append(Attend(out, q_heads, k_heads, v_heads, width, scale, len(self.layers) - 1, window))
         rows = torch.arange(self.batch * self.length * count * width)
         return base(out, rows.view(self.batch, self.length, count, width).transpose(1, 2))
@@ -270,9 +295,11 @@ class Recogniser:
                 if self.turned(source) is None and match_norm(source, self.program) is None and not self.fuses(source):
                     return expression(source, operand)
             entry: Any
-            if source in self.tables.live:
-                layout = self.value(one)
+            if source in self.tables.live or source.target is aten.embedding.default:
+                layout = self.value(one) if source in self.tables.live else self.embed(source)
                 entry = (layout.buffer, run(layout, f"an operand of {node.target}"))
+            elif source.meta["val"].numel() == 1:
+                return number(self.constant(source))
             else:
                 entry = self.tensor(self.named(source))
                 if tuple(self.program.value(self.named(source)).shape) != (node.meta["val"].shape[-1],):
