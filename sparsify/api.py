@@ -15,7 +15,7 @@ from sparsify.console import stage
 from sparsify.errors import AdapterError, PlanError
 from sparsify.host.handle import Handle, Mix
 from sparsify.host.install import install
-from sparsify.host.native_forward import NativeForward
+from sparsify.host.native_forward import install_native
 from sparsify.host.quantized_bases import PackedBase, check_host, check_plan, dense_twin, refuse_packed
 from sparsify.host.serving import AdapterPaths, name_folders, serving_program
 from sparsify.lowering.cpu.options import CpuOptions
@@ -242,7 +242,8 @@ def compile_for_inference(
             f"Plan(target='{plan.target}'): the {plan.target.upper()} kernels read int8, not {sorted(wrong)[0]}; "
             "use Quantize(format='int8')"
         )
-    quantize: dict[str, Literal["int8"]] = {param.rpartition(".")[0]: "int8" for param in program.quantize}
+    names = [name for param in program.quantize for name in (param, *program.names_of(param))]  # of a tied head, too
+    quantize: dict[str, Literal["int8"]] = {name.rpartition(".")[0]: "int8" for name in names}
     host, layouts = install(program.replaced(quantize={}), ())
     host.eval()
     for parameter in host.parameters():
@@ -255,8 +256,8 @@ def compile_for_inference(
     flags = {name: p.requires_grad for name, p in source.named_parameters()}
     assert lowered is not None  # it was given a program
     done = lowered.replaced(quantize=program.quantize)
-    host.__dict__["sparsify"] = Handle(host, done, plan, layouts, (), flags, cpu=report)
+    handle = host.__dict__["sparsify"] = Handle(host, done, plan, layouts, (), flags, cpu=report)
     step = getattr(report, "native", None)
     if callable(step):
-        host.__dict__["forward"] = NativeForward(host, step)
+        install_native(host, handle.lock, step)
     return host

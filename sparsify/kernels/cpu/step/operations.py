@@ -53,7 +53,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Product:
-    """out = linear(x[start : start + inputs]) + residual. logits: only of the rows that are asked for, and to where the caller wants them."""
+    """out = linear(x[start : start + inputs]) + residual. logits: only of the rows that are asked for, to where the caller wants them."""
 
     out: Buffer
     x: Buffer

@@ -89,7 +89,9 @@ def generate_step(decoder: Decoder, isa: Isa) -> StepSource:
         .render(
             isa=isa,
             lanes=lanes,
-            rotations=[[(i + distance) % lanes for i in range(lanes)] for distance in (1, 2, 4, 8, 16) if distance < lanes],
+            rotations=[
+                [(i + distance) % lanes for i in range(lanes)] for distance in (1, 2, 4, 8, 16) if distance < lanes
+            ],
             operations=len(decoder.operations),
             meetings=meetings,
             counters=max(1, text.counters),
@@ -113,17 +115,15 @@ def tensor(number: int | None) -> str:
 
 def embed(text: StepText, op: Embed) -> str:
     entries = "s.positions" if op.by_position else "s.tokens"
-    return f"embed(team, s, {text.at(op.out)}, {tensor(op.table)}, {op.entries}, {op.out.width}, {entries}, {op.offset});"
+    return (
+        f"embed(team, s, {text.at(op.out)}, {tensor(op.table)}, {op.entries}, {op.out.width}, {entries}, {op.offset});"
+    )
 
 
 def norm(text: StepText, op: Norm) -> str:
-    where = f"r * {op.x.width} + {op.start}" + (f" + g * {op.stride}" if op.count > 1 else "")
-    groups = f"for (int64_t g = 0; g < {op.count}; ++g) " if op.count > 1 else ""
+    place = f"{op.x.width}, {op.start}, {op.count}, {op.stride}"
     how = f"{op.width}, {literal(op.eps)}, {str(op.centred).lower()}, {1 if op.plus_one else 0}.0f"
-    return (
-        f"for (int64_t r = 0; r < rows; ++r) {groups}norm({text.at(op.x)} + {where}, {text.at(op.out)} + {where}, "
-        f"{tensor(op.weight)}, {tensor(op.bias)}, {how});"
-    )
+    return f"norm(rows, {text.at(op.x)}, {text.at(op.out)}, {place}, {tensor(op.weight)}, {tensor(op.bias)}, {how});"
 
 
 def product(text: StepText, op: Product) -> str:
@@ -141,7 +141,8 @@ def pointwise(text: StepText, op: Pointwise) -> str:
     if op.logits:
         pieces = -(-width // PIECE)
         return (
-            f"share(team, {text.counter()}, s.batch * s.keep * {pieces}, [&](int64_t piece) {{ float* y = s.logits + piece / {pieces} * {width}; "
+            f"share(team, {text.counter()}, s.batch * s.keep * {pieces}, [&](int64_t piece) {{ "
+            f"float* y = s.logits + piece / {pieces} * {width}; "
             f"const int64_t start = piece % {pieces} * {PIECE}, end = std::min<int64_t>({width}, start + {PIECE}); "
             f"for (int64_t i = start; i < end; ++i) y[i] = {op.expression.format('y[i]')}; }});"
         )
@@ -166,45 +167,23 @@ def pointwise(text: StepText, op: Pointwise) -> str:
 # --- attention ---------------------------------------------------------------------------------------------------------------
 
 
-def attend(text: StepText, op: Attend) -> Iterator[str]:
+def attend(text: StepText, op: Attend) -> list[str]:
     """Keys and values into the cache, a meeting, then every head of every row."""
     layer, layers = text.decoder.layers[op.layer], text.decoder.layers
-    heads, width = layer.heads, layer.width
     before = sum(2 * known.heads * known.width for known in layers[: op.layer])
     keys = f"s.cache + {before} * s.batch * s.capacity"
-    values = f"s.cache + {before + heads * width} * s.batch * s.capacity"
-    of_row = "const int64_t b = r / s.length, t = r % s.length;"
-    yield (
-        f"share(team, {text.counter()}, rows * {heads}, [&](int64_t unit) {{ const int64_t r = unit / {heads}, h = unit % {heads}; {of_row} "
-        f"const int64_t to = ((b * {heads} + h) * s.capacity + s.past + t) * {width}; "
-        f"{put(text, op.k, f'{keys} + to', width)} "
-        f"{put(text, op.v, f'{values} + to', width)} }});"
-    )
-    yield "team.meet();"
-    queries = len(op.q.starts)
-    lowest = f"std::max(s.first[b], s.past + t - {op.window - 1})" if op.window else "s.first[b]"
-    yield (
-        f"share(team, {text.counter()}, rows * {queries}, [&](int64_t unit) {{ const int64_t r = unit / {queries}, h = unit % {queries}; {of_row} "
-        f"float* out = {text.at(op.out)} + r * {op.out.width} + h * {width}; "
-        f"const int64_t from = {lowest}, to = s.past + t + 1, head = (b * {heads} + h / {queries // heads}) * s.capacity * {width}; "
-        f"if (from >= to) {{ std::memset(out, 0, {width} * sizeof(float)); return; }} "
-        f"float* q = scratch; {put(text, op.q, 'q', width)} "
-        f"attend(q, {keys} + head, {values} + head, {width}, from, to, {literal(op.scale)}, scratch + {aligned(width)}, out); }});"
-    )
+    values = f"s.cache + {before + layer.heads * layer.width} * s.batch * s.capacity"
+    q, k, v = (heads(text, x, op.width) for x in (op.q, op.k, op.v))
+    append = f"append(team, {text.counter()}, s, {k}, {v}, {keys}, {values}, {layer.heads}, {op.width});"
+    sizes = f"{len(op.q.starts)}, {layer.heads}, {op.width}, {literal(op.scale)}, {op.window}"
+    attend_all = f"attend_all(team, {text.counter()}, s, {q}, {keys}, {values}, {sizes}, scratch, {text.at(op.out)});"
+    return [append, "team.meet();", attend_all]
 
 
-def put(text: StepText, heads: Heads, to: str, width: int) -> str:
-    """One head, rotated where it is, to an address."""
-    step = heads.starts[1] - heads.starts[0] if len(heads.starts) > 1 else 0
-    x = f"{text.at(heads.buffer)} + r * {heads.buffer.width} + {heads.starts[0]} + h * {step}"
-    if heads.rotation is None:
-        return f"std::memcpy({to}, {x}, {width} * sizeof(float));"
-    place = rotation_place(text, heads.rotation, width)
-    number = list(text.rotations).index(heads.rotation)
-    runs = len(runs_of(heads.rotation))
-    tables = f"own + {place} * rows, own + {place + aligned(width)} * rows"
-    use = f"{runs}, kRun{number}" if runs <= RUNS else "0, nullptr"
-    return f"rotate(Rotation{{kFirst{number}, kSecond{number}, {tables}, {use}}}, {x}, {to}, r, {width});"
+def heads(text: StepText, found: Heads, width: int) -> str:
+    step = found.starts[1] - found.starts[0] if len(found.starts) > 1 else 0
+    turn = "nullptr" if found.rotation is None else f"&turn{turn_of(text, found.rotation, width)}"
+    return f"Heads{{{text.at(found.buffer)}, {found.buffer.width}, {found.starts[0]}, {step}, {turn}}}"
 
 
 def aligned(width: int) -> int:
@@ -220,12 +199,12 @@ def runs_of(rotation: Rotation) -> list[int]:
     return found
 
 
-def rotation_place(text: StepText, rotation: Rotation, width: int) -> int:
-    """Where the factors of a rotation lie in a thread's own memory; its tables of constants are written when it is first seen."""
+def turn_of(text: StepText, rotation: Rotation, width: int) -> int:
+    """The number of a rotation; its tables of constants are written when it is first seen."""
     if rotation in text.rotations:
-        return text.rotations[rotation]
-    number, place = len(text.rotations), text.own
-    text.rotations[rotation] = place
+        return list(text.rotations).index(rotation)
+    number = len(text.rotations)
+    text.rotations[rotation] = text.own
     text.own += 2 * aligned(width)
 
     def array(kind: str, name: str, values: list[str]) -> str:
@@ -243,7 +222,7 @@ def rotation_place(text: StepText, rotation: Rotation, width: int) -> int:
             array("int32_t", f"{name}Row", [str(int(row)) for _, row, _ in given]),
             array("float", f"{name}Scale", [literal(scale) for _, _, scale in given]),
         ]
-    return place
+    return number
 
 
 def factor_tables(text: StepText, rotation: Rotation, place: int) -> Iterator[str]:
@@ -252,6 +231,10 @@ def factor_tables(text: StepText, rotation: Rotation, place: int) -> Iterator[st
     for name, offset in (("Cosine", place), ("Sine", place + aligned(width))):
         names = f"kFrequency{number}, k{name}Kind{number}, k{name}Row{number}, k{name}Scale{number}"
         yield f"factors(s, {names}, {width}, own + {offset} * rows);"
+    runs = len(runs_of(rotation))
+    use = f"{runs}, kRun{number}" if runs <= RUNS else "0, nullptr"
+    tables = f"own + {place} * rows, own + {place + aligned(width)} * rows"
+    yield f"const Rotation turn{number}{{kFirst{number}, kSecond{number}, {tables}, {use}}};"
 
 
 __all__ = ["StepSource", "generate_step"]

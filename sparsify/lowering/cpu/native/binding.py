@@ -2,8 +2,8 @@
 
     Decoder (places) + host (modules) ──bind──▶ Binding: linears, tensors, one library; `valid()` before every step
 
-Nothing is packed again: the kernels read the host's packed tensors where they lie. A weight in oneDNN's layout, which nothing else can read,
-is kept a second time, dense; the report says how much that is.
+Nothing is packed again: the kernels read the host's packed tensors where they lie. A weight in oneDNN's layout, which nothing else can
+read, is kept a second time, dense; the report says how much that is.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ class Binding:
         self.tensors = [self.tensor(name) for name in self.decoder.tensors]
         self.check_shapes()
         self.addresses = (ctypes.c_void_p * max(1, len(self.tensors)))(*[t.data_ptr() for t in self.tensors])
-        self.dense = {name: self.dense_weight(module) for name, module in zip(self.decoder.linears, self.modules, strict=True)}
+        self.dense = {
+            name: self.dense_weight(module) for name, module in zip(self.decoder.linears, self.modules, strict=True)
+        }
         owners = [self.host.get_submodule(name.rpartition(".")[0]) for name in self.decoder.tensors]
         places = [(owner, name.rpartition(".")[2]) for owner, name in zip(owners, self.decoder.tensors, strict=True)]
         for module in self.modules:
@@ -75,12 +77,15 @@ class Binding:
         self.versions = list(map(version, self.held))
         self.tree = list(self.host.modules())
         self.children = [list(module._modules.values()) for module in self.tree]
-        self.hooked = self.hooks()
 
     def tensor(self, name: str) -> torch.Tensor:
         owner, _, leaf = name.rpartition(".")
         found = getattr(self.host.get_submodule(owner), leaf)
-        if type(found) not in (torch.Tensor, nn.Parameter) or found.dtype != torch.float32 or found.device.type != "cpu":
+        if (
+            type(found) not in (torch.Tensor, nn.Parameter)
+            or found.dtype != torch.float32
+            or found.device.type != "cpu"
+        ):
             raise Unknown(f"{name} is no float32 tensor on the CPU")
         if not found.is_contiguous():
             raise Unknown(f"{name} is not contiguous")
@@ -146,7 +151,10 @@ class Binding:
         """The table of linears for a number of tokens."""
         key = (bucket(tokens), threads)
         if key not in self.tables:
-            made = [self.linear(name, module, tokens, threads) for name, module in zip(self.decoder.linears, self.modules, strict=True)]
+            made = [
+                self.linear(name, module, tokens, threads)
+                for name, module in zip(self.decoder.linears, self.modules, strict=True)
+            ]
             self.tables[key] = (LinearStruct * len(made))(*made)
         return self.tables[key]
 
@@ -164,7 +172,9 @@ class Binding:
         transposed = is_conv1d(module) and not isinstance(module, PrepackedLinear)
         rows, cols = weight.shape[::-1] if transposed else weight.shape
         bias = getattr(module, "bias", None)
-        layer = LayerStruct(rows=rows, cols=cols, bias=None if bias is None else bias.data_ptr(), activation=ACTIVATIONS["none"])
+        layer = LayerStruct(
+            rows=rows, cols=cols, bias=None if bias is None else bias.data_ptr(), activation=ACTIVATIONS["none"]
+        )
         return LinearStruct(None, layer, 0, chunk_of(rows, threads, LEAST), weight.data_ptr(), int(transposed))
 
     # --- scratch --------------------------------------------------------------------------------------------------------------

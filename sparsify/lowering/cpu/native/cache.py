@@ -1,9 +1,9 @@
 """Keys and values of a native step, inside of the cache object that the user holds.
 
-    DynamicCache.layers = [DynamicLayer, …]  ──adopt──▶ [NativeLayer, …] over one Store: (layer, keys | values, batch, heads, capacity, width)
+    DynamicCache.layers = [DynamicLayer, …]  ──▶ [NativeLayer, …] over one Store: layer, keys | values, batch, heads, capacity, width
 
-A layer's `keys` and `values` are views of the store, made when somebody asks; so whoever reads, reorders, crops, repeats or copies the cache
-does as ever. What is written to a layer from outside stays that layer's own, and is taken into the store before the next step.
+A layer's `keys` and `values` are views of the store, made when somebody asks; so whoever reads, reorders, crops, repeats or copies the
+cache does as ever. What is written to a layer from outside stays that layer's own, and is taken into the store before the next step.
 """
 
 from __future__ import annotations
@@ -59,7 +59,12 @@ class Store:
         layer = self.layers[number]
         count = min(self.length, layer.window - 1) if layer.window else self.length
         for new, old in zip(self.views(number), (keys, values), strict=True):
-            fits = old.dim() == 4 and old.dtype == torch.float32 and old.device.type == "cpu" and count <= old.shape[2] <= self.length
+            fits = (
+                old.dim() == 4
+                and old.dtype == torch.float32
+                and old.device.type == "cpu"
+                and count <= old.shape[2] <= self.length
+            )
             if not fits or (old.shape[0], old.shape[1], old.shape[3]) != (self.batch, layer.heads, layer.width):
                 return False
             new[:, :, self.length - old.shape[2] :] = old

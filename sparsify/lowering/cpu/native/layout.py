@@ -123,7 +123,12 @@ def join(node: fx.Node, parts: list[Layout]) -> Layout:
         given = [part.terms[place] if place < len(part.terms) else nothing(part.terms[0]) for part in parts]
         rest = (*node.args[1:],)
         terms.append(
-            Term(*(node.target([getattr(t, f) for t in given], *rest, **node.kwargs) for f in ("index", "kind", "frequency", "scale")))  # type: ignore[operator]
+            Term(
+                *(
+                    node.target([getattr(t, f) for t in given], *rest, **node.kwargs)
+                    for f in ("index", "kind", "frequency", "scale")
+                )
+            )  # type: ignore[operator]
         )
     return Layout(parts[0].buffer, tuple(terms), next(iter(tables), ()))
 
@@ -205,9 +210,15 @@ def heads(layout: Layout, batch: int, length: int) -> tuple[list[int], Heads]:
         if any(bool((part != part[:1]).any()) for part in parts):
             raise Unknown("heads are rotated differently")
     distinct = list(dict.fromkeys(starts.tolist()))
-    if distinct != [distinct[0] + i * (distinct[-1] - distinct[0]) // max(1, len(distinct) - 1) for i in range(len(distinct))]:
+    if distinct != [
+        distinct[0] + i * (distinct[-1] - distinct[0]) // max(1, len(distinct) - 1) for i in range(len(distinct))
+    ]:
         raise Unknown("heads are not evenly spaced")
-    rotation = None if layout.plain and table[0][0][0].tolist() == list(range(table[0][0].shape[1])) else rotation_of(layout, table)
+    rotation = (
+        None
+        if layout.plain and table[0][0][0].tolist() == list(range(table[0][0].shape[1]))
+        else rotation_of(layout, table)
+    )
     return starts.tolist(), Heads(layout.buffer, tuple(distinct), rotation)
 
 
@@ -219,11 +230,20 @@ def rotation_of(layout: Layout, table: list[list[torch.Tensor]]) -> Rotation:
 
     def factors(parts: list[torch.Tensor]) -> tuple[tuple[int, int, float], ...]:
         columns = (part.tolist() for part in parts[1:])
-        return tuple((kind, frequency if kind else 0, float(scale)) for kind, frequency, scale in zip(*columns, strict=True))
+        return tuple(
+            (kind, frequency if kind else 0, float(scale)) for kind, frequency, scale in zip(*columns, strict=True)
+        )
 
     return Rotation(
-        tuple(rows[0][0].tolist()), tuple(rows[1][0].tolist()), factors(rows[0]), factors(rows[1]), layout.frequencies or (0.0,)
+        tuple(rows[0][0].tolist()),
+        tuple(rows[1][0].tolist()),
+        factors(rows[0]),
+        factors(rows[1]),
+        layout.frequencies or (0.0,),
     )
 
 
-__all__ = ["COS", "JOINS", "SAME", "SIN", "VIEWS", "Layout", "Term", "Unknown", "base", "heads", "join", "move", "rows_of", "run", "scaled", "summed", "turned"]  # fmt: skip
+__all__ = [
+    "COS", "JOINS", "SAME", "SIN", "VIEWS", "Layout", "Term", "Unknown", "base", "heads", "join", "move", "rows_of", "run", "scaled",
+    "summed", "turned",
+]  # fmt: skip

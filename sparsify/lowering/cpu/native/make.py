@@ -1,6 +1,6 @@
 """A lowered decoder's native step: recognised, built, and held against PyTorch on numbers before anybody may use it.
 
-    host, its program ──recognise──▶ Decoder ──bind──▶ library ──a prompt, padding, single tokens, far positions──▶ NativeStep, or why not
+host, its program ──recognise──▶ Decoder ──bind──▶ library ──a prompt, padding, single tokens, far positions──▶ NativeStep, or why not
 """
 
 from __future__ import annotations
@@ -70,15 +70,21 @@ def check(host: nn.Module, step: NativeStep) -> None:
         compare(host, step, given, caches, seen)
     given = {"input_ids": ids[:1, :2], "attention_mask": mask[:1, :2], "position_ids": torch.tensor([[0, far]])}
     if far > 1:
-        compare(host, step, given, [DynamicCache(config=host.config), DynamicCache(config=host.config)], mask[:1, :2].bool())
+        compare(
+            host, step, given, [DynamicCache(config=host.config), DynamicCache(config=host.config)], mask[:1, :2].bool()
+        )
 
 
 def compare(host: nn.Module, step: NativeStep, given: dict[str, Any], caches: list[Any], seen: torch.Tensor) -> None:
     try:
         expected = type(host).forward(host, **given, past_key_values=caches[0], use_cache=True, return_dict=True)
     except Exception as error:  # the user's own forward may ask for anything
-        raise Unknown(f"its forward does not take what generate() gives it ({type(error).__name__}: {error})") from error
-    extra = [name for name, value in expected.items() if value is not None and name not in ("logits", "past_key_values")]
+        raise Unknown(
+            f"its forward does not take what generate() gives it ({type(error).__name__}: {error})"
+        ) from error
+    extra = [
+        name for name, value in expected.items() if value is not None and name not in ("logits", "past_key_values")
+    ]
     if extra or expected.logits.dtype != torch.float32:
         raise Unknown(f"its forward returns {', '.join(extra) or f'logits in {expected.logits.dtype}'} too")
     step.output = type(expected)

@@ -73,7 +73,11 @@ def root_mean_square(node: fx.Node) -> tuple[fx.Node, float] | None:
         if mean.target is not aten.mean.dim or list(mean.args[1]) != [-1] or not (len(mean.args) > 2 and mean.args[2]):  # type: ignore[arg-type]
             continue
         square = through(mean.args[0])  # type: ignore[arg-type]
-        if square.target is aten.pow.Tensor_Scalar and square.args[1] in (2, 2.0) and through(square.args[0]) is through(x):  # type: ignore[arg-type]
+        if (
+            square.target is aten.pow.Tensor_Scalar
+            and square.args[1] in (2, 2.0)
+            and through(square.args[0]) is through(x)
+        ):  # type: ignore[arg-type]
             return x, float(plus.args[1])  # type: ignore[return-value]
     return None
 
@@ -83,7 +87,9 @@ def weighted(node: fx.Node, names: dict[str, str]) -> bool:
     for user in node.users:
         if user.target in SAME and weighted(user, names):
             return True
-        if user.target is aten.mul.Tensor and any(isinstance(a, fx.Node) and parameter(a, names) is not None for a in user.args):
+        if user.target is aten.mul.Tensor and any(
+            isinstance(a, fx.Node) and parameter(a, names) is not None for a in user.args
+        ):
             return True
     return False
 

@@ -2,9 +2,9 @@
 
     logits ◀─ linear ◀─ norm ◀─ add ◀─ linear ◀─ … ◀─ attention ◀─ linear ◀─ norm ◀─ embedding ◀─ tokens
 
-Every node is asked for its value, from the logits back to the tokens; what it takes to compute one token of it becomes an operation. Nothing
-is known of classes or names: a norm is what computes a root of mean squares, heads are what an attention's views make of a product. A node
-that is none of these is the reason why the step stays PyTorch's.
+Every node is asked for its value, from the logits back to the tokens; what it takes to compute one token of it becomes an operation.
+Nothing is known of classes or names: a norm is what computes a root of mean squares, heads are what an attention's views make of a
+product. A node that is none of these is the reason why the step stays PyTorch's.
 """
 
 from __future__ import annotations
@@ -14,9 +14,35 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparsify.kernels.cpu.step.operations import Attend, Buffer, Decoder, Embed, Layer, Norm, Operation, Pointwise, Product
+from sparsify.kernels.cpu.step.operations import (
+    Attend,
+    Buffer,
+    Decoder,
+    Embed,
+    Layer,
+    Norm,
+    Operation,
+    Pointwise,
+    Product,
+)
 from sparsify.lowering.cpu.native.layout import (
-    COS, JOINS, SAME, SIN, VIEWS, Layout, Term, Unknown, base, heads, join, move, rows_of, run, scaled, summed, turned,
+    COS,
+    JOINS,
+    SAME,
+    SIN,
+    VIEWS,
+    Layout,
+    Term,
+    Unknown,
+    base,
+    heads,
+    join,
+    move,
+    rows_of,
+    run,
+    scaled,
+    summed,
+    turned,
 )  # fmt: skip
 from sparsify.lowering.cpu.native.norms import NormMatch, match_norm
 from sparsify.lowering.cpu.native.pointwise import POINTWISE, expression, number
@@ -31,7 +57,9 @@ aten = torch.ops.aten
 def recognise(program: Program) -> Decoder:
     """The step of a lowered decoder. Raises Unknown saying which part is not known."""
     outputs = next(node for node in program.graph.nodes if node.op == "output").args[0]
-    results = [node for node in outputs if isinstance(node, fx.Node)] if isinstance(outputs, list | tuple) else [outputs]
+    results = (
+        [node for node in outputs if isinstance(node, fx.Node)] if isinstance(outputs, list | tuple) else [outputs]
+    )
     if len(results) != 1 or not isinstance(results[0], fx.Node):
         raise Unknown(f"{len(results)} outputs instead of logits")
     return Recogniser(program).decoder(results[0])
@@ -84,7 +112,10 @@ class Recogniser:
             return expression(source, operand)
 
         linears: list[fx.Node] = []
-        text = operand(logits)
+        try:
+            text = operand(logits)
+        except Unknown as why:
+            raise Unknown(f"logits that come from {why}") from why
         if len(set(linears)) != 1:
             raise Unknown(f"logits that come from {len(set(linears))} linears")
         return linears[0], text
@@ -180,12 +211,19 @@ class Recogniser:
             if len(static) == 1 and reads_angles(static[0]):  # type: ignore[arg-type]
                 value = self.value(b if static[0] is a else a)  # type: ignore[arg-type]
                 return turned(value, self.value(static[0]), self.length)  # type: ignore[arg-type]
-        if node.target in (aten.add.Tensor, aten.sub.Tensor) and all(isinstance(a, fx.Node) and a in self.tables.live for a in node.args):
-            if all(part.target is aten.mul.Tensor and any(x not in self.tables.live and reads_angles(x) for x in part.all_input_nodes)
-                   for part in map(same, node.args)):  # type: ignore[arg-type]  # fmt: skip
-                a, b = (self.value(argument) for argument in node.args)  # type: ignore[arg-type]
-                return summed(a, b if node.target is aten.add.Tensor else scaled(b, -1.0))
+        if node.target in (aten.add.Tensor, aten.sub.Tensor) and all(map(self.is_turned, node.args)):
+            a, b = (self.value(argument) for argument in node.args)  # type: ignore[arg-type]
+            return summed(a, b if node.target is aten.add.Tensor else scaled(b, -1.0))
         return None
+
+    def is_turned(self, node: object) -> bool:
+        """Whether this is a value times a table of angles."""
+        if not isinstance(node, fx.Node) or node not in self.tables.live:
+            return False
+        node = same(node)
+        return node.target is aten.mul.Tensor and any(
+            x not in self.tables.live and reads_angles(x) for x in node.all_input_nodes
+        )
 
     # --- operations -----------------------------------------------------------------------------------------------------------
 
@@ -242,7 +280,19 @@ class Recogniser:
         out = self.buffer(x.buffer.width, shared=False)
         weight, bias = (None if n is None else self.tensor(self.named(n)) for n in (found.weight, found.bias))
         self.operations.append(
-            Norm(out, x.buffer, width, len(starts), starts[0], stride, found.eps, weight, bias, found.centred, found.plus_one)
+            Norm(
+                out,
+                x.buffer,
+                width,
+                len(starts),
+                starts[0],
+                stride,
+                found.eps,
+                weight,
+                bias,
+                found.centred,
+                found.plus_one,
+            )
         )
         return base(out, index)
 
@@ -291,9 +341,8 @@ class Recogniser:
 
         def operand(one: fx.Node) -> str:
             source = same(one)
-            if source in self.tables.live and source.target in POINTWISE and source not in self.values and readers(source) == 1:
-                if self.turned(source) is None and match_norm(source, self.program) is None and not self.fuses(source):
-                    return expression(source, operand)
+            if self.inside(source):
+                return expression(source, operand)
             entry: Any
             if source in self.tables.live or source.target is aten.embedding.default:
                 layout = self.value(one) if source in self.tables.live else self.embed(source)
@@ -316,6 +365,11 @@ class Recogniser:
         out = self.buffer(width, shared=not cheap)
         self.operations.append(Pointwise(out, text, tuple(inputs)))
         return rows_of(out, tuple(node.meta["val"].shape))
+
+    def inside(self, node: fx.Node) -> bool:
+        """Whether an element-wise node is computed inside of its only reader's expression."""
+        alone = node in self.tables.live and node.target in POINTWISE and node not in self.values and readers(node) == 1
+        return alone and self.turned(node) is None and match_norm(node, self.program) is None and not self.fuses(node)
 
     def fuses(self, node: fx.Node) -> bool:
         """Whether a sum would become the residual of a product."""
@@ -349,7 +403,9 @@ def readers(node: fx.Node) -> int:
 def behind(node: fx.Node) -> tuple[fx.Node, bool]:
     """The node behind copies and views that keep every row, and whether nobody else reads any of them."""
     alone = readers(node) == 1
-    while node.op == "call_function" and (node.target in SAME or node.target in (aten.view.default, aten.reshape.default)):
+    while node.op == "call_function" and (
+        node.target in SAME or node.target in (aten.view.default, aten.reshape.default)
+    ):
         node = node.all_input_nodes[0]
         alone &= readers(node) == 1
     return node, alone
@@ -376,7 +432,9 @@ def leads_to_rotation(node: fx.Node, tables: Tables) -> bool:
         user = waiting.pop()
         if user.target in VIEWS or user.target in JOINS or user.target in SAME:
             waiting += user.users
-        elif user.target is aten.mul.Tensor and any(x not in tables.live and reads_angles(x) for x in user.all_input_nodes):
+        elif user.target is aten.mul.Tensor and any(
+            x not in tables.live and reads_angles(x) for x in user.all_input_nodes
+        ):
             return True
     return False
 

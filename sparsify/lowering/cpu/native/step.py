@@ -3,31 +3,49 @@
     host(input_ids (1, 1), past_key_values=cache, …) ──▶ step over the cache's own memory ──▶ the same output class, logits and cache
     anything else                                   ──▶ the user's own forward
 
-Whether a call is known is looked at anew every time: hooks, gradients, other inputs, another cache, a weight that was exchanged.
+Whether a call is known is looked at anew every time: other inputs, another cache; and, once in a call of `generate`, hooks, modules and
+weights that were exchanged or written to.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from sparsify.kernels.cpu.build import BuildError
+from sparsify.kernels.cpu.dispatch import best_isa
 from sparsify.kernels.cpu.step.operations import Decoder
 from sparsify.lowering.cpu.native.binding import Binding, bind
 from sparsify.lowering.cpu.native.cache import length_of, store_of
 from sparsify.lowering.cpu.native.layout import Unknown
+from sparsify.modules.kernel_module import GeneratedKernel
 
 MOST = 16  # rows (batch × tokens) of a native step; more are PyTorch's
 KNOWN = frozenset(
-    {"input_ids", "past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "return_dict", "cache_position"}
+    {
+        "input_ids",
+        "past_key_values",
+        "attention_mask",
+        "position_ids",
+        "use_cache",
+        "logits_to_keep",
+        "return_dict",
+        "cache_position",
+    }
 )
 
 
 STATUS = {1: "an activation that is NaN or Inf", 2: "no memory", 3: "a token or a position that its table has not"}
+
+
+class Generation(Protocol):
+    """Calls that belong together. seen: the binding that their first found to hold."""
+
+    seen: object
 
 
 class NotNative(Exception):
@@ -54,19 +72,27 @@ class NativeStep:
         twice = f", {copies / 2**20:.1f} MiB of dense weights kept a second time" if copies else ""
         return f"one call for up to {MOST} tokens with a cache: {layers} layers, {count} operations{meetings}{twice}"
 
+    def generated(self) -> GeneratedKernel | None:
+        """The source of the step, while it is bound."""
+        if self.binding is None:
+            return None
+        return GeneratedKernel(f"native_step_{best_isa()}", self.binding.code.source, "step")
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "binding": None, "declined": Counter()}
 
-    def __call__(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(
+        self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], generation: Generation | None = None
+    ) -> Any:
         """What the host's forward returns for these arguments; None where that is for PyTorch to say."""
         try:
-            return self.run(host, args, kwargs)
+            return self.run(host, args, kwargs, generation)
         except (NotNative, Unknown, BuildError) as why:
             if len(self.declined) < 100:
                 self.declined[str(why)] += 1
             return None
 
-    def run(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], generation: Generation | None) -> Any:
         ids = args[0] if args else kwargs.get("input_ids")
         if len(args) > 1 or (args and "input_ids" in kwargs):
             raise NotNative("arguments by position")
@@ -86,9 +112,11 @@ class NativeStep:
         past = length_of(cache, self.decoder.layers)
         if isinstance(past, str):
             raise NotNative(past)
-        binding = self.bound(host)
+        binding = self.bound(host, generation)
         first = first_seen(kwargs.get("attention_mask"), batch, past + length)
-        positions = positions_of(kwargs.get("position_ids"), batch, length, past, kwargs.get("attention_mask") is not None)
+        positions = positions_of(
+            kwargs.get("position_ids"), batch, length, past, kwargs.get("attention_mask") is not None
+        )
         if past + length > self.positions:
             raise NotNative("more tokens than the model has positions")
         keep = kwargs.get("logits_to_keep", 0)
@@ -105,14 +133,21 @@ class NativeStep:
         store.length = past + length
         return self.output(logits=logits, past_key_values=cache)
 
-    def bound(self, host: nn.Module) -> Binding:
+    def bound(self, host: nn.Module, generation: Generation | None = None) -> Binding:
+        """The binding to a host, made or made anew where something has changed since. generation: calls of which the first looks."""
         found = self.binding
+        if found is not None and generation is not None and generation.seen is found:
+            return found
         if found is None or found.host is not host or not found.valid():
-            if any(module.training for module in host.modules()):
+            self.binding = None
+            modules = list(host.modules())
+            if any(module.training for module in modules):
                 raise NotNative("a module in training mode")
-            found = self.binding = bind(host, self.decoder)
-            if found.hooked:
+            if any(module._forward_hooks or module._forward_pre_hooks for module in modules if module is not host):
                 raise NotNative("hooks on modules inside of the model")
+            found = self.binding = bind(host, self.decoder)
+        if generation is not None:
+            generation.seen = found
         return found
 
 

@@ -1,8 +1,8 @@
 """What of a graph depends on no token's value: masks, positions, angles; computed once on the example and read for what they mean.
 
-    causal mask      ──▶ a token sees all before it (window 0), or the last `window`
-    angles (1, 7, 8) ──▶ frequencies, if row t is t times row 1
-    positions        ──▶ an offset, if they are 0, 1, 2, … plus a constant
+causal mask      ──▶ a token sees all before it (window 0), or the last `window`
+angles (1, 7, 8) ──▶ frequencies, if row t is t times row 1
+positions        ──▶ an offset, if they are 0, 1, 2, … plus a constant
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ aten = torch.ops.aten
 COMPARE = {aten.le.Tensor, aten.lt.Tensor, aten.ge.Tensor, aten.gt.Tensor}
 SHIFT = {aten.sub.Tensor, aten.add.Tensor}
 AROUND = {
-    aten.arange.default, aten.arange.start, aten.arange.start_step, aten.unsqueeze.default, aten.expand.default, aten.slice.Tensor, aten.diff.default,
+    aten.arange.default, aten.arange.start, aten.arange.start_step, aten.unsqueeze.default, aten.expand.default, aten.slice.Tensor,
+    aten.diff.default,
     aten.ne.Scalar, aten.cumsum.default, aten.index.Tensor, aten.eq.Tensor, aten.to.dtype_layout, aten.to.dtype, aten.to.device,
     aten.__and__.Tensor, aten.__or__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default, aten.new_ones.default, aten.ones.default,
     aten.view.default, aten.reshape.default, aten.alias.default, aten.contiguous.default, aten.clone.default, aten.squeeze.dim,
     aten._assert_tensor_metadata.default, aten.ones_like.default, aten.select.int, aten.tril.default, aten._to_copy.default,
-    aten.where.self, aten.scalar_tensor.default, aten.full.default, aten.full_like.default, aten.bitwise_not.default, aten.logical_not.default,
-    aten.__invert__.default if hasattr(aten, "__invert__") else aten.bitwise_not.default, operator.getitem,
+    aten.where.self, aten.scalar_tensor.default, aten.full.default, aten.full_like.default, aten.bitwise_not.default,
+    aten.logical_not.default, operator.getitem,
 }  # fmt: skip
 
 
@@ -51,7 +52,9 @@ class Tables:
 
     def compute(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
-            return self.program.value(self.names[node.name]).detach() if node.name in self.names else self.user[node.name]
+            return (
+                self.program.value(self.names[node.name]).detach() if node.name in self.names else self.user[node.name]
+            )
         if node.op != "call_function":
             raise Unknown(f"a node of kind {node.op}")
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self.value)
@@ -87,16 +90,27 @@ class Tables:
             if node.op == "call_function" and node.target not in COMPARE | SHIFT | AROUND:
                 raise Unknown(f"a mask that is made with {node.target}")
             if node.target in COMPARE:
-                shifts |= {self.shift(argument) for argument in node.args if isinstance(argument, fx.Node)}
+                shifts.add(self.lowest(node))
         shifts -= {0}
-        if len(shifts) > 1 or any(shift >= 0 for shift in shifts):
-            raise Unknown("a mask that is neither causal nor a window of the last tokens")
-        window = -shifts.pop() if shifts else 0
+        if len(shifts) > 1:
+            raise Unknown("a mask with several windows")
+        window = shifts.pop() if shifts else 0
         place = torch.arange(length)
         seen = (place[None] <= place[:, None]) & ((place[:, None] - place[None] < window) | (window == 0))
         if found.shape[-2:] != (length, length) or bool((found != seen).any()):
             raise Unknown("a mask that is neither causal nor a window of the last tokens")
         return window
+
+    def lowest(self, node: fx.Node) -> int:
+        """The window w of a comparison `place > other − w`, 0 of one that shifts nothing. Raises Unknown for any other."""
+        left, right = (self.shift(x) if isinstance(x, fx.Node) else 0 for x in node.args)
+        if not left and not right:
+            return 0
+        if node.target is aten.gt.Tensor and not left and right < 0:
+            return -right
+        if node.target is aten.lt.Tensor and not right and left < 0:
+            return -left
+        raise Unknown("a mask that is neither causal nor a window of the last tokens")
 
     def shift(self, node: fx.Node) -> int:
         """The constant that a compared place was shifted by."""
