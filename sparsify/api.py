@@ -16,7 +16,7 @@ from sparsify.errors import AdapterError, PlanError
 from sparsify.host.handle import Handle, Mix
 from sparsify.host.install import install
 from sparsify.host.native_forward import install_native
-from sparsify.host.quantized_bases import PackedBase, check_host, check_plan, dense_twin, refuse_packed
+from sparsify.host.quantized_bases import PackedBase, check_host, check_plan, dense_twin, refuse_packed, without_marks
 from sparsify.host.serving import AdapterPaths, name_folders, serving_program
 from sparsify.lowering.cpu.options import CpuOptions
 from sparsify.passes.base import Context, Pass, PassResult, run_passes
@@ -182,6 +182,7 @@ def load(
             "load: this model is compiled already; add adapters with model.sparsify.load_adapter, or load onto the original model"
         )
     refuse_packed(source)
+    source = without_marks(source)
     folders = name_folders(adapters, name)
     program, hashes, plan = serving_program(
         source, folders, lambda plan: run_passes(capture(source, example), up_to_selection(), Context(plan))

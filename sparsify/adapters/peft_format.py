@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from sparsify.adapters.adapter import VALUE_DTYPES, Adapter, Delta
 from sparsify.adapters.peft_config import PLAIN, Settings, read_config
 from sparsify.adapters.peft_experts import read_packed
+from sparsify.adapters.peft_tokens import module_of, read_rows
 from sparsify.errors import AdapterError
 from sparsify.files import strict_json
 from sparsify.files.strict_json import short
@@ -46,7 +47,6 @@ FOREIGN_TENSORS = {
     "lora_embedding_A": "LoRA of an embedding",
     "lora_embedding_B": "LoRA of an embedding",
     "lora_magnitude_vector": "DoRA's magnitudes",
-    "trainable_tokens_delta": "single tokens of an embedding",
 }
 
 
@@ -128,10 +128,10 @@ class Reading:
         return AdapterError(f"{self.where}: {what}")
 
     def deltas(self) -> list[Delta]:
-        factors, full = self.sort_tensors()
-        if not factors and not full:
+        factors, full, rows = self.sort_tensors()
+        if not factors and not full and not rows:
             raise self.fail("the file holds no LoRA factors")
-        packed = read_packed(self, factors)
+        packed = read_packed(self, factors) + read_rows(self, rows)
         linears = {module: self.check_factors(module, sides) for module, sides in factors.items()}
         twice = Counter(linears.values()).most_common(1)
         if twice and twice[0][1] > 1:
@@ -142,10 +142,11 @@ class Reading:
         empty = torch.empty(0, dtype=torch.int64)
         return found + [Delta(param, "full", empty, value) for param, value in values.items()]
 
-    def sort_tensors(self) -> tuple[dict[str, set[str]], dict[str, str]]:
-        """Module → which factors there are, and name of a parameter in the model → tensor in the file."""
+    def sort_tensors(self) -> tuple[dict[str, set[str]], dict[str, str], dict[str, str]]:
+        """Module → which factors there are, name of a parameter in the model → tensor in the file, module → tensor of its rows."""
         factors: dict[str, set[str]] = {}
         full: dict[str, str] = {}
+        rows: dict[str, str] = {}
         for key in self.file.parts:
             if not key.startswith(PREFIX):
                 raise self.fail(f"tensor {short(key)} is not named as PEFT names them ({PREFIX}…)")
@@ -158,9 +159,11 @@ class Reading:
                 continue
             elif len(parts) >= 3 and parts[-2] in ("lora_A", "lora_B") and parts[-1] == "weight":
                 factors.setdefault(".".join(parts[:-2]), set()).add(parts[-2])
+            elif (module := module_of(name)) is not None:
+                rows[module] = key
             else:
                 raise self.unknown_tensor(name, parts)
-        return factors, full
+        return factors, full, rows
 
     def is_leftover(self, parts: list[str]) -> bool:
         """Whether a tensor is what bias="all" writes a second time for modules_to_save; PEFT computes nothing with it."""

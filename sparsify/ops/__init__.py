@@ -6,6 +6,7 @@
     masked_linear            y = x (W∘M)ᵀ + b,  the gradient masked
     grouped_linear           y_e = x_e W_eᵀ           rows sorted by expert
     partial_grouped_linear   the same with trained channels, and `sparse_lowrank_grouped_linear`
+    partial_embedding        y = W'[ids],  some rows of W replaced
     apply_mask               t∘M
     masked_grad              (gᵀ x)∘M                 weight gradients: under a mask,
     sampled_product          (aᵀ b)[index]            on a support,
@@ -36,6 +37,7 @@ from sparsify.ops import (
     grouped_linear,
     masked_grad,
     masked_linear,
+    partial_embedding,
     partial_grouped_linear,
     partial_linear,
     quantized_linear,
@@ -50,6 +52,7 @@ __all__ = [
     "grouped_linear",
     "masked_grad",
     "masked_linear",
+    "partial_embedding",
     "partial_grouped_linear",
     "partial_linear",
     "quantized_linear",

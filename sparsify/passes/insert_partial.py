@@ -5,6 +5,7 @@
 %y = sparsify.partial_linear(%x, @down_proj.weight, None, @down_proj.weight_slice, start, axis)          S2FT, PaCA
 %y = sparsify.partial_linear_at(%x, …, @q_proj.weight_slice, @q_proj.slice_channels, axis)               PaCA, gathered
 %y = sparsify.sparse_lowrank_linear(%x, …, @….sparse_values, @….sparse_index, @….lora_A, @….lora_B, s)   RoSA, LoRA
+%y = sparsify.partial_embedding(%ids, @….weight, @….weight_slice, @….slice_channels, padding)             Tokens
 %y = sparsify.quantized_linear(%x, [@….packed_0, …], "nf4", …)                                           Quantize
 """
 
@@ -135,6 +136,9 @@ def rewrite(program: Program, survivors: list[str]) -> tuple[fx.GraphModule, tup
             part.insert(editor, linear)
         elif linear.weight in survivors:
             insert_mask(editor, linear)
+    for lookup in list(program.embeddings()):
+        if lookup.weight in parts:
+            parts[lookup.weight].insert_lookup(editor, lookup)
     for name in program.quantize:  # the dense weight is no input any more
         editor.drop_input(name)
     return editor.finish()

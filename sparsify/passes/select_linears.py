@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from sparsify.calibration.checks import check_weights, column_squares, rows_of, squares_of
 from sparsify.calibration.fisher import sample_squares
-from sparsify.calibration.ranks import sum_over_ranks
+from sparsify.calibration.ranks import of_first_rank, sum_over_ranks
 from sparsify.calibration.statistics import batch_count, given, gradient_statistics, input_squares, need_batches
 from sparsify.errors import PlanError, Refusal, RefusedError
 from sparsify.formats import format_named
@@ -264,11 +264,16 @@ def column_scores(
         }
     members = [p for g in groups for p in g]  # one order on every rank
     modules = {p: program.host.get_submodule(owner_name(p)) for p in members}
-    weights: dict[str, Tensor] = {}
-    for param in members if rule.select in ("weight", "product") else ():
-        weight = program.tensor(param).detach()
-        check_weights([(param, weight)])
-        weights[param] = column_squares(rows_of(weight, linears[param].in_axis))
+
+    def weight_squares() -> dict[str, Tensor]:
+        found = {}
+        for param in members:
+            weight = program.tensor(param).detach()
+            check_weights([(param, weight)])
+            found[param] = column_squares(rows_of(weight, linears[param].in_axis))
+        return found
+
+    weights = of_first_rank(weight_squares) if rule.select in ("weight", "product") else {}
     if rule.select == "weight":
         return {g[0]: torch.stack([weights[p] for p in g]).sum(0).sqrt() for g in groups}
     batches = need_batches(context.calibration, f"rule {index}, select={rule.select!r},")

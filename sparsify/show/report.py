@@ -168,6 +168,8 @@ def backward_bytes(program: Program) -> tuple[int, int]:
     for node in program.graph.nodes:
         if node.op != "call_function" or node.target not in known or node.target is ops.apply_mask.default:
             continue
+        if node.target is ops.partial_embedding.default:
+            continue  # keeps ids alone
         x, part = argument(node, "x"), program.part_at(node)
         inputs[x.name] = node_bytes(x)
         own = part.saved_bytes(x.meta["val"]) if part is not None else None
