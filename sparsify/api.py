@@ -29,7 +29,7 @@ from sparsify.passes.prune import prune
 from sparsify.passes.select_units import select_units
 from sparsify.passes.train_experts import write_out_experts
 from sparsify.passes.train_in_full import trained_in_full
-from sparsify.plan import Plan, Rule
+from sparsify.plan import Plan, Quantize, Rule
 from sparsify.program import Program, Stage
 from sparsify.program.capture import capture, unwrap
 
@@ -213,7 +213,17 @@ def compile_for_cpu(
 
     chosen = {f.name: getattr(options, f.name) for f in fields(options)}
     chosen["compare"] = options.compare and example is not None
-    return compile_for_inference(source, context, example, partial(lower_program, **chosen), pipeline)
+    lower = partial(lower_program, **chosen)
+    return compile_for_inference(source, context, example, lower, pipeline, options.tied == "copy")
+
+
+def tied_heads(program: Program, plan: Plan) -> set[str]:
+    """Modules that share an embedding's weight and that a `Quantize` rule without exceptions takes."""
+    rules = [rule for rule in plan.rules if isinstance(rule, Quantize) and not rule.exclude]
+    groups = [[name.rpartition(".")[0] for name in program.names_of(linear.weight)] for linear in program.linears()]
+    return {
+        name for names in groups if len(names) > 1 and any(rule.matches(*names) for rule in rules) for name in names
+    }
 
 
 def compile_for_cuda(
@@ -231,8 +241,10 @@ def compile_for_inference(
     example: Batch | None,
     lower: Callable[..., tuple[object, Program | None]],
     pipeline: Sequence[Pass] | None = None,
+    copies_tied: bool = False,
 ) -> nn.Module:
-    """Prune and quantise, put the result into a copy of the host, and lower it. lower: `lower_program` of a target."""
+    """Prune and quantise, put the result into a copy of the host, and lower it. lower: `lower_program` of a target. copies_tied: a head
+    that shares an embedding's weight gets a packed copy."""
     plan = context.plan
     with stage("tracing the model", context.progress):
         captured = capture(source, example)
@@ -243,8 +255,8 @@ def compile_for_inference(
             f"Plan(target='{plan.target}'): the {plan.target.upper()} kernels read int8, not {sorted(wrong)[0]}; "
             "use Quantize(format='int8')"
         )
-    names = [name for param in program.quantize for name in (param, *program.names_of(param))]  # of a tied head, too
-    quantize: dict[str, Literal["int8"]] = {name.rpartition(".")[0]: "int8" for name in names}
+    quantize: dict[str, Literal["int8"]] = {param.rpartition(".")[0]: "int8" for param in program.quantize}
+    quantize |= dict.fromkeys(tied_heads(program, plan) if copies_tied else (), "int8")
     host, layouts = install(program.replaced(quantize={}), ())
     host.eval()
     for parameter in host.parameters():

@@ -292,8 +292,8 @@ def test_changes_of_the_model_are_seen() -> None:
 class Doubled(hf.LlamaForCausalLM):
     """Says something else as soon as there is a cache, which a trace without one does not see."""
 
-    def forward(self, input_ids: Any = None, past_key_values: Any = None, **kwargs: Any) -> Any:
-        out = super().forward(input_ids=input_ids, past_key_values=past_key_values, **kwargs)
+    def forward(self, input_ids: Any = None, past_key_values: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        out: Any = super().forward(input_ids=input_ids, past_key_values=past_key_values, **kwargs)
         if past_key_values is not None:
             out.logits = out.logits * 2
         return out
@@ -302,14 +302,15 @@ class Doubled(hf.LlamaForCausalLM):
 class Counts(hf.LlamaForCausalLM):
     """Reads the tokens' numbers a second time."""
 
-    def forward(self, input_ids: Any = None, **kwargs: Any) -> Any:
-        out = super().forward(input_ids=input_ids, **kwargs)
+    def forward(self, input_ids: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        out: Any = super().forward(input_ids=input_ids, **kwargs)
         out.logits = out.logits + input_ids[..., None]
         return out
 
 
 def of_class(kind: type) -> Any:
-    return kind(hf.LlamaConfig(**{**GROUPED, "num_hidden_layers": 1})).eval()
+    sizes: Any = {**GROUPED, "num_hidden_layers": 1}
+    return kind(hf.LlamaConfig(**sizes)).eval()
 
 
 #: reason → model

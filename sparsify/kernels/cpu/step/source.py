@@ -181,9 +181,10 @@ def attend(text: StepText, op: Attend) -> list[str]:
 
 
 def heads(text: StepText, found: Heads, width: int) -> str:
-    step = found.starts[1] - found.starts[0] if len(found.starts) > 1 else 0
+    first, second = (*found.starts, found.starts[0])[:2]
+    step = second - first
     turn = "nullptr" if found.rotation is None else f"&turn{turn_of(text, found.rotation, width)}"
-    return f"Heads{{{text.at(found.buffer)}, {found.buffer.width}, {found.starts[0]}, {step}, {turn}}}"
+    return f"Heads{{{text.at(found.buffer)}, {found.buffer.width}, {first}, {step}, {turn}}}"
 
 
 def aligned(width: int) -> int:

@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from sparsify.kernels.cpu import huge_pages
 from sparsify.kernels.cpu.step.operations import Layer
-
-if TYPE_CHECKING:
-    from transformers.cache_utils import DynamicCache
 
 GROWTH = 256  # tokens; a store has room for a multiple of it
 
@@ -124,8 +121,7 @@ def layer_class(sliding: bool) -> type:
 
 
 def rebuild(sliding: bool) -> Any:
-    cls = layer_class(sliding)
-    return cls.__new__(cls)
+    return object.__new__(layer_class(sliding))
 
 
 def make_layer(store: Store, number: int, sliding: bool) -> Any:
@@ -137,7 +133,7 @@ def make_layer(store: Store, number: int, sliding: bool) -> Any:
     return made
 
 
-def length_of(cache: DynamicCache, layers: Sequence[Layer]) -> int | str:
+def length_of(cache: Any, layers: Sequence[Layer]) -> int | str:
     """Tokens in a cache that a step can go on with; or why it cannot."""
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -147,8 +143,9 @@ def length_of(cache: DynamicCache, layers: Sequence[Layer]) -> int | str:
         return 0
     if len(cache.layers) != len(layers):
         return f"a cache of {len(cache.layers)} layers, not {len(layers)}"
-    lengths = set()
-    for layer, known in zip(cache.layers, layers, strict=True):
+    lengths: set[int] = set()
+    held: list[Any] = cache.layers
+    for layer, known in zip(held, layers, strict=True):
         if type(layer) in (DynamicSlidingWindowLayer, layer_class(True)):
             if layer.sliding_window != known.window or layer.record_past:
                 return f"a cache layer that keeps {layer.sliding_window} tokens"
@@ -158,7 +155,7 @@ def length_of(cache: DynamicCache, layers: Sequence[Layer]) -> int | str:
     return lengths.pop() if len(lengths) == 1 else "layers of different lengths"
 
 
-def store_of(cache: DynamicCache, layers: Sequence[Layer], batch: int, length: int, room: int) -> Store | str:
+def store_of(cache: Any, layers: Sequence[Layer], batch: int, length: int, room: int) -> Store | str:
     """The store of a cache, with room for so many tokens; made of what the cache holds if it has none. length: tokens in it."""
     store = getattr(cache.layers[0], "store", None) if cache.layers else None
     shared = store is not None and all(getattr(layer, "store", None) is store for layer in cache.layers)

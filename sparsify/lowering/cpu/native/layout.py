@@ -72,6 +72,13 @@ class Layout:
     frequencies: tuple[float, ...] = ()
 
     @property
+    def held(self) -> Buffer:
+        """The buffer. Raises Unknown for a table."""
+        if self.buffer is None:
+            raise Unknown("a table of angles where a value of tokens is expected")
+        return self.buffer
+
+    @property
     def plain(self) -> bool:
         """Whether it is entries of the buffer, as they are."""
         term = self.terms[0]
@@ -95,14 +102,16 @@ def rows_of(buffer: Buffer, shape: tuple[int, ...]) -> Layout:
 def move(node: fx.Node, layouts: dict[fx.Node, Any], source: fx.Node) -> Any:
     """A view's layout (a list of them, for one of several outputs) from that of `source`, its argument."""
 
+    target: Callable[..., Any] = node.target  # type: ignore[assignment]
+
     def call(tensor: torch.Tensor) -> Any:
         args = [tensor if argument is source else argument for argument in node.args]
-        return node.target(*args, **node.kwargs)  # type: ignore[operator]
+        return target(*args, **node.kwargs)
 
     found = layouts[source]
     if isinstance(found, list):
         return found[node.args[1]]  # type: ignore[index]
-    parts = [[call(part) for part in (t.index, t.kind, t.frequency, t.scale)] for t in found.terms]
+    parts: list[list[Any]] = [[call(part) for part in (t.index, t.kind, t.frequency, t.scale)] for t in found.terms]
     if isinstance(parts[0][0], list | tuple):
         return [
             replace(found, terms=tuple(Term(*(part[i] for part in term)) for term in parts))
@@ -117,19 +126,14 @@ def join(node: fx.Node, parts: list[Layout]) -> Layout:
     tables = {part.frequencies for part in parts if part.frequencies}
     if len(buffers) > 1 or len(tables) > 1:
         raise Unknown("two different values are concatenated")
-    count = max(len(part.terms) for part in parts)
+    target: Callable[..., torch.Tensor] = node.target  # type: ignore[assignment]
+    rest = (*node.args,)[1:]
     terms = []
-    for place in range(count):
+    for place in range(max(len(part.terms) for part in parts)):
         given = [part.terms[place] if place < len(part.terms) else nothing(part.terms[0]) for part in parts]
-        rest = (*node.args[1:],)
-        terms.append(
-            Term(
-                *(
-                    node.target([getattr(t, f) for t in given], *rest, **node.kwargs)
-                    for f in ("index", "kind", "frequency", "scale")
-                )
-            )  # type: ignore[operator]
-        )
+        columns = zip(*((t.index, t.kind, t.frequency, t.scale) for t in given), strict=True)
+        index, kind, frequency, scale = (target(list(column), *rest, **node.kwargs) for column in columns)
+        terms.append(Term(index, kind, frequency, scale))
     return Layout(parts[0].buffer, tuple(terms), next(iter(tables), ()))
 
 
@@ -145,15 +149,15 @@ def scaled(layout: Layout, by: float) -> Layout:
 def turned(value: Layout, table: Layout, length: int) -> Layout:
     """value · table, entry by entry: a factor for every term. Raises Unknown where a table meets another token's entries."""
     assert value.buffer is not None
-    if len(value.terms) > 1 or len(table.terms) > 1 or bool(value.terms[0].kind.any()):
+    x, c = value.terms[0], table.terms[0]
+    if (len(value.terms), len(table.terms)) != (1, 1) or bool(x.kind.any()):
         raise Unknown("a value is rotated twice")
     if value.frequencies and table.frequencies and value.frequencies != table.frequencies:
         raise Unknown("two tables of angles meet")
-    x, c = value.terms[0], table.terms[0]
     index, place = torch.broadcast_tensors(x.index, c.index)
     if index.shape != x.index.shape or bool((index // value.buffer.width % length != place).any()):
         raise Unknown("a rotation's table belongs to other tokens than what it turns")
-    term = Term(x.index, *(part.expand_as(index) for part in (c.kind, c.frequency)), x.scale * c.scale)
+    term = Term(x.index, c.kind.expand_as(index), c.frequency.expand_as(index), x.scale * c.scale)
     return Layout(value.buffer, (term,), table.frequencies)
 
 

@@ -46,7 +46,7 @@ def most_positions(host: nn.Module) -> int:
     return found if isinstance(found, int) and found > 0 else FOREVER
 
 
-def check(host: nn.Module, step: NativeStep) -> None:
+def check(host: Any, step: NativeStep) -> None:
     """Compare with the host's own forward: a prompt in two rows, one of them padded, two single tokens, and a pair of tokens far apart.
 
     Raises Unknown where logits differ by more than rounding, or where the host does not take what `generate` gives.
@@ -75,7 +75,7 @@ def check(host: nn.Module, step: NativeStep) -> None:
         )
 
 
-def compare(host: nn.Module, step: NativeStep, given: dict[str, Any], caches: list[Any], seen: torch.Tensor) -> None:
+def compare(host: Any, step: NativeStep, given: dict[str, Any], caches: list[Any], seen: torch.Tensor) -> None:
     try:
         expected = type(host).forward(host, **given, past_key_values=caches[0], use_cache=True, return_dict=True)
     except Exception as error:  # the user's own forward may ask for anything

@@ -73,12 +73,9 @@ def root_mean_square(node: fx.Node) -> tuple[fx.Node, float] | None:
         if mean.target is not aten.mean.dim or list(mean.args[1]) != [-1] or not (len(mean.args) > 2 and mean.args[2]):  # type: ignore[arg-type]
             continue
         square = through(mean.args[0])  # type: ignore[arg-type]
-        if (
-            square.target is aten.pow.Tensor_Scalar
-            and square.args[1] in (2, 2.0)
-            and through(square.args[0]) is through(x)
-        ):  # type: ignore[arg-type]
-            return x, float(plus.args[1])  # type: ignore[return-value]
+        squared = square.args[0] if square.target is aten.pow.Tensor_Scalar and square.args[1] in (2, 2.0) else None
+        if isinstance(squared, fx.Node) and isinstance(x, fx.Node) and through(squared) is through(x):
+            return x, float(plus.args[1])
     return None
 
 

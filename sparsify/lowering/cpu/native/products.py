@@ -32,7 +32,7 @@ def match_linear(node: fx.Node, program: Program) -> LinearMatch | None:
     """The linear that a node is."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return None
-    given, name = None, None
+    given, name, x = None, None, None
     names = program.tensor_names
     if node.target.namespace == "sparsify" and "packed_linear" in node.target.name():
         given = arguments(node)

@@ -92,7 +92,7 @@ class Recogniser:
         for one in self.program.graph.nodes:  # in order, so that no walk goes deep
             if one in self.tables.live and one.op == "call_function" and one is not node and one in self.needed(node):
                 self.value(one)
-        out = self.product(node, found, None, logits=True).buffer
+        out = self.product(node, found, None, logits=True).held
         self.operations += [Pointwise(out, text, ((out, 0),), logits=True)] if text != "{0}" else []
         return Decoder(
             tuple(self.operations), tuple(self.tensors), tuple(self.linears), tuple(self.layers), found.outputs,
@@ -264,7 +264,7 @@ class Recogniser:
         start = run(x, f"what {found.name} reads")
         out = self.buffer(found.outputs, shared=True)
         number = self.linears.setdefault(found.name, len(self.linears))
-        self.operations.append(Product(out, x.buffer, start, number, found.inputs, residual, logits))
+        self.operations.append(Product(out, x.held, start, number, found.inputs, residual, logits))
         return rows_of(out, tuple(node.meta["val"].shape))
 
     def norm(self, node: fx.Node, found: NormMatch) -> Layout:
@@ -336,7 +336,7 @@ class Recogniser:
                 residual = self.value(other)
                 if residual.buffer.width == found.outputs and run(residual, "a residual") == 0:
                     layout = self.product(linear, found, residual.buffer)
-                    return rows_of(layout.buffer, tuple(node.meta["val"].shape))
+                    return rows_of(layout.held, tuple(node.meta["val"].shape))
         inputs: list[Any] = []
 
         def operand(one: fx.Node) -> str:

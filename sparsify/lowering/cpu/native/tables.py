@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
 from sparsify.lowering.cpu.native.layout import Unknown
 from sparsify.program import Program
@@ -57,7 +59,7 @@ class Tables:
             )
         if node.op != "call_function":
             raise Unknown(f"a node of kind {node.op}")
-        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self.value)
+        args, kwargs = map_arg((node.args, dict(node.kwargs)), self.value)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def frequencies(self, node: fx.Node, length: int) -> tuple[torch.Tensor, tuple[float, ...]]:
@@ -136,7 +138,7 @@ def ancestors(node: fx.Node) -> set[fx.Node]:
 def user_inputs(program: Program) -> dict[str, Any]:
     """Input name → its value on the example; masks full, positions in order."""
     args, kwargs = program.example
-    flat, _ = torch.utils._pytree.tree_flatten((args, kwargs))
+    flat, _ = pytree.tree_flatten((args, kwargs))
     names = [i.name for i in program.inputs if i.target is None]
     found = dict(zip(names, flat, strict=True))
     for name, value in found.items():
