@@ -214,7 +214,7 @@ def backward_bytes(program: Program) -> tuple[int, int]:
     for node in program.graph.nodes:
         if node.op != "call_function" or node.target not in known or node.target is ops.apply_mask.default:
             continue
-        if node.target is ops.partial_embedding.default:
+        if node.target in (ops.partial_embedding.default, ops.lowrank_embedding.default):
             continue  # keeps ids alone
         x, part = argument(node, "x"), program.part_at(node)
         inputs[x.name] = node_bytes(x)
