@@ -214,7 +214,9 @@ def add_dense(handle: Handle, param: str, parts: list[tuple[float, Delta]]) -> N
             base = handle.base_original(param).detach().cpu().to(inner)
             base = base.t() if delta.transposed else base
             change = float(scale) * (kind.change(base, delta).to(inner) - base)
-        total += change.mT if delta.transposed else change
+        total += (change.mT if delta.transposed else change).reshape(
+            total.shape
+        )  # of kernels, which it is flattened of
     total = layout.to_current(param.rpartition(".")[2], total).to(weight.device)
     handle.backups.append((param, -1, torch.empty(0), weight.data.clone()))
     weight.detach().copy_(changed(weight.data, total, None, weight.dtype))
