@@ -382,9 +382,8 @@ def check_fits(
                     f"{where}: {delta.param} is {tuple(shape)} here, {tuple(delta.values.shape)} in the file"
                 )
             continue
-        if (
-            delta.kind == "lora" and delta.values.dim() == 2 and len(shape) > 2
-        ):  # kernels, flattened behind their outputs
+        flat = delta.kind in ("lora", "column") and delta.values.dim() == 2
+        if flat and len(shape) > 2:  # kernels, flattened behind their outputs
             shape = torch.Size((shape[0], math.prod(shape[1:])))
         if len(shape) not in (2, 3):
             raise AdapterError(

@@ -3,6 +3,7 @@
 nn.Linear, Conv1D ──▶ Partial…        weight frozen; weight_slice trains                        `sparsify.methods.channels`
                       SparseLowRank…  weight frozen; sparse_values, lora_A, lora_B train        `sparsify.methods.sparse_lowrank`
 nn.Conv1d, Conv2d ──▶ LowRankConv…    weight frozen; lora_A, lora_B train                       `sparsify.methods.lowrank_conv`
+                      PartialConv…    weight frozen; weight_slice trains                        `sparsify.methods.partial_conv`
 nn.Embedding      ──▶ LowRank…        weight frozen; lora_A, lora_B train                       `sparsify.methods.lowrank_embedding`
 nn.Embedding      ──▶ Rows…           weight frozen; weight_slice trains                        `sparsify.methods.rows`
                       Quantized…      no weight, packed_0 … packed_n; any of the above beside   `sparsify.methods.packed`

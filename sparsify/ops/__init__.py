@@ -7,7 +7,7 @@
     grouped_linear           y_e = x_e W_eᵀ           rows sorted by expert
     partial_grouped_linear   the same with trained channels, and `sparse_lowrank_grouped_linear`
     partial_embedding        y = W'[ids],  some rows of W replaced; `lowrank_embedding`: W + s B A
-    lowrank_conv             y = x ∗ (W + s B A) + b
+    lowrank_conv             y = x ∗ (W + s B A) + b; `partial_conv`: some input channels of W replaced
     apply_mask               t∘M
     masked_grad              (gᵀ x)∘M                 weight gradients: under a mask,
     sampled_product          (aᵀ b)[index]            on a support,
@@ -40,6 +40,7 @@ from sparsify.ops import (
     lowrank_embedding,
     masked_grad,
     masked_linear,
+    partial_conv,
     partial_embedding,
     partial_grouped_linear,
     partial_linear,
@@ -57,6 +58,7 @@ __all__ = [
     "lowrank_embedding",
     "masked_grad",
     "masked_linear",
+    "partial_conv",
     "partial_embedding",
     "partial_grouped_linear",
     "partial_linear",

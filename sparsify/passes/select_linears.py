@@ -22,6 +22,7 @@ from sparsify.errors import PlanError, Refusal, RefusedError
 from sparsify.formats import format_named
 from sparsify.methods.lowrank_conv import LowRankKernels
 from sparsify.methods.lowrank_embedding import LowRankRows
+from sparsify.methods.partial_conv import KernelColumns
 from sparsify.methods.registry import method_of
 from sparsify.methods.sparse_lowrank import SparseLowRank
 from sparsify.model.convolutions import why_not_convolution
@@ -155,11 +156,17 @@ def why_not_embedding(program: Program, param: str, rule: LinearRule) -> str | N
 
 def why_not_kernels(program: Program, param: str, rule: LinearRule) -> str | None:
     """Why a rule cannot train a convolution that it names; None if it can."""
-    if not isinstance(rule, LoRA):
-        return f"{type(rule).__name__} has no form for convolutions: LoRA has"
+    if not isinstance(rule, LoRA | PaCA):
+        return f"{type(rule).__name__} has no form for convolutions: LoRA and PaCA have"
+    if isinstance(rule, PaCA) and rule.select not in ("random", "weight"):
+        return (
+            f"select={rule.select!r} needs inputs or gradients of linears; of convolutions 'random' and 'weight' choose"
+        )
     rank, weight = pattern_value(rule.rank, owner_name(param)), program.tensor(param)
     if rank is None:
         return "no pattern of rank names it"
+    if isinstance(rule, PaCA) and rank >= weight.shape[1]:
+        return f"rank {rank}, and it has {weight.shape[1]} input channels: give it a smaller rank, or another rule"
     if rank > max(weight.shape[0], weight[0].numel(), ALWAYS_TAKEN):
         return f"rank {rank} is more than its weight {tuple(weight.shape)} can hold"
     if not weight.is_floating_point() or not weight.is_contiguous():
@@ -253,6 +260,7 @@ def select_linears(
     if isinstance(rule, PaCA):
         units, channels = choose_columns(program, context, index, rule, served, linears)
         changes["choices"], changes["channel_choices"] = units, channels
+        changes["parts"] = [kernel_columns(program, context, index, rule, param) for param in others]
     elif isinstance(rule, RoSA | LoRA):
         parts: list[SparseLowRank] = choose_supports(program, context, index, rule, served, refusals)
         if isinstance(rule, LoRA):
@@ -414,6 +422,20 @@ def choose_supports(
         part = SparseLowRank(param, index, rank, scale, rule.dropout, count, mask, conv1d, entries, entries)
         supports.append(part)
     return supports
+
+
+def kernel_columns(program: Program, context: Context, index: int, rule: PaCA, param: str) -> KernelColumns:
+    """The input channels of a convolution that train, as columns of its flattened kernel."""
+    weight, rank = program.tensor(param).detach(), pattern_value(rule.rank, owner_name(param))
+    if rule.select == "weight":
+        check_weights([(param, weight)])
+        scores = weight.double().square().transpose(0, 1).flatten(1).sum(1).sqrt().cpu()
+    else:
+        scores = random_scores(context.plan.seed, param, weight.shape[1])
+    taps = weight[0, 0].numel()
+    chosen = sorted(choose(scores, rank, largest=rule.largest))
+    columns = tuple(channel * taps + tap for channel in chosen for tap in range(taps))
+    return KernelColumns(param, 1, -1, len(columns), "column", columns, places=columns, rule=index, taps=taps)
 
 
 def low_rank_part(program: Program, index: int, rule: LoRA, param: str) -> LowRankRows | LowRankKernels:

@@ -362,6 +362,8 @@ class PaCA(LinearRule):
     largest: take the columns with the largest score (the default, unlike S2FT) or the smallest.
     permute: where a coupled structure owns the input (Down), reorder it so that the columns are contiguous and no gather is
         needed; False always gathers.
+    match: as everywhere; convolutions (`nn.Conv1d`, `nn.Conv2d` of one group), of which whole input channels train, where the last word
+        of a pattern speaks of them (`*.projection`, `conv1`), and chosen by "random" or "weight" alone.
     """
 
     rank: int | Mapping[str, int] = field(default=16, kw_only=False)

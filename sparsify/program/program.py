@@ -285,7 +285,7 @@ class Program:
     @property
     def slices(self) -> tuple[TrainedSlice, ...]:
         """The parts that are whole channels (S2FT, PaCA) or rows."""
-        return tuple(cast("TrainedSlice", part) for part in self.parts if part.module_kind in ("Partial", "Rows"))
+        return tuple(cast("TrainedSlice", part) for part in self.parts if part.module_kind in WHOLE_CHANNELS)
 
     @property
     def lowranks(self) -> tuple[SparseLowRank, ...]:
@@ -459,6 +459,7 @@ class Program:
         return draw_program(self, path, fold=fold)
 
 
+WHOLE_CHANNELS = ("Partial", "Rows", "PartialConv")
 GROUPS = {"captured": Captured, "found": Found, "chosen": Chosen, "packing": Packing, "pruning": Pruning}
 #: a field of a group → the field of `Program` that holds the group
 GROUP_OF = {f.name: group for group, kind in GROUPS.items() for f in fields(kind)}

@@ -1,4 +1,4 @@
-"""LoRA of convolutions: the low-rank change of the flattened kernel, in every geometry, and PEFT's form of it both ways."""
+"""LoRA and PaCA of convolutions: the low-rank change, and input channels, of the flattened kernel, in every geometry, and PEFT's form of it both ways."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ def model_of(dims: int = 2, **options: Any) -> nn.Module:
 
 
 RULE = LoRA(rank=2, alpha=2, match=["conv1", "conv2", "head"])
+CHANNELS = PaCA(rank={"conv1": 2, "*": 3}, match=["conv1", "conv2", "head"])
 GEOMETRIES: list[dict[str, Any]] = [
     {}, {"stride": 1, "padding": "same"}, {"padding": "valid"}, {"dilation": 2}, {"padding_mode": "reflect"},
     {"padding_mode": "circular", "stride": 1},
@@ -72,7 +73,43 @@ def test_factors_get_the_gradient_of_the_dense_kernel(options, dims):
     torch.testing.assert_close(host(x[0]) if dims == 0 else host(x), dense(x), rtol=1e-10, atol=1e-12)
 
 
-def test_it_goes_through_files_switches_merges_and_back(tmp_path):
+@pytest.mark.parametrize("dims", [1, 2])
+@pytest.mark.parametrize("options", [{}, {"padding_mode": "reflect", "dilation": 2}], ids=str)
+@pytest.mark.parametrize("select", ["random", "weight"])
+def test_channels_get_their_part_of_the_dense_gradient(options, dims, select):
+    model, x = model_of(dims, **options).double(), pixels(dims).double()
+    rule = PaCA(rank={"conv1": 2, "*": 3}, match=["conv1", "conv2"], select=select)
+    host = sparsify.compile(model, Plan([rule], check="numeric"), example=x, progress=False)
+    tiny.disturb(host, 0.3)
+    dense = host.sparsify.plain().requires_grad_(True)
+    x.requires_grad_(True)
+    y, want = host(x), dense(x)
+    torch.testing.assert_close(y, want, rtol=1e-10, atol=1e-12)
+    (dx,) = torch.autograd.grad(tiny.probe_loss(y), x, retain_graph=True)
+    torch.testing.assert_close(
+        dx, torch.autograd.grad(tiny.probe_loss(want), x, retain_graph=True)[0], rtol=1e-9, atol=1e-11
+    )
+    tiny.probe_loss(y).backward()
+    tiny.probe_loss(want).backward()
+    for name, count in (("conv1", 2), ("conv2", 3)):
+        module, full = host.get_submodule(name), dense.get_submodule(name).weight.grad
+        channels = module.slice_channels[:: full[0, 0].numel()] // full[0, 0].numel()
+        assert channels.numel() == count
+        torch.testing.assert_close(module.weight_slice.grad, full[:, channels].flatten(1), rtol=1e-9, atol=1e-12)
+        assert module.weight.grad is None
+
+
+def test_only_the_trained_channels_of_the_input_are_kept():
+    x, weight, block = torch.randn(2, 8, 9, 9, requires_grad=True), torch.randn(4, 8, 3, 3), torch.randn(4, 18)
+    columns, kept = torch.arange(9).repeat(2) + torch.tensor([9] * 9 + [45] * 9), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        torch.ops.sparsify.partial_conv(x, weight, None, block.requires_grad_(True), columns, [1, 1], [1, 1], [1, 1])
+    known = {weight.data_ptr(), block.data_ptr(), columns.data_ptr()}
+    assert [tuple(t.shape) for t in kept if t.dim() == 4 and t.data_ptr() not in known] == [(2, 2, 9, 9)]
+
+
+@pytest.mark.parametrize("RULE", [RULE, CHANNELS], ids=["LoRA", "PaCA"])
+def test_it_goes_through_files_switches_merges_and_back(RULE, tmp_path):
     model, x = model_of(), pixels()
     host = sparsify.compile(model, Plan([RULE]), example=x, progress=False)
     other = sparsify.compile(model, Plan([RULE]), example=x, progress=False)
@@ -111,8 +148,11 @@ def test_peft_computes_the_same_both_ways(dims, tmp_path):
     model, x = model_of(dims), pixels(dims)
     host = sparsify.compile(model, Plan([RULE]), example=x, progress=False)
     tiny.disturb(host, 0.2)
-    host.sparsify.export_lora(tmp_path / "ours")
-    torch.testing.assert_close(in_peft(model, tmp_path / "ours")(x), host(x), rtol=2e-5, atol=2e-5)
+    columns = sparsify.compile(model, Plan([CHANNELS]), example=x, progress=False)
+    tiny.disturb(columns, 0.2)
+    for each in (host, columns):
+        each.sparsify.export_lora(tmp_path / "ours")
+        torch.testing.assert_close(in_peft(model, tmp_path / "ours")(x), each(x), rtol=2e-5, atol=2e-5)
     config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["conv1", "head"])
     theirs = peft.get_peft_model(copy.deepcopy(model), config)
     tiny.disturb(theirs, 0.2)
@@ -132,10 +172,11 @@ def test_what_peft_leaves_out_is_not_exported(options, tmp_path):
     ("model", "rule", "words"),
     [
         (Ears(groups=3), LoRA(2, match="conv1"), "it has 3 groups"),
-        (Ears(), PaCA(2, match="conv1"), "PaCA has no form for convolutions"),
+        (Ears(), PaCA(3, match="conv1"), "rank 3, and it has 3 input channels"),
+        (Ears(), PaCA(2, match="conv1", select="activation"), "'random' and 'weight' choose"),
         (Ears(), RoSA(rank=2, mask="random", match="conv1"), "RoSA has no form for convolutions"),
     ],
-    ids=["groups", "PaCA", "RoSA"],
+    ids=["groups", "rank", "select", "RoSA"],
 )
 def test_what_cannot_serve_is_declined(model, rule, words):
     with pytest.raises(RefusedError, match=words):
