@@ -2,9 +2,10 @@
 
     python benchmarks/cpu_decode.py --model llama-1b --threads 2 --variants int8 aten-int8 aten-int4 --peer openvino=ENV llamacpp=ENV
     python benchmarks/cpu_decode.py --model llama-7b --by-block --distinct-blocks 1 --threads 2 --variants int8 --peer llamacpp=ENV
+    python benchmarks/cpu_decode.py --model smollm2 --new 64 --rounds 7 --variants dense int8 int8-pytorch --peer llamacpp=ENV
     python benchmarks/cpu_decode.py --model minilm --batch 16 --seq 128
 
-Models have the real shapes and random weights (nothing is downloaded), of which the share `--sparsity` is zero but for embedding and
+Models have the real shapes and random weights (nothing is downloaded; `smollm2` is the real one), of which the share `--sparsity` is zero but for embedding and
 vocabulary head; all contestants hold the same ones (`random_decoder.py`), and the table says how near each one's logits are to those of
 the first. Decoders generate `--new` tokens greedily with a KV cache after a prompt of `--seq` tokens, which does not count:
 ours and torch's by `generate()`, as the slope between a short and a long one; peers by a loop over their own API. Encoders run
@@ -12,6 +13,7 @@ forward. One process tree, contestants in turn, each peer in a process of its ow
 
     dense       torch, fp32                       fp32, int8            `sparsify.compile(…, target="cpu")`
     bf16        torch, bfloat16                   packed-bf16           the same of the model in bfloat16
+    fp32-pytorch, int8-pytorch                    the same without the native step: PyTorch calls every product
                                                   aten-int8, aten-int4  the kernels that torchao's weight-only configurations
                                                                         compile to on a CPU, in place of every linear (bf16)
     openvino=ENV     openvino-int8, openvino-int4: weights in int8 (one scale per row), int4 (one per 128 columns), stateful
@@ -56,20 +58,25 @@ from benchmarks.peer import Peer, named_environments, resident
 from benchmarks.random_decoder import EPSILON, ROPE_BASE, SHAPES, Decoder, random_tensor
 from sparsify import CpuOptions, Plan, Quantize
 from sparsify.console import adapt_streams
+from sparsify.errors import Refusal
+from sparsify.host.native_forward import NativeForward
 from sparsify.kernels.cpu.dispatch import best_isa
 from sparsify.kernels.cpu.operator import module_bytes
 from sparsify.kernels.cpu.tune import cpu_name
+from sparsify.lowering.cpu.native.make import make_native
 from sparsify.plan import Rule
+from sparsify.program.capture import capture
 
 #: bytes per weight of a block while it stands, by variant; the packed ones at density d
 BYTES = {
     "dense": lambda d: 4, "bf16": lambda d: 2, "fp32": lambda d: 4 * d + 1 / 8, "packed-bf16": lambda d: 2 * d + 1 / 8,
-    "int8": lambda d: d + 1 / 8, "aten-int8": lambda d: 1, "aten-int4": lambda d: 0.53, "openvino-int8": lambda d: 2.1,
+    "fp32-pytorch": lambda d: 4 * d + 1 / 8, "int8-pytorch": lambda d: d + 1 / 8, "int8": lambda d: d + 1 / 8, "aten-int8": lambda d: 1, "aten-int4": lambda d: 0.53, "openvino-int8": lambda d: 2.1,
     "openvino-int4": lambda d: 1.1, "llamacpp-Q8_0": lambda d: 1.07, "llamacpp-Q4_0": lambda d: 1.13,
 }  # fmt: skip
-VARIANTS = ("dense", "bf16", "fp32", "packed-bf16", "int8", "aten-int8", "aten-int4")
-COMPILED = ("fp32", "packed-bf16", "int8")
+VARIANTS = ("dense", "bf16", "fp32", "fp32-pytorch", "packed-bf16", "int8", "int8-pytorch", "aten-int8", "aten-int4")
+COMPILED = ("fp32", "fp32-pytorch", "packed-bf16", "int8", "int8-pytorch")
 PEERS = {"openvino": ("openvino-int8", "openvino-int4"), "llamacpp": ("llamacpp-Q8_0", "llamacpp-Q4_0")}
+SMOLLM2 = "smollm2"  # the real one, of the demo; llama.cpp then runs the file that it came as (Q4_1)
 PEERS |= {name: (name,) for names in list(PEERS.values()) for name in names}  # one format alone
 
 
@@ -155,11 +162,10 @@ def transform(model: nn.Module, variant: str, tokens: tuple[int, ...], head: int
     if variant in COMPILED:
         source = model.bfloat16() if variant == "packed-bf16" else model
         rules: list[Rule] = (
-            [Quantize(format="int8", exclude=())] if variant == "int8" else []
+            [Quantize(format="int8", exclude=())] if variant.startswith("int8") else []
         )  # the vocabulary head too
-        return sparsify.compile(
-            source, Plan(rules, target="cpu"), example=example, cpu=CpuOptions(tokens=tokens), progress=False
-        )
+        options = CpuOptions(tokens=tokens, native=not variant.endswith("-pytorch"), tied="copy")
+        return sparsify.compile(source, Plan(rules, target="cpu"), example=example, cpu=options, progress=False)
     if variant.startswith("aten"):
         bits = 8 if variant == "aten-int8" else 4
         for name, module in list(model.named_modules()):
@@ -184,8 +190,25 @@ def report_lines(host: Any) -> list[str]:
     """The first line of the CPU's part of a report, and one line of each kind."""
     lines = str(host.sparsify.report).splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("cpu lowering"))
-    kinds = ("packed", "fused", "apart", "dense", "blocked")
+    kinds = ("native", "packed", "fused", "apart", "dense", "blocked")
     return [lines[start], *(next((x for x in lines[start:] if x.startswith(k)), f"{k:<10} none") for k in kinds)]
+
+
+def real_decoder(decoder: Decoder, variant: str, tokens: tuple[int, ...], head: int) -> nn.Module:
+    """SmolLM2-135M-Instruct, its blocks' linears pruned by magnitude (speed does not depend on which weights are zero)."""
+    from sparsify.demo.pretrained import smollm2
+
+    model, _ = smollm2()
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and name != "lm_head" and decoder.sparsity:
+                weight = module.weight
+                kept = weight.abs() > weight.abs().flatten().kthvalue(round(decoder.sparsity * weight.numel())).values
+                weight.mul_(kept)
+    host = transform(model, variant, tokens, head)
+    if variant in COMPILED:
+        print("\n".join(report_lines(host)))
+    return host
 
 
 def whole_decoder(decoder: Decoder, variant: str, tokens: tuple[int, ...], head: int) -> nn.Module:
@@ -224,9 +247,14 @@ def decoder_by_block(decoder: Decoder, variant: str, tokens: tuple[int, ...], he
     example = torch.zeros(1, max(tokens), decoder.shape.hidden)
     host.lm_head = transform(top, variant, tokens, head, example.bfloat16() if "bf16" in variant else example).lm_head
     fill(host, "", decoder.sparsity)
-    if variant not in ("dense", "fp32", "int8"):
+    if variant not in ("dense", "fp32", "fp32-pytorch", "int8", "int8-pytorch"):
         host.model.embed_tokens.bfloat16()
         host.model.norm.bfloat16()
+    if variant in ("fp32", "int8"):  # the blocks were compiled one by one: the step is made of the whole
+        step = make_native(host, capture(host))
+        print(f"native     {step}")
+        if not isinstance(step, Refusal):
+            host.__dict__["forward"] = NativeForward(host, step)
     return host
 
 
@@ -301,7 +329,7 @@ def peer_contestants(
     prompt = ids[0].tolist()
     small_head = arguments.int4_head == "int4"
     kind = key.partition("-")[0]
-    for name in PEERS[key]:
+    for name in PEERS[key] if arguments.model != SMOLLM2 else ("llamacpp-Q4_1",):
         folder = str((arguments.files or scratch).resolve())
         job: dict[str, Any] = {**decoder.as_json(), "threads": arguments.threads, "folder": folder}
         if kind == "openvino":
@@ -310,6 +338,10 @@ def peer_contestants(
         else:
             form = name.rpartition("-")[2]
             job |= {"format": form, "head": form if small_head else "Q8_0"}
+            if arguments.model == SMOLLM2:
+                from sparsify.demo.pretrained import gguf_file
+
+                job |= {"file": str(gguf_file()), "format": "Q4_1", "head": "as the file has it"}
             job["context"] = -(-(arguments.seq + arguments.new + 2) // 256) * 256
         peer = Peer(name, place, f"{kind}_decoder.py", json.dumps(job))
         file = scratch / f"{name}.npy"
@@ -350,7 +382,7 @@ def make_contestants(arguments: argparse.Namespace, places: dict[str, str], scra
         return [torch_contestant(name, model, ids, arguments) for name, model in models]
     decoder = decoder_of(arguments)
     ids = torch.randint(0, decoder.shape.vocab, (arguments.batch, arguments.seq))
-    build = decoder_by_block if arguments.by_block else whole_decoder
+    build = real_decoder if arguments.model == SMOLLM2 else decoder_by_block if arguments.by_block else whole_decoder
     tokens = (arguments.batch, arguments.batch * arguments.seq)
     contestants = []
     for name in arguments.variants:
@@ -421,12 +453,18 @@ def why_not(arguments: argparse.Namespace, places: dict[str, str]) -> str | None
     unknown = ", ".join(sorted(set(places) - set(PEERS)))
     if unknown:
         return f"--peer: {unknown} is none of {', '.join(PEERS)}"
+    if arguments.model == SMOLLM2 and (
+        arguments.by_block or arguments.layers or arguments.prepare or set(places) - {"llamacpp"}
+    ):
+        return "--model smollm2: whole, and beside --peer llamacpp=ENV alone"
     if places and (not decodes or arguments.batch > 1):
         return "--peer: peers decode one sequence; use a decoder and --batch 1"
     if arguments.linears and (not decodes or any("llamacpp" in key for key in places)):
         return "--linears: for decoders, beside openvino only"
     if arguments.prepare:
         return None if arguments.files and decodes else "--prepare: for decoders; say where, --files FOLDER"
+    if arguments.model == SMOLLM2:
+        return None
     names = [*arguments.variants, *(name for kind in places for name in PEERS[kind])]
     return check_memory(names, decoder_of(arguments), arguments.by_block) if decodes else None
 

@@ -38,6 +38,7 @@ class Shape(NamedTuple):
 
 SHAPES = {
     "llama-tiny": Shape(256, 768, 2, 4, 2, 1024),
+    "smollm2": Shape(576, 1536, 30, 9, 3, 49152),
     "llama-1b": Shape(2048, 8192, 16, 32, 8, 32000),
     "llama-7b": Shape(4096, 11008, 32, 32, 32, 32000),
 }

@@ -15,7 +15,8 @@ from sparsify.errors import (
 from sparsify.lowering.cpu.options import CpuOptions
 from sparsify.lowering.deploy.exported import lower_exported, package
 from sparsify.lowering.torch_compile.backend import backend
-from sparsify.plan import S2FT, LoRA, PaCA, Plan, Quantize, RoSA, register_rule
+from sparsify.plan import S2FT, LoRA, PaCA, Plan, Quantize, RoSA, Tokens, register_rule
+from sparsify.planner.autoplan import AutoPlan, autoplan
 from sparsify.pruning.rule import Prune
 from sparsify.version import __version__
 
@@ -24,6 +25,7 @@ register_rule(Prune)
 __all__ = [
     "S2FT",
     "AdapterError",
+    "AutoPlan",
     "CaptureError",
     "CpuOptions",
     "LoRA",
@@ -38,9 +40,11 @@ __all__ = [
     "RoSA",
     "SparsifyError",
     "StateError",
+    "Tokens",
     "VerifyError",
     "__version__",
     "analyse",
+    "autoplan",
     "backend",
     "compile",
     "load",

@@ -15,7 +15,8 @@ from sparsify.console import stage
 from sparsify.errors import AdapterError, PlanError
 from sparsify.host.handle import Handle, Mix
 from sparsify.host.install import install
-from sparsify.host.quantized_bases import PackedBase, check_host, check_plan, dense_twin, refuse_packed
+from sparsify.host.native_forward import install_native
+from sparsify.host.quantized_bases import PackedBase, check_host, check_plan, dense_twin, refuse_packed, without_marks
 from sparsify.host.serving import AdapterPaths, name_folders, serving_program
 from sparsify.lowering.cpu.options import CpuOptions
 from sparsify.passes.base import Context, Pass, PassResult, run_passes
@@ -28,7 +29,7 @@ from sparsify.passes.prune import prune
 from sparsify.passes.select_units import select_units
 from sparsify.passes.train_experts import write_out_experts
 from sparsify.passes.train_in_full import trained_in_full
-from sparsify.plan import Plan, Rule
+from sparsify.plan import Plan, Quantize, Rule
 from sparsify.program import Program, Stage
 from sparsify.program.capture import capture, unwrap
 
@@ -181,6 +182,7 @@ def load(
             "load: this model is compiled already; add adapters with model.sparsify.load_adapter, or load onto the original model"
         )
     refuse_packed(source)
+    source = without_marks(source)
     folders = name_folders(adapters, name)
     program, hashes, plan = serving_program(
         source, folders, lambda plan: run_passes(capture(source, example), up_to_selection(), Context(plan))
@@ -211,7 +213,17 @@ def compile_for_cpu(
 
     chosen = {f.name: getattr(options, f.name) for f in fields(options)}
     chosen["compare"] = options.compare and example is not None
-    return compile_for_inference(source, context, example, partial(lower_program, **chosen), pipeline)
+    lower = partial(lower_program, **chosen)
+    return compile_for_inference(source, context, example, lower, pipeline, options.tied == "copy")
+
+
+def tied_heads(program: Program, plan: Plan) -> set[str]:
+    """Modules that share an embedding's weight and that a `Quantize` rule without exceptions takes."""
+    rules = [rule for rule in plan.rules if isinstance(rule, Quantize) and not rule.exclude]
+    groups = [[name.rpartition(".")[0] for name in program.names_of(linear.weight)] for linear in program.linears()]
+    return {
+        name for names in groups if len(names) > 1 and any(rule.matches(*names) for rule in rules) for name in names
+    }
 
 
 def compile_for_cuda(
@@ -229,8 +241,10 @@ def compile_for_inference(
     example: Batch | None,
     lower: Callable[..., tuple[object, Program | None]],
     pipeline: Sequence[Pass] | None = None,
+    copies_tied: bool = False,
 ) -> nn.Module:
-    """Prune and quantise, put the result into a copy of the host, and lower it. lower: `lower_program` of a target."""
+    """Prune and quantise, put the result into a copy of the host, and lower it. lower: `lower_program` of a target. copies_tied: a head
+    that shares an embedding's weight gets a packed copy."""
     plan = context.plan
     with stage("tracing the model", context.progress):
         captured = capture(source, example)
@@ -242,6 +256,7 @@ def compile_for_inference(
             "use Quantize(format='int8')"
         )
     quantize: dict[str, Literal["int8"]] = {param.rpartition(".")[0]: "int8" for param in program.quantize}
+    quantize |= dict.fromkeys(tied_heads(program, plan) if copies_tied else (), "int8")
     host, layouts = install(program.replaced(quantize={}), ())
     host.eval()
     for parameter in host.parameters():
@@ -254,5 +269,8 @@ def compile_for_inference(
     flags = {name: p.requires_grad for name, p in source.named_parameters()}
     assert lowered is not None  # it was given a program
     done = lowered.replaced(quantize=program.quantize)
-    host.__dict__["sparsify"] = Handle(host, done, plan, layouts, (), flags, cpu=report)
+    handle = host.__dict__["sparsify"] = Handle(host, done, plan, layouts, (), flags, cpu=report)
+    step = getattr(report, "native", None)
+    if callable(step):
+        install_native(host, handle.lock, step)
     return host

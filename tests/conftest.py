@@ -1,8 +1,8 @@
-"""Settings of all tests: one thread, no network, a seeded generator, deterministic hypothesis."""
+"""Settings of all tests: no network, the long tests of README.md's table; what runs them is set up in `running.py`."""
 
 from __future__ import annotations
 
-import logging
+import importlib
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,28 +11,14 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
-import torch
-import trace_cache
-from hypothesis import HealthCheck, settings
 from long_tests import COLLECTED, Collected, is_long, named, rows
-from quick_export import quickly
 
-from sparsify.passes import prove_units
-from sparsify.passes.detect import axes
-from sparsify.program import capture
 
-settings.register_profile(
-    "sparsify",
-    deadline=None,
-    derandomize=True,
-    max_examples=20,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
-)
-axes.strict_rules = True  # a bug in a rule of the axis analysis is an error here, and an unknown operation for users
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "sparsify"))
-torch.set_num_threads(1)
-# pytest listens to every logger, and torch formats its structured log (a graph's text after each pass) for whoever listens
-torch._logging._internal.trace_log = logging.Logger("nobody listens")
+def pytest_configure(config: pytest.Config) -> None:
+    """A process that only hands tests to others (`-n 2`) loads neither torch nor sparsify: the others start seconds earlier."""
+    hands_out = config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput")
+    if not hands_out:
+        config.pluginmanager.register(importlib.import_module("running"), "running")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -49,22 +35,3 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         names=[named(item.nodeid) for item in items],
         slow=[named(item.nodeid) for item in items if item.get_closest_marker("slow")],
     )
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(1234)
-
-
-trace_cache.install()  # here, so that fixtures of a whole module have it too
-
-
-@pytest.fixture(autouse=True)
-def _traces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models that are built alike are traced once, except in tests of the tracer."""
-    trace, judge = trace_cache.USERS
-    if "fresh_trace" in request.keywords:
-        monkeypatch.setattr(capture, "trace", quickly(trace))
-        monkeypatch.setattr(prove_units, "why_not_everywhere", judge)
-    if "users_trace" in request.keywords:
-        monkeypatch.setattr(capture, "trace", trace)

@@ -1,8 +1,8 @@
-"""Other processes of a test, forked from one server that has torch and transformers loaded.
+"""Other processes of a test, forked from one server that has torch, transformers and sparsify loaded, and has run nothing of them.
 
 Starting Python and loading them takes seconds of a core, more than what most of these tests do there. A forked process has none of
-the test's own modules, patches or tensors; `sparsify` is loaded by it anew. What must see a *fresh interpreter* (which modules an import
-loads, what is printed at start or exit) goes through `subprocess`.
+the test's own modules, patches or tensors. What must see a *fresh interpreter* (which modules an import loads, what is printed at start
+or exit) goes through `subprocess`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ import torch.multiprocessing as mp
 
 PRELOADED = [
     "torch",
+    "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
-    "torch.export",
+    "torch.export._trace",
+    "networkx",
     "transformers",
     "transformers.models.llama.modeling_llama",
+    "sparsify.api",
 ]
 multiprocessing.set_forkserver_preload(PRELOADED)
 CONTEXT = multiprocessing.get_context("forkserver")

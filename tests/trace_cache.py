@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Any
 
+import quick_export
 import torch
 from quick_export import generate_when_called, quickly, replaced
 from torch import nn
@@ -135,6 +136,7 @@ class ProofCache:
 def install() -> None:
     """One memory for what this process traces and proves from here on: pytest's own, or one that a test starts."""
     capture.trace, prove_units.why_not_everywhere = TraceCache(), ProofCache()
+    quick_export.install()
 
 
 def copied(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

@@ -1,7 +1,8 @@
 """llama.cpp on a random Llama in GGUF, quantised by llama.cpp's own quantiser (`ggml_quantize_chunk`).
 
 Started by `cpu_decode.py` with one argument, JSON: a `Decoder`, threads, format (Q8_0, Q4_0, F32), head (the format of the
-vocabulary head and of the embedding), context (tokens), folder (where files are kept; a file that is there is used).
+vocabulary head and of the embedding), context (tokens), folder (where files are kept; a file that is there is used), file (a GGUF
+to run as it is).
 Norms are fp32. The file has no tokenizer; tokens go in and come out as numbers.
 """
 
@@ -163,6 +164,7 @@ def main() -> None:
     job = json.loads(sys.argv[1])
     decoder = decoder_from_json(job)
     path = Path(job["folder"]) / f"{decoder.file_name()}-{job['format']}-{job['head']}.gguf"
+    path = Path(job.get("file", path))
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_gguf(path, decoder, job["format"], job["head"])

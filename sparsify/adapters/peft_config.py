@@ -8,12 +8,12 @@ here knows what it computes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeGuard, TypeVar
 
 from sparsify.errors import AdapterError
 from sparsify.files.strict_json import short
-from sparsify.plan import MAX_ENTRIES, MAX_RANK
+from sparsify.plan import MAX_ENTRIES, MAX_RANK, MAX_TOKENS
 from sparsify.plan.name_patterns import Budget, PatternError, Regex
 
 PLAIN = "save it in PEFT as a plain LoRA, or merge it there (merge_and_unload) and use the merged model as the base"
@@ -33,7 +33,6 @@ REFUSED = {
     "alora_invocation_tokens": "an activated LoRA (aLoRA) acts only after its invocation tokens; only PEFT can run it",
     "layer_replication": "the adapter belongs to a model whose layers are repeated; build that model, and save the adapter on it",
     "lora_bias": f"lora_B has a bias of its own; {PLAIN}",
-    "trainable_token_indices": f"single rows of the embedding were trained; {PLAIN}",
     "megatron_config": f"the adapter belongs to Megatron's parallel linears; {PLAIN}",
     "use_qalora": f"QALoRA pools the input of lora_A; {PLAIN}",
     "enable_lora": f"only parts of a merged linear are adapted (an old MergedLinear); {PLAIN}",
@@ -94,6 +93,13 @@ def is_table_of(check: Callable[[object], bool]) -> Callable[[object], bool]:
     )
 
 
+def is_tokens(value: object) -> bool:
+    """A list of distinct ids."""
+    if not isinstance(value, list) or not 0 < len(value) <= MAX_TOKENS:
+        return False
+    return all(is_integer(v) and v >= 0 for v in value) and len(set(value)) == len(value)
+
+
 #: field → (what it may hold, in words)
 READ: dict[str, tuple[Callable[[object], bool], str]] = {
     "peft_type": (is_text, "a string"),
@@ -115,6 +121,10 @@ READ: dict[str, tuple[Callable[[object], bool], str]] = {
     "target_modules": (is_names, "a list of names, or a regular expression"),
     "exclude_modules": (is_names, "a list of names, or a regular expression"),
     "target_parameters": (lambda v: is_names(v) and not isinstance(v, str), "a list of names"),
+    "trainable_token_indices": (
+        lambda v: v is None or is_tokens(v) or bool(v and is_table_of(is_tokens)(v)),
+        "a list of tokens, or a table of modules and lists of tokens",
+    ),
     "modules_to_save": (lambda v: is_names(v) and not isinstance(v, str), "a list of names"),
     "layers_to_transform": (is_layers, "a list of layer numbers"),
     "layers_pattern": (is_names, "a list of names"),
@@ -152,7 +162,8 @@ class Ending:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a checked configuration says. `residual`: the base loses this beginning's factors ("" for none)."""
+    """What a checked configuration says. `residual`: the base loses this beginning's factors ("" for none). tokens: end of a module's
+    name ("" for the only one) → ids of its trained rows."""
 
     rank: int
     alpha: float
@@ -164,6 +175,7 @@ class Settings:
     tying: bool
     residual: Literal["", "pissa", "olora"]
     parameters: tuple[str, ...] = ()
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def rank_of(self, module: str) -> int:
         return next((r for key, r in self.ranks if key.matches(module)), self.rank)
@@ -236,6 +248,8 @@ def read_config(config: Any, where: str) -> Settings:
     if not isinstance(config, dict):
         raise AdapterError(f"{where}: adapter_config.json holds no JSON object but {short(config)}")
     kind = config.get("peft_type")
+    if kind == "TRAINABLE_TOKENS":
+        return rows_alone(config, where)
     if kind != "LORA":
         raise AdapterError(f"{where}: a PEFT adapter of type {short(kind)}; only LORA can be read ({PLAIN})")
     for name, value in config.items():
@@ -265,7 +279,43 @@ def read_config(config: Any, where: str) -> Settings:
         tying=config.get("ensure_weight_tying", False),
         residual=residual,
         parameters=tuple(config.get("target_parameters") or ()),
+        tokens=tokens_of(config.get("trainable_token_indices")),
     )
+
+
+def tokens_of(value: Any) -> dict[str, tuple[int, ...]]:
+    """`trainable_token_indices` by module; a bare list is of the input embedding, whose name PEFT looks up."""
+    table = value if isinstance(value, dict) else {"": value} if value else {}
+    return {module: tuple(ids) for module, ids in table.items()}
+
+
+#: fields of TRAINABLE_TOKENS
+ALONE = (
+    "peft_type",
+    "task_type",
+    "base_model_name_or_path",
+    "revision",
+    "peft_version",
+    "auto_mapping",
+    "inference_mode",
+)
+
+
+def rows_alone(config: Mapping[str, Any], where: str) -> Settings:
+    """The configuration of an adapter that holds rows of embeddings alone."""
+    ids, targets = config.get("token_indices"), config.get("target_modules")
+    if not is_tokens(ids) or not is_names(targets):
+        raise AdapterError(f"{where}: token_indices must be a list of tokens, and target_modules names")
+    for name, value in config.items():
+        if name in ALONE:
+            check_field(name, value, where)
+        elif name not in ("token_indices", "target_modules", "init_weights") and value:
+            raise AdapterError(
+                f"{where}: adapter_config.json sets {short(name)}, which rows alone (TRAINABLE_TOKENS) have not"
+            )
+    names = [targets] if isinstance(targets, str) else targets or [""]
+    tokens = {name: tuple(ids or ()) for name in names}
+    return Settings(1, 1.0, False, (), (), Targets({"target_modules": []}, Budget(1)), (), False, "", (), tokens)
 
 
 def check_field(name: str, value: object, where: str) -> None:

@@ -8,7 +8,7 @@ What trained in full goes where PEFT loads it to the same function:
 a whole module of its own        modules_to_save: PEFT puts a copy of the module in its place, so *everything* the module holds is written
 the bias of an adapted linear    <module>.base_layer.bias, bias="lora_only"
 another bias                     <module>.bias, bias="all"
-(packed experts: see `sparsify.peft_experts`)
+(packed experts and rows of embeddings: see `sparsify.adapters.peft_experts` and `peft_tokens`)
 tied, shared, or a name whose    the parameter itself under each of its names, which PEFT loads into the base (as it does resized
 end other modules have too       embeddings), so that what is tied stays tied
 """
@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -31,6 +31,7 @@ from sparsify.adapters.delta_kinds import PeftLayer, known_kind
 from sparsify.adapters.peft_config import ends_in
 from sparsify.adapters.peft_experts import is_packed, packed_tensors
 from sparsify.adapters.peft_format import CONFIG, PREFIX, TENSORS, all_names, place
+from sparsify.adapters.peft_tokens import ALONE, BESIDE, alone, embedding_factors, is_rows, rows_in_peft
 from sparsify.errors import AdapterError
 from sparsify.files import kinds
 from sparsify.files.atomic import committing
@@ -127,6 +128,7 @@ class Export:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
     packed: dict[str, int] = field(default_factory=dict)
+    rows: dict[str, list[int]] = field(default_factory=dict)
     saved: set[str] = field(default_factory=set)
     settings: dict[str, dict[str, Json]] = field(default_factory=dict)
     bias: Literal["none", "lora_only", "all"] = "none"
@@ -138,11 +140,16 @@ class Export:
                 "export_lora: nothing low-rank was trained, and PEFT's LoRA needs a linear to adapt; save_adapter keeps what trained"
             )
         packed = [d for d in low if is_packed(d)]
-        low = [d for d in low if not is_packed(d)]
+        rows = [d for d in low if is_rows(self.host, self.names, d)]
+        low = [d for d in low if not is_packed(d) and d not in rows]
         tensors, self.packed = packed_tensors(self.host, packed)
         self.tensors |= tensors
         for delta in low:
             self.add_factors(delta)
+        if rows and not low and not packed:
+            return self.rows_alone(rows, base)
+        for delta in rows:
+            self.add_rows(delta, BESIDE)
         self.add_whole({d.param: d.values for d in self.adapter.deltas if d.kind in WHOLE})
         return Exported(self.tensors, self.config(base, any(d.transposed for d in low)))
 
@@ -162,12 +169,32 @@ class Export:
         for setting, value in layer.config.items():
             self.settings.setdefault(setting, {})[module] = value
         name = f"{PREFIX}{module}."
+        if isinstance(self.host.get_submodule(module), nn.Embedding):
+            self.tensors |= {name + leaf: factor for leaf, factor in embedding_factors(a, b).items()}
+            self.ranks[module] = a.shape[0]
+            return
         if name + "lora_A.weight" in self.tensors:
             a = torch.cat([self.tensors[name + "lora_A.weight"], a])
             b = torch.cat([self.tensors[name + "lora_B.weight"], b], dim=1)
         self.tensors[name + "lora_A.weight"], self.tensors[name + "lora_B.weight"] = a.contiguous(), b.contiguous()
         self.tensors |= {name + leaf: tensor.contiguous() for leaf, tensor in layer.tensors.items()}
         self.ranks[module] = a.shape[0]
+
+    def add_rows(self, delta: Delta, end: str) -> None:
+        module, values = rows_in_peft(self.host, self.names[delta.param], delta, self.base_of(delta.param))
+        self.tensors[PREFIX + module + end] = values
+        self.rows[module] = delta.channels.tolist()
+
+    def rows_alone(self, rows: Sequence[Delta], base: str | None) -> Exported:
+        """PEFT's LoRA needs a linear to adapt; rows alone are an adapter of another type."""
+        whole = next((d.param for d in self.adapter.deltas if d.kind in WHOLE), None)
+        if whole is not None:
+            raise AdapterError(
+                f"export_lora: rows and {whole} trained, which PEFT holds together beside a LoRA alone; save_adapter keeps what trained"
+            )
+        for delta in rows:
+            self.add_rows(delta, ALONE)
+        return Exported(self.tensors, alone(base, self.rows))
 
     # --- what trained in full ------------------------------------------------------------------------------------------------
 
@@ -246,6 +273,7 @@ class Export:
             "use_rslora": False,
             "use_dora": False,
             **({"target_parameters": sorted(self.packed)} if self.packed else {}),
+            **({"trainable_token_indices": self.rows} if self.rows else {}),
             **self.common_settings(),
         }
 

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from sparsify.calibration.checks import IGNORED, all_finite, labels_of, squares_of
-from sparsify.calibration.ranks import together
+from sparsify.calibration.ranks import same_weights, together
 from sparsify.calibration.statistics import (
     default_loss,
     hooks,
@@ -93,6 +93,7 @@ def sample_squares(
     moved: dict[str, bool] = {}
     ran: dict[str, bool] = {}
     shapes = {name: logical_shape(module) for name, module in modules.items()}
+    same_weights(model, "calibration")
     with together(), evaluating(model), torch.no_grad():
         for group in groups_of({name: rows * columns for name, (rows, columns) in shapes.items()}, budget):
             probe = Probe(model, {name: modules[name] for name in group})

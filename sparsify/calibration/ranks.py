@@ -10,19 +10,22 @@ rank alone (its batches, its forward) runs inside of `together`, which tells the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsify.errors import SparsifyError
+from sparsify.model.sharded import is_sharded
 
 if TYPE_CHECKING:
     from jaxtyping import Num, Shaped
 
 Value = TypeVar("Value")
+SAMPLE = 64  # entries of a parameter that are compared between ranks
 
 
 def rank_count() -> int:
@@ -76,6 +79,41 @@ def of_every_rank(value: Value) -> list[Value]:
     found = [value] * rank_count()
     torch.distributed.all_gather_object(found, value)
     return found
+
+
+def of_first_rank(compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What the first rank computes from its weights, everywhere, on the CPU; the others' weights may be anything (see `same_weights`)."""
+    if rank_count() == 1:
+        return compute()
+    found: dict[str, Tensor] = {}
+    with together():
+        if rank() == 0:
+            found = {name: tensor.cpu() for name, tensor in compute().items()}
+    return object_from_rank(0, found)
+
+
+def same_weights(model: nn.Module, why: str) -> None:
+    """Raise SparsifyError on every rank where ranks hold other weights than the first, by a sample of each parameter.
+
+    accelerate's `fsdp_cpu_ram_efficient_loading` gives weights to the first rank only: what runs through the model elsewhere is noise.
+    """
+    if rank_count() == 1:
+        return
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if is_sharded(parameter) or parameter.is_meta:
+            continue
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // SAMPLE)].contiguous().view(torch.uint8)
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(bytes(sample.cpu().tolist()))
+    every = of_every_rank(digest.hexdigest())
+    other = next((number for number, one in enumerate(every) if one != every[0]), None)
+    if other is not None:
+        raise SparsifyError(
+            f"{why}: rank {other} holds other weights than rank 0, so what it measures is worth nothing; load the model on every rank "
+            "(accelerate: fsdp_cpu_ram_efficient_loading: false), or choose without batches (by weight, or at random)"
+        )
 
 
 @contextmanager

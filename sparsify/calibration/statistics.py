@@ -26,7 +26,7 @@ from sparsify.calibration.checks import (
     column_squares,
     nonfinite_input,
 )
-from sparsify.calibration.ranks import sum_over_ranks, together
+from sparsify.calibration.ranks import same_weights, sum_over_ranks, together
 from sparsify.errors import PlanError, SparsifyError
 from sparsify.model.linears import stored_transposed
 from sparsify.model.packed_experts import GroupedLinear
@@ -161,6 +161,7 @@ def input_squares(
         return hook
 
     handles = [module.register_forward_pre_hook(watch(name)) for name, module in modules.items()]
+    same_weights(model, "calibration")
     with together(), evaluating(model), torch.no_grad():
         try:
             with hooks(handles):
@@ -272,6 +273,7 @@ def gradient_statistics(
     now: dict[str, bool] = {}  # in this batch: whether the gradient that reached a module is not zero everywhere
     moved: dict[str, bool] = {}  # in any batch
     handles = [module.register_forward_hook(watch(name)) for name, module in modules.items()]
+    same_weights(model, "calibration")
     with together():
         try:
             for parameter, _ in flags:

@@ -36,6 +36,8 @@ def check_folder(folder: Path) -> dict[str, Any]:
     """
     if not folder.is_dir():
         check_regular(folder, InputError, "folder")
+        if folder.suffix == ".gguf":
+            raise InputError(gguf_advice(folder))
         raise InputError(f"{folder}: a file, not a folder with a model in it{hint_for_file(folder)}")
     check_kinds(folder)
     if (folder / PEFT_CONFIG).exists():
@@ -47,6 +49,8 @@ def check_folder(folder: Path) -> dict[str, Any]:
         raise InputError(
             f"{folder}: holds an adapter of sparsify, not a model: `sparsify adapter {folder}` looks at it"
         )
+    if not (folder / CONFIG).exists() and (packed := sorted(folder.glob("*.gguf"))):
+        raise InputError(gguf_advice(packed[0]))
     if not (folder / CONFIG).exists():
         raise InputError(f"{folder} has no {CONFIG}: it is not a Hugging Face checkpoint")
     config = read_object(folder / CONFIG)
@@ -57,6 +61,15 @@ def check_folder(folder: Path) -> dict[str, Any]:
         if (folder / name).exists():
             read_index(folder / name)
     return config
+
+
+def gguf_advice(file: Path) -> str:
+    """What to do with a GGUF file, whose weights stand in blocks of few bits and are unpacked when transformers opens it."""
+    return (
+        f"{file}: a GGUF file, not a folder of a model. Make one: in Python, model = AutoModelForCausalLM.from_pretrained("
+        f"{str(file.parent)!r}, gguf_file={file.name!r}), del model.hf_quantizer, model.config.quantization_config, then "
+        "save_pretrained of it and of the AutoTokenizer opened alike. (sparsify.compile takes such a model as it is.)"
+    )
 
 
 def hint_for_file(path: Path) -> str:

@@ -3,8 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 from sparsify.errors import AdapterError, SparsifyError
+
+T = TypeVar("T")
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that writes: the first of torch.distributed's default group, or the only one."""
+    import torch.distributed as dist
+
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+def from_first_rank(value: T | None) -> T:
+    """What the first rank passes, on every rank; it is pickled, so no tensors of a device. Every rank must call this."""
+    import torch.distributed as dist
+
+    box = [value]
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    found = box[0]
+    assert found is not None
+    return found
 
 
 def on_first_rank(write: Callable[[], object]) -> None:

@@ -17,6 +17,7 @@ from sparsify.adapters.adapter import Adapter, Delta
 from sparsify.errors import AdapterError
 from sparsify.files.kinds import refuse_two_adapters
 from sparsify.files.ranks import on_first_rank
+from sparsify.host.same_base import in_pieces
 from sparsify.host.switch import BUFFERS
 from sparsify.methods.part import Snapshot
 from sparsify.model.linears import is_conv1d, owner_name
@@ -37,13 +38,14 @@ DEFAULT = "default"
 
 def adapter_from(handle: Handle, parked: Mapping[str, Snapshot] | None) -> Adapter:
     deltas: list[Delta] = []
-    back_to_pieces(handle.host)
+    in_pieces(handle)
     for param, part in handle.parts.items():
         handle.need_base(part, "save_adapter")
         with whole_parameters(part.module):
             deltas += part.deltas(None if parked is None else parked[param])
     for name in handle.train:
         value = whole(handle.stored(name).detach()) if parked is None else parked[name]["full"]
+        value = handle.layout(name).to_original(name.rpartition(".")[2], value)
         deltas.append(Delta(name, "full", torch.empty(0, dtype=torch.int64), value.cpu().clone()))
     moved = handle.buffers.moved(handle.host) if parked is None else parked[BUFFERS]
     for name, value in moved.items():
@@ -133,7 +135,7 @@ def load_adapter(
     strict = strict and not foreign
     touched = {d.param for d in loaded.deltas if d.kind not in WHOLE}
     shapes = handle.shapes() | {n: b.shape for n, b in handle.buffers.base.items()}
-    back_to_pieces(handle.host)
+    in_pieces(handle)
     exact = {d.param for d in loaded.deltas if d.exact is not None}
     asked = touched if strict else exact
     hashes = {p: handle.base_hash(p) for p in sorted(asked) if p in shapes}

@@ -7,12 +7,14 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from sparsify.adapters import peft_export
 from sparsify.adapters.adapter import Adapter
 from sparsify.errors import AdapterError
 from sparsify.files.atomic import check_target, reported
 from sparsify.host.adapters import DEFAULT, WHOLE, write_once
-from sparsify.model.sharded import refuse_sharded
+from sparsify.model.sharded import back_to_pieces
 from sparsify.modules.exact import changed
 
 if TYPE_CHECKING:
@@ -75,19 +77,20 @@ def say_base_changed(handle: Handle) -> None:
 
 def write_sparse_base(handle: Handle, source: Adapter, directory: Path) -> Path:
     """Save the base with only the sparse parts of an adapter folded in."""
-    refuse_sharded(handle.host, "export_lora(sparse='merge')")
     if not hasattr(handle.host, "save_pretrained"):
         raise AdapterError(
             "export_lora(sparse='merge') writes the base with save_pretrained, which this model does not have"
         )
     if handle.program.quantize:
         raise AdapterError("export_lora(sparse='merge') would write the packed base as if it were dense; merge() first")
-    state = handle.original_state_dict()
+    host_memory = torch.device("cpu")
+    pieces = back_to_pieces(handle.host)
+    state = handle.gathered_state(host_memory) if pieces else handle.original_state_dict()
     state |= {
         n: handle.layout(n).to_original(n.rpartition(".")[2], b) for n, b in handle.buffers.base.items() if n in state
     }
     for param in dict.fromkeys(d.param for d in source.deltas if d.kind not in WHOLE):
-        state[param] = handle.base_original(param)
+        state[param] = handle.base_original(param).to(state[param].device)
     for delta in source.deltas:
         if delta.kind == "buffer" and delta.param in state:
             state[delta.param] = delta.values.to(state[delta.param].device)
@@ -95,8 +98,12 @@ def write_sparse_base(handle: Handle, source: Adapter, directory: Path) -> Path:
             weight = state[delta.param].view(-1)
             places = delta.channels.to(weight.device)
             weight[places] = changed(weight[places], delta.values, delta.exact, weight.dtype)
-    check_target(directory / "config.json")
-    with reported(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        handle.host.save_pretrained(directory, state_dict=state)  # type: ignore[operator]
-    return directory
+
+    def write() -> Path:
+        check_target(directory / "config.json")
+        with reported(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            handle.host.save_pretrained(directory, state_dict=state)  # type: ignore[operator]
+        return directory
+
+    return write_once(handle, write, directory)

@@ -18,24 +18,27 @@ from sparsify.adapters import adapter as files
 from sparsify.adapters.adapter import Adapter
 from sparsify.console import printable
 from sparsify.errors import AdapterError, SparsifyError
+from sparsify.files.ranks import from_first_rank, is_first_rank, on_first_rank
 from sparsify.host.adapters import DEFAULT, adapter_from, get, load_adapter, save_adapter
 from sparsify.host.anchors import Anchor, anchors_of
 from sparsify.host.export_lora import export_lora
 from sparsify.host.fuse_adapters import fuse_adapters, overlap
 from sparsify.host.habits import answer
+from sparsify.host.install import twins_of
 from sparsify.host.layer_status import LayerStatus, layer_status
 from sparsify.host.live_state import original as in_original_names
 from sparsify.host.merge import MergeNote, merge, unmerge
 from sparsify.host.mix import Conflict, Mix, put_back
 from sparsify.host.moved_buffers import Buffers
 from sparsify.host.plain import plain, restore
+from sparsify.host.same_base import in_pieces
 from sparsify.host.switch import add_adapter, reset_to_base, set_adapter
 from sparsify.host.switch_lock import SwitchLock, guard
 from sparsify.methods.packed import QuantizedMixin
 from sparsify.methods.part import LivePart, Snapshot, TrainedPart
 from sparsify.methods.supports import Adopt, open_masks, reset_lowrank, set_masks
 from sparsify.model.linears import owner_name
-from sparsify.model.sharded import back_to_pieces, refuse_sharded, whole
+from sparsify.model.sharded import Released, back_to_pieces, whole
 from sparsify.modules.adapted import AdaptedMixin
 from sparsify.modules.layout import Layout
 from sparsify.modules.masked import masked_parameters
@@ -99,6 +102,8 @@ class Handle:
     parked: dict[str, dict[str, Snapshot]] = field(default_factory=dict)
     backups: list[tuple[str, int | None, Tensor, Tensor]] = field(default_factory=list)
     merge_backups: dict[str, list[Tensor]] = field(default_factory=dict)
+    released: dict[str, Released] = field(default_factory=dict)  # verb → what fully_shard let go of, while it lasts
+    same_base: bool = False  # under fully_shard: the ranks have agreed on what the base holds
     owned: set[str] = field(default_factory=set)
     serving: bool = False  # made by `sparsify.load`: nothing trains, and adapters bring what trained in full with them
     buffers: Buffers = field(init=False)
@@ -111,6 +116,8 @@ class Handle:
             module = self.module(part.param)
             assert isinstance(module, AdaptedMixin)
             live = self.parts[part.param] = part.live(module, layout, self.plan.seed)
+            twins = twins_of(self.program, self.host, part.param).values()
+            live.twins = tuple(twin for twin in twins if isinstance(twin, AdaptedMixin))
             if live.takes_support:
                 layout.adopt = Adopt(self, part.param)
             if live.keeps_base or self.is_packed(part.param):
@@ -201,6 +208,7 @@ class Handle:
         ):
             setattr(clone, name, copy.deepcopy(getattr(self, name), memo))
         clone.program = replace(self.program, host=clone.host)
+        clone.released = {}  # a model in pieces cannot be copied
         return clone
 
     # --- tensors ---------------------------------------------------------------------------------------------------------
@@ -387,14 +395,14 @@ class Handle:
         """
         self.need_unmerged("set_masks")
         self.require_default("set_masks")
-        back_to_pieces(self.host)
+        in_pieces(self)
         set_masks(self, supports)
 
     @writes
     def reset_lowrank(self) -> None:
         """Back to the initial factors (`B` = 0): RoSA's restart after its masks are collected."""
         self.require_default("reset_lowrank")
-        back_to_pieces(self.host)
+        in_pieces(self)
         reset_lowrank(self.parts)
 
     @writes
@@ -402,7 +410,7 @@ class Handle:
         """Back to the state after compile: factors, values, what trains in full and buffers are the base's; supports stay."""
         self.need_unmerged("restart")
         self.require_default("restart")
-        back_to_pieces(self.host)
+        in_pieces(self)
         reset_to_base(self)
 
     def require_default(self, verb: str) -> None:
@@ -419,7 +427,8 @@ class Handle:
     def merge(self) -> nn.Module:
         """Fold what is active into plain weights, served at the base's speed. `unmerge` takes it back bit for bit.
 
-        Low-rank parts are added to the dense weight, whose original is kept. A packed weight is quantised again: the result
+        Low-rank parts are added to the dense weight, whose original is kept. Under `fully_shard` every rank must call it; one weight at a
+        time is whole, and trained parts leave their group until `unmerge`. A packed weight is quantised again: the result
         moves by what `merge_note` says and a warning repeats; `save_adapter` keeps base + delta exactly instead.
         """
         return merge(self)
@@ -428,13 +437,29 @@ class Handle:
     def save_sparse(self, path: str | os.PathLike[str], **options: Unpack[SparseOptions]) -> SizeReport:
         """Write the model as a compressed sparse checkpoint (bitmask + values); returns its `SizeReport`.
 
+        Under `fully_shard` every rank must call it: tensors are gathered, and the first rank writes.
         Opens again with `sparsify.pruning.sparse_checkpoint.open_sparse`. Names, shapes and order are the original model's. When Prune
         made the model sparse, the file records the hash of the dense model, which `open_sparse(path, base=dense_model)` checks.
         """
+        if not back_to_pieces(self.host):
+            return self.write_sparse(self.original_state_dict(), path, options)
+        first = is_first_rank()
+        state = self.gathered_state(torch.device("cpu" if first else "meta"))
+        found: list[SizeReport] = []
+        on_first_rank(lambda: found.append(self.write_sparse(state, path, options)))
+        return from_first_rank(found[0] if first else None)
+
+    def gathered_state(self, place: torch.device) -> dict[str, Tensor]:
+        """`original_state_dict` of a host in pieces: every tensor is gathered on all ranks and then put to `place`."""
+        found = in_original_names(self.host, self.host.state_dict(), gather_to=place)
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+    def write_sparse(
+        self, state: Mapping[str, Tensor], path: str | os.PathLike[str], options: SparseOptions
+    ) -> SizeReport:
+        """`save_sparse`, of tensors in original names."""
         from sparsify.pruning.sparse_checkpoint import save_sparse
 
-        refuse_sharded(self.host, "save_sparse")
-        state = self.original_state_dict()
         masks = {}
         current = {
             name: module.mask(leaf) for name, module, leaf in masked_parameters(self.host)
@@ -481,7 +506,8 @@ class Handle:
     def plain(self) -> nn.Module:
         """A copy of the model as plain modules, with everything that is active folded in, in original order: no sparsify left.
 
-        Pruned entries are exact zeros in it. The copy shares nothing with the host. Tied weights are tied in it where both sides still
+        Pruned entries are exact zeros in it. The copy shares nothing with the host. Under `fully_shard` every rank must call it: each gets
+        a whole copy, not sharded, in host memory. Tied weights are tied in it where both sides still
         hold the same; else a warning names them, every name has a tensor of its own, and `config.tie_word_embeddings` is False.
         """
         return plain(self)

@@ -16,7 +16,7 @@ from torch import nn
 from sparsify.host.live_state import LoadHook, RootHook, SaveHook, SavePretrained, Unshare
 from sparsify.host.quantized_bases import StandIn
 from sparsify.methods.packed import QuantizedMixin
-from sparsify.methods.part import TrainedPart, beside
+from sparsify.methods.part import TrainedPart, beside, leaf_of
 from sparsify.model.fast_paths import close_fast_paths
 from sparsify.model.linears import owner_name
 from sparsify.model.module_tree import copy_module_tree
@@ -98,12 +98,30 @@ def swap_modules(program: Program, host: nn.Module) -> list[str]:
             module.without_part()
         if part is not None:
             if packed is None:
-                become(module, part.module_kind)
+                become(module, part.kind_of(module))
             assert isinstance(module, AdaptedMixin)
             names = {leaf: beside(param, leaf) for leaf in part.mixin.trained_leaves + part.mixin.part_buffers}
             part.attach(module, {leaf: program.tensors[n] for leaf, n in names.items() if n in program.tensors})
             fixed += [beside(param, leaf) for leaf in part.mixin.part_buffers if leaf in module._buffers]
+            for name, twin in twins_of(program, host, param).items():
+                become(twin, part.kind_of(twin))
+                assert isinstance(twin, AdaptedMixin)
+                part.attach(
+                    twin, {leaf: getattr(module, leaf) for leaf in module.added_leaves() if hasattr(module, leaf)}
+                )
+                fixed += [beside(name, leaf) for leaf in part.mixin.part_buffers if leaf in twin._buffers]
     return fixed
+
+
+def twins_of(program: Program, host: nn.Module, param: str) -> dict[str, nn.Module]:
+    """Other modules of a host that hold a weight (tied), by their name for it; each once."""
+    seen, found = {id(host.get_submodule(owner_name(param)))}, {}
+    for name in program.names_of(param):
+        module = host.get_submodule(owner_name(name))
+        if id(module) not in seen:
+            seen.add(id(module))
+            found[name] = module
+    return found
 
 
 def install(
@@ -139,7 +157,13 @@ def install(
             shared.setdefault(owner_name(name), set()).add(name.rpartition(".")[2])
     for owner, leaves in shared.items():
         handles.append(host.get_submodule(owner).register_load_state_dict_pre_hook(Unshare(leaves)))
-    implied = [name for part in program.parts if follows_from_weight(program, part) for name in part.trained_names()]
+    implied = [
+        beside(name, leaf_of(trained))
+        for part in program.parts
+        if follows_from_weight(program, part)
+        for name in program.names_of(part.param)
+        for trained in part.trained_names()
+    ]
     if implied:
         ignore_on_save(host, implied)
     if found and callable(getattr(type(host), "save_pretrained", None)):

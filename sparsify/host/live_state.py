@@ -63,13 +63,22 @@ def modules_with_layout(host: nn.Module) -> Iterator[tuple[str, nn.Module, Layou
             yield f"{path}." if path else "", module, layout
 
 
-def original(host: nn.Module, state: Mapping[str, object], *, with_parts: bool = False) -> State:
+def original(
+    host: nn.Module,
+    state: Mapping[str, object],
+    *,
+    with_parts: bool = False,
+    gather_to: torch.device | None = None,
+) -> State:
     """A live state dict of the host in original names, shapes and order, trained parts folded into their weights.
 
     with_parts: the parts stay beside the weights, for a checkpoint that resumes exactly. Entries of modules that lie as the
     user's own do pass through; tied tensors stay one. Raises StateError for a live dict of another layout.
+
+    gather_to: where to put what was in pieces (fully_shard), one tensor after another, so that no device holds the model whole.
     """
     found = dict(state)
+    placed: dict[int, Tensor] = {}
     done: dict[tuple[int, str], Tensor] = {}  # tied tensors stay one
     for prefix, module, layout in modules_with_layout(host):
         marker = found.pop(prefix + MARKER, None)
@@ -82,18 +91,25 @@ def original(host: nn.Module, state: Mapping[str, object], *, with_parts: bool =
             own = getattr(module, leaf)
             folded = leaf == "weight" and isinstance(module, AdaptedMixin)
             if folded or leaf in layout.moves:
-                key = (id(module if folded else own), leaf)
+                key = (id(own), leaf)
                 if key not in done:
                     refuse_meta(value, prefix + leaf)
                     current = (
                         fold(module, leaves) if isinstance(module, AdaptedMixin) and folded else whole(value.detach())
                     )
                     done[key] = layout.to_original(leaf, current)
+                    if gather_to is not None and is_sharded(value):
+                        done[key] = done[key].to(gather_to)
                 found[prefix + leaf] = done[key]
         added = (*added_leaves(module), *getattr(module, "packed_names", ()))
         kept = set(module.added_leaves()) if with_parts and isinstance(module, AdaptedMixin) else set()
         for leaf in set(leaves) & set(added) - kept:
             del found[prefix + leaf]
+    for name, value in found.items() if gather_to is not None else ():
+        if is_sharded(value):
+            if id(value) not in placed:
+                placed[id(value)] = whole(value).to(gather_to)
+            found[name] = placed[id(value)]
     return renamed(found, plain_names(host))
 
 

@@ -18,8 +18,9 @@ from sparsify.console import printable
 from sparsify.errors import SparsifyError
 from sparsify.formats import format_named, pack, unpack
 from sparsify.methods.packed import QuantizedMixin
-from sparsify.model.sharded import refuse_sharded
+from sparsify.model.sharded import back_to_pieces, local, release, sharded_modules, take_back, whole_parameters
 from sparsify.modules.adapted import effective_weight, make_plain, write_folded
+from sparsify.modules.layout import layout_of
 from sparsify.program.capture import evaluating
 
 if TYPE_CHECKING:
@@ -42,7 +43,12 @@ class MergeNote:
 def merge(handle: Handle) -> nn.Module:
     """See `Handle.merge`."""
     handle.need_unmerged("merge")
-    refuse_sharded(handle.host, "merge")
+    back_to_pieces(handle.host)
+    alone = next((p for p, part in handle.parts.items() if part.module in sharded_modules(handle.host)), None)
+    if alone is not None:
+        raise SparsifyError(
+            f"merge: fully_shard was called on {alone.rpartition('.')[0]} itself, whose class changes; call it on the block around"
+        )
     packed = [p for p in handle.parts if handle.is_packed(p)]
     formats = {p: m.format for p in packed if isinstance(m := handle.module(p), QuantizedMixin)}
     fixed = next((p for p, name in formats.items() if not format_named(name).packs_again), None)
@@ -54,10 +60,14 @@ def merge(handle: Handle) -> nn.Module:
     masked = [p for p, part in handle.parts.items() if part.fills_pruned and p in handle.program.masks]
     before = example_outputs(handle) if packed or masked else None
     moved: dict[str, float] = {}
+    back_to_pieces(handle.host)  # the example left some of them whole
+    leaving = [p for part in handle.parts.values() for p in part.parameters()]
+    handle.released["merge"] = release(handle.host, leaving, "merge")
     for param, part in handle.parts.items():
         module = part.module
         if isinstance(module, QuantizedMixin):
-            dense = effective_weight(module)
+            with whole_parameters(module):
+                dense = effective_weight(module)
             exact = dense.float()
             if param in handle.program.masks:
                 keep_mask(handle, param, dense := dense.clone())
@@ -71,16 +81,19 @@ def merge(handle: Handle) -> nn.Module:
             module.without_part()
             continue
         if part.overwrites_base:
-            handle.merge_backups[param] = [module.weight.data.clone()]
-        write_folded(module)
-        if param in masked:
-            moved[param] = keep_mask(handle, param, module.weight)
+            handle.merge_backups[param] = [local(module.weight.data).clone()]
+        with whole_parameters(module, keep=True):
+            write_folded(module)
+            if param in masked:
+                moved[param] = keep_mask(handle, param, module.weight)
         part.detach()
-        make_plain(module)
-        part.layout.mark(module)
+        for carrier in part.modules:
+            make_plain(carrier)
+            mark(carrier)
     handle.merged = True
     if packed or masked:
         handle.merge_note = MergeNote(moved, largest_move(before, example_outputs(handle)))
+        back_to_pieces(handle.host)
         worst = max(moved.values())
         what = f"{len(packed)} packed weights were quantised again" if packed else ""
         what += " and " if packed and masked else ""
@@ -91,6 +104,13 @@ def merge(handle: Handle) -> nn.Module:
             stacklevel=3,
         )
     return handle.host
+
+
+def mark(module: nn.Module) -> None:
+    """Bring the marker of a module's layout up to date."""
+    layout = layout_of(module)
+    if layout is not None:
+        layout.mark(module)
 
 
 def keep_mask(handle: Handle, param: str, weight: Tensor) -> float:
@@ -111,7 +131,7 @@ def unmerge(handle: Handle) -> nn.Module:
     """See `Handle.unmerge`."""
     if not handle.merged:
         raise SparsifyError("unmerge: nothing is merged")
-    refuse_sharded(handle.host, "unmerge")
+    back_to_pieces(handle.host)
     for param, part in handle.parts.items():
         kept = handle.merge_backups.pop(param, None)
         if isinstance(part.module, QuantizedMixin):
@@ -119,9 +139,11 @@ def unmerge(handle: Handle) -> nn.Module:
             for name, tensor in zip(part.module.packed_names, kept, strict=True):
                 setattr(part.module, name, tensor)
         elif kept is not None:
-            part.module.weight.data.copy_(kept[0])
+            local(part.module.weight.data).copy_(kept[0])
         part.attach()
-        part.layout.mark(part.module)
+        for carrier in part.modules:
+            mark(carrier)
+    take_back(handle.released.pop("merge", []))
     handle.merged = False
     return handle.host
 

@@ -19,6 +19,7 @@ from sparsify.console import printable
 from sparsify.errors import AdapterError
 from sparsify.host.moved_buffers import mix_buffer
 from sparsify.methods.sparse_lowrank import current_index
+from sparsify.model.sharded import back_to_pieces, release, whole_parameters, write_whole
 from sparsify.modules.exact import changed, sum_dtype
 
 if TYPE_CHECKING:
@@ -81,41 +82,64 @@ def add(handle: Handle, chosen: Mapping[str, Adapter], weights: Mapping[str, flo
                 by_param.setdefault(delta.param, []).append((name, delta))
     write_buffers(handle, [(weights[name], loaded) for name, loaded in chosen.items()])
     for param, members in by_param.items():
-        part = handle.parts.get(param)
         if param in handle.base_full:
-            handle.stored(param).detach().copy_(
-                mix_full(handle.base_full[param], [(weights[n], d.values) for n, d in members])
-            )
+            found = mix_full(handle.base_full[param], [(weights[n], as_it_lies(handle, d)) for n, d in members])
+            write_whole(handle.stored(param), found)
             continue
-        for kind in dict.fromkeys(d.kind for _, d in members):
-            same = [(n, d) for n, d in members if d.kind == kind]
-            if len(same) > 1 and kind != "lora":
-                counts = torch.cat([d.channels for _, d in same]).unique(return_counts=True)[1]
-                if int((counts > 1).sum()):
-                    names = tuple(n for n, _ in same)
-                    conflicts.append(Conflict(param, names, int((counts > 1).sum()), counts.numel(), kind))
-        weighted = [(weights[n], d) for n, d in members]
-        if handle.is_packed(param):
-            assert part is not None
-            part.mix(weighted)
-            continue
-        low = [(w, d) for w, d in weighted if d.kind == "lora"]
-        others = [(w, d) for w, d in weighted if known_kind(d.kind) is not None]
-        beside = part is not None and "lora" in part.takes
-        for kind in ("column", "row", "sparse"):
-            same_kind = [(w, d) for w, d in weighted if d.kind == kind]
-            if same_kind:
-                add_to(handle, param, same_kind)
-        if low and not beside:
-            add_dense(handle, param, low)
-        if others:
-            add_dense(handle, param, others)
-        if part is not None:
-            part.read_back()
-        if low and beside:
-            assert part is not None
-            part.mix_beside(low)
+        with whole_parameters(handle.module(param), keep=True):
+            add_to_weight(handle, param, [(n, weights[n], d) for n, d in members], conflicts)
+    mix_beside(handle, {p: [(weights[n], d) for n, d in members] for p, members in by_param.items()})
     return conflicts
+
+
+def mix_beside(handle: Handle, members: Mapping[str, Sequence[tuple[float, Delta]]]) -> None:
+    """Deltas that parts take beside their weight, by other parameters than their own (of another rank): fully_shard lets go of those."""
+    taken = {
+        p: [(w, d) for w, d in weighted if d.kind in handle.parts[p].takes]
+        for p, weighted in members.items()
+        if p in handle.parts
+    }
+    taken = {p: weighted for p, weighted in taken.items() if weighted}
+    before = {p: handle.parts[p].parameters() for p in taken}
+    back_to_pieces(handle.host)
+    for param, weighted in taken.items():
+        handle.parts[param].mix_beside(weighted)
+    left = [
+        p for param, own in before.items() for p in own if all(p is not q for q in handle.parts[param].parameters())
+    ]
+    handle.released["mix"] = release(handle.host, left, "set_adapter")
+
+
+def add_to_weight(
+    handle: Handle, param: str, members: Sequence[tuple[str, float, Delta]], conflicts: list[Conflict]
+) -> None:
+    """What several adapters change in one weight, which is whole here: noted where they overlap, and added."""
+    part = handle.parts.get(param)
+    for kind in dict.fromkeys(d.kind for _, _, d in members):
+        same = [(n, d) for n, _, d in members if d.kind == kind]
+        if len(same) > 1 and kind != "lora":
+            counts = torch.cat([d.channels for _, d in same]).unique(return_counts=True)[1]
+            if int((counts > 1).sum()):
+                names = tuple(n for n, _ in same)
+                conflicts.append(Conflict(param, names, int((counts > 1).sum()), counts.numel(), kind))
+    weighted = [(w, d) for _, w, d in members]
+    if handle.is_packed(param):
+        assert part is not None
+        part.mix(weighted)
+        return
+    low = [(w, d) for w, d in weighted if d.kind == "lora"]
+    others = [(w, d) for w, d in weighted if known_kind(d.kind) is not None]
+    beside = part is not None and "lora" in part.takes
+    for kind in ("column", "row", "sparse"):
+        same_kind = [(w, d) for w, d in weighted if d.kind == kind]
+        if same_kind:
+            add_to(handle, param, same_kind)
+    if low and not beside:
+        add_dense(handle, param, low)
+    if others:
+        add_dense(handle, param, others)
+    if part is not None:
+        part.read_back()
 
 
 def write_buffers(handle: Handle, members: Sequence[tuple[float, Adapter]]) -> None:
@@ -194,6 +218,11 @@ def add_dense(handle: Handle, param: str, parts: list[tuple[float, Delta]]) -> N
     total = layout.to_current(param.rpartition(".")[2], total).to(weight.device)
     handle.backups.append((param, -1, torch.empty(0), weight.data.clone()))
     weight.detach().copy_(changed(weight.data, total, None, weight.dtype))
+
+
+def as_it_lies(handle: Handle, delta: Delta) -> Tensor:
+    """The values of a parameter that trained in full, in the order in which the host has it."""
+    return handle.layout(delta.param).to_current(delta.param.rpartition(".")[2], delta.values)
 
 
 def mix_full(base: Tensor, members: Sequence[tuple[float, Tensor]]) -> Tensor:

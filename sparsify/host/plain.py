@@ -11,12 +11,13 @@ from torch import nn
 from sparsify.errors import SparsifyError
 from sparsify.host.install import save_again
 from sparsify.host.live_state import LoadHook, OnHost, RootHook, SaveHook, Unshare
+from sparsify.host.same_base import in_pieces
 from sparsify.host.switch import reset_to_base
 from sparsify.host.switch_lock import EnterForward, LeaveForward
 from sparsify.model.fast_paths import open_fast_paths
 from sparsify.model.module_tree import copy_module_tree
 from sparsify.model.packed_experts import plain_names, renamed, write_back_experts
-from sparsify.model.sharded import refuse_sharded
+from sparsify.model.sharded import back_to_pieces, is_sharded, release, strip_sharding, whole, write_whole
 from sparsify.model.tied_weights import tie_again, tied_groups
 from sparsify.modules.adapted import AdaptedMixin, make_plain, take_leaves
 from sparsify.modules.layout import MARKER, Layout, layout_of
@@ -44,15 +45,17 @@ def restore(handle: Handle) -> nn.Module:
             "restore: Prune replaced the weights and their dense values are not kept; the model that was passed to compile "
             "still has them (unless donated)"
         )
-    refuse_sharded(handle.host, "restore")
+    in_pieces(handle)
     for part in handle.parts.values():
         handle.need_base(part, "restore")
     if handle.merged:
         handle.unmerge()
     reset_to_base(handle)
+    release(handle.host, [p for part in handle.parts.values() for p in part.parameters()], "restore")
     for part in handle.parts.values():
         part.detach()
-        make_plain(part.module)
+        for module in part.modules:
+            make_plain(module)
     done: set[int] = set()  # a shared module, or a tensor tied between modules, is put back once
     for owner, layout in handle.layouts.items():
         module = handle.host.get_submodule(owner)
@@ -60,7 +63,11 @@ def restore(handle: Handle) -> nn.Module:
             tensor = getattr(module, leaf)
             if id(tensor) not in done:
                 done.add(id(tensor))
-                tensor.data = layout.to_original(leaf, tensor.detach())
+                original = layout.to_original(leaf, whole(tensor.detach()))
+                if is_sharded(tensor):
+                    write_whole(tensor, original)
+                else:
+                    tensor.data = original
     let_go(handle)
     for name, parameter in handle.host.named_parameters():
         parameter.requires_grad_(handle.flags.get(name, parameter.requires_grad))
@@ -71,8 +78,7 @@ def restore(handle: Handle) -> nn.Module:
 
 def plain(handle: Handle) -> nn.Module:
     """See `Handle.plain`."""
-    refuse_sharded(handle.host, "plain")
-    state = {name: value.detach().clone() for name, value in handle.original_state_dict().items()}
+    state = gathered(handle)
     bare = bare_copy(handle)
     names = plain_names(handle.host)
     flags = renamed(handle.flags, names)
@@ -91,6 +97,13 @@ def plain(handle: Handle) -> nn.Module:
     return bare
 
 
+def gathered(handle: Handle) -> dict[str, torch.Tensor]:
+    """The original state dict in memory of its own; of a host in pieces, whole, one after another, in host memory."""
+    if not back_to_pieces(handle.host):
+        return {name: value.detach().clone() for name, value in handle.original_state_dict().items()}
+    return handle.gathered_state(torch.device("cpu"))
+
+
 def tied(handle: Handle) -> list[list[str]]:
     """Names that were one tensor in the model that was compiled, or are one in the host, in groups."""
     return tied_groups({**canonical_names(handle.host), **handle.program.aliases})
@@ -99,7 +112,12 @@ def tied(handle: Handle) -> list[list[str]]:
 def bare_copy(handle: Handle) -> nn.Module:
     """A deep copy of the host as plain modules; its adapted weights are empty."""
     hooks = handle.host.__dict__.get("_sparsify_hooks")
-    bare = copy_module_tree(handle.host, {id(handle): None, id(hooks): None})
+    pieces = {p for p in handle.host.parameters() if is_sharded(p)}
+    memo: dict[int, object] = {id(handle): None, id(hooks): None}
+    for p in pieces:  # its pieces are nobody's there: `plain` loads what was gathered
+        memo[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), p.requires_grad)
+    bare = copy_module_tree(handle.host, memo)
+    strip_sharding(bare)
     if handle.cpu is not None:
         from sparsify.lowering.restore import restore_modules
 

@@ -330,11 +330,12 @@ def looks_packed(module: nn.Module) -> bool:
 def dense_twin(model: Model) -> tuple[Model, dict[str, PackedBase]]:
     """`(twin, bases)`: the model with a stand-in for every quantised linear, and what those stand for, by weight name.
 
-    A model without quantised linears is returned itself. The twin shares every other tensor; the user's model is not written to.
+    A model without quantised linears is returned itself, or one that a quantiser left dense (GGUF) without its marks. The twin shares
+    every other tensor; the user's model is not written to.
     """
     packed = {name: module for name, module in model.named_modules() if looks_packed(module)}
     if not packed:
-        return model, {}
+        return without_marks(model), {}
     default = activation_dtype(model, {id(module) for module in packed.values()})
     memo: dict[int, object] = {}
     bases: dict[str, PackedBase] = {}
@@ -370,6 +371,21 @@ def stand_in(module: nn.Module, base: PackedBase) -> nn.Linear:
 
 
 MARKS = ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method")
+
+
+def without_marks(model: Model) -> Model:
+    """A twin over the same tensors that says of no quantiser; the model itself where it has none.
+
+    transformers opens GGUF files as dense weights, and leaves marks of a quantiser on the model for which it refuses to save it.
+    """
+    if all("hf_quantizer" not in module.__dict__ for module in model.modules()):
+        return model
+    memo: dict[int, object] = {}
+    for module in model.modules():
+        memo |= {id(t): t for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))}
+    twin = copy_module_tree(model, memo)
+    forget_quantiser(twin)
+    return twin
 
 
 def forget_quantiser(model: nn.Module) -> None:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from sparsify.adapters.adapter import Adapter
 from sparsify.errors import AdapterError
-from sparsify.host.mix import Mix, add, check_mix, group_by_param, put_back, write_buffers
-from sparsify.model.sharded import back_to_pieces, refuse_sharded, whole, whole_parameters, write_whole
+from sparsify.host.mix import Mix, add, as_it_lies, check_mix, group_by_param, put_back, write_buffers
+from sparsify.host.same_base import in_pieces
+from sparsify.model.sharded import take_back, whole, whole_parameters, write_whole
 
 if TYPE_CHECKING:
     from sparsify.host.handle import Handle
@@ -25,7 +26,7 @@ BUFFERS = "::buffers"
 def set_adapter(handle: Handle, spec: str | Mapping[str, float] | None) -> Mix:
     """See `Handle.set_adapter`."""
     handle.need_unmerged("set_adapter")
-    back_to_pieces(handle.host)
+    in_pieces(handle)
     if isinstance(spec, Mapping) and [w for w in spec.values() if w == 1 and not isinstance(w, bool)] == list(
         spec.values()
     ):
@@ -41,7 +42,6 @@ def set_adapter(handle: Handle, spec: str | Mapping[str, float] | None) -> Mix:
         spec in handle.parked or is_active(handle, spec) or fits_parts(handle, chosen[spec])
     )
     if weights and not single:
-        refuse_sharded(handle.host, "set_adapter with a mix, or with an adapter of another selection,")
         check_mix(handle, chosen)
     park(handle)
     reset_to_base(handle)
@@ -60,7 +60,7 @@ def set_adapter(handle: Handle, spec: str | Mapping[str, float] | None) -> Mix:
 def add_adapter(handle: Handle, name: str) -> None:
     """See `Handle.add_adapter`."""
     handle.need_unmerged("add_adapter")
-    back_to_pieces(handle.host)
+    in_pieces(handle)
     active = handle.active.weights if handle.active.trainable else ()
     if not isinstance(name, str) or not name:
         raise AdapterError(
@@ -97,8 +97,12 @@ def park(handle: Handle) -> None:
 
 def reset_to_base(handle: Handle) -> None:
     """Every bit of the base is back in the stored weights and in the parts."""
+    for part in handle.parts.values():
+        part.unmix()
+    take_back(handle.released.pop("mix", []))
     for param, axis, places, values in reversed(handle.backups):
-        put_back(handle.stored(param).detach(), axis, places, values)
+        with whole_parameters(handle.module(param), keep=True):
+            put_back(handle.stored(param).detach(), axis, places, values)
     handle.backups = []
     for part in handle.parts.values():
         with whole_parameters(part.module, keep=True):
@@ -137,7 +141,7 @@ def fill_parts(handle: Handle, name: str, loaded: Adapter) -> None:
             else:
                 part.fill(by_param[param])
     for n in handle.train:
-        write_whole(handle.stored(n), parked[n]["full"] if parked is not None else by_param[n][0].values)
+        write_whole(handle.stored(n), parked[n]["full"] if parked is not None else as_it_lies(handle, by_param[n][0]))
     if parked is not None:
         handle.buffers.write(handle.host, parked[BUFFERS])
     else:

@@ -3,19 +3,21 @@
     %q = sparsify.packed_linear(…)  ─┐
     %k = sparsify.packed_linear(…)  ─┴──▶ KernelText(name="bitmask_f32_avx2", source="…", nodes=("q (gemv)", "k (stream)"))
 
-Which kernel runs depends on the number of tokens: that of the captured example, or any other that is asked for.
+A decoder's native step stands behind them, with calls of these kernels. Which kernel runs depends on the number of tokens: that of the
+captured example, or any other that is asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import fx
 
 from sparsify.console import printable
-from sparsify.modules.kernel_module import KernelModule
+from sparsify.modules.kernel_module import GeneratedKernel, KernelModule
 from sparsify.program import Program
 
 
@@ -52,7 +54,17 @@ def kernel_texts(program: Program, tokens: int | None = None) -> tuple[KernelTex
         for kernel in module.generated(int(count), x.dtype):
             sources.setdefault(kernel.name, kernel.source)
             nodes.setdefault(kernel.name, []).append(f"{node.name} ({kernel.entry})" if kernel.entry else node.name)
-    return tuple(KernelText(name, source, tuple(nodes[name])) for name, source in sources.items())
+    found = [KernelText(name, source, tuple(nodes[name])) for name, source in sources.items()]
+    step = getattr(program.host.__dict__.get("forward"), "step", None)
+    kernel = step.generated() if isinstance(step, GeneratesStep) else None
+    return (*found, *([KernelText(kernel.name, kernel.source, ("the whole graph",))] if kernel is not None else []))
+
+
+@runtime_checkable
+class GeneratesStep(Protocol):
+    """What runs a whole lowered host as one call, and has a source of its own."""
+
+    def generated(self) -> GeneratedKernel | None: ...
 
 
 def packed_nodes(program: Program) -> Iterator[tuple[fx.Node, KernelModule]]:

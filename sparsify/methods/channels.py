@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from torch.fx.node import Argument
 
 ops = torch.ops.sparsify
+Slice = TypeVar("Slice", bound="TrainedSlice")
 
 
 # --- the module --------------------------------------------------------------------------------------------------------------
@@ -395,7 +396,8 @@ def slice_at(
     rule: int = 0,
     together: bool = True,
     gathered: bool = False,
-) -> TrainedSlice:
+    kind: type[Slice] = TrainedSlice,
+) -> Slice:
     """Where channels given in original coordinates lie now: a contiguous range, or scattered places.
 
     together: the permutation must have brought a structure's channels together. gathered: units that train in place, by their places
@@ -408,7 +410,7 @@ def slice_at(
     contiguous &= not gathered or length == program.tensor(param).shape[axis]
     if structure and together and not contiguous:
         raise VerifyError(f"{structure}: the chosen units in {param} are not contiguous after the permutation")
-    return TrainedSlice(
+    return kind(
         param=param,
         axis=axis,
         start=start if contiguous else -1,

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from sparsify.modules.adapted import AdaptedMixin
     from sparsify.modules.layout import Layout
     from sparsify.plan import LinearRule
-    from sparsify.program import LinearNode, Program
+    from sparsify.program import EmbeddingNode, LinearNode, Program
     from sparsify.program.graph_editor import GraphEditor
 
 Snapshot = dict[str, Tensor]
@@ -77,6 +77,10 @@ class TrainedPart(ABC):
         """Qualified names of the parameters that train."""
         return tuple(beside(self.param, leaf) for leaf in self.mixin.trained_leaves)
 
+    def kind_of(self, module: nn.Module) -> str:
+        """What a module that holds the weight is called as a carrier of the part; tied weights are held by several."""
+        return self.module_kind
+
     # --- from the plan into the graph ------------------------------------------------------------------------------------------
 
     def placed(self, program: Program) -> TrainedPart:
@@ -92,6 +96,10 @@ class TrainedPart(ABC):
     @abstractmethod
     def insert(self, editor: GraphEditor, linear: LinearNode) -> None:
         """Put the operator that computes the linear and the part in the linear's place."""
+
+    def insert_lookup(self, editor: GraphEditor, lookup: EmbeddingNode) -> None:
+        """Put the operator in the place of a look-up of the weight's rows. Raises VerifyError for a kind that has none."""
+        raise VerifyError(f"{self.param}: a part of kind {self.module_kind} does not train rows of an embedding")
 
     def packed_arguments(self, editor: GraphEditor, linear: LinearNode) -> dict[str, Argument]:
         """What `quantized_linear` takes of the part, by schema name. Raises VerifyError for a kind that needs a dense weight."""
@@ -181,12 +189,14 @@ class LivePart(ABC, Generic[Part, Module]):
     """A trained part beside its module. Values enter and leave as deltas in original coordinates.
 
     base_known: whether what the base holds under the part is known (a state dict with another base may have come).
+    twins: other modules that hold the weight (an output head that is tied to its embedding), and the part with it.
     """
 
     part: Part
     module: Module
     layout: Layout
     base_known: bool = True
+    twins: tuple[AdaptedMixin, ...] = ()
     #: kinds of deltas that a mix gives to the part itself; others are added to the stored weight
     takes: tuple[str, ...] = ()
     #: whether folding it writes entries of the weight that are not scratch, so that merge keeps the weight
@@ -202,6 +212,11 @@ class LivePart(ABC, Generic[Part, Module]):
     @property
     def param(self) -> str:
         return self.part.param
+
+    @property
+    def modules(self) -> tuple[AdaptedMixin, ...]:
+        """Every module that carries the part."""
+        return (self.module, *self.twins)
 
     @abstractmethod
     def tensors(self) -> dict[str, nn.Parameter]:
@@ -240,12 +255,19 @@ class LivePart(ABC, Generic[Part, Module]):
         """Base plus fitting deltas; bit for bit the trained values on the base that they were trained on."""
 
     def mix(self, weighted: Sequence[tuple[float, Delta]]) -> None:
-        """Base plus a weighted sum of fitting deltas, over a packed base, which has nothing else to add to."""
+        """Base plus a weighted sum of fitting deltas, over a packed base, which has nothing else to add to; not what `mix_beside` takes."""
         raise NotImplementedError
 
     def mix_beside(self, weighted: Sequence[tuple[float, Delta]]) -> None:
-        """Deltas of the kinds that it `takes`, over a dense base."""
+        """Deltas of the kinds that it `takes`, by parameters in the place of its own, which `unmix` puts back."""
         raise NotImplementedError
+
+    def unmix(self) -> None:
+        """Undo `mix_beside`: the same parameters are the module's again."""
+
+    def remembered(self) -> dict[str, Tensor]:
+        """What it keeps of the base beside the module, by attribute: ranks of which only the first has the base get the first one's."""
+        return {name: value for name, value in vars(self).items() if type(value) is Tensor}
 
     @abstractmethod
     def read_back(self) -> None:

@@ -419,7 +419,7 @@ class LowRankPart(LivePart[SparseLowRank, SparseLowRankMixin]):
         return {name: as_parameter(p) for name, p in found.items() if p is not None}
 
     def reset(self) -> None:
-        self.drop_mixed_factors()
+        self.unmix()
         tensors = self.tensors()
         if "lora_B" in tensors:
             tensors["lora_B"].detach().zero_()
@@ -510,7 +510,7 @@ class LowRankPart(LivePart[SparseLowRank, SparseLowRankMixin]):
                 values.copy_(changed(self.base.to(values.device), change, exact, values.dtype))
 
     def mix(self, weighted: Sequence[tuple[float, Delta]]) -> None:
-        """A weighted sum of deltas: sparse values add up, low-rank factors stand side by side."""
+        """A weighted sum of sparse values; low-rank factors stand side by side, see `mix_beside`."""
         tensors = self.tensors()
         if "sparse_values" in tensors and self.base is not None:
             values = tensors["sparse_values"]
@@ -519,20 +519,19 @@ class LowRankPart(LivePart[SparseLowRank, SparseLowRankMixin]):
                 if delta.kind == "sparse":
                     change = self.on_support(delta, delta.values).to(values.device, values.dtype)
                     values.detach().add_(change, alpha=weight)
-        self.mix_beside([(w, d) for w, d in weighted if d.kind == "lora"])
 
     def mix_beside(self, weighted: Sequence[tuple[float, Delta]]) -> None:
-        if "lora_A" not in self.tensors() or not weighted:
+        if "lora_A" not in self.tensors():
             return
         own_a, own_b = self.module.lora_A, self.module.lora_B
         pairs = [(w * d.scale, *self.factors_of(d)) for w, d in weighted]
-        a = torch.cat([a for _, a, _ in pairs], dim=-2).to(own_a)
-        b = torch.cat([w * b for w, _, b in pairs], dim=-1).to(own_b)
+        a = torch.cat([a for _, a, _ in pairs], dim=-2).to(own_a.device, own_a.dtype)
+        b = torch.cat([w * b for w, _, b in pairs], dim=-1).to(own_b.device, own_b.dtype)
         self.own_factors = (own_a, own_b, self.module.scale)
         self.module.lora_A, self.module.lora_B = nn.Parameter(a), nn.Parameter(b)
         self.module.scale = 1.0
 
-    def drop_mixed_factors(self) -> None:
+    def unmix(self) -> None:
         if self.own_factors is not None:
             self.module.lora_A, self.module.lora_B, self.module.scale = self.own_factors
             self.own_factors = None
@@ -548,7 +547,7 @@ class LowRankPart(LivePart[SparseLowRank, SparseLowRankMixin]):
         self.detached = take_leaves(self.module)
 
     def attach(self) -> None:
-        become_part(self.module, SparseLowRank.module_kind)
+        become_part(self.module, self.part.module_kind)
         assert self.detached is not None
         assert self.settings is not None
         tensors, self.detached = self.detached, None

@@ -3,6 +3,8 @@
     with whole_parameters(module): …                 its parameters are gathered; what is done to them is forgotten
     with whole_parameters(module, keep=True): …      …and afterwards every rank keeps its piece of what they are now
 
+    released = release(host, parameters) … take_back(released)      what leaves the modules, fully_shard must not put back
+
 Gathering is a collective: every rank must get there. Cutting is local: the ranks must hold equal values, which `sparsify.compile`
 sees to. On tensors that are not sharded every function here is the identity, and torch.distributed.tensor is not imported.
 """
@@ -10,9 +12,9 @@ sees to. On tensors that are not sharded every function here is the identity, an
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -120,14 +122,99 @@ def class_name(host: nn.Module) -> str:
 
 def back_to_pieces(host: nn.Module) -> bool:
     """Make a host's parameters its pieces again, where a forward left some of them whole. Returns whether it is sharded at all."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    modules: list[FSDPModule] = []
-    if fsdp is not None:
-        sharded: type[FSDPModule] = fsdp.FSDPModule
-        modules += [m for m in host.modules() if isinstance(m, sharded)]
+    modules = sharded_modules(host)
     for module in modules:
         module.reshard()
     return bool(modules)
+
+
+def sharded_modules(host: nn.Module) -> list[FSDPModule]:
+    """The modules of a tree on which fully_shard was called."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return []
+    sharded: type[FSDPModule] = fsdp.FSDPModule
+    return [m for m in host.modules() if isinstance(m, sharded)]
+
+
+#: group of fully_shard, place in it, what it knew of a parameter
+Released = list[tuple[Any, int, Any]]
+
+
+def groups_of(module: FSDPModule) -> list[Any]:
+    """The groups of parameters that one call of fully_shard gathers together: torch's own, which has no public name for them."""
+    state = module._get_fsdp_state()
+    many = getattr(state, "_fsdp_param_groups", None)
+    one = getattr(state, "_fsdp_param_group", None) if many is None else None  # torch before 2.12
+    return list(many) if many is not None else [] if one is None else [one]
+
+
+def release(host: nn.Module, parameters: Collection[nn.Parameter], verb: str) -> Released:
+    """Make fully_shard forget parameters that are about to leave their modules; it would put them back when it gathers.
+
+    Every rank must call this with the same parameters, in pieces. Raises SparsifyError where this release of torch does not let go.
+    """
+    wanted = {id(p) for p in parameters}
+    found: Released = []
+    for module in sharded_modules(host):
+        for group in groups_of(module):
+            known = getattr(group, "fsdp_params", None)
+            if not isinstance(known, list) or any(not hasattr(p, "sharded_param") for p in known):
+                raise SparsifyError(
+                    f"{verb}: how fully_shard of torch {torch.__version__} keeps its parameters is not known here"
+                )
+            found += [(group, place, p) for place, p in enumerate(known) if id(p.sharded_param) in wanted]
+            if known and all(id(p.sharded_param) in wanted for p in known):
+                raise SparsifyError(
+                    f"{verb}: fully_shard was called on {type(module).__name__} for trained parts alone, of which nothing would be left to "
+                    "gather; call it on the block around"
+                )
+    if len(found) != len({id(p) for p in parameters if is_sharded(p)}):
+        raise SparsifyError(
+            f"{verb}: fully_shard of torch {torch.__version__} does not know all parameters of this host"
+        )
+    for group, _, entry in found:
+        group.fsdp_params.remove(entry)
+    return found
+
+
+def take_back(released: Released) -> None:
+    """Undo `release`, after the parameters are in their modules again."""
+    for group, place, entry in released:
+        group.fsdp_params.insert(place, entry)
+
+
+def strip_sharding(copy: nn.Module) -> None:
+    """Take what fully_shard put into a module tree from a copy of it: classes and hooks. Its parameters are the caller's business."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for module in sharded_modules(copy):
+        assert fsdp is not None
+        own = type(module).__mro__
+        module.__class__ = next(c for c in own if not issubclass(c, fsdp.FSDPModule))
+    for module in copy.modules() if fsdp is not None else ():
+        tables = (
+            module._forward_pre_hooks,
+            module._forward_hooks,
+            module._state_dict_pre_hooks,
+            module._load_state_dict_pre_hooks,
+        )
+        for table in tables:
+            for key in [k for k, hook in table.items() if hook_of_sharding(hook)]:
+                del table[key]
+                for extra in (
+                    module._forward_pre_hooks_with_kwargs,
+                    module._forward_hooks_with_kwargs,
+                    module._forward_hooks_always_called,
+                ):
+                    extra.pop(key, None)
+
+
+def hook_of_sharding(hook: object) -> bool:
+    """Whether a hook, or what torch wrapped in one, is fully_shard's."""
+    inner = getattr(hook, "hook", hook)
+    inner = getattr(inner, "__wrapped__", inner)
+    owner = type(getattr(inner, "__self__", None)).__module__
+    return any(str(name).startswith("torch.distributed.fsdp") for name in (getattr(inner, "__module__", ""), owner))
 
 
 def refuse_sharded(host: nn.Module, verb: str) -> None:

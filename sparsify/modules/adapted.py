@@ -2,6 +2,7 @@
 
 nn.Linear, Conv1D ──▶ Partial…        weight frozen; weight_slice trains                        `sparsify.methods.channels`
                       SparseLowRank…  weight frozen; sparse_values, lora_A, lora_B train        `sparsify.methods.sparse_lowrank`
+nn.Embedding      ──▶ Rows…           weight frozen; weight_slice trains                        `sparsify.methods.rows`
                       Quantized…      no weight, packed_0 … packed_n; any of the above beside   `sparsify.methods.packed`
                       …               of methods from outside                                   `sparsify.methods.register`
 
@@ -122,8 +123,8 @@ KINDS: dict[str, tuple[type, type[nn.Module]]] = {}
 def carries(kind: str, mixin: type, linear: type[nn.Module] | None = None) -> None:
     """Make a kind of adapted module known. linear: its class for `nn.Linear`, made here if not given."""
     KINDS[kind] = (mixin, made_class(kind, mixin, nn.Linear) if linear is None else linear)
-    conv1d_class.cache_clear()
-    grouped_class.cache_clear()
+    for classes in (conv1d_class, grouped_class, derived_class):
+        classes.cache_clear()
 
 
 def made_class(kind: str, mixin: type, base: type[nn.Module]) -> type[nn.Module]:
@@ -159,6 +160,25 @@ def grouped_class(kind: str, base: str) -> type[nn.Module]:
     return made_class(kind, known_kind(kind)[0], GROUPED[base])
 
 
+@functools.cache
+def derived_class(kind: str, user: type[nn.Module]) -> type[nn.Module]:
+    """The same for an `nn.Embedding` of a model's own, whose forward goes on from what `super().forward` gives (scaled ones)."""
+    carrier = known_kind(kind)[1]
+    if user is nn.Embedding:
+        return carrier
+
+    def reduce(self: nn.Module, protocol: int) -> tuple[object, ...]:
+        return rebuild_derived, (kind, user), self.__dict__
+
+    body = {"__reduce_ex__": reduce, "__doc__": user.__doc__, "__module__": __name__, "extra_repr": carrier.extra_repr}
+    return type(f"{kind}{user.__name__}", (user, carrier), body)
+
+
+def rebuild_derived(kind: str, user: type[nn.Module]) -> nn.Module:
+    cls = derived_class(kind, user)
+    return cls.__new__(cls)
+
+
 def class_of(kind: str, base: str) -> type[nn.Module]:
     if base.endswith("GroupedLinear"):
         return grouped_class(kind, base)
@@ -180,7 +200,9 @@ def rebuild(kind: str, base: str = "Conv1D") -> nn.Module:
 
 def become(module: nn.Module, kind: str) -> None:
     """Turn a linear of *our own* module tree into an adapted one, in place: hooks, name and references stay."""
-    cls = class_of(kind, base_name(module))
+    derived = isinstance(module, nn.Embedding)
+    user = module.__dict__.get("user_class", type(module))
+    cls = derived_class(kind, user) if derived else class_of(kind, base_name(module))
     if not issubclass(type(module), AdaptedMixin):
         module.__dict__["user_class"] = type(module)
     module.__class__ = cls

@@ -138,10 +138,9 @@ def why_not_served(
 ) -> str | None:
     if not structure.consumers:
         return "nothing reads the units through a matrix product"
-    for site in structure.sites:
+    for site in trained_sites(structure, rule):
         if taken.get(site.param) == WHOLE:
             return f"{site.param} trains in full (Plan(train=…))"
-    for site in trained_sites(structure, rule):
         if site.param in taken:
             return f"rule {taken[site.param]} already trains {site.param}"
         reason = why_not_trainable(program, site.param, linears)

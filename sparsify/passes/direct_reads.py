@@ -95,6 +95,14 @@ def reads(code: types.CodeType, child: str, leaf: str) -> bool:
     return False
 
 
+def only_looks_at(code: types.CodeType, leaf: str) -> bool:
+    """Whether code asks an attribute of this name for its dtype, device or shape at most (`self.weight.dtype`)."""
+    steps = [i for i in instructions(code) if i.opname not in ("CACHE", "EXTENDED_ARG", "NOP")]
+    loads = [n for n, step in enumerate(steps) if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and step.argval == leaf]
+    after = [steps[n + 1] if n + 1 < len(steps) else None for n in loads]
+    return all(i is not None and i.opname in ("LOAD_ATTR", "LOAD_METHOD") and i.argval in LOOKS for i in after)
+
+
 def is_type(after: list) -> bool:
     """Whether what is loaded next is the type of tensors: `Tensor`, `torch.Tensor`, `nn.Parameter`."""
     loads = itertools.takewhile(lambda i: i.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_ATTR"), after)

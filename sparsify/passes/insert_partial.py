@@ -5,11 +5,13 @@
 %y = sparsify.partial_linear(%x, @down_proj.weight, None, @down_proj.weight_slice, start, axis)          S2FT, PaCA
 %y = sparsify.partial_linear_at(%x, …, @q_proj.weight_slice, @q_proj.slice_channels, axis)               PaCA, gathered
 %y = sparsify.sparse_lowrank_linear(%x, …, @….sparse_values, @….sparse_index, @….lora_A, @….lora_B, s)   RoSA, LoRA
+%y = sparsify.partial_embedding(%ids, @….weight, @….weight_slice, @….slice_channels, padding)             Tokens
 %y = sparsify.quantized_linear(%x, [@….packed_0, …], "nf4", …)                                           Quantize
 """
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -28,7 +30,16 @@ from sparsify.program.graph_editor import GraphEditor
 from sparsify.program.permutation import invert_index
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
     from torch.fx.node import Argument
+
+
+def rounding(dense: Float[Tensor, "p q"], back: Float[Tensor, "p q"]) -> float:
+    """Relative error of a packed weight in the Frobenius norm; NaN on the meta device, which has no values."""
+    if dense.is_meta:
+        return math.nan
+    return float((back.float() - dense.float()).norm() / dense.float().norm().clamp_min(1e-30))
 
 
 def insert_partial(program: Program, context: Context) -> PassResult:
@@ -48,7 +59,7 @@ def insert_partial(program: Program, context: Context) -> PassResult:
         dense = tensors.get(param, program.tensor(param)).detach()
         packed[param] = pack(dense, format)
         back = unpack(packed[param], format, tuple(dense.shape), dense.dtype)
-        error = float((back.float() - dense.float()).norm() / dense.float().norm().clamp_min(1e-30))
+        error = rounding(dense, back)
         dense_bytes = dense.numel() * dense.element_size()
         packings.append(Packed(param, format, dense.shape, dense_bytes, packed_bytes(packed[param]), error))
         tensors[param] = back  # selections, blocks and values start from what the packed weight really holds
@@ -135,6 +146,9 @@ def rewrite(program: Program, survivors: list[str]) -> tuple[fx.GraphModule, tup
             part.insert(editor, linear)
         elif linear.weight in survivors:
             insert_mask(editor, linear)
+    for lookup in list(program.embeddings()):
+        if lookup.weight in parts:
+            parts[lookup.weight].insert_lookup(editor, lookup)
     for name in program.quantize:  # the dense weight is no input any more
         editor.drop_input(name)
     return editor.finish()

@@ -12,22 +12,19 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from sparsify.calibration.checks import check_weights, column_squares, rows_of
-from sparsify.calibration.statistics import (
-    batch_count,
-    gradient_statistics,
-    input_squares,
-    need_batches,
-    sum_over_ranks,
-)
+from sparsify.calibration.ranks import of_first_rank, sum_over_ranks
+from sparsify.calibration.statistics import batch_count, gradient_statistics, input_squares, need_batches
 from sparsify.errors import Refusal, RefusedError
 from sparsify.formats import pack, unpack
+from sparsify.methods.rows import HeadRows
 from sparsify.model.linears import owner_name
 from sparsify.passes.assign_rules import WHOLE, Assignment, assign_rule
 from sparsify.passes.avoid_units import free_only, read_adapters, taken_units
 from sparsify.passes.base import Context, PassResult
 from sparsify.passes.select_linears import select_linears, select_packed
+from sparsify.passes.select_rows import select_rows
 from sparsify.passes.train_in_full import trained_in_full
-from sparsify.plan import DATA_DRIVEN, S2FT, LinearRule, PaCA, Quantize, RoSA, Rule
+from sparsify.plan import DATA_DRIVEN, S2FT, LinearRule, PaCA, Quantize, RoSA, Rule, Tokens
 from sparsify.program import Program, UnitChoice
 from sparsify.program.selection import choose, random_scores, selectable_units, unit_channels, unit_norms
 from sparsify.program.structure import Site, Structure
@@ -58,6 +55,8 @@ def select_units(program: Program, context: Context) -> PassResult:
                 assignment, refusals = assign_rule(program, index, rule, taken)
                 program = extend(program, choose_units(program, assignment, context))
                 program = extend(program, {"refusals": refusals})
+            elif isinstance(rule, Tokens):
+                program = extend(program, select_rows(program, index, rule, taken))
             elif isinstance(rule, LinearRule) and not isinstance(rule, Quantize):
                 program = extend(program, select_linears(program, context, index, rule, taken))
     units = sum(len(c.consumers) for c in program.choices)
@@ -65,6 +64,7 @@ def select_units(program: Program, context: Context) -> PassResult:
     for things, what in (
         (program.channel_choices, "shared column sets"),
         (program.lowranks, "sparse or low-rank linears"),
+        ([p for p in program.parts if isinstance(p, HeadRows)], "weights of which rows train"),
         (program.quantize, "weights to quantise"),
     ):
         parts += [f"{len(things)} {what}"] if things else []
@@ -235,7 +235,9 @@ def consumer_squares(
     rule: S2FT = assignment.rule
     sites = [site for structure in assignment.structures for site in structure.consumers]
     if rule.select not in DATA_DRIVEN:
-        return {(s.param, s.axis): weight_squares(program, s) for s in sites}
+        by_name = {f"{s.param}:{s.axis}": s for s in sites}
+        scores = of_first_rank(lambda: {name: weight_squares(program, s) for name, s in by_name.items()})
+        return {(s.param, s.axis): scores[name] for name, s in by_name.items()}
     batches = need_batches(context.calibration, f"rule {assignment.index}, select={rule.select!r},")
     modules: dict[str, nn.Module] = {s.param: program.host.get_submodule(owner_name(s.param)) for s in sites}
     if rule.select == "gradient":

@@ -2,6 +2,7 @@
 
 "lm_head"            ──▶  lm_head.weight, and what is tied to it
 "*.norm"             ──▶  every parameter of every module that matches
+"*.bias"             ──▶  every bias (BitFit), also of linears whose outputs S2FT reorders: files hold it in the model's own order
 (a rule's weight)    ──▶  PlanError
 """
 
@@ -39,11 +40,10 @@ def trained_in_full(program: Program, patterns: tuple[str, ...]) -> set[str]:
                 f"Plan(train=[{pattern!r}]) matches no parameter or module{nearest(pattern, sorted(modules | set(names)))}"
             )
         found |= hits
-    changed = {x.param for things in (program.parts, program.moves) for x in things}
-    clash = found & (changed | set(program.quantize))
+    clash = found & ({part.param for part in program.parts} | set(program.quantize))
     if clash:
         raise PlanError(
-            f"Plan(train=…) names {sorted(clash)[0]}, which a rule reorders or trains in part; name one or the other"
+            f"Plan(train=…) names {sorted(clash)[0]}, which a rule packs or trains in part; name one or the other"
         )
     return found
 

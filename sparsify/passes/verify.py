@@ -101,9 +101,9 @@ def verify_parts(program: Program) -> None:
     for part in program.parts:
         part.check(program, read)
     changed = {p.param for p in program.parts} | set(program.quantize)
-    for linear in program.linears():
-        if linear.weight in changed:
-            raise VerifyError(f"node {linear.node.name} still reads {linear.weight} whole, beside its trained part")
+    for reader in (*program.linears(), *program.embeddings()):
+        if reader.weight in changed:
+            raise VerifyError(f"node {reader.node.name} still reads {reader.weight} whole, beside its trained part")
 
 
 def check_identical(expected: object, found: object) -> bool:

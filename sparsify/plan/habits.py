@@ -24,6 +24,8 @@ ALIASES = {
     "use_rslora": "rslora",
     "target_modules": "match",
     "exclude_modules": "exclude",
+    "trainable_token_indices": "ids",
+    "token_indices": "ids",
 }
 
 #: fields of `LoraConfig` that say nothing at these values
@@ -47,7 +49,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 
 HINTS = {
     "modules_to_save": "write Plan([…], train=[…]) for modules that train in full",
-    "trainable_token_indices": "single tokens cannot train; write Plan([…], train=['*.embed_tokens']) for the whole embedding",
+    "trainable_token_indices": "put Tokens(ids=[…]) beside it into the plan",
     "bias": "write Plan([…], train=['*.bias']) for biases that train",
     "rank_pattern": "write rank={'pattern': rank, '*': rank for the rest}",
     "alpha_pattern": "write one rule for every alpha; the first rule that matches a module wins",

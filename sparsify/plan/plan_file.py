@@ -172,7 +172,8 @@ def from_document(document: Any, where: str = "the plan") -> PlanFile:
         raise PlanError(f"{where}: model: expected the folder of a model, got {short(model)}")
     sections = {name: section(kind, document.get(name), f"{where}: {name}", name) for name, kind in SECTIONS.items()}
     train = document.get("train") or []
-    found = PlanFile(model=model, rules=read_rules(document.get("rules"), where), train=as_tuple(train), **sections)
+    rules = () if train and not document.get("rules") else read_rules(document.get("rules"), where)
+    found = PlanFile(model=model, rules=rules, train=as_tuple(train), **sections)
     try:
         found.plan  # noqa: B018  (checks what concerns several rules, and `train`)
     except PlanError as error:
@@ -334,11 +335,12 @@ def schema() -> dict[str, Any]:
             "train": {
                 "type": "array",
                 "items": {"type": "string"},
-                "description": "globs of modules that train in full",
+                "description": "globs of modules and parameters that train in full",
             },
             **sections,
         },
-        "required": ["model", "rules"],
+        "required": ["model"],
+        "anyOf": [{"required": ["rules"]}, {"required": ["train"]}],
         "additionalProperties": False,
     }
 

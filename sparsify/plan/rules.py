@@ -28,6 +28,7 @@ DATA_DRIVEN: frozenset[str] = frozenset({"activation", "product", "gradient"})
 
 #: Bounds on numbers, checked when a plan is made: beyond them something else was meant (or an attack).
 MAX_RANK = 1 << 20
+MAX_TOKENS = 1 << 18
 MAX_INTEGER = 1 << 127
 MAX_ENTRIES = 10_000
 MAX_CHARACTERS, MAX_DEPTH = 16 << 20, 32  # of a plan's JSON
@@ -426,6 +427,8 @@ class LoRA(LinearRule):
 
     alpha: None for twice the rank, the habit of the field (scale 2, where `RoSA` has the paper's 1: give both the same `alpha` to compare
         them at one learning rate). Writes and reads PEFT's adapter directory.
+    match: as everywhere; embeddings (`nn.Embedding` that is tied to nothing) train where the last word of a pattern speaks of them
+        (`*.embed_tokens`, `wpe`), as with PEFT, and by no `*` or regular expression. Their ids have no dropout.
     """
 
     rank: int | Mapping[str, int] = field(default=8, kw_only=False)
@@ -443,6 +446,45 @@ class LoRA(LinearRule):
     def scale(self, rank: int) -> float:
         alpha = 2 * rank if self.alpha is None else self.alpha
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+
+@takes_habits
+@dataclass(frozen=True, kw_only=True)
+class Tokens(Rule):
+    """Single rows of token embeddings and output heads train; every other row stays what it is, and gets no gradient.
+
+    For tokens that were added: `tokenizer.add_tokens(…)`, `model.resize_token_embeddings(len(tokenizer))`, then
+    `Plan([…, Tokens(ids=range(old, len(tokenizer)))])`. PEFT's `trainable_token_indices`, which the export writes.
+
+    match: "*" is the model's own input embedding and its output head (`get_input_embeddings`, `get_output_embeddings`), of a model that
+        names neither every `nn.Embedding`; other patterns name embeddings and linear heads. A head that is tied to the embedding
+        computes with the same rows, which train once; one that is not has rows of its own.
+    ids: the tokens, by number: a list, a tuple, a set or a range.
+    new: instead of `ids`, how many of the last rows.
+    """
+
+    ids: tuple[int, ...] = field(default=(), kw_only=False)
+    new: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ids, list | set | frozenset | range):
+            object.__setattr__(self, "ids", tuple(self.ids))
+        super().__post_init__()
+        if bool(self.ids) == (self.new is not None):
+            raise PlanError(
+                "Tokens: give either ids=[…] (tokens by number) or new=… (how many of the last rows), not both"
+            )
+        if self.new is not None and not 1 <= self.new <= MAX_TOKENS:
+            raise PlanError(f"Tokens(new={self.new}): a number of rows from 1 to {MAX_TOKENS:,} is needed")
+        wrong = next((i for i in self.ids if i < 0), None)
+        if wrong is not None:
+            raise PlanError(f"Tokens(ids=…): {wrong} is no token; new=… counts rows from the end")
+        if len(set(self.ids)) < len(self.ids):
+            raise PlanError("Tokens(ids=…): a token is named twice")
+        if len(self.ids) > MAX_TOKENS:
+            raise PlanError(
+                f"Tokens(ids=…): {len(self.ids):,} tokens, at most {MAX_TOKENS:,} are read; Plan(train=…) trains all rows"
+            )
 
 
 @takes_habits
@@ -466,7 +508,7 @@ class Quantize(LinearRule):
             raise PlanError(f"{type(self).__name__}(format={short(self.format)}): {error}") from None
 
 
-RULES: dict[str, type[Rule]] = {rule.__name__: rule for rule in (S2FT, PaCA, RoSA, LoRA, Quantize)}
+RULES: dict[str, type[Rule]] = {rule.__name__: rule for rule in (S2FT, PaCA, RoSA, LoRA, Tokens, Quantize)}
 
 
 def register_rule(rule: type[Rule]) -> type[Rule]:
@@ -482,7 +524,8 @@ class Plan:
     """What `sparsify.compile` should do.
 
     rules: in order; the first that matches a module wins.
-    train: globs of further parameters or modules that train in full (a new classification head), saved with adapters.
+    train: parameters or modules that train in full, by name (a new classification head, "*.bias", "*norm*"), beside the rules or
+        alone; saved with adapters, and exported where PEFT loads them (`modules_to_save`, `bias`).
     seed: of every random choice; the same seed gives the same selection on every rank and machine.
     check: "numeric" runs the example after every pass and lowering, and both controls of every structure that is permuted, and names what
         drifted.
@@ -522,12 +565,12 @@ class Plan:
         object.__setattr__(self, "rules", rules)
         object.__setattr__(self, "train", train)
         check_patterns("Plan", "train", [pattern for pattern in train if pattern])
-        if not self.rules and self.target not in ("cpu", "cuda"):
-            raise PlanError("Plan: no rules, so nothing would train")
+        if not self.rules and not self.train and self.target not in ("cpu", "cuda"):
+            raise PlanError("Plan: no rules, so nothing would train; train=['*.bias'] trains parameters by name")
         if self.target == "cpu" and self.adapts:
-            rule = next(r for r in self.rules if r.phase == "adapt")
+            rule = next((type(r).__name__ for r in self.rules if r.phase == "adapt"), "train=…")
             raise PlanError(
-                f"Plan(target='cpu') is for inference, but {type(rule).__name__} trains parts: train first, then compile the "
+                f"Plan(target='cpu') is for inference, but {rule} trains parts: train first, then compile the "
                 "trained model with a plan of Prune and Quantize rules only"
             )
         check_types(self)
@@ -546,8 +589,9 @@ class Plan:
 
     @property
     def adapts(self) -> bool:
-        """Whether some rule trains parts beside a frozen base; a plan that only prunes trains every survivor instead."""
-        return any(rule.phase == "adapt" for rule in self.rules)
+        """Whether something trains beside a frozen base: a rule's parts, or what `train` names where nothing is pruned. A plan that
+        only prunes trains every survivor instead."""
+        return any(rule.phase == "adapt" for rule in self.rules) or bool(self.train and not self.rules)
 
     def to_json(self, **options: Any) -> str:
         """JSON text that `from_json` reads back to an equal plan."""

@@ -28,6 +28,7 @@ from sparsify.program.values import (
     Captured,
     ChannelChoice,
     Chosen,
+    EmbeddingNode,
     Found,
     Input,
     LinearNode,
@@ -282,8 +283,8 @@ class Program:
 
     @property
     def slices(self) -> tuple[TrainedSlice, ...]:
-        """The parts that are whole channels (S2FT, PaCA)."""
-        return tuple(cast("TrainedSlice", part) for part in self.parts if part.module_kind == "Partial")
+        """The parts that are whole channels (S2FT, PaCA) or rows."""
+        return tuple(cast("TrainedSlice", part) for part in self.parts if part.module_kind in ("Partial", "Rows"))
 
     @property
     def lowranks(self) -> tuple[SparseLowRank, ...]:
@@ -359,6 +360,17 @@ class Program:
                 bias_name = names.get(bias.name) if bias is not None else None
                 offsets = given["offsets"] if grouped else None
                 yield LinearNode(node, x, names[weight.name], bias_name, swapped != flipped, bias, offsets)
+
+    def embeddings(self) -> Iterator[EmbeddingNode]:
+        """Every look-up of rows of a named weight, in graph order."""
+        names = self.tensor_names
+        for node in self.graph.nodes:
+            if node.op != "call_function" or node.target is not torch.ops.aten.embedding.default:
+                continue
+            given = arguments(node)
+            weight, ids = given["weight"], given["indices"]
+            if isinstance(weight, fx.Node) and weight.name in names and isinstance(ids, fx.Node):
+                yield EmbeddingNode(node, ids, names[weight.name], int(given["padding_idx"]))
 
     def __call__(self, *args: object, **kwargs: object) -> Any:
         """Run the graph. Inputs must have the structure and shapes of the captured example; so has what the model returns."""

@@ -73,6 +73,16 @@ class LinearNode:
 
 
 @dataclass(frozen=True)
+class EmbeddingNode:
+    """One look-up of rows of a weight, tied to its parameter's qualified name. padding: the id without a gradient, −1 for none."""
+
+    node: fx.Node
+    ids: fx.Node
+    weight: str
+    padding: int
+
+
+@dataclass(frozen=True)
 class ChannelChoice:
     """Input channels that train in every weight of a group that shares its input, in original coordinates."""
 

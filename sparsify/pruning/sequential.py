@@ -39,6 +39,7 @@ from sparsify.calibration.ranks import (
     of_every_rank,
     rank,
     rank_count,
+    same_weights,
     sum_over_ranks,
     together,
 )
@@ -205,6 +206,8 @@ class Driver:
             raise PlanError(
                 "pruning on disk writes one folder, so it runs in one process: call it before torch.distributed is initialised"
             )
+        if needs_data and self.source is not None:
+            same_weights(host, f"Prune(method={self.rules[needs_data[0]].method!r})")
         if needs_data and self.source is None:
             rule = self.rules[needs_data[0]]
             raise PlanError(
@@ -538,11 +541,20 @@ class Driver:
         return [group.views[i : i + count] for i in range(0, len(group.views), count)]
 
     def prune_without_data(self, group: Group) -> None:
-        if self.is_scored(group):
-            check_weights((name, self.parameter(name)) for name in group.params)
-        for name in group.params:
-            for view in [v for v in group.views if v.param == name] or self.plain_views(name):
-                self.write(view, *self.prune_view(view, Statistics(False)))
+        """On the first rank, for all of them: the others' weights may not have come yet (accelerate's efficient loading)."""
+        views = [
+            view
+            for name in group.params
+            for view in [v for v in group.views if v.param == name] or self.plain_views(name)
+        ]
+        written: Written = {}
+        with together():
+            if rank() == 0:
+                if self.is_scored(group):
+                    check_weights((name, self.parameter(name)) for name in group.params)
+                written = {view: self.prune_view(view, Statistics(False)) for view in views}
+        for view, (values, mask, stats) in self.from_first_rank(views, written).items():
+            self.write(view, values, mask, stats)
 
     def collect(
         self, group: Group, views: list[View], here: list[Waiting], forward: Forward, kept: KeptProducts

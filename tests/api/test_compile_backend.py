@@ -197,9 +197,7 @@ def test_inductor_keeps_what_the_eager_compiler_keeps() -> None:
 FAMILIES = {"GPT-2": 0.9, "BERT (classifier)": 0.9, "T5 (gated)": 0.9, "Llama": 0.8}
 
 
-@pytest.mark.parametrize(
-    "name", ["GPT-2", *(pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES if n != "GPT-2")]
-)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_families_keep_less_than_torch_s_own_partition(name: str) -> None:
     host = tiny.lower(tiny.build(name), LoRA(rank=2))
     tiny.disturb(host)
@@ -298,22 +296,31 @@ def test_repeated_blocks_share_one_graph() -> None:
         torch.testing.assert_close(parameter.grad, reference)
 
 
-# GPT-2 differs in Conv1D, which `test_one_graph_with_every_partial_linear_in_it` compiles
-@pytest.mark.parametrize("name", ["Llama", pytest.param("GPT-2", marks=pytest.mark.slow)])
+# attention at several lengths is compiled in `test_blocks_of_a_model_share_one_graph_at_every_length`, GPT-2's Conv1D in
+# `test_one_graph_with_every_partial_linear_in_it`
+@pytest.mark.parametrize(
+    "name", ["feed-forward", *(pytest.param(name, marks=pytest.mark.slow) for name in ("Llama", "GPT-2"))]
+)
 def test_training_at_many_lengths_takes_two_graphs(name: str) -> None:
     """The first length is compiled as it is, the second once for all: Dynamo's default, with no mark from the user."""
-    model = tiny.llama(num_hidden_layers=1) if name == "Llama" else tiny.build(name)
-    host = tiny.lower(model, S2FT(fraction=0.1, producer_fraction=0.1, budget="structure"))
+    rule = S2FT(fraction=0.1, producer_fraction=0.1, budget="structure")
+    host: Any
+    if name == "feed-forward":
+        host = feed_forward(rule)
+    else:
+        host = tiny.lower(tiny.llama(num_hidden_layers=1) if name == "Llama" else tiny.build(name), rule)
     tiny.disturb(host)
     torch._dynamo.utils.counters.clear()
-    run = torch.compile(host, backend=backend("aot_eager"), fullgraph=True)
+    run: Any = torch.compile(host, backend=backend("aot_eager"), fullgraph=True)
     graphs = []
     for length in (5, 8, 11, 13):
-        inputs = tiny.tokens(3, length)
-        tiny.probe_loss(host(input_ids=inputs, use_cache=False)).backward()
+        inputs = {"input_ids": tiny.tokens(3, length), "use_cache": False}
+        if name == "feed-forward":
+            inputs = {"input": torch.randn(3, length, 24)}
+        tiny.probe_loss(host(**inputs)).backward()
         expected = [p.grad.clone() for p in tiny.trainable(host)]
         host.zero_grad()
-        tiny.probe_loss(run(input_ids=inputs, use_cache=False)).backward()
+        tiny.probe_loss(run(**inputs)).backward()
         for parameter, reference in zip(tiny.trainable(host), expected, strict=True):
             torch.testing.assert_close(parameter.grad, reference, rtol=1e-4, atol=1e-5)
         host.zero_grad()

@@ -16,7 +16,8 @@ import processes
 import tiny
 
 import sparsify
-from sparsify import S2FT, CaptureError, LoRA, PaCA, Plan, RoSA
+from sparsify import S2FT, CaptureError, LoRA, PaCA, Plan, Prune, RoSA, SparsifyError
+from sparsify.modules.masked import masked_parameters
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 RULE = S2FT(fraction=0.15, producer_fraction=0.1, budget="structure")
@@ -114,6 +115,32 @@ def chosen(host: torch.nn.Module) -> dict[str, object]:
     }
 
 
+#: what looks at weights alone
+WITHOUT_DATA = {
+    "s2ft by weight": [S2FT(fraction=0.2, select="weight", budget="structure")],
+    "paca by weight": [PaCA(rank=3, select="weight")],
+    "pruned": [Prune(sparsity=0.5, method="magnitude")],
+}
+BY_DATA = [Prune(sparsity=0.5, method="wanda")]
+
+
+def unwritten(rank: int, name: str) -> object:
+    """What a rank chooses, or why it does not, when only the first one has weights (accelerate's efficient loading): NaN elsewhere."""
+    base = model()
+    if rank:
+        with torch.no_grad():
+            for parameter in base.parameters():
+                parameter.fill_(float("nan"))
+    plan = Plan({**WITHOUT_DATA, **PLANS, "pruned by data": BY_DATA}[name])
+    options = {} if name in WITHOUT_DATA else {"calibration": local_calibration(0), "loss": lambda y, _: loss_of(y)}
+    try:
+        host = sparsify.compile(base, plan, example=batch(), progress=False, **options)
+    except SparsifyError as error:
+        return str(error)
+    masks = {n: module.mask(leaf) for n, module, leaf in masked_parameters(host)}
+    return chosen(host), {n: m.tolist() for n, m in masks.items()}
+
+
 def data_worker(rank: int, store: str, results: str) -> None:
     """Each rank calibrates on other data; then trains every method for a step."""
     torch.set_num_threads(1)
@@ -127,6 +154,7 @@ def data_worker(rank: int, store: str, results: str) -> None:
         loss_of(wrapped(batch().chunk(2)[rank])).backward()
         grads = {n: p.grad.clone() for n, p in host.named_parameters() if p.requires_grad and p.grad is not None}
         found[name] = {"chosen": chosen(host), "start": start, "grads": grads}
+    found["unwritten"] = {name: unwritten(rank, name) for name in (*WITHOUT_DATA, *PLANS, "pruned by data")}
     torch.save(found, f"{results}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -135,6 +163,13 @@ def test_ranks_with_different_data_choose_and_train_the_same():
     with tempfile.TemporaryDirectory() as directory:
         processes.spawn(data_worker, (f"{directory}/store", directory), 2)
         first, second = (torch.load(f"{directory}/{rank}.pt", weights_only=False) for rank in (0, 1))
+    for name in PLANS:
+        reasons = (first["unwritten"][name], second["unwritten"][name], first["unwritten"]["pruned by data"])
+        assert all("rank 1 holds other weights than rank 0" in reason for reason in reasons)
+    for name, rules in WITHOUT_DATA.items():
+        alone = sparsify.compile(model(), Plan(rules), example=batch(), progress=False)
+        masks = {n: module.mask(leaf).tolist() for n, module, leaf in masked_parameters(alone)}
+        assert first["unwritten"][name] == second["unwritten"][name] == (chosen(alone), masks), name
     for name in PLANS:
         a, b = first[name], second[name]
         assert a["chosen"] == b["chosen"], name

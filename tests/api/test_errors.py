@@ -44,18 +44,14 @@ def test_every_public_name_exists():
 def test_import_is_lean():
     """`import sparsify` brings neither transformers nor triton nor peft nor networkx nor a compiler."""
     code = (
-        "import sys, sparsify; "
-        "print([m for m in ('transformers', 'triton', 'peft', 'accelerate', 'jinja2', 'typer', 'networkx') if m in sys.modules])"
+        "import sys, torch\n"
+        "heavy = ('transformers', 'triton', 'peft', 'accelerate', 'jinja2', 'typer', 'networkx')\n"
+        "before = [m for m in heavy if m in sys.modules]\n"  # torch's own
+        "import sparsify\n"
+        "assert [m for m in heavy if m in sys.modules] == before"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    baseline = subprocess.run(
-        [sys.executable, "-c", code.replace("sparsify; ", "torch; ")],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    assert done.stdout == baseline.stdout
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 class Escaping(nn.Module):

@@ -22,17 +22,17 @@ SIZES = {
     "vocab_size": TOKENS, "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-ONE = {"num_hidden_layers": 1}  # of families that no test looks at for what differs between layers
+ONE = {"num_hidden_layers": 1}  # no test looks for what differs between layers, except between DeepSeek-V3's
 SMALL = {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
 LATENT = {
     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_group": 1,
     "topk_group": 1, "n_routed_experts": 3, "n_shared_experts": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4,
 }  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
-    "Mixtral": {"num_local_experts": 3, "num_experts_per_tok": 2},
+    "Mixtral": {**ONE, "num_local_experts": 3, "num_experts_per_tok": 2},
     "Qwen3Moe": {**SMALL, **ONE, "num_experts": 3, "decoder_sparse_step": 1},
     "DeepseekV3": {**SMALL, **LATENT},
-    "GptOss": {"num_local_experts": 3, "num_experts_per_tok": 2, "layer_types": ["full_attention", "full_attention"]},
+    "GptOss": {**ONE, "num_local_experts": 3, "num_experts_per_tok": 2, "layer_types": ["full_attention"]},
     "Olmoe": {**ONE, "num_experts": 3, "num_experts_per_tok": 2, "head_dim": 12},
     "GraniteMoe": {**ONE, "num_local_experts": 3, "num_experts_per_tok": 2},
     "Llama4": {**ONE, "num_local_experts": 3, "num_experts_per_tok": 1, "intermediate_size_mlp": 64, "interleave_moe_layer_step": 1},
@@ -274,7 +274,7 @@ def test_the_program_agrees_with_its_host_and_says_what_trains() -> None:
     kwargs = {k: v for k, v in kwargs.items() if k in ("input_ids", "attention_mask")} or kwargs
     torch.testing.assert_close(program.run_example()["logits"], host(*args, **kwargs).logits, rtol=1e-4, atol=1e-5)
     text = program.text(fold=False)
-    assert text.count("sparsify.partial_grouped_linear") == 2
+    assert text.count("sparsify.partial_grouped_linear") == 1
     assert "channels of every expert" in text
     assert "moves nothing" not in str(host.sparsify.report)
 
@@ -290,7 +290,7 @@ def test_gradient_scores_see_every_expert_by_itself() -> None:
         scores = dense[param.removesuffix(".weight")].square().sum((0, 1))
         best = scores.topk(3, largest=rule.largest).indices.sort().values.tolist()
         assert list(choice.channels) == best
-    assert len(host.sparsify.program.channel_choices) == 2
+    assert len(host.sparsify.program.channel_choices) == 1
 
 
 def test_quantize_leaves_experts_dense_and_says_so() -> None:

@@ -70,7 +70,7 @@ def test_unknown_field_of_a_rule_is_refused():
 
 
 WRONG_PLANS: list[tuple[Any, dict[str, Any], str]] = [
-    ([], {}, "Plan: no rules, so nothing would train"),
+    ([], {}, "Plan: no rules, so nothing would train; train=['*.bias'] trains parameters by name"),
     (S2FT(units=1), {}, "Plan takes a list of rules: Plan([S2FT(…)])"),
     ([S2FT(units=1)], {"train": "classifier"}, "Plan(train='classifier'): expected a list of patterns"),
     ([S2FT(units=1)], {"seed": 1.0}, "Plan(seed=1.0): expected int"),
@@ -146,7 +146,7 @@ WRONG_JSON = [
     ),
     ('{"rules": [{"rule": "S2FT", "units": "2"}]}', "S2FT(units='2'): expected int or NoneType"),
     ('{"rules": [{"rule": "S2FT", "units": 2}], "sed": 1}', "plan: unknown field 'sed'; did you mean 'seed'"),
-    ('{"rules": []}', "Plan: no rules, so nothing would train"),
+    ('{"rules": []}', "Plan: no rules, so nothing would train; train=['*.bias'] trains parameters by name"),
 ]
 
 

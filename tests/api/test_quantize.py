@@ -350,7 +350,7 @@ def test_the_first_quantize_rule_wins_and_excluded_modules_stay_dense():
 
 
 def test_a_parameter_that_trains_in_full_cannot_be_packed():
-    with pytest.raises(PlanError, match="which a rule reorders or trains in part"):
+    with pytest.raises(PlanError, match="which a rule packs or trains in part"):
         tiny.lower(model_of(), Quantize(), train=["*.down_proj"])
 
 

@@ -149,8 +149,8 @@ def test_decoder_padding_is_not_taken_from_the_encoder_mask():
 def test_random_selection_covers_all_units_over_seeds():
     model = tiny.llama()
     seen: set[int] = set()
-    for seed in range(24):
-        host = tiny.lower(model, S2FT(match="*.0.mlp*", units=12), seed=seed)
+    for seed in range(12):
+        host = tiny.lower(model, S2FT(match="*.0.mlp*", units=22), seed=seed)
         seen |= set(host.sparsify.program.choices[0].consumers)
     assert seen == set(range(44))
 
@@ -278,11 +278,8 @@ def test_one_dense_gradient_is_alive_at_a_time():
         alive.append(live_gradients())
 
     gc.freeze()
-    try:
-        before = live_gradients()
-        gradient_statistics(model, {n: model.get_submodule(n) for n in names}, batches(), reduce, progress=False)
-    finally:
-        gc.unfreeze()
+    before = live_gradients()
+    gradient_statistics(model, {n: model.get_submodule(n) for n in names}, batches(), reduce, progress=False)
     assert calls == [*reversed(names)] * 2, "layer by layer, from the top, once per batch"
     assert max(alive) - before == 1
     assert all(p.grad is None for p in model.parameters())

@@ -40,8 +40,9 @@ def wide(name: str) -> nn.Module:
     """A model whose layers are wide enough to be packed."""
     torch.manual_seed(0)
     if name == "Llama":
-        return tiny.llama(hidden_size=192, intermediate_size=256, head_dim=32)
-    sizes = {"vocab_size": tiny.VOCABULARY, "n_embd": 192, "n_layer": 2, "n_head": 4, "n_positions": 64}
+        sizes = {"num_hidden_layers": 1, "hidden_size": 192, "intermediate_size": 256, "head_dim": 32}
+        return tiny.llama(**sizes, eos_token_id=None)  # the loop below writes on where generate would not say the end
+    sizes = {"vocab_size": tiny.VOCABULARY, "n_embd": 192, "n_layer": 1, "n_head": 4, "n_positions": 64}
     ends = {"bos_token_id": 0, "eos_token_id": 0}
     return hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, **ends, loss_type="ForCausalLMLoss")).eval()
 

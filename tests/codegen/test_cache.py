@@ -360,17 +360,17 @@ def test_settings_of_the_folder(settings: dict[str, str], expected: str, monkeyp
         ('mkdir "$last"', "wrote no library"),
         ('echo no library > "$last"', "does not load"),
         ('head -c 3000 /dev/zero > "$last"', "does not load"),
-        ("sleep 60", "did not end within 1 s"),
-        ("sleep 60 & sleep 60", "did not end within 1 s"),
-        ("exec 1>&- 2>&-; sleep 60", "did not end within 1 s"),
-        ("yes no", "did not end within 1 s"),
+        ("sleep 60", "did not end within"),
+        ("sleep 60 & sleep 60", "did not end within"),
+        ("exec 1>&- 2>&-; sleep 60", "did not end within"),
+        ("yes no", "did not end within"),
         ("kill -SEGV $$", "failed with status -11"),
     ],
 )
 def test_a_compiler_that_misbehaves_is_a_build_error(
     script: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "TIMEOUT", 1.0)
+    monkeypatch.setattr(build, "TIMEOUT", 0.2 if "within" in expected else 60.0)
     monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", make_compiler(tmp_path / "odd compiler", script + "\n"))
     start = time.monotonic()

@@ -93,7 +93,7 @@ def the_day(model: Path, folder: Path, options: tuple[str, ...], settings: tuple
 
 def test_a_day_on_a_small_model(tmp_path: Path) -> None:
     model = small_folder.write_model(tmp_path / "model")
-    settings = ("training.steps=24", "training.learning_rate=0.05", "training.save_every=2", "training.log_every=8")
+    settings = ("training.steps=12", "training.learning_rate=0.08", "training.save_every=4", "training.log_every=4")
     the_day(model, tmp_path, ("--fraction", "0.4", "-b", "4", "-l", "32"), settings, 0.5)
 
 

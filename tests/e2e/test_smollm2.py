@@ -2,27 +2,48 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 import sparsify
 from sparsify import S2FT, CpuOptions, LoRA, Plan, Prune
-from sparsify.demo import smollm2
+from sparsify.demo import pretrained, smollm2
 from sparsify.demo.language_demo import LanguageSettings, run_language_demo
 from sparsify.demo.language_methods import METHODS
 from sparsify.demo.language_tasks import SQL, calibration_text, general_text
 from sparsify.demo.language_training import encode, score, text_blocks, text_loss, train, training_batches, write
 from sparsify.demo.pretrained import why_missing
+from sparsify.kernels import cache
 from sparsify.train.squarehead import Distiller
 
 pytestmark = pytest.mark.skipif(bool(why_missing()), reason=why_missing() or "installed")
 PROMPTS = ["The capital of France is", "Question: count the books?\nSQL:"]
 SIZE = 1_831_680
+FEW = 4  # blocks of the model that most of this is tried on by default; all thirty with -m slow
+
+
+def keep_the_first_blocks(folder: Path, count: int) -> None:
+    """A cache in `folder` whose checkpoint has the first `count` blocks only, and the user's own kernels."""
+    folder.mkdir(mode=0o700)
+    for kept in cache.directory().iterdir():
+        if kept.name != "models" and not kept.name.startswith("."):
+            (shutil.copytree if kept.is_dir() else shutil.copy)(kept, folder / kept.name)
+    whole = pretrained.model_folder()
+
+    def save(place: Path) -> None:
+        LlamaForCausalLM.from_pretrained(whole, num_hidden_layers=count).save_pretrained(place)
+        AutoTokenizer.from_pretrained(whole).save_pretrained(place)
+
+    source = {"layout": pretrained.LAYOUT, "gguf": pretrained.sha256(pretrained.gguf_file())}
+    pretrained.ready(folder / "models" / pretrained.NAME, source, save)
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +53,24 @@ def opened() -> tuple[Any, Any]:
 
 
 @pytest.fixture(scope="module")
-def trained(opened: tuple[Any, Any]) -> Any:
-    """A host after three steps of S2FT: enough to move every trained block."""
+def few_blocks(opened: tuple[Any, Any]) -> tuple[Any, Any]:
+    """The model's first blocks, with its own weights, and its tokenizer."""
     model, tokenizer = opened
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = FEW
+    with torch.device("meta"):
+        short = LlamaForCausalLM(config)
+    kept = {name: tensor for name, tensor in model.state_dict().items() if name in short.state_dict()}
+    short.load_state_dict(kept, assign=True)
+    short.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)
+    short.tie_weights()
+    return short.requires_grad_(False).eval(), tokenizer
+
+
+@pytest.fixture(scope="module")
+def trained(few_blocks: tuple[Any, Any]) -> Any:
+    """A host after three steps of S2FT: enough to move every trained block."""
+    model, tokenizer = few_blocks
     host = sparsify.compile(model, METHODS["s2ft"].plan(0))
     batches = training_batches(SQL, 3, 4, 0)
     run = train(host, tokenizer, batches, lr=1e-3, name="test")
@@ -63,17 +99,18 @@ def test_an_ordinary_checkpoint(opened: tuple[Any, Any]) -> None:
     assert 2.5 < text_loss(model, text_blocks(tokenizer, general_text(), 2, 128)) < 3.6
 
 
+@pytest.mark.parametrize("blocks", [FEW, 30])
 @pytest.mark.parametrize("name", ["s2ft", "lora"])
-def test_compiled_it_writes_what_the_base_writes(opened: tuple[Any, Any], name: str) -> None:
-    model, tokenizer = opened
+def test_compiled_it_writes_what_the_base_writes(name: str, blocks: int, request: pytest.FixtureRequest) -> None:
+    model, tokenizer = request.getfixturevalue("few_blocks" if blocks == FEW else "opened")
     host = sparsify.compile(model, METHODS[name].plan(3))
-    assert sum(p.numel() for p in host.parameters() if p.requires_grad) == SIZE
+    assert sum(p.numel() for p in host.parameters() if p.requires_grad) == SIZE * blocks // 30
     assert write(host, tokenizer, PROMPTS, 8) == write(model, tokenizer, PROMPTS, 8)
     close(logits(host, tokenizer), logits(model, tokenizer))
 
 
-def test_adapter_opens_on_the_base_and_leaves_it(opened: tuple[Any, Any], trained: Any, tmp_path: Path) -> None:
-    model, tokenizer = opened
+def test_adapter_opens_on_the_base_and_leaves_it(few_blocks: tuple[Any, Any], trained: Any, tmp_path: Path) -> None:
+    model, tokenizer = few_blocks
     trained.sparsify.save_adapter(tmp_path / "sql")
     served = sparsify.load(model, tmp_path / "sql", name="sql")
     expected, base = logits(trained, tokenizer), logits(model, tokenizer)
@@ -83,20 +120,20 @@ def test_adapter_opens_on_the_base_and_leaves_it(opened: tuple[Any, Any], traine
     assert torch.equal(logits(served, tokenizer), base)
 
 
-def test_exported_to_peft_it_computes_the_same(opened: tuple[Any, Any], trained: Any, tmp_path: Path) -> None:
+def test_exported_to_peft_it_computes_the_same(few_blocks: tuple[Any, Any], trained: Any, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    _, tokenizer = opened
+    model, tokenizer = few_blocks
     folder = trained.sparsify.export_lora(tmp_path / "peft")
-    other = peft.PeftModel.from_pretrained(smollm2()[0], str(folder)).eval()
+    other = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(folder)).eval()
     close(logits(other, tokenizer), logits(trained, tokenizer))
 
 
-def test_packed_for_the_cpu_it_writes_what_the_masked_model_writes(opened: tuple[Any, Any]) -> None:
-    model, tokenizer = opened
-    rules = [Prune(sparsity=0.3, method="magnitude", match=[f"model.layers.{i}.*" for i in range(6)])]
+def test_packed_for_the_cpu_it_writes_what_the_masked_model_writes(few_blocks: tuple[Any, Any]) -> None:
+    model, tokenizer = few_blocks
+    rules = [Prune(sparsity=0.3, method="magnitude", match="model.layers.*")]
     pruned = sparsify.compile(model, Plan(rules)).sparsify.plain().eval()
     lowered = sparsify.compile(pruned, Plan([], target="cpu"), cpu=CpuOptions(tokens=(1,), mode="small"))
-    assert len(lowered.sparsify.cpu.lowered) >= 6 * 4
+    assert len(lowered.sparsify.cpu.lowered) >= FEW * 4
     assert write(lowered, tokenizer, PROMPTS, 10) == write(pruned, tokenizer, PROMPTS, 10)
     close(logits(lowered, tokenizer), logits(pruned, tokenizer))
 
@@ -149,14 +186,20 @@ def test_greedy_text_and_score_agree(opened: tuple[Any, Any]) -> None:
     assert score(model, tokenizer, [(PROMPTS[0], " zebra")]).exact == 0.0
 
 
-def test_every_step_of_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("blocks", [FEW, 30])
+def test_every_step_of_the_demo(
+    blocks: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What `python -m sparsify.demo` does, with less of everything."""
+    if blocks == FEW:
+        keep_the_first_blocks(tmp_path / "cache", FEW)
+        monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path / "cache"))
     given = {"methods": ("s2ft", "lora"), "seed": 0, "out": tmp_path}
     few = {"steps": 2, "second_steps": 2, "batch": 2, "held_out": 2, "blocks": 1, "calibration": 1}
     run_language_demo(LanguageSettings(**given, **few, tokens=2, shown=2, answer=6, fast=True))  # type: ignore[arg-type]
     results = json.loads((tmp_path / "results.json").read_text())
     s2ft, lora = results["tuned"]
-    assert s2ft["trained"] == lora["trained"] == SIZE
+    assert s2ft["trained"] == lora["trained"] == SIZE * blocks // 30
     assert s2ft["run"]["losses"][0] == pytest.approx(lora["run"]["losses"][0], rel=1e-4)  # the same batches
     assert s2ft["score"]["loss"] < results["base"]["loss"]
     assert results["fresh_equal"]

@@ -96,13 +96,13 @@ def test_declined_structures_are_grey_with_their_reason() -> None:
 
 
 def test_deep_model_is_readable_and_small() -> None:
-    host = sparsify.compile(tiny.llama(num_hidden_layers=12), PLAN, progress=False)
+    host = sparsify.compile(tiny.llama(num_hidden_layers=8), PLAN, progress=False)
     text, whole = host.sparsify.program.svg(), host.sparsify.program.svg(fold=False)
-    assert re.findall(r">(layers\.\d+)</text>", whole) == [f"layers.{i}" for i in range(12)]
-    assert re.findall(r">(layers\.[^<]*)</text>", text) == ["layers.{0…11}"]
-    assert ">× 12</text>" in text
+    assert re.findall(r">(layers\.\d+)</text>", whole) == [f"layers.{i}" for i in range(8)]
+    assert re.findall(r">(layers\.[^<]*)</text>", text) == ["layers.{0…7}"]
+    assert ">× 8</text>" in text
     assert len(text) < 150_000
-    assert 4 * len(text) < len(whole) < 50_000 * 12  # a deep model's picture stays one that a browser opens
+    assert 3 * len(text) < len(whole) < 50_000 * 8  # a deep model's picture stays one that a browser opens
 
 
 def test_a_folded_row_shows_what_every_layer_trains() -> None:

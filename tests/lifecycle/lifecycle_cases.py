@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsify
-from sparsify import S2FT, LoRA, PaCA, Plan, RoSA
+from sparsify import S2FT, LoRA, PaCA, Plan, RoSA, Tokens
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from write_a_method import DoRA
@@ -22,7 +22,7 @@ from write_a_method import DoRA
 
 @dataclass(frozen=True)
 class Case:
-    """A rule; why PEFT cannot hold it (a pattern), or "" where the export is exact; the module that registers it; the model's family."""
+    """A rule, or several; why PEFT cannot hold it (a pattern), or "" where the export is exact; the module that registers it; the model's family."""
 
     rule: Any
     refusal: str = ""
@@ -36,6 +36,8 @@ METHODS = {
     "RoSA": Case(RoSA(rank=2, density=0.03, mask="random"), "has a sparse part of"),
     "LoRA": Case(LoRA(rank=2)),
     "DoRA": Case(DoRA(rank=2), module="write_a_method"),
+    "Tokens": Case([Tokens(ids=[5, 3, 17, 28]), LoRA(rank=2, match="q_proj")], family="tied Llama"),
+    "LoRA of embeddings": Case(LoRA(rank=2, match=["embed_tokens", "q_proj"])),
     "S2FT of experts": Case(S2FT(structure="ffn", units=3), "has trained columns of packed experts", family="Mixtral"),
     "RoSA of experts": Case(
         RoSA(rank=2, density=0.03, mask="random", match="*.experts.*"), "sparse part", family="Mixtral"
@@ -47,6 +49,8 @@ METHODS = {
 def family(name: str) -> nn.Module:
     if name == "Llama":
         return tiny.perturb(tiny.llama(num_hidden_layers=1))
+    if name == "tied Llama":
+        return tiny.perturb(tiny.llama(num_hidden_layers=1, tie_word_embeddings=True))
     return tiny.build(name)
 
 
@@ -55,9 +59,14 @@ def base(name: str) -> nn.Module:
     return family(METHODS[name].family)
 
 
+def plan(name: str, **fields: Any) -> Plan:
+    rule = METHODS[name].rule
+    return Plan(rule if isinstance(rule, list) else [rule], **fields)
+
+
 @functools.cache
 def shared(name: str) -> nn.Module:
-    return sparsify.compile(base(name), Plan([METHODS[name].rule]), progress=False)
+    return sparsify.compile(base(name), plan(name), progress=False)
 
 
 def compiled(name: str, seed: int | None = None) -> Any:

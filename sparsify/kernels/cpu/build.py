@@ -114,8 +114,8 @@ def open_library(content: bytes, place: Path) -> ctypes.CDLL:
 
 
 @cache
-def openmp_entry() -> int:
-    """Address of `GOMP_parallel` in the OpenMP runtime that torch uses, or 0 (kernels then run on one thread)."""
+def openmp_library() -> ctypes.CDLL | None:
+    """The OpenMP runtime that torch uses, or None (kernels then run on one thread)."""
     import torch
 
     root = Path(torch.__file__).parent / "lib"
@@ -123,10 +123,19 @@ def openmp_entry() -> int:
     for candidate in [None, *found, "libgomp.so.1"]:
         try:
             library = ctypes.CDLL(str(candidate) if candidate is not None else None)
-            return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value or 0
+            assert library.GOMP_parallel
+            return library
         except (OSError, AttributeError):
             continue
-    return 0
+    return None
+
+
+def openmp_entry(name: str = "GOMP_parallel") -> int:
+    """Address of a function of the OpenMP runtime that torch uses, or 0 without one."""
+    try:
+        return ctypes.cast(getattr(openmp_library(), name), ctypes.c_void_p).value or 0
+    except AttributeError:
+        return 0
 
 
 class Kernels:

@@ -32,6 +32,8 @@ from sparsify.kernels.cpu.formats import Bitmask, FormatError, pack, pack_int8, 
 from sparsify.kernels.cpu.tune import TUNE_VERSION, Timing, cpu_name, last_level_cache, measured, other_data
 from sparsify.kernels.fallback import note, switched_on
 from sparsify.lowering.cpu.fuse import Counted, absorb_activation, join_gated
+from sparsify.lowering.cpu.native.make import make_native
+from sparsify.lowering.cpu.native.step import NativeStep
 from sparsify.lowering.cpu.options import DEFAULT_TOKENS
 from sparsify.lowering.cpu.prepacked_linear import PrepackedLinear, can_prepack, prepack, prepacked_product
 from sparsify.lowering.cpu.sparse_linear import SparseLinear
@@ -109,6 +111,7 @@ class CpuReport:
     fusions: tuple[Fusion, ...] = field(default=())
     whole: WholeModel | None = None
     not_fused: tuple[Refusal, ...] = ()
+    native: NativeStep | Refusal | None = None
 
     def __str__(self) -> str:
         return self.text()
@@ -121,6 +124,7 @@ class CpuReport:
         saved = self.bytes_before / max(1, self.bytes_after)
         lines.append(f"memory     {self.bytes_before / 2**20:.1f} → {self.bytes_after / 2**20:.1f} MiB ({saved:.2f} ×)")
         lines += [f"whole      {self.whole}"] if self.whole is not None else []
+        lines += [f"native     {self.native_text}"] if self.native is not None else []
         lines += rows("packed", [entry.line() if fold else str(entry) for entry in self.lowered], fold)
         lines += rows("fused", [fusion.line() for fusion in self.fusions], fold)
         lines += rows("not fused", reasons(self.not_fused), fold)
@@ -128,6 +132,11 @@ class CpuReport:
         lines += rows("blocked", [entry.line() if fold else str(entry) for entry in self.prepacked], fold)
         lines += [f"note       {note}" for note in self.notes]
         return "\n".join(lines)
+
+    @property
+    def native_text(self) -> str:
+        """Whether `generate()` makes one native call a token, or why not."""
+        return f"no: {self.native.reason}" if isinstance(self.native, Refusal) else str(self.native)
 
 
 def pack_linear(weight: torch.Tensor, quantize: Literal["int8"] | None, group: int = 0) -> Bitmask:
@@ -347,7 +356,9 @@ def cpu_target(
     return CpuTarget(example=example, timed=compare, cold=cold, **options)
 
 
-def make_report(host: nn.Module, decision: Decision, bytes_before: int, cold: bool) -> CpuReport:
+def make_report(
+    host: nn.Module, decision: Decision, bytes_before: int, cold: bool, native: NativeStep | Refusal | None = None
+) -> CpuReport:
     """What was done to a host that is lowered now. cold: its layers were timed with weights that come from memory."""
     whole = decision.whole
     assert whole is None or isinstance(whole, WholeModel)  # `CpuTarget.compare` makes no other
@@ -365,21 +376,25 @@ def make_report(host: nn.Module, decision: Decision, bytes_before: int, cold: bo
         fusions=tuple(decision.fusions),
         whole=whole,
         not_fused=tuple(decision.not_fused),
+        native=native,
     )
 
 
 def lower_program(
     host: nn.Module, program: Program | None, *, names: Sequence[str] | None = None, quantize: Quantize = None,
-    check: bool = False, compare: bool = False, progress: bool = False, **options: Unpack[Settings],
+    check: bool = False, compare: bool = False, progress: bool = False, native: bool = False, **options: Unpack[Settings],
 ) -> tuple[CpuReport, Program | None]:  # fmt: skip
-    """Lower `host`, in place, and `program`, into a new one; see `driver.lower`. options: see `lower_model`."""
+    """Lower `host`, in place, and `program`, into a new one; see `driver.lower`. native: make a native step of a decoder, too.
+    options: see `lower_model`."""
     before = packed_operator.module_bytes(host)
     target = cpu_target(program, compare=compare, cold=exceeds_caches(host), **options)
     try:
         decision, lowered = lower(host, program, target, names=names, quantize=quantize, check=check, progress=progress)
     finally:
         other_data.cache_clear()
-    return make_report(host, decision, before, target.cold), lowered
+    generates = callable(getattr(type(host), "generate", None))
+    step = make_native(host, lowered) if native and generates and lowered is not None else None
+    return make_report(host, decision, before, target.cold, step), lowered
 
 
 def lower_model(

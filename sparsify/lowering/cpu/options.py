@@ -21,6 +21,8 @@ class CpuOptions:
     mode: "fast" keeps that promise; "small" packs every linear that can be packed, for the memory.
     int8_activations: let int8 weights meet int8 activations (dynamic, one scale per token) where that is faster.
     tied: a weight that an embedding shares stays dense ("skip"), or is packed beside the embedding's copy ("copy").
+    native: run a decoder whose graph is known as one native call for up to 16 tokens with a cache, as `generate()` makes them. The
+        report says why where it is not.
     """
 
     tokens: tuple[int, ...] | None = None
@@ -28,6 +30,7 @@ class CpuOptions:
     mode: Literal["fast", "small"] = "fast"
     int8_activations: bool = True
     tied: Literal["skip", "copy"] = "skip"
+    native: bool = True
 
     def __post_init__(self) -> None:
         if self.tokens is not None:
