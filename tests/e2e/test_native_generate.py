@@ -19,6 +19,7 @@ from sparsify import CpuOptions, Plan, Prune, Quantize
 from sparsify.host.native_forward import NativeForward
 from sparsify.kernels.cpu import build
 from sparsify.lowering.cpu.native.step import NativeStep
+from sparsify.lowering.cpu.sparse_linear import SparseLinear
 
 try:
     build.find_compiler(None)
@@ -138,6 +139,21 @@ def test_a_prompt_that_is_longer_is_pytorchs(llama: Any) -> None:
         assert torch.equal(llama.generate(ids, **settings), expected)
     assert native == [1] * 2
     assert step_of(llama).declined == {"more than 16 tokens at once": 1}
+
+
+def test_a_head_that_shares_the_embedding_in_int8() -> None:
+    rules = [PRUNE, Quantize("int8", exclude=())]
+    options = CpuOptions(tokens=(1, 8), mode="small", tied="copy")
+    host: Any = sparsify.compile(
+        tiny.llama(tie_word_embeddings=True), Plan(rules, target="cpu"), cpu=options, progress=False
+    )
+    assert isinstance(host.lm_head, SparseLinear)
+    ids, settings = tiny.tokens(2, 6), {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    with by_pytorch(host):
+        expected = host.generate(ids, **settings)
+    with counted(host) as native:
+        assert torch.equal(host.generate(ids, **settings), expected)
+    assert native
 
 
 def test_report_and_program_say_it(llama: Any) -> None:
