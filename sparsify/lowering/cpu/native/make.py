@@ -12,6 +12,7 @@ from torch import nn
 
 from sparsify.errors import Refusal
 from sparsify.kernels.cpu.build import BuildError
+from sparsify.kernels.cpu.codegen import INT8_KERNELS
 from sparsify.lowering.cpu.native.layout import Unknown
 from sparsify.lowering.cpu.native.recognise import recognise
 from sparsify.lowering.cpu.native.step import NativeStep
@@ -101,7 +102,7 @@ def compare(host: Any, step: NativeStep, given: dict[str, Any], caches: list[Any
 def rounds(host: nn.Module) -> bool:
     """Whether some product rounds its activations to 8 bits."""
     linears = [m for m in host.modules() if isinstance(m, SparseLinear) and m.int8 and m.kernels is not None]
-    return any(m.kernels is not None and m.kernels.variant.vnni for m in linears)
+    return any(m.kernels is not None and set(m.kernels.variant.kernels) & set(INT8_KERNELS) for m in linears)
 
 
 __all__ = ["make_native"]
