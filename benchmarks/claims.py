@@ -20,17 +20,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -38,7 +35,8 @@ from benchmarks import claim_squarehead
 from benchmarks.claim_adapters import METHODS, Setting, train
 from benchmarks.claim_fusion import KINDS, fuse
 from benchmarks.claim_tasks import TASKS, digest
-from benchmarks.harness import RESULTS, cpu_model, parser, versions
+from benchmarks.grid import Grid
+from benchmarks.harness import RESULTS, parser
 
 FOLDER = RESULTS / "claims"
 SEEDS = (0, 1, 2)
@@ -54,54 +52,6 @@ FIRST = ("s2ft", "lora", "s2ft-third", "lora-third", "rosa", "sparse", "paca")
 FAST = Setting(
     steps=3, tuning_steps=1, batch=2, judged=4, glance=2, blocks=1, few_blocks=1, checkpoints=2
 )  # runs through everything and measures nothing
-
-
-@dataclass
-class Grid:
-    """The runs that are there and those that are made. folder: one JSON file a run; deadline: no run begins after it."""
-
-    folder: Path
-    setting: Setting
-    seeds: Sequence[int] = SEEDS
-    deadline: float = float("inf")
-    fast: bool = False
-    made: int = 0
-    bar: Any = field(default=None, repr=False)
-
-    @cached_property
-    def model(self) -> tuple[Any, Any]:
-        from sparsify.demo.pretrained import smollm2
-
-        base, tokenizer = smollm2()
-        return base.requires_grad_(False).eval(), tokenizer
-
-    def cell(self, name: str, facts: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The record of a run: from its file, or made now and written whole. facts: everything that the numbers depend on."""
-        path = self.folder / f"{name}.json"
-        facts = json.loads(json.dumps(facts))
-        if path.exists():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if found["facts"] == facts:
-                return found
-        if time.monotonic() > self.deadline:
-            raise OutOfTime(name)
-        if self.bar is not None:
-            self.bar.set_description_str(name)
-        record = {"name": name, "facts": facts, **make()}
-        record |= {"cpu": cpu_model(), "versions": versions(), "date": time.strftime("%Y-%m-%d")}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
-        unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(path)
-        self.made += 1
-        if self.bar is not None:
-            self.bar.update()
-            self.bar.write(f"{name}: {json.dumps(record.get('end'))}")
-        return record
-
-
-class OutOfTime(Exception):
-    """The next run would begin after the deadline."""
 
 
 def best_on(grid: Sequence[float], start: float, loss: Callable[[float], float]) -> tuple[float, dict[float, float]]:
@@ -263,14 +213,7 @@ def main() -> None:
             else adapters(grid, tasks, methods)
         )
     begun = time.perf_counter()
-    stopped = ""
-    with tqdm(desc="claims", unit="run", dynamic_ncols=True) as grid.bar:
-        for run in todo:
-            try:
-                run()
-            except OutOfTime as error:
-                stopped = f"stopped before {error}"
-                break
+    stopped = grid.go(todo, "claims")
     if not given.fast:
         from benchmarks.claim_page import verdicts
 

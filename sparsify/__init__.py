@@ -16,6 +16,7 @@ from sparsify.lowering.cpu.options import CpuOptions
 from sparsify.lowering.deploy.exported import lower_exported, package
 from sparsify.lowering.torch_compile.backend import backend
 from sparsify.plan import S2FT, LoRA, PaCA, Plan, Quantize, RoSA, Tokens, register_rule
+from sparsify.planner.autoplan import AutoPlan, autoplan
 from sparsify.pruning.rule import Prune
 from sparsify.version import __version__
 
@@ -24,6 +25,7 @@ register_rule(Prune)
 __all__ = [
     "S2FT",
     "AdapterError",
+    "AutoPlan",
     "CaptureError",
     "CpuOptions",
     "LoRA",
@@ -42,6 +44,7 @@ __all__ = [
     "VerifyError",
     "__version__",
     "analyse",
+    "autoplan",
     "backend",
     "compile",
     "load",

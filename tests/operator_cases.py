@@ -339,6 +339,16 @@ def embedding(shape: Shape) -> OperatorCase:
     return OperatorCase(torch.ops.sparsify.partial_embedding.default, arguments, (1, 2), twin)
 
 
+def low_rank_embedding(shape: Shape) -> OperatorCase:
+    ids = torch.randint(0, M, shape or (1,))
+
+    def twin(ids, weight, a, b, scale, padding):
+        return torch.nn.functional.one_hot(ids, M).to(weight.dtype) @ (weight + scale * (b @ a))
+
+    arguments = [ids, randn(M, N), randn(RANK, N), randn(M, RANK), SCALE, -1]
+    return OperatorCase(torch.ops.sparsify.lowrank_embedding.default, arguments, (1, 2, 3), twin)
+
+
 Build = Callable[[Shape, bool], OperatorCase]
 
 
@@ -380,6 +390,7 @@ def _cases() -> dict[str, Build]:
     for product in GROUPED_PRODUCTS:
         found[product] = lambda s, b, n=product: grouped_products(s, n)
     found["partial_embedding"] = lambda s, b: embedding(s)
+    found["lowrank_embedding"] = lambda s, b: low_rank_embedding(s)
     for product in PRODUCTS:
         found[product] = lambda s, b, n=product: products(s, n)
     return found
@@ -394,7 +405,7 @@ ONE_OF_EACH = [
     "quantized_int8_dx_rows+sparse_turned", "quantized_int4_columns", "masked", "masked_turned", "apply_mask",
     "masked_grad", "sampled_product", "channel_grad", "channel_grad_all", "skinny_rows", "skinny_factor", "skinny_both",
     "grouped_partial_columns", "grouped_partial_at_rows_turned", "grouped_sparse_lowrank_sparse+lora_turned", "grouped_linear",
-    "grouped_outer", "grouped_sampled", "partial_embedding",
+    "grouped_outer", "grouped_sampled", "partial_embedding", "lowrank_embedding",
 ]  # fmt: skip
 
 

@@ -45,16 +45,25 @@ export = torch.export.export
 
 
 def generate_when_called(module: torch.fx.GraphModule) -> None:
-    """`GraphModule.recompile` for a module that will hardly be called."""
+    """`GraphModule.recompile` for a module that will hardly be called, pickled or asked for its code."""
+    own: Any = type(module)  # every GraphModule has a class of its own
+
+    def generated(self: torch.fx.GraphModule) -> torch.fx.GraphModule:
+        for name in ("__reduce__", "code"):
+            if name in vars(own):
+                delattr(own, name)
+        generate(self)
+        return self
 
     def forward(self: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
-        generate(self)
-        return self.forward(*args, **kwargs)
+        return generated(self).forward(*args, **kwargs)
 
     tree = getattr(module.graph._codegen, "pytree_info", None)
     if tree is not None:
         module._in_spec, module._out_spec = tree.in_spec, tree.out_spec
-    type(module).forward = forward  # every GraphModule has a class of its own
+    own.forward = forward
+    own.__reduce__ = lambda self: generated(self).__reduce__()
+    own.code = property(lambda self: generated(self).code)
 
 
 def without_code(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -31,7 +31,7 @@ from sparsify.adapters.delta_kinds import PeftLayer, known_kind
 from sparsify.adapters.peft_config import ends_in
 from sparsify.adapters.peft_experts import is_packed, packed_tensors
 from sparsify.adapters.peft_format import CONFIG, PREFIX, TENSORS, all_names, place
-from sparsify.adapters.peft_tokens import ALONE, BESIDE, alone, is_rows, rows_in_peft
+from sparsify.adapters.peft_tokens import ALONE, BESIDE, alone, embedding_factors, is_rows, rows_in_peft
 from sparsify.errors import AdapterError
 from sparsify.files import kinds
 from sparsify.files.atomic import committing
@@ -169,6 +169,10 @@ class Export:
         for setting, value in layer.config.items():
             self.settings.setdefault(setting, {})[module] = value
         name = f"{PREFIX}{module}."
+        if isinstance(self.host.get_submodule(module), nn.Embedding):
+            self.tensors |= {name + leaf: factor for leaf, factor in embedding_factors(a, b).items()}
+            self.ranks[module] = a.shape[0]
+            return
         if name + "lora_A.weight" in self.tensors:
             a = torch.cat([self.tensors[name + "lora_A.weight"], a])
             b = torch.cat([self.tensors[name + "lora_B.weight"], b], dim=1)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from sparsify.adapters.adapter import VALUE_DTYPES, Adapter, Delta
 from sparsify.adapters.peft_config import PLAIN, Settings, read_config
 from sparsify.adapters.peft_experts import read_packed
-from sparsify.adapters.peft_tokens import module_of, read_rows
+from sparsify.adapters.peft_tokens import SIDES, module_of, read_low_rank, read_rows
 from sparsify.errors import AdapterError
 from sparsify.files import strict_json
 from sparsify.files.strict_json import short
@@ -44,8 +44,6 @@ LARGEST_CHANGE = 1e30
 
 #: ends of tensor names that stand for a feature of PEFT which is not a plain low-rank change of a linear
 FOREIGN_TENSORS = {
-    "lora_embedding_A": "LoRA of an embedding",
-    "lora_embedding_B": "LoRA of an embedding",
     "lora_magnitude_vector": "DoRA's magnitudes",
 }
 
@@ -132,11 +130,16 @@ class Reading:
         if not factors and not full and not rows:
             raise self.fail("the file holds no LoRA factors")
         packed = read_packed(self, factors) + read_rows(self, rows)
+        embedded = {module for module, sides in factors.items() if sides <= set(SIDES)}
+        packed += [read_low_rank(self, module) for module in sorted(embedded)]
+        for module in embedded:
+            del factors[module]
+            self.drop_copy(module, full)
         linears = {module: self.check_factors(module, sides) for module, sides in factors.items()}
         twice = Counter(linears.values()).most_common(1)
         if twice and twice[0][1] > 1:
             raise self.fail(f"{twice[0][0]} is adapted under two names")
-        self.check_complete(set(factors), set(full))
+        self.check_complete(set(factors) | embedded, set(full))
         values = self.read_full(full)
         found = packed + [self.low_rank(module, param) for module, param in linears.items()]
         empty = torch.empty(0, dtype=torch.int64)
@@ -159,11 +162,26 @@ class Reading:
                 continue
             elif len(parts) >= 3 and parts[-2] in ("lora_A", "lora_B") and parts[-1] == "weight":
                 factors.setdefault(".".join(parts[:-2]), set()).add(parts[-2])
+            elif parts[-1] in SIDES:
+                factors.setdefault(".".join(parts[:-1]), set()).add(parts[-1])
             elif (module := module_of(name)) is not None:
                 rows[module] = key
             else:
                 raise self.unknown_tensor(name, parts)
         return factors, full, rows
+
+    def drop_copy(self, module: str, full: dict[str, str]) -> None:
+        """PEFT writes the whole embedding beside its factors: that is no change where it is the base, and refused where it is not."""
+        key = full.pop(f"{module}.weight", None)
+        if key is None:
+            return
+        if self.base is None:
+            raise self.fail(f"the file holds all of {module} beside factors for it, and the base is not at hand here")
+        own, value = self.base(self.canonical[f"{module}.weight"]).detach().cpu(), self.finite(module, key)
+        if own.shape != value.shape or not torch.equal(own.to(value.dtype), value):
+            raise self.fail(
+                f"{module} was changed as a whole (resized, or trained in full) beside its factors; {PLAIN}"
+            )
 
     def is_leftover(self, parts: list[str]) -> bool:
         """Whether a tensor is what bias="all" writes a second time for modules_to_save; PEFT computes nothing with it."""
@@ -235,7 +253,7 @@ class Reading:
     def check_complete(self, factors: set[str], full: set[str]) -> None:
         """Refuse a file that lacks what its configuration says was trained."""
         for name, module in self.host.named_modules():
-            linear = isinstance(module, nn.Linear) or is_conv1d(module)
+            linear = isinstance(module, nn.Linear | nn.Embedding) or is_conv1d(module)
             if self.settings.targets.named and linear and name not in factors and name in self.settings.targets:
                 raise self.fail(f"target_modules names {name}, but the file has no factors for it: it is incomplete")
         for name in self.canonical:

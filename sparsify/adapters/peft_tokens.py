@@ -1,9 +1,11 @@
-"""Trained rows of embeddings in PEFT's folders: `trainable_token_indices` beside LoRA, and TRAINABLE_TOKENS alone.
+"""Embeddings in PEFT's folders: rows (`trainable_token_indices` beside LoRA, and TRAINABLE_TOKENS alone), and LoRA of whole ones.
 
     <module>.token_adapter.trainable_tokens_delta (s, d)    beside LoRA, ids by module in `trainable_token_indices`
     <module>.trainable_tokens_delta (s, d)                  alone, ids of all modules in `token_indices`
+    <module>.lora_embedding_A (r, v), lora_embedding_B (d, r)    LoRA: the change of the weight (v, d) is `s · Aᵀ Bᵀ`
 
-In spite of its name the tensor holds the rows themselves. PEFT lets a head compute with the same rows where the configuration of the
+In spite of its name the tensor of rows holds the rows themselves.
+PEFT lets a head compute with the same rows where the configuration of the
 model ties it to the input embedding; a head's bias it then leaves out, so a model that has one is refused.
 """
 
@@ -143,4 +145,52 @@ def read_one(reading: Reading, module: str, key: str, ids: Sequence[int]) -> Del
     return Delta(param, "row", places, values - base.index_select(0, places).to(values.dtype))
 
 
-__all__ = ["alone", "is_rows", "module_of", "read_rows", "rows_in_peft"]
+# --- LoRA ----------------------------------------------------------------------------------------------------------------
+
+SIDES = ("lora_embedding_A", "lora_embedding_B")
+
+
+def embedding_factors(a: Float[Tensor, "r d"], b: Float[Tensor, "v r"]) -> dict[str, Tensor]:
+    """Our factors, the scale in `b`, as PEFT's by leaf."""
+    return dict(zip(SIDES, (b.t().contiguous(), a.t().contiguous()), strict=True))
+
+
+def read_low_rank(reading: Reading, module: str) -> Delta:
+    """The change of an embedding by its two factors. Raises AdapterError for what does not fit the model or the configuration."""
+    try:
+        owner = reading.host.get_submodule(module)
+    except AttributeError:
+        raise reading.fail(f"the model has no module {module!r}") from None
+    keys = [f"{PREFIX}{module}.{side}" for side in SIDES]
+    missing = [key for key in keys if key not in reading.file.parts]
+    if missing or not isinstance(owner, nn.Embedding):
+        raise reading.fail(
+            f"{module}: {missing[0]} is missing" if missing else f"{module} is a {type(owner).__name__}, no embedding"
+        )
+    if module not in reading.settings.targets:
+        raise reading.fail(
+            f"the file has factors for {module}, which adapter_config.json does not name (target_modules)"
+        )
+    param = reading.canonical[f"{module}.weight"]
+    if len({id(reading.host.get_submodule(owner_name(n))) for n in reading.names[param]}) > 1:
+        raise reading.fail(
+            f"{module} is adapted alone, but its weight is also another module's (tied): a change would change both"
+        )
+    shape, rank = reading.shapes[param], reading.settings.rank_of(module)
+    for key, wanted in zip(keys, ((rank, shape[0]), (shape[1], rank)), strict=True):
+        reading.check_dtype(module, reading.file.parts[key])
+        if tuple(reading.file.parts[key].shape) != wanted:
+            raise reading.fail(
+                f"{module}: {key.rpartition('.')[2]} is {tuple(reading.file.parts[key].shape)}, expected {wanted}"
+            )
+    b, a = (reading.finite(module, key).float().t().contiguous() for key in keys)
+    scale = reading.settings.scale_of(module)
+    reading.check_sizes(module, a, b, scale)
+    if reading.settings.residual:
+        raise reading.fail(
+            f"{module}: init_lora_weights is {reading.settings.residual!r}, which PEFT does not have for embeddings"
+        )
+    return Delta(param, "lora", torch.empty(0, dtype=torch.int64), b, False, a, scale)
+
+
+__all__ = ["SIDES", "alone", "embedding_factors", "is_rows", "module_of", "read_low_rank", "read_rows", "rows_in_peft"]

@@ -37,6 +37,7 @@ def bench(
     threads: Annotated[int, typer.Option("--threads", "-t", min=0, max=MOST_THREADS, help="0: as torch chooses")] = 0,
     seconds: Annotated[float, typer.Option(min=0.0, max=LONGEST_RUN, help="how long to measure each variant")] = 5.0,
     report: Annotated[bool, typer.Option(help="print what became of every layer")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the last line alone, which is JSON")] = False,
 ) -> None:
     """Time a forward pass of a model on this CPU, dense against packed; prints a table and a last line of JSON."""
     if dtype not in ("fp32", "int8"):
@@ -60,20 +61,27 @@ def bench(
     packed = copy.deepcopy(dense, {id(p): p for p in dense.parameters()})
     program = capture(packed, inputs)  # shows which linears one kernel may serve
     outcome = lower_model(packed, program, quantize="int8" if dtype == "int8" else None, tokens=(batch * seq,))
-    typer.echo(str(outcome) if report else str(outcome).partition("\n")[0])
+    if report or not as_json:
+        typer.echo(str(outcome) if report else str(outcome).partition("\n")[0], err=as_json)
     contestants = {"dense": dense, f"packed {dtype}": packed}
     median = {name: statistics.median(s) for name, s in time_in_turn(contestants, inputs, seconds).items()}
     memory = {name: module_bytes(contestant) / 2**20 for name, contestant in contestants.items()}
-    typer.echo(f"{'':>12} {'latency':>12} {'throughput':>17} {'speed':>8} {'memory':>12}")
-    for name, value in median.items():
-        times = f"{value * 1e3:9.2f} ms {batch / value:9.1f} items/s"
-        typer.echo(f"{name:>12} {times} {median['dense'] / value:6.2f} × {memory[name]:8.1f} MiB")
+    if not as_json:
+        show_times(median, memory, batch)
     result = {
         "benchmark": "bench", "model": model, "batch": batch, "seq": seq, "sparsity": sparsity, "dtype": dtype,
         "threads": torch.get_num_threads(), "cpu": cpu_name(), "ms": {n: v * 1e3 for n, v in median.items()},
         "MiB": memory, "lowered": len(outcome.lowered), "dense_layers": len(outcome.refusals),
     }  # fmt: skip
     typer.echo(json.dumps(result))
+
+
+def show_times(median: dict[str, float], memory: dict[str, float], batch: int) -> None:
+    """The table."""
+    typer.echo(f"{'':>12} {'latency':>12} {'throughput':>17} {'speed':>8} {'memory':>12}")
+    for name, value in median.items():
+        times = f"{value * 1e3:9.2f} ms {batch / value:9.1f} items/s"
+        typer.echo(f"{name:>12} {times} {median['dense'] / value:6.2f} × {memory[name]:8.1f} MiB")
 
 
 def load_model(name: str) -> Any:

@@ -73,6 +73,9 @@ def chat(
     top_p: TopP = 1.0,
     seed: Seed = 0,
     dtype: Dtype = "auto",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print every answer as one line of JSON: prompt, text, turn.")
+    ] = False,
 ) -> None:
     """Talk to a model: a line is a message; /reset forgets, /exit or the end of input leaves."""
     host, tokenizer = serving(model, adapter or [], mix, dtype)
@@ -89,8 +92,12 @@ def chat(
         if not line:
             continue
         messages.append({"role": "user", "content": line})
-        answer = write(host, tokenizer, encode_chat(tokenizer, messages), max_new_tokens, temperature, top_p, seed)
+        ids = encode_chat(tokenizer, messages)
+        answer = write(host, tokenizer, ids, max_new_tokens, temperature, top_p, seed, quiet=as_json)
         messages.append({"role": "assistant", "content": answer})
+        if as_json:
+            turn = sum(message["role"] == "assistant" for message in messages)
+            typer.echo(json.dumps({"prompt": line, "text": answer, "turn": turn}, ensure_ascii=False))
 
 
 def next_line() -> str | None:

@@ -1,7 +1,11 @@
-"""`sparsify plan`: what would train and what it would cost, from a config alone; and the plan file that `sparsify finetune` takes."""
+"""`sparsify plan`: what would train and what it would cost, from a config alone; and the plan file that `sparsify finetune` takes.
+
+With `--budget` it chooses what trains: `sparsify.autoplan`, and the plan file says what it chose.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +23,9 @@ from sparsify.plan import plan_file
 from sparsify.plan.plan_file import PlanFile
 
 if TYPE_CHECKING:
-    from sparsify.finetune.estimate import Estimate
+    from sparsify.planner.autoplan import AutoPlan
+    from sparsify.planner.estimate import Estimate
+    from sparsify.planner.limits import Limits
 
 DECLINED_SHOWN = 4
 RULE_OPTIONS = ("fraction", "rank", "units", "density", "alpha", "structure", "select")
@@ -65,6 +71,16 @@ def plan(
     fsdp: Annotated[
         bool, typer.Option("--fsdp", help="Weights in pieces over the processes (FSDP2), instead of DDP.")
     ] = False,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Choose what trains within memory=8GiB, time=2h; with accuracy (default), memory or time for what is best. Repeatable."
+        ),
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Training tokens, for a budget of time.")] = None,
+    max_lora_rank: Annotated[
+        int | None, typer.Option("--max-lora-rank", min=1, help="The rank that an export as LoRA may need at most.")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="Rows, for the plan file.")] = None,
     changes: Annotated[
         list[str] | None,
@@ -83,7 +99,8 @@ def plan(
     ] = False,
 ) -> None:
     """Say what a plan trains and what it costs, without loading weights, and write it as a plan file."""
-    from sparsify.finetune.estimate import estimate
+    from sparsify.planner.estimate import estimate
+    from sparsify.planner.limits import limits
 
     given = dict(zip(RULE_OPTIONS, (fraction, rank, units, density, alpha, structure, select), strict=True))
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -94,6 +111,11 @@ def plan(
     }
     if dtype != "auto":
         training["dtype"] = dtype
+    if tokens is not None and not budget:
+        raise InputError("--tokens belongs to a budget of time: --budget time=2h")
+    if budget and (options or model.suffix in (".yaml", ".yml")):
+        raise InputError("--budget chooses what trains: give the folder of a model, and no options of a rule")
+    within = limits(budget) if budget else None
     if model.suffix in (".yaml", ".yml") and not model.is_dir():
         if options:
             raise InputError(f"{model} says what trains: change it with --set rules.0.{next(iter(options))}=…")
@@ -112,14 +134,25 @@ def plan(
     if fsdp and world_size == 1:
         raise InputError("--fsdp shares weights out over processes: give --world-size too")
     empty, of = on_meta(Path(file.model), file.training.dtype)
+    if within is not None:
+        chosen = choose(empty, file, within, tokens, max_lora_rank, world_size, fsdp)
+        file = with_choice(file, chosen)
+        finish(file, out, dry_run)
+        typer.echo(json.dumps({"file": file.to_dict(), **chosen.to_dict()}, indent=1)) if as_json else show_choice(
+            chosen
+        )
+        if out is not None:
+            note(f"{'would be written' if dry_run else 'written'} to {out}")
+        return
+    if max_lora_rank is not None:
+        from sparsify.planner.rank_bound import bounded
+
+        file = dataclasses.replace(file, rules=bounded(empty, file.plan, max_lora_rank).rules)
     found = estimate(
         empty, file.plan, batch=file.training.batch, length=file.training.length, dtype=of,
         gradient_checkpointing=file.training.gradient_checkpointing, world=world_size, sharded=fsdp,
     )  # fmt: skip
-    if out is not None and not dry_run:
-        from sparsify.files.atomic import write_text
-
-        write_text(out, file.to_yaml())
+    finish(file, out, dry_run)
     if as_json:
         typer.echo(
             json.dumps({"plan": file.to_dict(), "dtype": str(of).removeprefix("torch."), **found.to_dict()}, indent=1)
@@ -132,6 +165,41 @@ def plan(
             typer.echo(one_line(line))
     if out is not None:
         note(f"{'would be written' if dry_run else 'written'} to {out}")
+
+
+def choose(
+    empty: Any, file: PlanFile, within: Limits, tokens: int | None, rank: int | None, world: int, fsdp: bool
+) -> AutoPlan:
+    """`sparsify.autoplan` for a model on the meta device, with the batch and length of a plan file."""
+    import sparsify
+
+    return sparsify.autoplan(
+        empty, memory=within.memory, time=within.time, tokens=tokens, batch=file.training.batch, length=file.training.length,
+        max_lora_rank=rank, goal=within.goal, world=world, sharded=fsdp, seed=file.training.seed,
+    )  # fmt: skip
+
+
+def with_choice(file: PlanFile, chosen: AutoPlan) -> PlanFile:
+    """The plan file with the rules that were chosen."""
+    training = dataclasses.replace(file.training, gradient_checkpointing=chosen.recompute)
+    return dataclasses.replace(file, rules=tuple(chosen.plan.rules), training=training)
+
+
+def show_choice(chosen: AutoPlan) -> None:
+    """The plan, its reasons, and what was refused."""
+    from sparsify.planner.autoplan import COLUMNS, row
+
+    for line in [*map(str, chosen.plan.rules), *chosen.reasons]:
+        typer.echo(one_line(line))
+    show(COLUMNS, [row(candidate) for candidate in (chosen.chosen, *chosen.alternatives)], left=2)
+
+
+def finish(file: PlanFile, out: Path | None, dry_run: bool) -> None:
+    """Write the plan file where it is wanted."""
+    if out is not None and not dry_run:
+        from sparsify.files.atomic import write_text
+
+        write_text(out, file.to_yaml())
 
 
 def written(
@@ -169,7 +237,8 @@ def lines(found: Estimate) -> list[str]:
     structures = ", ".join(f"{count} {kind}" for kind, count in found.found.items()) or "nothing"
     share = 100 * found.trainable / max(found.total, 1)
     return [
-        f"{found.model}: {structures} found",
+        f"{found.model}: {structures} found"
+        + (f" ({found.traced[0]} of {found.traced[1]} equal blocks were looked at)" if found.traced else ""),
         f"trains {found.trainable:,} of {found.total:,} parameters ({share:.4f} %)",
         *found.budgets,
         *(f"declined: {line}" for line in found.declined[:DECLINED_SHOWN]),
@@ -193,9 +262,15 @@ def table(found: Estimate) -> list[list[str]]:
 
 
 def more(found: Estimate) -> list[str]:
+    from sparsify.planner.candidates import vllm_rank
     from sparsify.show.report import human
 
-    rank = "not possible: scattered entries are no LoRA" if found.lora_rank is None else f"rank {found.lora_rank}"
+    rank = "not possible: scattered entries are no LoRA"
+    if found.lora_rank is not None:
+        serves = vllm_rank(found.lora_rank)
+        rank = (
+            f"rank {found.lora_rank}, {f'vLLM needs --max-lora-rank {serves}' if serves else 'more than vLLM serves'}"
+        )
     said = [
         f"of {found.batch} rows of {found.length} tokens; what an allocator keeps beside it is not counted",
         f"adapter: {human(found.adapter)} at least; as LoRA: {rank}",

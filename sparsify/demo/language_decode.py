@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 TOKENS = (1, 32)
 """Tokens per call that kernels are chosen for: one when decoding, some tens for a prompt."""
+TASK_ROWS = 32
+"""Of the task, among what pruning calibrates on."""
 ASKED = "Explain in two sentences what a compiler does."
 
 
@@ -39,13 +42,13 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def calibration(tokenizer: PreTrainedTokenizerBase, blocks: int, seed: int) -> list[dict[str, Tensor]]:
-    """Docstrings in blocks of 128 tokens, four a batch, and two batches of the task's training rows."""
+    """Docstrings in blocks of 128 tokens, and the task's training rows: two batches, each of which walks through the model by itself."""
     text = text_blocks(tokenizer, calibration_text(2000 * blocks), blocks, 128)
-    batches = [{"input_ids": piece, "attention_mask": torch.ones_like(piece)} for piece in text.split(4)]
-    for rows in training_batches(SQL, 2, 16, seed + 5):
-        inputs, _ = encode(tokenizer, rows)
-        batches.append({key: inputs[key] for key in ("input_ids", "attention_mask")})
-    return batches
+    inputs, _ = encode(tokenizer, list(islice(SQL.rows(seed + 5), TASK_ROWS)))
+    return [
+        {"input_ids": text, "attention_mask": torch.ones_like(text)},
+        {key: inputs[key] for key in ("input_ids", "attention_mask")},
+    ]
 
 
 def prune(dense: nn.Module, sparsity: float, batches: Sequence[dict[str, Tensor]], fast: bool) -> Any:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import sparsify
 from sparsify.demo.fresh_process import ask_fresh_process
-from sparsify.demo.language_decode import ASKED, calibration, chat_prompt, lower, measured, prune, recover
+from sparsify.demo.language_decode import ASKED, TASK_ROWS, calibration, chat_prompt, lower, measured, prune, recover
 from sparsify.demo.language_methods import METHODS
 from sparsify.demo.language_results import (
     ANSWER_COLUMNS,
@@ -29,12 +29,14 @@ from sparsify.demo.language_results import (
     Findings,
     Rows,
     Served,
+    Stage,
     Tuned,
     answer_rows,
     decoder_note,
     decoder_rows,
     headline,
     one_line,
+    served_note,
     served_rows,
     tuned_note,
     tuned_rows,
@@ -83,6 +85,18 @@ class LanguageSettings:
         return cls(methods, steps or 32, 12, 64, 10, 12, 32, seed, out, full=full)
 
 
+class Laps:
+    """Seconds of each stage, on the wall and on the processor: `mark(name)` ends one and begins the next."""
+
+    def __init__(self) -> None:
+        self.stages: list[Stage] = []
+        self.start = self.last = (time.perf_counter(), processor_seconds())
+
+    def mark(self, name: str) -> None:
+        before, self.last = self.last, (time.perf_counter(), processor_seconds())
+        self.stages.append(Stage(name, self.last[0] - before[0], self.last[1] - before[1]))
+
+
 @dataclass
 class Bench:
     settings: LanguageSettings
@@ -91,6 +105,7 @@ class Bench:
     tokenizer: PreTrainedTokenizerBase
     held_out: dict[str, list[Row]]
     blocks: Tensor
+    laps: Laps
 
     def judge(self, model: Any) -> tuple[Score, float]:
         return score(model, self.tokenizer, self.held_out["sql"]), text_loss(model, self.blocks)
@@ -102,9 +117,9 @@ class Bench:
 def run_language_demo(settings: LanguageSettings) -> dict[str, Any]:
     """All steps; writes demo.html, results.json and the adapters under `settings.out`."""
     console = Console(highlight=False)
-    started, cpu = time.perf_counter(), processor_seconds()
+    laps = Laps()
     settings.out.mkdir(parents=True, exist_ok=True)
-    bench, found = prepare(settings, console)
+    bench, found = prepare(settings, console, laps)
     hosts = {name: fine_tune(bench, found, name) for name in settings.methods}
     show(bench, TUNED_COLUMNS, tuned_rows(found), tuned_note(found), "Fine-tuning at equal size")
     host = hosts.pop(settings.methods[0])
@@ -112,7 +127,8 @@ def run_language_demo(settings: LanguageSettings) -> dict[str, Any]:
     show(bench, ANSWER_COLUMNS, answer_rows(found), "", "The same questions before and after")
     serve_adapters(bench, found)
     run_sparse(bench, found, host)
-    found.seconds, found.cpu_seconds = time.perf_counter() - started, processor_seconds() - cpu
+    found.stages = laps.stages
+    found.seconds, found.cpu_seconds = (last - first for last, first in zip(laps.last, laps.start, strict=True))
     write_report(settings.out, found, host.sparsify.program)
     document = write_results(settings.out, found)
     console.rule("[bold]In short")
@@ -133,15 +149,15 @@ def processor_seconds() -> float:
 # --- 1. the model and what it can do before ---
 
 
-def prepare(settings: LanguageSettings, console: Console) -> tuple[Bench, Findings]:
+def prepare(settings: LanguageSettings, console: Console, laps: Laps) -> tuple[Bench, Findings]:
     console.rule("[bold]1. SmolLM2-135M-Instruct, and a task that it fails at")
     with console.status("opening the model (unpacked from its package the first time) …"):
         base, tokenizer = smollm2()
     base.requires_grad_(False)
-    rows = {task.name: task.distinct(77, settings.held_out, held_out=True) for task in (SQL, DATES)}
-    bench = Bench(
-        settings, console, base, tokenizer, rows, text_blocks(tokenizer, general_text(), settings.blocks, 128)
-    )
+    counts = ((SQL, settings.held_out), (DATES, settings.held_out // 2))
+    rows = {task.name: task.distinct(77, count, held_out=True) for task, count in counts}
+    blocks = text_blocks(tokenizer, general_text(), settings.blocks, 128)
+    bench = Bench(settings, console, base, tokenizer, rows, blocks, laps)
     questions = [prompt for prompt, _ in rows["sql"][: settings.shown]]
     with console.status("asking the pretrained model …"):
         before = write(base, tokenizer, questions, settings.answer)
@@ -155,6 +171,7 @@ def prepare(settings: LanguageSettings, console: Console) -> tuple[Bench, Findin
     for question, answer in list(zip(questions, before, strict=True))[:2]:
         console.print(f"  [bold]{escape(one_line(question))}[/bold] {escape(one_line(answer))}")
     numbers = {**asdict(settings), "out": str(settings.out), "parameters": parameters}
+    laps.mark("opening and judging the pretrained model")
     standard = f"the loss on {settings.blocks} × 128 tokens of the help() topics after minus before"
     return bench, Findings(
         numbers,
@@ -179,6 +196,7 @@ def fine_tune(bench: Bench, found: Findings, name: str) -> Any:
         bench.console.rule("[bold]2. Fine-tuning")
     with bench.console.status(f"compiling for {method.label} …"):
         host = sparsify.compile(bench.base, method.plan(settings.seed))
+    bench.laps.mark(f"compiling for {method.label}")
     trained = sum(p.numel() for p in host.parameters() if p.requires_grad)
     bench.console.print(
         f"[bold]{method.label}[/bold]: {trained:,} parameters train, {settings.steps} steps of {settings.batch} questions, rate "
@@ -186,13 +204,16 @@ def fine_tune(bench: Bench, found: Findings, name: str) -> Any:
     )
     batches = training_batches(SQL, settings.steps, settings.batch, settings.seed)
     run = train(host, bench.tokenizer, batches, lr=method.lr, name=method.label, seed=settings.seed)
+    bench.laps.mark(f"training with {method.label}")
     place = fresh_folder(bench.adapter(name))
     host.sparsify.save_adapter(place)
     with bench.console.status("held-out questions and general text …"):
         result, text = bench.judge(host)
-        answers = write(host, bench.tokenizer, found.questions, settings.answer)
+        shown = not found.tuned  # the first method's answers stand beside those from before
+        answers = write(host, bench.tokenizer, found.questions, settings.answer) if shown else []
     tuned = Tuned(name, method.label, method.lr, trained, result, text, directory_bytes(place), answers, run)
     found.tuned.append(tuned)
+    bench.laps.mark(f"judging {method.label}")
     bench.console.print(
         f"  {result.exact:.1%} right, general text {text - found.base_text:+.3f}; {run.seconds:.0f} s ({run.cpu_seconds:.0f} "
         "processor seconds)"
@@ -216,6 +237,7 @@ def serve_adapters(bench: Bench, found: Findings) -> None:
     place = bench.adapter(first.method)
     with console.status("a fresh process opens the adapter …"):
         answers = ask_fresh_process(place, found.questions, settings.answer)
+    bench.laps.mark("a fresh process with the adapter")
     found.fresh_equal, found.off_equal = answers["adapter"] == first.answers, answers["base"] == found.before
     on = "the same answers" if found.fresh_equal else "OTHER ANSWERS"
     off = "those from before" if found.off_equal else "OTHER ANSWERS than before"
@@ -225,6 +247,7 @@ def serve_adapters(bench: Bench, found: Findings) -> None:
     train(second, bench.tokenizer, batches, lr=first.lr, name=DATES.title, seed=settings.seed)
     second.sparsify.save_adapter(fresh_folder(bench.adapter("dates")))
     del second
+    bench.laps.mark("a second task's adapter")
     served = sparsify.load(bench.base, place, name="sql")
     served.sparsify.load_adapter(bench.adapter("dates"), "dates")
     known = {"none": {"sql": found.base}, "SQL": {"sql": first.score}}
@@ -245,11 +268,12 @@ def serve_adapters(bench: Bench, found: Findings) -> None:
             }
         found.served.append(Served(label, scores, seconds))
         found.shared = sum(c.shared for c in mix.conflicts)
+    bench.laps.mark("adapters judged on both tasks")
     show(
         bench,
         SERVED_COLUMNS,
         served_rows(found),
-        f"The second adapter was trained for {settings.second_steps} steps; the two share {found.shared} trained channels.",
+        served_note(found),
         "Two adapters in one model",
     )
 
@@ -279,16 +303,19 @@ def run_sparse(bench: Bench, found: Findings, host: Any) -> None:
     half = copy.deepcopy(dense).to(torch.bfloat16)
     add("dense, torch bf16", half, judge=False)
     del half
+    bench.laps.mark("decoding with dense torch")
     batches = calibration(bench.tokenizer, settings.calibration, settings.seed)
     found.notes.append(
         f"SparseGPT zeroes {settings.sparsity:.0%} of every linear of the tuned model in one shot, on "
-        f"{settings.calibration} × 128 tokens of docstrings and 32 of the task's training questions; the result runs in int8 on "
+        f"{settings.calibration} × 128 tokens of docstrings and {TASK_ROWS} of the task's training questions; the result runs in int8 on "
         "kernels that are generated and measured on this machine, layer by layer. The head is quantised, not pruned."
     )
     with console.status("SparseGPT …"):
         pruned = prune(dense, settings.sparsity, batches, settings.fast)
+    bench.laps.mark("SparseGPT")
     with console.status("generating and timing kernels …"):
         lowered = lower(pruned.sparsify.plain().eval(), settings.fast)
+    bench.laps.mark("kernels")
     part = " (two blocks pruned, one in int8)" if settings.fast else ""
     packed = sum(isinstance(module, SparseLinear) for module in lowered.modules())
     found.notes.append(
@@ -296,6 +323,7 @@ def run_sparse(bench: Bench, found: Findings, host: Any) -> None:
     )
     add(f"{settings.sparsity:.0%} zeros, int8 in {packed} linears{part}", lowered)
     del pruned, lowered
+    bench.laps.mark("decoding and judging the pruned model")
     if settings.full:
         sparsity = 0.75
         with console.status(f"SparseGPT at {sparsity:.0%} …"):
@@ -307,6 +335,7 @@ def run_sparse(bench: Bench, found: Findings, host: Any) -> None:
             "steps of cross-entropy and SquareHead against the dense model, pruned weights held at zero."
         )
         add(f"{sparsity:.0%} zeros, distilled, int8", lower(student.sparsify.plain().eval(), False))
+        bench.laps.mark(f"{sparsity:.0%} zeros, distilled")
     show(bench, DECODER_COLUMNS, decoder_rows(found), decoder_note(found), "")
 
 

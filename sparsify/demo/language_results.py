@@ -20,7 +20,8 @@ Rows = tuple[tuple[str, ...], ...]
 
 @dataclass
 class Tuned:
-    """One method's fine-tuning. `text`: loss on general text; `size`: bytes of the saved adapter."""
+    """One method's fine-tuning. `text`: loss on general text; `size`: bytes of the saved adapter; `answers`: to the
+    questions that are shown, of the first method alone."""
 
     method: str
     label: str
@@ -55,6 +56,15 @@ class Decoder:
 
 
 @dataclass
+class Stage:
+    """What one step of the demo took, on the wall and on the processor (with processes that it started)."""
+
+    name: str
+    seconds: float
+    cpu_seconds: float
+
+
+@dataclass
 class Findings:
     """Everything, in the order in which it was found."""
 
@@ -75,6 +85,7 @@ class Findings:
     decoders: list[Decoder] = field(default_factory=list)
     timed_tokens: int = 0
     notes: list[str] = field(default_factory=list)
+    stages: list[Stage] = field(default_factory=list)
     seconds: float = 0.0
     cpu_seconds: float = 0.0
 
@@ -174,6 +185,20 @@ def served_rows(found: Findings) -> Rows:
     )
 
 
+def served_note(found: Findings) -> str:
+    return (
+        f"The second adapter was trained for {found.settings['second_steps']} steps and is judged on {found.held_out // 2} held-out dates. "
+        f"Fused: both changes added; they share {found.shared} trained channels."
+    )
+
+
+STAGE_COLUMNS = ("step", "seconds", "processor seconds")
+
+
+def stage_rows(found: Findings) -> Rows:
+    return tuple((s.name, f"{s.seconds:.0f}", f"{s.cpu_seconds:.0f}") for s in found.stages)
+
+
 DECODER_COLUMNS = ("model", "tokens/s", "", "memory", "right", "text loss")
 
 
@@ -198,7 +223,6 @@ def decoder_note(found: Findings) -> str:
 
 def write_report(out: Path, found: Findings, program: Any) -> None:
     sections = [
-        Section("In short", headline(found)),
         Section(
             "The same questions before and after",
             tables=(
@@ -235,8 +259,7 @@ def write_report(out: Path, found: Findings, program: Any) -> None:
                         "Two adapters in one model",
                         SERVED_COLUMNS,
                         served_rows(found),
-                        f"The second was trained for {found.settings['second_steps']} steps. Fused: both changes added; they share "
-                        f"{found.shared} trained channels.",
+                        served_note(found),
                     ),
                 ),
             )
@@ -254,13 +277,15 @@ def write_report(out: Path, found: Findings, program: Any) -> None:
             )
         )
     sections.append(Section("The program", program=program))
-    summary = (
-        "SmolLM2-135M-Instruct, fine-tuned, switched, fused, pruned and quantised with sparsify"
-        + (", with a fraction of the usual work (--fast): too little to judge by" if found.settings["fast"] else "")
-        + f"; {found.seconds:.0f} s on this machine ({torch.get_num_threads()} threads, torch {torch.__version__}, Python "
-        f"{platform.python_version()})."
+    spent = (
+        f"{found.seconds:.0f} s in all on this machine: {torch.get_num_threads()} threads, torch {torch.__version__}, Python "
+        f"{platform.python_version()}."
     )
-    write_html(out / "demo.html", "A small language model learns SQL", summary, sections)
+    sections.append(Section("Where the time went", (spent,), (Table("", STAGE_COLUMNS, stage_rows(found)),)))
+    first, *rest = headline(found)
+    sections.insert(0, Section("In short", tuple(rest)))
+    little = " (With --fast: a fraction of the usual work, too little to judge by.)" if found.settings["fast"] else ""
+    write_html(out / "demo.html", "A small language model learns SQL", first + little, sections)
 
 
 def write_results(out: Path, found: Findings) -> dict[str, Any]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
-WINDOW = 4  # batches of like length are cut from that many batches' rows, so that little is spent on padding
+WINDOW = 16  # batches of like length are cut from that many batches' rows, so that little is spent on padding
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> tuple[dict[str, Any], Tensor]:
@@ -49,6 +49,15 @@ def encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> tuple[dic
 def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy over the answers' tokens: logits (B, L, vocabulary), labels (B, L)."""
     return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+
+
+def loss_of_answers(model: Any, inputs: dict[str, Any], labels: Tensor) -> Tensor:
+    """`answer_loss` of what the model says, with its head run on the answers' tokens alone: for SmolLM2 a fifth of a step's work less."""
+    asked = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "use_cache": False}
+    known = labels != IGNORED
+    hidden = model.get_decoder()(**asked).last_hidden_state[:, -labels.shape[1] :]
+    logits = model.get_output_embeddings()(hidden[known])
+    return F.cross_entropy(logits.float(), labels[known])
 
 
 @dataclass(frozen=True)
@@ -157,7 +166,7 @@ def train(
         model.train()  # whoever looks on may have left it in eval mode
         start = time.perf_counter()
         inputs, labels = encode(tokenizer, rows)
-        loss = answer_loss(model(**inputs).logits, labels)
+        loss = loss_of_answers(model, inputs, labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()

@@ -30,6 +30,9 @@ class NF4(Format):
 
     def pack(self, weight: Float[Tensor, "rows columns"]) -> list[Tensor]:
         weight = weight.float() if weight.dtype == torch.float64 else weight  # the library takes 16 and 32 bits
+        if weight.is_meta:  # the library keeps a table that it makes on the device of its first call, and could pack nothing real any more
+            data, *rest = (torch.empty(t.size, dtype=t.dtypes, device="meta") for t in self.tensors(*weight.shape))  # type: ignore[arg-type]
+            return [data.unsqueeze(1), *rest]
         data, state = bitsandbytes().quantize_4bit(
             weight.contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
         )

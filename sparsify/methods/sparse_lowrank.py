@@ -547,7 +547,7 @@ class LowRankPart(LivePart[SparseLowRank, SparseLowRankMixin]):
         self.detached = take_leaves(self.module)
 
     def attach(self) -> None:
-        become_part(self.module, SparseLowRank.module_kind)
+        become_part(self.module, self.part.module_kind)
         assert self.detached is not None
         assert self.settings is not None
         tensors, self.detached = self.detached, None

@@ -6,7 +6,7 @@
     masked_linear            y = x (W∘M)ᵀ + b,  the gradient masked
     grouped_linear           y_e = x_e W_eᵀ           rows sorted by expert
     partial_grouped_linear   the same with trained channels, and `sparse_lowrank_grouped_linear`
-    partial_embedding        y = W'[ids],  some rows of W replaced
+    partial_embedding        y = W'[ids],  some rows of W replaced; `lowrank_embedding`: W + s B A
     apply_mask               t∘M
     masked_grad              (gᵀ x)∘M                 weight gradients: under a mask,
     sampled_product          (aᵀ b)[index]            on a support,
@@ -35,6 +35,7 @@ from sparsify.ops import (
     apply_mask,
     channel_grad,
     grouped_linear,
+    lowrank_embedding,
     masked_grad,
     masked_linear,
     partial_embedding,
@@ -50,6 +51,7 @@ __all__ = [
     "apply_mask",
     "channel_grad",
     "grouped_linear",
+    "lowrank_embedding",
     "masked_grad",
     "masked_linear",
     "partial_embedding",

@@ -8,6 +8,9 @@ every model whose code multiplies two activations (a compiled graph decides for 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +20,21 @@ from torch.autograd.function import FunctionCtx
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+
+
+_plain: ContextVar[tuple[type, ...]] = ContextVar("plain", default=(Tensor,))
+
+
+@contextlib.contextmanager
+def fakes_count_as_plain() -> Iterator[None]:
+    """Inside, fake tensors are saved as the tensors that they stand for would be: for counting a step. A tracer's are not plain."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    token = _plain.set((Tensor, FakeTensor))
+    try:
+        yield
+    finally:
+        _plain.reset(token)
 
 
 class _Link(torch.autograd.Function):
@@ -48,10 +66,9 @@ def saved_input(x: Float[Tensor, "*t m"]) -> tuple[Float[Tensor, "*t m"], Float[
         return x, None
     first, second = factors
     for factor in factors:
-        if type(factor) is not Tensor or factor.shape != x.shape or factor.dtype != x.dtype:
+        if factor is None or type(factor) not in _plain.get() or factor.shape != x.shape or factor.dtype != x.dtype:
             return x, None  # a broadcast factor, or one that needs no gradient and is not kept
-    assert first is not None
-    return first, second
+    return first, second  # type: ignore[return-value]
 
 
 def input_link(x: Float[Tensor, "*t m"], second: Float[Tensor, "*t m"] | None) -> Float[Tensor, "*t m"] | None:

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,16 @@ from sparsify.program.graph_editor import GraphEditor
 from sparsify.program.permutation import invert_index
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
     from torch.fx.node import Argument
+
+
+def rounding(dense: Float[Tensor, "p q"], back: Float[Tensor, "p q"]) -> float:
+    """Relative error of a packed weight in the Frobenius norm; NaN on the meta device, which has no values."""
+    if dense.is_meta:
+        return math.nan
+    return float((back.float() - dense.float()).norm() / dense.float().norm().clamp_min(1e-30))
 
 
 def insert_partial(program: Program, context: Context) -> PassResult:
@@ -49,7 +59,7 @@ def insert_partial(program: Program, context: Context) -> PassResult:
         dense = tensors.get(param, program.tensor(param)).detach()
         packed[param] = pack(dense, format)
         back = unpack(packed[param], format, tuple(dense.shape), dense.dtype)
-        error = float((back.float() - dense.float()).norm() / dense.float().norm().clamp_min(1e-30))
+        error = rounding(dense, back)
         dense_bytes = dense.numel() * dense.element_size()
         packings.append(Packed(param, format, dense.shape, dense_bytes, packed_bytes(packed[param]), error))
         tensors[param] = back  # selections, blocks and values start from what the packed weight really holds

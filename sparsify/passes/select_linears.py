@@ -19,13 +19,16 @@ from sparsify.calibration.ranks import of_first_rank, sum_over_ranks
 from sparsify.calibration.statistics import batch_count, given, gradient_statistics, input_squares, need_batches
 from sparsify.errors import PlanError, Refusal, RefusedError
 from sparsify.formats import format_named
+from sparsify.methods.lowrank_embedding import LowRankRows
 from sparsify.methods.registry import method_of
 from sparsify.methods.sparse_lowrank import SparseLowRank
 from sparsify.model.linears import is_conv1d, owner_name
 from sparsify.model.task_heads import head_parameters, output_parameters
 from sparsify.passes.assign_rules import WHOLE, why_not_trainable
 from sparsify.passes.base import Context
+from sparsify.passes.select_rows import why_not_rows
 from sparsify.plan import LinearRule, LoRA, PaCA, Quantize, RoSA, pattern_value
+from sparsify.plan.name_patterns import REGEX, matches
 from sparsify.plan.unmatched import nearest_module, unmatched_patterns
 from sparsify.program import ChannelChoice, LinearNode, Program, UnitChoice
 from sparsify.program.selection import choose, generator, index_dtype, random_scores, unit_channels
@@ -72,11 +75,13 @@ def serve(
     served, refusals = [], []
     clashes, everything, named = [], [], False
     heads = head_parameters(program.host) if isinstance(rule, Quantize) else output_parameters(program.host)
-    for param in linears:
+    for param in (*linears, *other_weights(program, linears)):
         names = [owner_name(n) for n, canonical in program.aliases.items() if canonical == param]
-        everything += names
-        if not rule.matches(*names):
+        if param in linears:
+            everything += names
+        if not rule.matches(*names) or (param not in linears and not says_so(rule, names)):
             continue
+        everything += [] if param in linears else names
         named |= rule.is_named(*names)
         where = owner_name(param) or param
         if param in heads and rule.exclude and not rule.is_named(*names):
@@ -90,8 +95,11 @@ def serve(
         if param in taken:
             clashes.append(f"rule {taken[param]} already has {owner_name(param)}")
             continue
-        reason = why_not_trainable(program, param, by_weight)
-        reason = reason or why_not_fitting(program, linears[param], rule)
+        if param in linears:
+            reason = why_not_trainable(program, param, by_weight)
+            reason = reason or why_not_fitting(program, linears[param], rule)
+        else:
+            reason = why_not_embedding(program, param, rule)
         if reason is None:
             served.append(param)
         else:
@@ -113,6 +121,36 @@ def serve(
             )
         raise PlanError(f"rule {index}, {rule}, matches no linear{nearest_module(rule.patterns[0], names)}")
     return served, refusals + unmatched_patterns(index, rule, everything)
+
+
+def other_weights(program: Program, linears: Mapping[str, LinearNode]) -> list[str]:
+    """Weights of embeddings that no matrix product reads; a rule has to say so to train them."""
+    held = program.host.named_modules(remove_duplicate=False)
+    names = (f"{path}.weight".lstrip(".") for path, module in held if isinstance(module, torch.nn.Embedding))
+    return [p for p in dict.fromkeys(program.aliases[n] for n in names if n in program.aliases) if p not in linears]
+
+
+def says_so(rule: LinearRule, names: Sequence[str]) -> bool:
+    """Whether a pattern that matches speaks of the module itself: the last word of a name (`*.embed_tokens`), not `*` or `re:…`."""
+    words = [p for p in rule.patterns if any(matches(p, n) for n in names) and not p.startswith(REGEX)]
+    return any(p.rpartition(".")[2].strip("*?") for p in words)
+
+
+def why_not_embedding(program: Program, param: str, rule: LinearRule) -> str | None:
+    """Why a rule cannot train an embedding that it names; None if it can."""
+    if isinstance(rule, PaCA):
+        return "the input columns of an embedding are its tokens: Tokens(ids=[…]) trains single ones"
+    if isinstance(rule, RoSA) or not isinstance(rule, LoRA):
+        return f"{type(rule).__name__} has no form for embeddings: LoRA and Tokens have"
+    if pattern_value(rule.rank, owner_name(param)) is None:
+        return "no pattern of rank names it"
+    return why_not_rows(program, param) or why_not_alone(program, param)
+
+
+def why_not_alone(program: Program, param: str) -> str | None:
+    if len({id(program.host.get_submodule(owner_name(n))) for n in program.names_of(param)}) > 1:
+        return f"the weight is tied: {', '.join(sorted(program.names_of(param)))}"
+    return None
 
 
 #: ranks that are taken whatever the size of the weight: one rank for all linears of a model may exceed its narrow ones
@@ -181,11 +219,16 @@ def select_linears(
     served, refusals = serve(program, index, rule, linears, taken)
     changes: dict[str, Sequence[object]] = {"refusals": refusals}
     taken.update(dict.fromkeys(served, index))
+    embedded = [param for param in served if param not in linears]
+    served = [param for param in served if param in linears]
     if isinstance(rule, PaCA):
         units, channels = choose_columns(program, context, index, rule, served, linears)
         changes["choices"], changes["channel_choices"] = units, channels
     elif isinstance(rule, RoSA | LoRA):
-        changes["parts"] = choose_supports(program, context, index, rule, served, refusals)
+        parts: list[SparseLowRank] = choose_supports(program, context, index, rule, served, refusals)
+        if isinstance(rule, LoRA):
+            parts += [low_rank_rows(program, index, rule, param) for param in embedded]
+        changes["parts"] = parts
     else:
         method = method_of(rule)
         assert method is not None
@@ -342,6 +385,12 @@ def choose_supports(
         part = SparseLowRank(param, index, rank, scale, rule.dropout, count, mask, conv1d, entries, entries)
         supports.append(part)
     return supports
+
+
+def low_rank_rows(program: Program, index: int, rule: LoRA, param: str) -> LowRankRows:
+    """The part of an embedding."""
+    rank = pattern_value(rule.rank, owner_name(param))
+    return LowRankRows(param, index, rank, rule.scale(rank), 0.0, 0, "none", False)
 
 
 def plain_support(

@@ -183,4 +183,4 @@ def rows_of(program: Program, index: int, rule: Tokens, param: str, kind: type[H
     return kind(param, 0, -1, len(ids), "row", ids, places=ids, rule=index)
 
 
-__all__ = ["goes_on_from_lookup", "select_rows"]
+__all__ = ["goes_on_from_lookup", "select_rows", "why_not_rows"]

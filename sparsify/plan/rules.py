@@ -427,6 +427,8 @@ class LoRA(LinearRule):
 
     alpha: None for twice the rank, the habit of the field (scale 2, where `RoSA` has the paper's 1: give both the same `alpha` to compare
         them at one learning rate). Writes and reads PEFT's adapter directory.
+    match: as everywhere; embeddings (`nn.Embedding` that is tied to nothing) train where the last word of a pattern speaks of them
+        (`*.embed_tokens`, `wpe`), as with PEFT, and by no `*` or regular expression. Their ids have no dropout.
     """
 
     rank: int | Mapping[str, int] = field(default=8, kw_only=False)

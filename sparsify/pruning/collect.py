@@ -49,20 +49,25 @@ class View:
 
 @dataclass
 class Product:
-    """One product `y = x Wᵀ (+ bias)`: `x (tokens, m)`, `y (tokens, n)`."""
+    """One product `y = x Wᵀ (+ bias)`: `x (tokens, m)`, `y (tokens, n)`; y is None for who looks before it is computed."""
 
     view: View
     x: Tensor
-    y: Tensor
+    y: Tensor | None
     bias: Tensor | None
 
 
 class Watcher(TorchDispatchMode):
-    """Calls `seen(product)` for every product with a watched parameter; other uses of one are noted in `other_uses`."""
+    """Calls `seen(product)` for every product with a watched parameter; other uses of one are noted in `other_uses`.
 
-    def __init__(self, params: Callable[[], Mapping[str, Tensor]], seen: Callable[[Product], None]) -> None:
+    before: look at the inputs before the product is computed, so that who has seen enough need not pay for it.
+    """
+
+    def __init__(
+        self, params: Callable[[], Mapping[str, Tensor]], seen: Callable[[Product], None], before: bool = False
+    ) -> None:
         super().__init__()
-        self.params, self.seen = params, seen
+        self.params, self.seen, self.before = params, seen, before
         self.other_uses: dict[str, str] = {}
         self.ranges: dict[int, list[tuple[int, int, str]]] = {}
         self.refresh()
@@ -88,12 +93,14 @@ class Watcher(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: OpOverload, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> object:
+        if self.before:
+            self.look(func, args, kwargs or {}, None)
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor):
+        if isinstance(result, Tensor) and not self.before:
             self.look(func, args, kwargs or {}, result)
         return result
 
-    def look(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
+    def look(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor | None) -> None:
         aten = torch.ops.aten
         name = func.name()
         if func is aten.mm.default:
@@ -104,12 +111,12 @@ class Watcher(TorchDispatchMode):
             self.product(args[0], args[1].t(), args[2] if len(args) > 2 else None, result)
         elif func is aten.bmm.default and self.owner(args[1]) is not None:
             for slot in range(args[1].shape[0]):
-                self.product(args[0][slot], args[1][slot], None, result[slot])
+                self.product(args[0][slot], args[1][slot], None, None if result is None else result[slot])
         elif name in ("aten::_grouped_mm", "transformers::grouped_mm_fallback") and self.owner(args[1]) is not None:
             offsets = kwargs["offs"] if "offs" in kwargs else args[2]
             start = 0
             for slot, stop in enumerate(offsets.tolist()):
-                self.product(args[0][start:stop], args[1][slot], None, result[start:stop])
+                self.product(args[0][start:stop], args[1][slot], None, None if result is None else result[start:stop])
                 start = stop
         elif func in (aten.index.Tensor, aten.index_select.default, aten.bmm.default, aten.convolution.default):
             for operand in args[:2]:
@@ -117,7 +124,7 @@ class Watcher(TorchDispatchMode):
                     self.other_uses.setdefault(found[0], name)
 
     def product(
-        self, x: Num[Tensor, "*t m"], weight_t: Num[Tensor, "m n"], bias: Tensor | None, y: Num[Tensor, "*t n"]
+        self, x: Num[Tensor, "*t m"], weight_t: Num[Tensor, "m n"], bias: Tensor | None, y: Num[Tensor, "*t n"] | None
     ) -> None:
         """`weight_t (in, out)` as the operator got it; `bias` whatever it adds."""
         found = self.owner(weight_t)
@@ -125,7 +132,8 @@ class Watcher(TorchDispatchMode):
             return
         shape, stride = tuple(weight_t.shape[::-1]), tuple(weight_t.stride()[::-1])
         view = View(found[0], found[1], (shape[0], shape[1]), (stride[0], stride[1]))
-        self.seen(Product(view, x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), bias))
+        flat = None if y is None else y.reshape(-1, y.shape[-1])
+        self.seen(Product(view, x.reshape(-1, x.shape[-1]), flat, bias))
 
 
 #: memory, offset, shape, strides and version of a tensor

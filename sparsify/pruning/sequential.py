@@ -7,9 +7,9 @@ One group's statistics are alive at a time (one Hessian for all matrices that re
 as fit in `max_hessian_bytes`). The host's Parameters are replaced, never written. With `resume_dir` every finished group is on
 disk (atomically) and a second run with the same inputs goes on where the first stopped, to the same result.
 
-The work per batch is one forward of each unit per group (it stops as soon as the group has its input) and one to go on: linear
-in depth. Models without repeated blocks are stopped at each linear; a weight that is used several times in one forward (ALBERT) is
-collected over all its uses by running the smallest module that holds them all.
+The work per batch is one forward of each unit per group (it stops as soon as the group has its input; SparseGPT needs no product of
+the group itself) and one to go on: linear in depth. Models without repeated blocks are stopped at each linear; a weight that is used
+several times in one forward (ALBERT) is collected over all its uses by running the smallest module that holds them all.
 """
 
 from __future__ import annotations
@@ -393,7 +393,7 @@ class Driver:
             ) -> None:
                 norm = norms.setdefault(product.view, InputNorms(product.view.shape[1]))
                 with self.naming(number, batch, product.view):
-                    norm.add(self.tokens_only(product, masks)[0])
+                    norm.add(self.tokens_only(product, masks, product.x))
 
             watcher = Watcher(lambda: {name: self.parameter(name) for name in wanted}, seen)
             with self.residence.loading_forward(watcher), torch.no_grad(), watcher:
@@ -487,6 +487,8 @@ class Driver:
                     statistics = self.collect(unit, group, views, here, forward)
                 statistics.over_ranks(views, self.is_full(group), self.parameter(group.params[0]).device)
                 with together():
+                    if self.is_early(group) and rank() == 0:
+                        statistics.take_energies({v: v.of(self.parameter(v.param).detach()) for v in views})
                     for view in views if rank() == 0 else ():
                         written[view] = self.prune_view(view, statistics)
                 statistics.release()
@@ -518,6 +520,10 @@ class Driver:
     def is_full(self, group: Group) -> bool:
         """Whether some matrix of the group wants the whole Hessian."""
         return any(self.rules[name].method == "sparsegpt" for name in group.params)
+
+    def is_early(self, group: Group) -> bool:
+        """Whether one input, seen once, tells all: the Hessian gives the outputs' energy too, so no product need be computed."""
+        return all(self.rules[name].method == "sparsegpt" for name in group.params) and group.calls == len(group.views)
 
     def passes(self, group: Group) -> list[list[View]]:
         """Experts whose Hessians fit in memory together; other groups share one input and need one pass."""
@@ -556,7 +562,7 @@ class Driver:
         statistics = Statistics(group.experts)
         if not any(rule.needs_calibration for rule in rules.values()):
             return statistics
-        full = self.is_full(group)
+        full, early = self.is_full(group), self.is_early(group)
         wanted = set(views)
         owners = [self.host.get_submodule(self.module_of(name)) for name in group.params] if group.experts else []
         for waiting, number, batch in here:
@@ -575,9 +581,14 @@ class Driver:
             ) -> None:
                 nonlocal remaining
                 if product.view in wanted:
-                    x, y = self.tokens_only(product, masks)
+                    x = self.tokens_only(product, masks, product.x)
                     identity = identities.of(product.x)
                     with self.naming(number, batch, product.view):
+                        if early:
+                            statistics.add_inputs(product.view, x, full)
+                            raise GroupDone
+                        assert product.y is not None
+                        y = self.tokens_only(product, masks, product.y)
                         statistics.add(product.view, x, y, product.bias, full, fresh=identity not in inputs)
                     inputs.add(identity)
                 if remaining is not None:
@@ -589,21 +600,18 @@ class Driver:
             args, kwargs = copied_inputs((waiting.args, waiting.kwargs))
             with PaddingDropper(owners, masks.get(side)):
                 try:
-                    with Watcher(lambda: {name: self.parameter(name) for name in group.params}, seen):
+                    with Watcher(lambda: {name: self.parameter(name) for name in group.params}, seen, early):
                         forward(*args, **kwargs)
                 except GroupDone:
                     pass
         return statistics
 
     def tokens_only(
-        self, product: Product, masks: Mapping[str, Bool[Tensor, " T"]]
-    ) -> tuple[Float[Tensor, "tokens m"], Float[Tensor, "tokens n"]]:
-        """Inputs and outputs of a product in the rows that are tokens: all `T`, or as many as their mask keeps."""
+        self, product: Product, masks: Mapping[str, Bool[Tensor, " T"]], values: Float[Tensor, "T c"]
+    ) -> Float[Tensor, "tokens c"]:
+        """Inputs or outputs of a product in the rows that are tokens: all `T`, or as many as their mask keeps."""
         mask = choose_mask(masks, product.x.shape[0], self.sides.get(product.view.param, "encoder"))
-        if mask is None:
-            return product.x, product.y
-        mask = mask.to(product.x.device)
-        return product.x[mask], product.y[mask]
+        return values if mask is None else values[mask.to(values.device)]
 
     def prune_view(
         self, view: View, statistics: Statistics
@@ -809,17 +817,30 @@ class Statistics:
         fresh: bool,
     ) -> None:
         """fresh: this input was not added for another matrix of the group."""
-        key = self.key(view)
-        if key not in self.inputs:
-            self.inputs[key] = Hessian(x.shape[-1], x.device) if full else InputNorms(x.shape[-1])
-        if fresh or self.per_view:
-            self.inputs[key].add(x)
-            self.counts[key] = self.inputs[key].tokens
+        if fresh or self.per_view or self.key(view) not in self.inputs:
+            self.add_inputs(view, x, full)
         output = y.float() if bias is None else y.float() - bias.float()
         energy = float(output.square_().sum() if bias is not None else output.square().sum())
         if not math.isfinite(energy) and not all_finite(y):
             raise SparsifyError(f"the calibration data gives NaN or Inf at this layer's output ({y.dtype})")
         self.energies[view] = self.energies.get(view, 0.0) + energy
+
+    def add_inputs(self, view: View, x: Float[Tensor, "tokens m"], full: bool) -> None:
+        key = self.key(view)
+        if key not in self.inputs:
+            self.inputs[key] = Hessian(x.shape[-1], x.device) if full else InputNorms(x.shape[-1])
+        self.inputs[key].add(x)
+        self.counts[key] = self.inputs[key].tokens
+
+    def take_energies(self, weights: Mapping[View, Float[Tensor, "n m"]]) -> None:
+        """Energy of every output from the Hessian that they share, `Σ ‖W x‖² = tr(W (Σ x xᵀ) Wᵀ)`, instead of from outputs."""
+        held = self.inputs.get(None)
+        if not isinstance(held, Hessian) or not held.tokens:
+            return
+        sums = held.total()
+        for view, weight in weights.items():
+            weight = weight.float()
+            self.energies[view] = float(torch.mm(weight, sums).mul_(weight).sum(dtype=torch.float64))
 
     def over_ranks(self, views: Sequence[View], full: bool, device: torch.device) -> None:
         """Take in what the other ranks have seen; every rank must call it with the same views, in the same order."""

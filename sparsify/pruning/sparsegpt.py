@@ -35,12 +35,14 @@ if TYPE_CHECKING:
 
 COLUMN_BLOCK = 128
 INNER_BLOCK = 32
+HESSIAN_BLOCK = 384
 
 
 class Hessian:
     """Accumulates `H = 2/N Σ x xᵀ` in fp32 over calibration tokens; `N` counts tokens.
 
-    matrix: the running sum `Σ x xᵀ`, `(m, m)` fp32. tokens: N.
+    matrix: the running sum `Σ x xᵀ`, `(m, m)` fp32; the sum is symmetric, so of its blocks of HESSIAN_BLOCK rows only the one on the
+    diagonal and those right of it are added to. tokens: N.
     """
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
@@ -54,7 +56,8 @@ class Hessian:
             return
         if not bool(torch.isfinite(x).all()):
             raise SparsifyError("the calibration data gives NaN or Inf at this layer's input")
-        self.matrix.addmm_(x.t(), x)
+        for low in range(0, len(self.matrix), HESSIAN_BLOCK):
+            self.matrix[low : low + HESSIAN_BLOCK, low:].addmm_(x[:, low : low + HESSIAN_BLOCK].t(), x[:, low:])
         if not bool(torch.isfinite(self.matrix.diagonal()).all()):
             raise SparsifyError(
                 f"the calibration data overflows fp32 in this layer's Hessian (inputs up to {float(x.abs().max()):.1e})"
@@ -66,9 +69,15 @@ class Hessian:
         self.matrix = sum_over_ranks(self.matrix)
         self.tokens = round(float(sum_over_ranks(torch.tensor([float(self.tokens)], dtype=torch.float64))))
 
+    def total(self) -> Float[Tensor, "m m"]:
+        """The whole of `Σ x xᵀ`: the accumulator's memory, completed in place."""
+        for low in range(HESSIAN_BLOCK, len(self.matrix), HESSIAN_BLOCK):
+            self.matrix[low : low + HESSIAN_BLOCK, :low].copy_(self.matrix[:low, low : low + HESSIAN_BLOCK].t())
+        return self.matrix
+
     def value(self) -> Float[Tensor, "m m"]:
         """`H (m, m)`; consumes the accumulator's memory (scaled in place)."""
-        scaled = self.matrix.mul_(2 / max(self.tokens, 1))
+        scaled = self.total().mul_(2 / max(self.tokens, 1))
         del self.matrix
         return scaled
 
@@ -211,19 +220,21 @@ def prune_columns(
 
     errors: `(c, n)`, filled with `(w − q) / U_jj`. upper: `(c, c)`.
     """
-    diagonal = upper.diagonal().tolist()
+    diagonal = upper.diagonal()
     group = pattern.m if isinstance(pattern, NM) else 0
-    for j, pivot in enumerate(diagonal):
+    gone = torch.empty_like(work)  # 1 / U_jj where a weight goes, 0 where it stays: one product gives a column's error
+    if not group:
+        gone.copy_(~survivors).div_(diagonal[:, None])
+    for j in range(len(work)):
         if group and j % group == 0:
-            scores = (work[j : j + group] / upper.diagonal()[j : j + group, None]).square_()
+            part, pivots = slice(j, j + group), diagonal[j : j + group, None]
             assert isinstance(pattern, NM)
-            survivors[j : j + group] = keep_largest_per_row(scores.t(), pattern.m - pattern.n).t()
-        column, error = work[j], errors[j]
-        torch.div(column, pivot, out=error)
-        error.masked_fill_(survivors[j], 0)
-        column.masked_fill_(~survivors[j], 0)
-        if j + 1 < len(diagonal):
-            work[j + 1 :].addr_(upper[j, j + 1 :], error, alpha=-1)
+            survivors[part] = keep_largest_per_row((work[part] / pivots).square_().t(), pattern.m - pattern.n).t()
+            gone[part].copy_(~survivors[part]).div_(pivots)
+        torch.mul(work[j], gone[j], out=errors[j])
+        if j + 1 < len(work):
+            work[j + 1 :].addr_(upper[j, j + 1 :], errors[j], alpha=-1)
+    work.masked_fill_(~survivors, 0)
 
 
 def reconstruction_error(

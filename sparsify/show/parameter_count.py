@@ -8,7 +8,9 @@ under a mask                        all entries count, the survivors train: what
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -18,6 +20,9 @@ from sparsify.modules.adapted import AdaptedMixin
 from sparsify.modules.masked import masked_parameters
 from sparsify.modules.original_state import OriginalState, RowsOfWhole
 from sparsify.ops.bits import unpack_bits
+
+if TYPE_CHECKING:
+    from sparsify.program import Program
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,16 @@ def count_parameters(host: nn.Module) -> ParameterCount:
             total += module.out_features * module.in_features + (0 if bias is None else bias.numel())
     pruned = pruned_entries(host)
     return ParameterCount(trainable - pruned, total, pruned)
+
+
+def adapter_size(
+    host: nn.Module, program: Program, inside: Callable[[str], bool] = lambda name: True
+) -> tuple[int, int]:
+    """(numbers, places) that an adapter of the host holds. inside: of which parameters."""
+    numbers = sum(p.numel() for name, p in host.named_parameters() if p.requires_grad and inside(name))
+    places = sum(len(piece.channels) for piece in program.slices if inside(piece.param))
+    places += sum(getattr(part, "count", 0) or 0 for part in program.parts if inside(part.param))
+    return numbers, places
 
 
 def pruned_entries(host: nn.Module) -> int:

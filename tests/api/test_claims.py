@@ -19,7 +19,8 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import claim_adapters, claim_page, claims  # noqa: E402
 from benchmarks.claim_adapters import Setting  # noqa: E402
 from benchmarks.claim_tasks import ARITHMETIC, SORTING, TASKS, WORDS, batches, digest, pool  # noqa: E402
-from benchmarks.claims import Grid, OutOfTime, best_on  # noqa: E402
+from benchmarks.claims import best_on  # noqa: E402
+from benchmarks.grid import Grid, OutOfTime  # noqa: E402
 
 
 def test_answers_are_right() -> None:
@@ -74,7 +75,7 @@ class Letters:
 def test_both_forms_of_a_batch_have_one_loss() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from sparsify.demo.language_training import answer_loss, encode
+    from sparsify.demo.language_training import answer_loss, encode, loss_of_answers
 
     config = LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
@@ -83,6 +84,10 @@ def test_both_forms_of_a_batch_have_one_loss() -> None:
     rows = [("abc", "de"), ("fghij", "k"), ("l", "mnop")]
     inputs, labels = encode(Letters(), rows)
     expected = answer_loss(model(**inputs).logits, labels)
+    few = loss_of_answers(model, inputs, labels)  # the head on the answers' tokens alone
+    torch.testing.assert_close(few, expected)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    torch.testing.assert_close(*(torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in (few, expected)))
     torch.testing.assert_close(model(**claim_adapters.labelled(Letters(), rows)).loss, expected)
 
 

@@ -296,4 +296,8 @@ def test_chat_keeps_the_conversation(given: Path) -> None:
         )
 
     first = answer(("user", "what is"))
-    assert said == [first, first, answer(("user", "what is"), ("assistant", first), ("user", "the sky"))]
+    second = answer(("user", "what is"), ("assistant", first), ("user", "the sky"))
+    assert said == [first, first, second]
+    lines = fine("chat", given / "model", "-n", "4", "--json", stdin="what is\nthe sky\n").splitlines()
+    turns = [{"prompt": "what is", "text": first, "turn": 1}, {"prompt": "the sky", "text": second, "turn": 2}]
+    assert [json.loads(line) for line in lines] == turns

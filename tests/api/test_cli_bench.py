@@ -47,6 +47,12 @@ def test_bench_prints_a_table_and_json(folder: Path, dtype: str) -> None:
     assert "encoder.layer.1.output.dense" in result.output
 
 
+def test_json_alone(folder: Path) -> None:
+    result = RUNNER.invoke(app, ["bench", "--model", str(folder), "--seq", "7", "--seconds", "0", "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["seq"] == 7
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -17,9 +17,9 @@ from typer.testing import CliRunner, Result
 
 from sparsify import S2FT, LoRA, PaCA, Plan, RoSA
 from sparsify.cli import app
-from sparsify.finetune import estimate as estimates
-from sparsify.finetune.estimate import estimate
 from sparsify.plan import plan_file
+from sparsify.planner import estimate as estimates
+from sparsify.planner.estimate import estimate
 
 RUNNER = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"})
 

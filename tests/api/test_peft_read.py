@@ -117,7 +117,6 @@ FEATURES = [
     ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
     ({"kasa_config": peft.KasaConfig() if hasattr(peft, "KasaConfig") else None}, "kasa_config"),
     ({"lora_bias": True}, "lora_bias"),
-    ({"target_modules": ["embed_tokens", "q_proj"]}, "embed_tokens|embedding"),
     ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4.*path_initial_model_for_weight_conversion"),
 ]
 

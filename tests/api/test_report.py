@@ -11,6 +11,7 @@ from torch import nn
 import sparsify
 from sparsify import S2FT, CpuOptions, LoRA, PaCA, Plan, Prune, Quantize
 from sparsify.program.structure import Site, Structure
+from sparsify.show.report import human
 
 
 def dense_count(model: nn.Module) -> int:
@@ -138,7 +139,7 @@ def test_a_deep_model_is_one_layer_and_what_differs() -> None:
         (own,) = [t for t in text.split("\n") if t.startswith(" " * 13) and t.endswith(f": {spans}")]
         assert str(index) in own or "…" in own
     assert all(line in whole for line in report.chosen)
-    assert "×" not in whole
+    assert "×" not in whole.partition("\n")[2]
     assert len(report.chosen) == 12
 
 
@@ -188,3 +189,30 @@ def test_every_lowered_operator_says_its_kernel(name: str) -> None:
         assert line.endswith(f"  # {node.meta['kernel']}")
     ours = [line for line in lines if line.startswith("  »")]
     assert len(ours) == len(lowered)
+
+
+def test_the_first_line_says_it_all() -> None:
+    """Share, bytes at 8 × 1024 tokens (of those on the example, which has another number of them), the adapter as its file holds it."""
+    model: Any = tiny.llama()
+    host: Any = tiny.lower(model, S2FT(structure="ffn", units=2))
+    report = host.sparsify.report
+    read = 0  # q, k and v read one input, up and gate one
+    for layer in model.model.layers:
+        read += layer.self_attn.q_proj.in_features + layer.self_attn.o_proj.in_features
+        read += layer.mlp.up_proj.in_features + layer.mlp.down_proj.in_features
+    kept = sum(2 for _ in model.model.layers)
+    head = model.lm_head.in_features
+    less = 8 * 1024 * 4 * (read + head - kept)
+    numbers = sum(p.numel() for p in host.parameters() if p.requires_grad)
+    adapter = 4 * numbers + 8 * kept
+    share = 100 * numbers / dense_count(model)
+    expected = f"trains {share:.3g} %, keeps {human(less)} less for the backward than full fine-tuning at 8 × 1024 tokens, adapter {human(adapter)}"
+    assert report.headline == expected
+    assert str(report).splitlines()[0] == f"sparsify report: LlamaForCausalLM: {expected}"
+
+
+def test_the_first_line_of_other_models() -> None:
+    vision: Any = tiny.lower(tiny.build("ViT"), S2FT(structure="ffn", units=2))
+    assert "on the captured example, adapter" in vision.sparsify.report.headline
+    pruned: Any = tiny.lower(tiny.llama(), Prune(method="magnitude", sparsity=0.5))
+    assert "adapter" not in pruned.sparsify.report.headline

@@ -37,6 +37,7 @@ METHODS = {
     "LoRA": Case(LoRA(rank=2)),
     "DoRA": Case(DoRA(rank=2), module="write_a_method"),
     "Tokens": Case([Tokens(ids=[5, 3, 17, 28]), LoRA(rank=2, match="q_proj")], family="tied Llama"),
+    "LoRA of embeddings": Case(LoRA(rank=2, match=["embed_tokens", "q_proj"])),
     "S2FT of experts": Case(S2FT(structure="ffn", units=3), "has trained columns of packed experts", family="Mixtral"),
     "RoSA of experts": Case(
         RoSA(rank=2, density=0.03, mask="random", match="*.experts.*"), "sparse part", family="Mixtral"

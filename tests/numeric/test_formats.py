@@ -249,3 +249,13 @@ def test_gradients_are_those_over_the_unpacked_weight(rule):
     assert len(got) == len(wanted) > 0
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8", "int4"])
+def test_packing_on_the_meta_device_leaves_the_library_usable(format: str) -> None:
+    """bitsandbytes keeps a table on the device of its first call: after a plan was estimated, real weights must still pack."""
+    weight = torch.randn(6, 64)
+    shapes = [(t.shape, t.dtype) for t in pack(weight.to("meta"), format)]
+    found = pack(weight, format)
+    assert [(t.shape, t.dtype) for t in found] == shapes
+    assert not any(t.is_meta for t in found)

@@ -25,6 +25,7 @@ from sparsify.pruning.rule import Prune
 from sparsify.pruning.scores import InputNorms, magnitude_prune, random_prune, wanda_prune
 from sparsify.pruning.sparsegpt import (
     COLUMN_BLOCK,
+    HESSIAN_BLOCK,
     Hessian,
     block_columns,
     inverse_factor,
@@ -148,6 +149,20 @@ def test_the_reported_error_is_the_damped_quadratic_form() -> None:
     damped = h.double() + 0.01 * h.double().diagonal().mean() * torch.eye(140)
     delta = (weight - found.weight).double()
     assert found.error == pytest.approx(float((delta @ damped * delta).sum()), rel=1e-3)
+
+
+@pytest.mark.parametrize("width", [61, HESSIAN_BLOCK, 2 * HESSIAN_BLOCK + 5])
+def test_the_hessian_is_whole_though_half_of_it_is_summed(width: int) -> None:
+    pieces = [correlated(count, width) for count in (70, 33)]
+    hessian = Hessian(width)
+    for piece in pieces:
+        hessian.add(piece)
+    x = torch.cat(pieces).double()
+    expected = 2 / 103 * x.T @ x
+    bound = 103 * torch.finfo(torch.float32).eps * (2 / 103 * x.abs().T @ x.abs())
+    value = hessian.value()
+    assert bool(((value.double() - expected).abs() <= bound).all())
+    assert torch.equal(value, value.T) or float((value - value.T).abs().max()) <= float(bound.max())
 
 
 def test_dead_inputs_get_zero_columns() -> None:

@@ -18,7 +18,7 @@ from sparsify.errors import PlanError, SparsifyError
 from sparsify.program import Program
 from sparsify.program.capture import capture
 from sparsify.pruning import sequential
-from sparsify.pruning.collect import token_masks
+from sparsify.pruning.collect import Watcher, token_masks
 from sparsify.pruning.lockstep import LockstepForward, intercepted
 from sparsify.pruning.patterns import NM, fits_pattern
 from sparsify.pruning.rule import Prune
@@ -508,3 +508,44 @@ def test_labels_that_do_not_count_are_no_tokens_of_the_decoder() -> None:
     own = {"decoder_attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]), "labels": labels}
     assert token_masks(own)["decoder"].tolist() == [True] * 5 + [False], "the decoder's own mask goes before its labels"
     assert "decoder" not in token_masks({"labels": labels.float()}), "numbers to be predicted are no tokens"
+
+
+class TwoHeads(nn.Module):
+    """Two linears that read one input, and one that reads their product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(13, 7), nn.Linear(13, 7, bias=False), nn.Linear(7, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.a(x) * self.b(x))
+
+
+def test_sparsegpt_takes_the_energy_of_the_outputs_from_the_hessian() -> None:
+    """The error of each layer is relative to Σ ‖W x‖² of its real outputs (without the bias), though no output was looked at."""
+    torch.manual_seed(3)
+    model, data = TwoHeads(), [torch.randn(40, 13), torch.randn(31, 13)]
+    rule = Prune(sparsity=0.4, damping=0.02)
+    host = copy.deepcopy(model)
+    result = prune_model(host, None, [(f"{n}.weight", rule) for n in "abc"], [(x,) for x in data], progress=False)
+    x = torch.cat(data)
+    for layer in result.layers[:2]:
+        weight = model.get_parameter(layer.name).detach()
+        hessian = Hessian(13)
+        hessian.add(x)
+        pruned = sparsegpt_prune(weight, hessian.value(), 0.4, rule.shape, damping=0.02)
+        energy = 2 / len(x) * float((x.double() @ weight.double().T).square().sum())
+        assert layer.error == pytest.approx(pruned.error / energy, rel=1e-4)
+    assert {layer.tokens for layer in result.layers} == {71}
+
+
+def test_a_watcher_that_looks_before_sees_no_output() -> None:
+    layer, x, seen = nn.Linear(6, 4), torch.randn(3, 6), []
+    with torch.no_grad(), Watcher(lambda: {"w": layer.weight}, seen.append, before=True):
+        layer(x)
+    (product,) = seen
+    assert product.y is None
+    assert torch.equal(product.x, x)
+    with torch.no_grad(), Watcher(lambda: {"w": layer.weight}, seen.append):
+        expected = layer(x)
+    assert torch.equal(seen[1].y, expected)

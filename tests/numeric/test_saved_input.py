@@ -9,7 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from sparsify.formats import pack
-from sparsify.ops.saved_input import restored_input, saved_input
+from sparsify.ops.saved_input import fakes_count_as_plain, restored_input, saved_input
 
 TOKENS, WIDTH, OUT, RANK = 5, 8, 6, 2
 
@@ -58,6 +58,20 @@ def test_the_product_is_freed_and_the_gradients_are_the_same_bits(quantized):
     assert case.storage.expired(), "nobody holds act(gate) · up after the forward"
     held = case.product().view(TOKENS, WIDTH)  # a view: not recognised, saved whole
     assert_equal(case.gradients(y), case.gradients(case.down(held)))
+
+
+def test_fake_tensors_are_saved_as_what_they_stand_for_where_a_step_is_counted():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        case = Gated()
+        x = case.product()
+        assert saved_input(x) == (x, None)  # as any tracer's
+        with fakes_count_as_plain():
+            _, second = saved_input(x)
+        assert second is not None
+        assert second.untyped_storage()._cdata == case.up.untyped_storage()._cdata
+        assert saved_input(x) == (x, None)
 
 
 def test_hooks_on_saved_tensors_see_the_input_itself():

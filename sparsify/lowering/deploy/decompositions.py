@@ -43,6 +43,11 @@ def partial_embedding(ids: Tensor, weight: Tensor, block: Tensor, index: Tensor,
     return torch.ops.aten.embedding.default(weight.index_copy(0, index, block.to(weight.dtype)), ids, padding)
 
 
+def lowrank_embedding(ids: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, padding: int) -> Tensor:
+    found = torch.ops.aten.embedding.default(weight, ids, padding)
+    return found + (scale * torch.ops.aten.embedding.default(b, ids).matmul(a)).to(found.dtype)
+
+
 def with_values(weight: Tensor, values: Tensor | None, index: Tensor | None) -> Tensor:
     """A stored weight with its sparse values in place."""
     if values is None or index is None:
@@ -112,6 +117,7 @@ def decompositions(*, fold: bool = True) -> Table:
         ops.partial_linear.default: partial_linear,
         ops.partial_linear_at.default: partial_linear_at,
         ops.partial_embedding.default: partial_embedding,
+        ops.lowrank_embedding.default: lowrank_embedding,
         ops.sparse_lowrank_linear.default: sparse_lowrank_linear(fold),
         ops.quantized_linear.default: quantized_linear,
         ops.masked_linear.default: masked_linear,
