@@ -46,6 +46,7 @@ def test_source_is_deterministic_and_whole(isa: codegen.Isa, value: str) -> None
         assert f"int sparsify_{name}(" in first
     byte_expand = isa in ("avx512bf16", "avx512vbmi2")
     assert ("sparsify_vnni" in first) == ((byte_expand or isa == "avx512vnni") and value == "s8")
+    assert ("sparsify_bytes" in first) == ("_mm256_maddubs_epi16" in first) == (isa == "avx2" and value == "s8")
     assert ("sparsify_lookup" in first) == ("_mm512_mask_compress_epi8" in first) == byte_expand
     assert ("sparsify_dot" in first) == ("_mm512_dpbf16_ps" in first) == (isa == "avx512bf16" and value == "bf16")
     assert ("sparsify_pairs" in first) == ("sparsify_dot" in first)
@@ -420,7 +421,7 @@ def test_sanitizers_find_nothing(isa: codegen.Isa, value: str, tmp_path: Path) -
         "value": sample,
         "scale": "0.5f" if integers else "1.0f",
         "scales": "scales.data()" if integers else "nullptr",
-        "quantised": next((i for i, name in enumerate(variant.kernels) if name == "vnni"), -1),
+        "quantised": next((i for i, name in enumerate(variant.kernels) if name in codegen.INT8_KERNELS), -1),
         "halves": variant.dot,
         "entries": ", ".join(f"sparsify_{name}" for name in variant.kernels if name not in codegen.BF16_KERNELS),
     }

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers as hf
 from torch import Tensor
 
 import sparsify
@@ -19,6 +20,7 @@ from sparsify import CpuOptions, Plan, Prune, Quantize
 from sparsify.host.native_forward import NativeForward
 from sparsify.kernels.cpu import build
 from sparsify.lowering.cpu.native.step import NativeStep
+from sparsify.lowering.cpu.sparse_linear import SparseLinear
 
 try:
     build.find_compiler(None)
@@ -48,7 +50,8 @@ def compiled(name: str, *rules: Any, **options: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def llama() -> Any:
-    return compiled("Llama", Quantize("int8"))
+    """int8 weights, float activations: then both ways round alike, and tokens are the same."""
+    return compiled("Llama", Quantize("int8"), int8_activations=False)
 
 
 def step_of(host: Any) -> NativeStep:
@@ -138,6 +141,32 @@ def test_a_prompt_that_is_longer_is_pytorchs(llama: Any) -> None:
         assert torch.equal(llama.generate(ids, **settings), expected)
     assert native == [1] * 2
     assert step_of(llama).declined == {"more than 16 tokens at once": 1}
+
+
+def test_activations_of_8_bits_are_near() -> None:
+    host = compiled("Llama", Quantize("int8"))
+    ids = tiny.tokens(2, 6)
+    with counted(host) as native:
+        found = host(input_ids=ids, past_key_values=hf.DynamicCache(config=host.config)).logits
+    assert native == [6]
+    with by_pytorch(host):
+        expected = host(input_ids=ids).logits
+    assert float((found - expected).abs().max()) <= 0.05 * float(expected.abs().max())
+
+
+def test_a_head_that_shares_the_embedding_in_int8() -> None:
+    rules = [PRUNE, Quantize("int8", exclude=())]
+    options = CpuOptions(tokens=(1, 8), mode="small", tied="copy", int8_activations=False)
+    host: Any = sparsify.compile(
+        tiny.llama(tie_word_embeddings=True), Plan(rules, target="cpu"), cpu=options, progress=False
+    )
+    assert isinstance(host.lm_head, SparseLinear)
+    ids, settings = tiny.tokens(2, 6), {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    with by_pytorch(host):
+        expected = host.generate(ids, **settings)
+    with counted(host) as native:
+        assert torch.equal(host.generate(ids, **settings), expected)
+    assert native
 
 
 def test_report_and_program_say_it(llama: Any) -> None:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from sparsify.kernels.cpu import dispatch
 from sparsify.kernels.cpu.build import BuildError, Kernels, load_kernels
-from sparsify.kernels.cpu.codegen import BF16_KERNELS, ISAS, Isa, Variant
+from sparsify.kernels.cpu.codegen import BF16_KERNELS, INT8_KERNELS, ISAS, Isa, Variant
 from sparsify.kernels.cpu.formats import Bitmask, concatenate, pack, pack_int8, quantize_int8
 from sparsify.kernels.cpu.operator import epilogue
 from sparsify.lowering.cpu.lower import SparseLinear
@@ -45,7 +45,7 @@ def budget(packed: Bitmask, x: torch.Tensor, kernel: str) -> torch.Tensor:
     weight = packed.unpack().double().abs()
     magnitude = x.double().abs() @ weight.t()
     tolerance = (packed.cols + 16) * EPSILON * magnitude + 1e-30
-    if kernel == "vnni":
+    if kernel in INT8_KERNELS:
         tolerance = tolerance + x.double().abs().amax(1, keepdim=True) / 254 * 1.001 * weight.sum(1)
     if (
         kernel in BF16_KERNELS

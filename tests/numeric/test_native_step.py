@@ -244,6 +244,10 @@ def test_calls_that_are_pytorchs(llama: tuple[Any, NativeStep]) -> None:
         step.declined.clear()
         assert step(model, (), kwargs) is None, reason
         assert any(found.startswith(reason) for found in step.declined), (reason, step.declined)
+    weight = model.model.norm.weight.requires_grad_(True)
+    assert step(model, (), {"input_ids": ids, "past_key_values": cache(model)}) is None
+    assert "a weight that needs its gradient" in step.declined
+    weight.requires_grad_(False)
     with torch.autocast("cpu", torch.bfloat16):
         assert step(model, (), {"input_ids": ids, "past_key_values": cache(model)}) is None
 

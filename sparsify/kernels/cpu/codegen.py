@@ -26,6 +26,7 @@ FLAGS: dict[Isa, tuple[str, ...]] = {
     "portable": (),
 }
 BF16_KERNELS = ("dot", "pairs")  # these read and write bf16, all others fp32
+INT8_KERNELS = ("vnni", "bytes")  # these round activations to 8 bits, by token
 ACTIVATION_BYTES = 384 << 10  # packed activations that a range of columns may take: they stay in L2
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -68,7 +69,7 @@ class Variant:
     def kernels(self) -> tuple[str, ...]:
         """Entry points that the source exports, as `sparsify_<name>`."""
         common = ("gemv", "stream", "decompress")
-        integers = ("vnni",) if self.vnni and self.value == "s8" else ()
+        integers = ("vnni",) if self.vnni and self.value == "s8" else ("bytes",) if self.bytes else ()
         lookup = ("lookup",) if self.vbmi2 else ()
         return (*common, *integers, *lookup, *BF16_KERNELS) if self.dot else (*common, *integers, *lookup)
 
@@ -76,6 +77,11 @@ class Variant:
     def vnni(self) -> bool:
         """Whether bytes are multiplied four at a time."""
         return self.vbmi2 or self.isa == "avx512vnni"
+
+    @property
+    def bytes(self) -> bool:
+        """Whether bytes are multiplied in pairs."""
+        return self.isa == "avx2" and self.value == "s8"
 
     @property
     def vbmi2(self) -> bool:
@@ -97,6 +103,7 @@ def generate(variant: Variant) -> str:
         isa=isa,
         avx512=isa.startswith("avx512"),
         vnni=variant.vnni,
+        bytes=variant.bytes,
         vbmi2=variant.vbmi2,
         dot=variant.dot,
         value=variant.value,

@@ -1,11 +1,12 @@
 """Which kernel serves how many tokens: what this CPU has, what the cost model predicts, what was measured once.
 
-A packed layer has seven ways to run, all on the same bytes:
+A packed layer has eight ways to run, all on the same bytes:
     gemv        expand 16 weights against their mask, multiply with every token: bandwidth bound, 1 to 8 tokens
     lookup      fetch the activations of up to 16 stored weights: 1 or 2 tokens, very sparse (AVX512-VBMI2)
     stream      one broadcast and a few FMAs per nonzero: work proportional to the nonzeros, from 4 tokens on
     decompress  expand rows to L1 and multiply densely: moderate sparsity with many tokens
     vnni        int8 weights × int8 activations (dynamic, per token): any number of tokens
+    bytes       the same with AVX2 alone: 1 to 16 tokens
     dot         bf16 weights × bf16 activations, in pairs: any number of tokens of a model held in bf16
     pairs       the same products for the pairs of columns that are not both zero: many tokens of a model held in bf16
 """
@@ -225,6 +226,8 @@ def candidates(isa: Isa, value: str, tokens: int, vnni: bool) -> list[tuple[str,
         found.append(("lookup", 64))
     if vnni and variant.vnni and value == "s8":
         found += [("vnni", 32), ("vnni", 64)] if tokens > 8 else [("vnni", 32)]
+    if vnni and variant.bytes and tokens <= 16:
+        found.append(("bytes", 64))
     if variant.dot:
         found += [("dot", 32), ("dot", 64)] if tokens > 8 else [("dot", 64)]
         found += [("pairs", 64), ("pairs", 512)] if tokens > 32 else [("pairs", 64)] if tokens > 8 else []
@@ -255,6 +258,9 @@ def predict(packed: Bitmask, isa: Isa, kernel: str, tokens: int, threads: int) -
         groups, expand = weights / BLOCK, 3.0 if Variant(isa=isa, value="s8").vbmi2 else 7.5
         cycles = groups * (expand + tokens * (0.8 if tokens <= 8 else 1.3))
         cycles += tokens * packed.cols * 0.3
+    elif kernel == "bytes":
+        passes = -(-tokens // 8)
+        cycles = weights / 32 * passes * (4.5 + 1.5 * min(tokens, 8)) + tokens * packed.cols * 0.5
     elif kernel == "dot":
         cycles = weights / BLOCK * (6.0 + tokens * (2.0 if tokens <= 8 else 2.4))
     elif kernel == "pairs":

@@ -81,14 +81,8 @@ class Binding:
     def tensor(self, name: str) -> torch.Tensor:
         owner, _, leaf = name.rpartition(".")
         found = getattr(self.host.get_submodule(owner), leaf)
-        if (
-            type(found) not in (torch.Tensor, nn.Parameter)
-            or found.dtype != torch.float32
-            or found.device.type != "cpu"
-        ):
-            raise Unknown(f"{name} is no float32 tensor on the CPU")
-        if not found.is_contiguous():
-            raise Unknown(f"{name} is not contiguous")
+        if not plain_float(found):
+            raise Unknown(f"{name} is not contiguous float32 on the CPU")
         return found.detach()
 
     def check_shapes(self) -> None:
@@ -131,9 +125,12 @@ class Binding:
     # --- linears --------------------------------------------------------------------------------------------------------------
 
     def dense_weight(self, module: nn.Module) -> torch.Tensor | None:
-        """The dense weight of a linear that is not packed."""
+        """The dense weight of a linear that is not packed. Raises Unknown where it, or its bias, is not contiguous float32 on the CPU."""
         if isinstance(module, SparseLinear):
             return None
+        bias = getattr(module, "bias", None)
+        if bias is not None and not plain_float(bias):
+            raise Unknown("a bias that is not contiguous float32 on the CPU")
         if isinstance(module, PrepackedLinear):
             if module.dtype != torch.float32:
                 raise Unknown(f"a dense weight in {module.dtype}")
@@ -141,10 +138,10 @@ class Binding:
             self.copies.append(weight)
             return weight
         weight = module.weight
-        if not is_plain_linear(module) or not isinstance(weight, torch.Tensor) or weight.dtype != torch.float32:
+        if not is_plain_linear(module) or not isinstance(weight, torch.Tensor):
             raise Unknown(f"a linear of class {type(module).__name__}")
-        if not weight.is_contiguous() or weight.device.type != "cpu":
-            raise Unknown("a dense weight that is not contiguous on the CPU")
+        if not plain_float(weight):
+            raise Unknown("a dense weight that is not contiguous float32 on the CPU")
         return weight.detach()
 
     def linears(self, tokens: int, threads: int) -> ctypes.Array[LinearStruct]:
@@ -211,6 +208,14 @@ class Binding:
         status = self.library.sparsify_step(ctypes.addressof(call))
         self.arenas.append(arena)
         return status
+
+
+def plain_float(tensor: object) -> bool:
+    """Whether an address and a number of floats say all of a tensor."""
+    if type(tensor) not in (torch.Tensor, nn.Parameter):
+        return False
+    assert isinstance(tensor, torch.Tensor)
+    return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
 def sizes(module: nn.Module) -> tuple[int, int]:

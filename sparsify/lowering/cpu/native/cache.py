@@ -101,6 +101,9 @@ class InStore:
         self.leave()
         self.tokens = value
 
+    def get_seq_length(self) -> int:
+        return super().get_seq_length() if self.store is None else self.store.length  # type: ignore[misc]
+
     keys = property(lambda self: self.get(0), lambda self, value: self.set(0, value))
     values = property(lambda self: self.get(1), lambda self, value: self.set(1, value))
     cumulative_length = property(
@@ -141,6 +144,9 @@ def length_of(cache: Any, layers: Sequence[Layer]) -> int | str:
         return f"a cache of class {type(cache).__name__}"
     if not cache.layers:
         return 0
+    store = shared_store(cache)
+    if store is not None and store.layers == tuple(layers):
+        return store.length
     if len(cache.layers) != len(layers):
         return f"a cache of {len(cache.layers)} layers, not {len(layers)}"
     lengths: set[int] = set()
@@ -155,11 +161,18 @@ def length_of(cache: Any, layers: Sequence[Layer]) -> int | str:
     return lengths.pop() if len(lengths) == 1 else "layers of different lengths"
 
 
+def shared_store(cache: Any) -> Store | None:
+    """The one store in which all layers of a cache lie, if they do."""
+    store = getattr(cache.layers[0], "store", None) if cache.layers else None
+    if store is None or any(getattr(layer, "store", None) is not store or layer.record_past for layer in cache.layers):
+        return None
+    return store if len(cache.layers) == len(store.layers) else None
+
+
 def store_of(cache: Any, layers: Sequence[Layer], batch: int, length: int, room: int) -> Store | str:
     """The store of a cache, with room for so many tokens; made of what the cache holds if it has none. length: tokens in it."""
-    store = getattr(cache.layers[0], "store", None) if cache.layers else None
-    shared = store is not None and all(getattr(layer, "store", None) is store for layer in cache.layers)
-    if shared and store is not None and store.batch == batch and store.layers == tuple(layers):
+    store = shared_store(cache)
+    if store is not None and store.batch == batch and store.layers == tuple(layers):
         store.grow(room)
         return store
     made = Store(layers, batch, room)

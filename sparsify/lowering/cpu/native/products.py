@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from sparsify.model.linears import is_plain_linear
+from sparsify.modules.kernel_module import KernelModule
 from sparsify.ops.schema import arguments
 from sparsify.program import Program
 
@@ -64,7 +65,8 @@ def plain_name(program: Program, name: str | None) -> str | None:
     if name is None:
         return None
     for one in (name, *program.names_of(name)):
-        if is_plain_linear(program.host.get_submodule(one.rpartition(".")[0])):
+        module = program.host.get_submodule(one.rpartition(".")[0])
+        if is_plain_linear(module) or isinstance(module, KernelModule):
             return one
     return name
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
@@ -39,6 +40,7 @@ KNOWN = frozenset(
 )
 
 
+NEEDS_GRADIENT = attrgetter("requires_grad")
 STATUS = {1: "an activation that is NaN or Inf", 2: "no memory", 3: "a token or a position that its table has not"}
 
 
@@ -113,6 +115,8 @@ class NativeStep:
         if isinstance(past, str):
             raise NotNative(past)
         binding = self.bound(host, generation)
+        if torch.is_grad_enabled() and any(map(NEEDS_GRADIENT, binding.held)):
+            raise NotNative("a weight that needs its gradient")
         first = first_seen(kwargs.get("attention_mask"), batch, past + length)
         positions = positions_of(
             kwargs.get("position_ids"), batch, length, past, kwargs.get("attention_mask") is not None
