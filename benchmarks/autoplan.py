@@ -100,7 +100,8 @@ def main() -> None:
             rule = METHODS[method]
             counted = estimate(skeleton(model, None), Plan([rule]), full=False, **shape)
             predicted = step_time(model, Plan([rule]), **shape)
-            peak, seconds = measure(model, rule, **shape, rounds=2 if arguments.fast else arguments.rounds)
+            rounds = 2 if arguments.fast else arguments.rounds
+            peak, seconds = measure(model, rule, **shape, rounds=rounds)
             again = step_time(model, Plan([rule]), **shape)  # from the record
             assert again == predicted
             memory, time_of = counted.memory / peak, predicted.seconds / seconds

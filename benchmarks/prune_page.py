@@ -70,7 +70,7 @@ def row_of(zeros: str, words: str, run: Record) -> dict[str, Any]:
 
 def perplexity(loss: float) -> str:
     """With three digits that count; a destroyed model's as a power of ten."""
-    if loss > 25:
+    if loss > 14:
         return f"10^{loss / math.log(10):.0f}"
     value = math.exp(loss)
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"

@@ -349,6 +349,32 @@ def low_rank_embedding(shape: Shape) -> OperatorCase:
     return OperatorCase(torch.ops.sparsify.lowrank_embedding.default, arguments, (1, 2, 3), twin)
 
 
+def low_rank_conv(shape: Shape, bias: bool) -> OperatorCase:
+    """As many sounds as there are tokens."""
+
+    def twin(x, weight, bias, a, b, scale, stride, padding, dilation):
+        whole = weight + scale * (b @ a).view(weight.shape)
+        return torch.nn.functional.conv1d(x, whole, bias, stride, padding, dilation)
+
+    x, weight = randn(tokens_of(shape), 3, M), randn(N, 3, 2)
+    arguments = [x, weight, randn(N) if bias else None, randn(RANK, 6), randn(N, RANK), SCALE, [2], [1], [2]]
+    leaves = (0, 1, 2, 3, 4) if bias else (0, 1, 3, 4)
+    return OperatorCase(torch.ops.sparsify.lowrank_conv.default, arguments, leaves, twin)
+
+
+def kernel_columns(shape: Shape, bias: bool) -> OperatorCase:
+    """Two of three input channels train, of kernels with two taps; one sound at least (torch's own second derivative of none is none)."""
+    index = torch.tensor([0, 1, 4, 5])
+
+    def twin(x, weight, bias, block, index, stride, padding, dilation):
+        whole = at(weight.reshape(N, 6), 1, index, block).reshape(weight.shape)
+        return torch.nn.functional.conv1d(x, whole, bias, stride, padding, dilation)
+
+    x, weight = randn(tokens_of(shape) or 1, 3, M), randn(N, 3, 2)
+    arguments = [x, weight, randn(N) if bias else None, randn(N, 4), index, [2], [1], [2]]
+    return OperatorCase(torch.ops.sparsify.partial_conv.default, arguments, (0, 1, 2, 3) if bias else (0, 1, 3), twin)
+
+
 Build = Callable[[Shape, bool], OperatorCase]
 
 
@@ -391,6 +417,7 @@ def _cases() -> dict[str, Build]:
         found[product] = lambda s, b, n=product: grouped_products(s, n)
     found["partial_embedding"] = lambda s, b: embedding(s)
     found["lowrank_embedding"] = lambda s, b: low_rank_embedding(s)
+    found["lowrank_conv"], found["partial_conv"] = low_rank_conv, kernel_columns
     for product in PRODUCTS:
         found[product] = lambda s, b, n=product: products(s, n)
     return found
@@ -405,7 +432,7 @@ ONE_OF_EACH = [
     "quantized_int8_dx_rows+sparse_turned", "quantized_int4_columns", "masked", "masked_turned", "apply_mask",
     "masked_grad", "sampled_product", "channel_grad", "channel_grad_all", "skinny_rows", "skinny_factor", "skinny_both",
     "grouped_partial_columns", "grouped_partial_at_rows_turned", "grouped_sparse_lowrank_sparse+lora_turned", "grouped_linear",
-    "grouped_outer", "grouped_sampled", "partial_embedding", "lowrank_embedding",
+    "grouped_outer", "grouped_sampled", "partial_embedding", "lowrank_embedding", "lowrank_conv", "partial_conv",
 ]  # fmt: skip
 
 

@@ -48,6 +48,10 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # else libraries that count what is left at the end call it a leak
+
+
 FILES = 12
 finished: set[Path] = set()
 

@@ -61,6 +61,7 @@ class Delta:
         "full": a parameter that trained as a whole, `values` replace it; "buffer": a buffer that moved while training (running
         statistics, counters; any dtype), likewise. `channels` is empty for "lora", "full" and "buffer". Any other is a kind of a
         registered method (`sparsify.adapters.delta_kinds`): `values` is its tensor "delta", `more` holds the others by name.
+        A convolution's weight counts as a matrix, flattened behind its outputs.
     transposed: the stored weight is `(in, out)` (Conv1D). Of packed experts values and `a` have a leading axis, the experts.
     exact: for "column", "row" and "sparse", of the shape of `values`: the trained value itself where base + values rounds to another
         one, NaN elsewhere (`sparsify.modules.exact`); None where nothing does. It belongs to the base that `Adapter.bases` names.
@@ -381,6 +382,9 @@ def check_fits(
                     f"{where}: {delta.param} is {tuple(shape)} here, {tuple(delta.values.shape)} in the file"
                 )
             continue
+        flat = delta.kind in ("lora", "column") and delta.values.dim() == 2
+        if flat and len(shape) > 2:  # kernels, flattened behind their outputs
+            shape = torch.Size((shape[0], math.prod(shape[1:])))
         if len(shape) not in (2, 3):
             raise AdapterError(
                 f"{where}: {delta.param} has {len(shape)} dimensions here, expected 2, or 3 of packed experts"

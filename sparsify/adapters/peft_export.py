@@ -16,6 +16,7 @@ end other modules have too       embeddings), so that what is tied stays tied
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -163,6 +164,9 @@ class Export:
                 "first alone; merge() and save the whole model"
             )
         stored = tuple(self.shapes[delta.param])
+        if isinstance(owner := self.host.get_submodule(module), nn.Conv1d | nn.Conv2d):
+            stored = (stored[0], math.prod(stored[1:]))
+            self.check_convolution(module, owner)
         logical = (stored[1], stored[0]) if delta.transposed else (stored[0], stored[1])
         layer = peft_layer(delta, logical)
         a, b = layer.a, layer.b
@@ -173,6 +177,9 @@ class Export:
             self.tensors |= {name + leaf: factor for leaf, factor in embedding_factors(a, b).items()}
             self.ranks[module] = a.shape[0]
             return
+        if isinstance(owner, nn.Conv1d | nn.Conv2d):
+            a = a.reshape(a.shape[0], *owner.weight.shape[1:])
+            b = b.reshape(*b.shape, *[1] * (owner.weight.dim() - 2))
         if name + "lora_A.weight" in self.tensors:
             a = torch.cat([self.tensors[name + "lora_A.weight"], a])
             b = torch.cat([self.tensors[name + "lora_B.weight"], b], dim=1)
@@ -195,6 +202,17 @@ class Export:
         for delta in rows:
             self.add_rows(delta, ALONE)
         return Exported(self.tensors, alone(base, self.rows))
+
+    @staticmethod
+    def check_convolution(module: str, owner: nn.Conv1d | nn.Conv2d) -> None:
+        """PEFT gives its own convolution kernel, stride and padding of the adapted one, and nothing else."""
+        odd = "dilation" if any(d != 1 for d in owner.dilation) else ""
+        odd = odd or ("padding_mode" if owner.padding_mode != "zeros" else "")
+        if odd:
+            raise AdapterError(
+                f"export_lora: {module} has {odd}={getattr(owner, odd)!r}, which PEFT leaves out of the convolution beside it; merge() "
+                "and save the whole model"
+            )
 
     # --- what trained in full ------------------------------------------------------------------------------------------------
 

@@ -10,10 +10,11 @@ PiSSA and OLoRA take their first factors `B₀A₀` out of the base whenever PEF
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ from sparsify.errors import AdapterError
 from sparsify.files import strict_json
 from sparsify.files.strict_json import short
 from sparsify.files.tensors import Part, TensorFile
+from sparsify.model.convolutions import why_not_convolution
 from sparsify.model.linears import is_conv1d
 from sparsify.plan import nearest
 from sparsify.plan.name_patterns import PatternError
@@ -212,8 +214,12 @@ class Reading:
             names = [name for name, _ in self.host.named_modules() if name]
             raise self.fail(f"the model has no module {module!r}{nearest(module, names)}") from None
         a, b = (self.file.parts[f"{PREFIX}{module}.{side}.weight"] for side in ("lora_A", "lora_B"))
-        if not (isinstance(linear, nn.Linear) or is_conv1d(linear)):
-            raise self.fail(f"{module} is a {type(linear).__name__}; LoRA of nn.Linear and Conv1D is read ({PLAIN})")
+        if isinstance(linear, nn.Conv1d | nn.Conv2d):
+            a, b = self.check_kernels(module, linear, a, b)
+        elif not (isinstance(linear, nn.Linear) or is_conv1d(linear)):
+            raise self.fail(
+                f"{module} is a {type(linear).__name__}; LoRA of nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d and nn.Embedding is read ({PLAIN})"
+            )
         if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or 0 in a.shape + b.shape:
             raise self.fail(f"{module}: lora_A {a.shape} and lora_B {b.shape} are missing or do not fit")
         for entry in (a, b):
@@ -229,9 +235,24 @@ class Reading:
             )
         return self.check_weight(module, linear, (b.shape[0], a.shape[1]))
 
+    def check_kernels(self, module: str, owner: nn.Conv1d | nn.Conv2d, a: Part, b: Part) -> tuple[Part, Part]:
+        """The two factors of a convolution as matrices, by their headers. Raises AdapterError for what PEFT and we read differently."""
+        reason = why_not_convolution(owner)
+        odd = [name for name in ("dilation", "padding_mode") if getattr(owner, name) not in ((1,), (1, 1), "zeros")]
+        if reason is not None or odd:
+            raise self.fail(f"{module}: {reason or f'PEFT leaves {odd[0]} out of the convolution beside it'}")
+        fits = a.shape[1:] == tuple(owner.weight.shape[1:]) and set(b.shape[2:]) == {1} and len(b.shape) == len(a.shape)
+        if not fits or not a.shape:
+            raise self.fail(
+                f"{module}: lora_A {a.shape} and lora_B {b.shape} do not fit a kernel {tuple(owner.weight.shape)}"
+            )
+        return replace(a, shape=(a.shape[0], math.prod(a.shape[1:]))), replace(b, shape=b.shape[:2])
+
     def check_weight(self, module: str, linear: nn.Module, made: tuple[int, int]) -> str:
         param = self.canonical.get(f"{module}.weight")
         shape = self.shapes.get(param or "")
+        if isinstance(linear, nn.Conv1d | nn.Conv2d) and shape is not None:
+            shape = torch.Size((shape[0], math.prod(shape[1:])))
         if param is None or shape is None or len(shape) != 2:
             raise self.fail(f"{module} has no two-dimensional weight in this model")
         logical = (shape[1], shape[0]) if is_conv1d(linear) else (shape[0], shape[1])
@@ -253,7 +274,7 @@ class Reading:
     def check_complete(self, factors: set[str], full: set[str]) -> None:
         """Refuse a file that lacks what its configuration says was trained."""
         for name, module in self.host.named_modules():
-            linear = isinstance(module, nn.Linear | nn.Embedding) or is_conv1d(module)
+            linear = isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d) or is_conv1d(module)
             if self.settings.targets.named and linear and name not in factors and name in self.settings.targets:
                 raise self.fail(f"target_modules names {name}, but the file has no factors for it: it is incomplete")
         for name in self.canonical:
@@ -313,6 +334,11 @@ class Reading:
     def low_rank(self, module: str, param: str) -> Delta:
         a = self.finite(module, f"{PREFIX}{module}.lora_A.weight").float()
         b = self.finite(module, f"{PREFIX}{module}.lora_B.weight").float()
+        a, b = a.flatten(1), b.flatten(1)  # of kernels
+        if self.settings.residual and isinstance(self.host.get_submodule(module), nn.Conv1d | nn.Conv2d):
+            raise self.fail(
+                f"{module}: init_lora_weights is {self.settings.residual!r}, which PEFT does not have for convolutions"
+            )
         scale = self.settings.scale_of(module)
         self.check_sizes(module, a, b, scale)
         transposed = is_conv1d(self.host.get_submodule(module))

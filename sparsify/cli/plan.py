@@ -42,8 +42,13 @@ def plan(
         Path, typer.Argument(help="A Hugging Face folder (config.json is enough), or a plan file (.yaml).")
     ],
     method: Annotated[
-        str, typer.Option("--method", "-m", help="s2ft, paca, rosa, lora, or a rule of an installed package.")
-    ] = "s2ft",
+        str | None,
+        typer.Option(
+            "--method",
+            "-m",
+            help="s2ft (default), paca, rosa, lora, or a rule of an installed package; with --budget the one to choose within.",
+        ),
+    ] = None,
     fraction: Annotated[
         float | None, typer.Option(help="S2FT: trained share of the parameters of O and Down. Default: 0.03.")
     ] = None,
@@ -124,7 +129,7 @@ def plan(
         )
         file = plan_file.read(model, [*overs, *(changes or [])])
     else:
-        file = written(model, method, options, training, data, changes or [])
+        file = written(model, "s2ft" if method is None or budget else method, options, training, data, changes or [])
     if out is not None:
         from sparsify.cli.commands import check_target
 
@@ -135,7 +140,7 @@ def plan(
         raise InputError("--fsdp shares weights out over processes: give --world-size too")
     empty, of = on_meta(Path(file.model), file.training.dtype)
     if within is not None:
-        chosen = choose(empty, file, within, tokens, max_lora_rank, world_size, fsdp)
+        chosen = choose(empty, file, within, method, tokens, max_lora_rank, world_size, fsdp)
         file = with_choice(file, chosen)
         finish(file, out, dry_run)
         typer.echo(json.dumps({"file": file.to_dict(), **chosen.to_dict()}, indent=1)) if as_json else show_choice(
@@ -168,14 +173,23 @@ def plan(
 
 
 def choose(
-    empty: Any, file: PlanFile, within: Limits, tokens: int | None, rank: int | None, world: int, fsdp: bool
+    empty: Any,
+    file: PlanFile,
+    within: Limits,
+    method: str | None,
+    tokens: int | None,
+    rank: int | None,
+    world: int,
+    fsdp: bool,
 ) -> AutoPlan:
     """`sparsify.autoplan` for a model on the meta device, with the batch and length of a plan file."""
     import sparsify
+    from sparsify.planner.candidates import SIZES
 
     return sparsify.autoplan(
         empty, memory=within.memory, time=within.time, tokens=tokens, batch=file.training.batch, length=file.training.length,
-        max_lora_rank=rank, goal=within.goal, world=world, sharded=fsdp, seed=file.training.seed,
+        methods=[method] if method else list(SIZES), max_lora_rank=rank, goal=within.goal, world=world, sharded=fsdp,
+        seed=file.training.seed,
     )  # fmt: skip
 
 

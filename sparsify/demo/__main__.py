@@ -38,7 +38,7 @@ def main(
         ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="SmolLM2: training steps (default 40).", min=1, max=MOST_STEPS)
+        int | None, typer.Option(help="SmolLM2: training steps (default 32).", min=1, max=MOST_STEPS)
     ] = None,
     epochs: Annotated[
         float | None,

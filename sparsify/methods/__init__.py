@@ -10,7 +10,7 @@ What a method from outside needs is listed in `__all__`; `examples/write_a_metho
 from sparsify.adapters.adapter import Delta
 from sparsify.adapters.delta_kinds import DeltaKind, PeftLayer
 from sparsify.library import OperatorLibrary
-from sparsify.methods import channels, lowrank_embedding, packed, rows, sparse_lowrank
+from sparsify.methods import channels, lowrank_conv, lowrank_embedding, packed, partial_conv, rows, sparse_lowrank
 from sparsify.methods.part import LivePart, OutsidePart, Snapshot, TrainedPart, beside, master_dtype
 from sparsify.methods.registry import register
 from sparsify.methods.sparse_lowrank import kaiming_a
@@ -44,9 +44,11 @@ __all__ = [
     "beside",
     "channels",
     "kaiming_a",
+    "lowrank_conv",
     "lowrank_embedding",
     "master_dtype",
     "packed",
+    "partial_conv",
     "register",
     "require",
     "require_floats",

@@ -510,7 +510,7 @@ class SlicePart(LivePart[TrainedSlice, PartialMixin]):
         self.detached = take_leaves(self.module)
 
     def attach(self) -> None:
-        become_part(self.module, TrainedSlice.module_kind)
+        become_part(self.module, self.part.module_kind)
         assert self.detached is not None
         tensors, self.detached = self.detached, None
         self.part.attach(self.module, tensors)

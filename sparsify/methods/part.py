@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from sparsify.modules.adapted import AdaptedMixin
     from sparsify.modules.layout import Layout
     from sparsify.plan import LinearRule
-    from sparsify.program import EmbeddingNode, LinearNode, Program
+    from sparsify.program import ConvolutionNode, EmbeddingNode, LinearNode, Program
     from sparsify.program.graph_editor import GraphEditor
 
 Snapshot = dict[str, Tensor]
@@ -100,6 +100,10 @@ class TrainedPart(ABC):
     def insert_lookup(self, editor: GraphEditor, lookup: EmbeddingNode) -> None:
         """Put the operator in the place of a look-up of the weight's rows. Raises VerifyError for a kind that has none."""
         raise VerifyError(f"{self.param}: a part of kind {self.module_kind} does not train rows of an embedding")
+
+    def insert_convolution(self, editor: GraphEditor, found: ConvolutionNode) -> None:
+        """Put the operator in the place of a convolution with the weight. Raises VerifyError for a kind that has none."""
+        raise VerifyError(f"{self.param}: a part of kind {self.module_kind} does not train in a convolution")
 
     def packed_arguments(self, editor: GraphEditor, linear: LinearNode) -> dict[str, Argument]:
         """What `quantized_linear` takes of the part, by schema name. Raises VerifyError for a kind that needs a dense weight."""

@@ -2,6 +2,9 @@
 
 nn.Linear, Conv1D ──▶ Partial…        weight frozen; weight_slice trains                        `sparsify.methods.channels`
                       SparseLowRank…  weight frozen; sparse_values, lora_A, lora_B train        `sparsify.methods.sparse_lowrank`
+nn.Conv1d, Conv2d ──▶ LowRankConv…    weight frozen; lora_A, lora_B train                       `sparsify.methods.lowrank_conv`
+                      PartialConv…    weight frozen; weight_slice trains                        `sparsify.methods.partial_conv`
+nn.Embedding      ──▶ LowRank…        weight frozen; lora_A, lora_B train                       `sparsify.methods.lowrank_embedding`
 nn.Embedding      ──▶ Rows…           weight frozen; weight_slice trains                        `sparsify.methods.rows`
                       Quantized…      no weight, packed_0 … packed_n; any of the above beside   `sparsify.methods.packed`
                       …               of methods from outside                                   `sparsify.methods.register`
@@ -162,16 +165,18 @@ def grouped_class(kind: str, base: str) -> type[nn.Module]:
 
 @functools.cache
 def derived_class(kind: str, user: type[nn.Module]) -> type[nn.Module]:
-    """The same for an `nn.Embedding` of a model's own, whose forward goes on from what `super().forward` gives (scaled ones)."""
-    carrier = known_kind(kind)[1]
-    if user is nn.Embedding:
+    """The same for an `nn.Embedding` of a model's own, whose forward goes on from what `super().forward` gives (scaled ones), and for
+    convolutions, whose forward is replaced."""
+    mixin, carrier = known_kind(kind)
+    if user in carrier.__bases__:
         return carrier
+    bases = (user, carrier) if issubclass(carrier, nn.Embedding) else (mixin, user)
 
     def reduce(self: nn.Module, protocol: int) -> tuple[object, ...]:
         return rebuild_derived, (kind, user), self.__dict__
 
     body = {"__reduce_ex__": reduce, "__doc__": user.__doc__, "__module__": __name__, "extra_repr": carrier.extra_repr}
-    return type(f"{kind}{user.__name__}", (user, carrier), body)
+    return type(f"{kind}{user.__name__}", bases, body)
 
 
 def rebuild_derived(kind: str, user: type[nn.Module]) -> nn.Module:
@@ -200,7 +205,7 @@ def rebuild(kind: str, base: str = "Conv1D") -> nn.Module:
 
 def become(module: nn.Module, kind: str) -> None:
     """Turn a linear of *our own* module tree into an adapted one, in place: hooks, name and references stay."""
-    derived = isinstance(module, nn.Embedding)
+    derived = isinstance(module, nn.Embedding | nn.Conv1d | nn.Conv2d)
     user = module.__dict__.get("user_class", type(module))
     cls = derived_class(kind, user) if derived else class_of(kind, base_name(module))
     if not issubclass(type(module), AdaptedMixin):

@@ -7,6 +7,7 @@
     grouped_linear           y_e = x_e W_eᵀ           rows sorted by expert
     partial_grouped_linear   the same with trained channels, and `sparse_lowrank_grouped_linear`
     partial_embedding        y = W'[ids],  some rows of W replaced; `lowrank_embedding`: W + s B A
+    lowrank_conv             y = x ∗ (W + s B A) + b; `partial_conv`: some input channels of W replaced
     apply_mask               t∘M
     masked_grad              (gᵀ x)∘M                 weight gradients: under a mask,
     sampled_product          (aᵀ b)[index]            on a support,
@@ -35,9 +36,11 @@ from sparsify.ops import (
     apply_mask,
     channel_grad,
     grouped_linear,
+    lowrank_conv,
     lowrank_embedding,
     masked_grad,
     masked_linear,
+    partial_conv,
     partial_embedding,
     partial_grouped_linear,
     partial_linear,
@@ -51,9 +54,11 @@ __all__ = [
     "apply_mask",
     "channel_grad",
     "grouped_linear",
+    "lowrank_conv",
     "lowrank_embedding",
     "masked_grad",
     "masked_linear",
+    "partial_conv",
     "partial_embedding",
     "partial_grouped_linear",
     "partial_linear",

@@ -149,6 +149,9 @@ def rewrite(program: Program, survivors: list[str]) -> tuple[fx.GraphModule, tup
     for lookup in list(program.embeddings()):
         if lookup.weight in parts:
             parts[lookup.weight].insert_lookup(editor, lookup)
+    for convolution in list(program.convolutions()):
+        if convolution.weight in parts:
+            parts[convolution.weight].insert_convolution(editor, convolution)
     for name in program.quantize:  # the dense weight is no input any more
         editor.drop_input(name)
     return editor.finish()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
+from torch.nn.modules.conv import _ConvNd
 from tqdm import tqdm
 
 from sparsify.calibration.checks import check_weights, column_squares, rows_of, squares_of
@@ -19,13 +20,17 @@ from sparsify.calibration.ranks import of_first_rank, sum_over_ranks
 from sparsify.calibration.statistics import batch_count, given, gradient_statistics, input_squares, need_batches
 from sparsify.errors import PlanError, Refusal, RefusedError
 from sparsify.formats import format_named
+from sparsify.methods.lowrank_conv import LowRankKernels
 from sparsify.methods.lowrank_embedding import LowRankRows
+from sparsify.methods.partial_conv import KernelColumns
 from sparsify.methods.registry import method_of
 from sparsify.methods.sparse_lowrank import SparseLowRank
+from sparsify.model.convolutions import why_not_convolution
 from sparsify.model.linears import is_conv1d, owner_name
 from sparsify.model.task_heads import head_parameters, output_parameters
 from sparsify.passes.assign_rules import WHOLE, why_not_trainable
 from sparsify.passes.base import Context
+from sparsify.passes.direct_reads import read_past
 from sparsify.passes.select_rows import why_not_rows
 from sparsify.plan import LinearRule, LoRA, PaCA, Quantize, RoSA, pattern_value
 from sparsify.plan.name_patterns import REGEX, matches
@@ -98,8 +103,10 @@ def serve(
         if param in linears:
             reason = why_not_trainable(program, param, by_weight)
             reason = reason or why_not_fitting(program, linears[param], rule)
-        else:
+        elif isinstance(program.host.get_submodule(owner_name(param)), torch.nn.Embedding):
             reason = why_not_embedding(program, param, rule)
+        else:
+            reason = why_not_kernels(program, param, rule)
         if reason is None:
             served.append(param)
         else:
@@ -124,9 +131,9 @@ def serve(
 
 
 def other_weights(program: Program, linears: Mapping[str, LinearNode]) -> list[str]:
-    """Weights of embeddings that no matrix product reads; a rule has to say so to train them."""
-    held = program.host.named_modules(remove_duplicate=False)
-    names = (f"{path}.weight".lstrip(".") for path, module in held if isinstance(module, torch.nn.Embedding))
+    """Weights of embeddings and convolutions that no matrix product reads; a rule has to say so to train them."""
+    held, kinds = program.host.named_modules(remove_duplicate=False), torch.nn.Embedding | _ConvNd
+    names = (f"{path}.weight".lstrip(".") for path, module in held if isinstance(module, kinds))
     return [p for p in dict.fromkeys(program.aliases[n] for n in names if n in program.aliases) if p not in linears]
 
 
@@ -145,6 +152,35 @@ def why_not_embedding(program: Program, param: str, rule: LinearRule) -> str | N
     if pattern_value(rule.rank, owner_name(param)) is None:
         return "no pattern of rank names it"
     return why_not_rows(program, param) or why_not_alone(program, param)
+
+
+def why_not_kernels(program: Program, param: str, rule: LinearRule) -> str | None:
+    """Why a rule cannot train a convolution that it names; None if it can."""
+    if not isinstance(rule, LoRA | PaCA):
+        return f"{type(rule).__name__} has no form for convolutions: LoRA and PaCA have"
+    if isinstance(rule, PaCA) and rule.select not in ("random", "weight"):
+        return (
+            f"select={rule.select!r} needs inputs or gradients of linears; of convolutions 'random' and 'weight' choose"
+        )
+    rank, weight = pattern_value(rule.rank, owner_name(param)), program.tensor(param)
+    if rank is None:
+        return "no pattern of rank names it"
+    if isinstance(rule, PaCA) and rank >= weight.shape[1]:
+        return f"rank {rank}, and it has {weight.shape[1]} input channels: give it a smaller rank, or another rule"
+    if rank > max(weight.shape[0], weight[0].numel(), ALWAYS_TAKEN):
+        return f"rank {rank} is more than its weight {tuple(weight.shape)} can hold"
+    if not weight.is_floating_point() or not weight.is_contiguous():
+        return f"its weight is {weight.dtype}" + ("" if weight.is_contiguous() else ", in channels-last memory")
+    nodes = {found.node: found for found in program.convolutions() if found.weight == param}
+    placeholder = program.placeholder(param)
+    other = next((user for user in (placeholder.users if placeholder is not None else ()) if user not in nodes), None)
+    return (
+        why_not_convolution(program.host.get_submodule(owner_name(param)))
+        or (f"the weight is also read by node {other.name} ({other.target})" if other is not None else None)
+        or (None if nodes else "no convolution of the captured graph reads it")
+        or why_not_alone(program, param)
+        or read_past(program, param)
+    )
 
 
 def why_not_alone(program: Program, param: str) -> str | None:
@@ -219,15 +255,16 @@ def select_linears(
     served, refusals = serve(program, index, rule, linears, taken)
     changes: dict[str, Sequence[object]] = {"refusals": refusals}
     taken.update(dict.fromkeys(served, index))
-    embedded = [param for param in served if param not in linears]
+    others = [param for param in served if param not in linears]
     served = [param for param in served if param in linears]
     if isinstance(rule, PaCA):
         units, channels = choose_columns(program, context, index, rule, served, linears)
         changes["choices"], changes["channel_choices"] = units, channels
+        changes["parts"] = [kernel_columns(program, context, index, rule, param) for param in others]
     elif isinstance(rule, RoSA | LoRA):
         parts: list[SparseLowRank] = choose_supports(program, context, index, rule, served, refusals)
         if isinstance(rule, LoRA):
-            parts += [low_rank_rows(program, index, rule, param) for param in embedded]
+            parts += [low_rank_part(program, index, rule, param) for param in others]
         changes["parts"] = parts
     else:
         method = method_of(rule)
@@ -387,9 +424,25 @@ def choose_supports(
     return supports
 
 
-def low_rank_rows(program: Program, index: int, rule: LoRA, param: str) -> LowRankRows:
-    """The part of an embedding."""
+def kernel_columns(program: Program, context: Context, index: int, rule: PaCA, param: str) -> KernelColumns:
+    """The input channels of a convolution that train, as columns of its flattened kernel."""
+    weight, rank = program.tensor(param).detach(), pattern_value(rule.rank, owner_name(param))
+    if rule.select == "weight":
+        check_weights([(param, weight)])
+        scores = weight.double().square().transpose(0, 1).flatten(1).sum(1).sqrt().cpu()
+    else:
+        scores = random_scores(context.plan.seed, param, weight.shape[1])
+    taps = weight[0, 0].numel()
+    chosen = sorted(choose(scores, rank, largest=rule.largest))
+    columns = tuple(channel * taps + tap for channel in chosen for tap in range(taps))
+    return KernelColumns(param, 1, -1, len(columns), "column", columns, places=columns, rule=index, taps=taps)
+
+
+def low_rank_part(program: Program, index: int, rule: LoRA, param: str) -> LowRankRows | LowRankKernels:
+    """The part of an embedding, or of a convolution."""
     rank = pattern_value(rule.rank, owner_name(param))
+    if not isinstance(program.host.get_submodule(owner_name(param)), torch.nn.Embedding):
+        return LowRankKernels(param, index, rank, rule.scale(rank), rule.dropout, 0, "none", False)
     return LowRankRows(param, index, rank, rule.scale(rank), 0.0, 0, "none", False)
 
 

@@ -101,7 +101,7 @@ def verify_parts(program: Program) -> None:
     for part in program.parts:
         part.check(program, read)
     changed = {p.param for p in program.parts} | set(program.quantize)
-    for reader in (*program.linears(), *program.embeddings()):
+    for reader in (*program.linears(), *program.embeddings(), *program.convolutions()):
         if reader.weight in changed:
             raise VerifyError(f"node {reader.node.name} still reads {reader.weight} whole, beside its trained part")
 

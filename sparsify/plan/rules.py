@@ -362,6 +362,8 @@ class PaCA(LinearRule):
     largest: take the columns with the largest score (the default, unlike S2FT) or the smallest.
     permute: where a coupled structure owns the input (Down), reorder it so that the columns are contiguous and no gather is
         needed; False always gathers.
+    match: as everywhere; convolutions (`nn.Conv1d`, `nn.Conv2d` of one group), of which whole input channels train, where the last word
+        of a pattern speaks of them (`*.projection`, `conv1`), and chosen by "random" or "weight" alone.
     """
 
     rank: int | Mapping[str, int] = field(default=16, kw_only=False)
@@ -427,8 +429,9 @@ class LoRA(LinearRule):
 
     alpha: None for twice the rank, the habit of the field (scale 2, where `RoSA` has the paper's 1: give both the same `alpha` to compare
         them at one learning rate). Writes and reads PEFT's adapter directory.
-    match: as everywhere; embeddings (`nn.Embedding` that is tied to nothing) train where the last word of a pattern speaks of them
-        (`*.embed_tokens`, `wpe`), as with PEFT, and by no `*` or regular expression. Their ids have no dropout.
+    match: as everywhere; embeddings (`nn.Embedding` that is tied to nothing) and convolutions (`nn.Conv1d`, `nn.Conv2d` of one group)
+        train where the last word of a pattern speaks of them (`*.embed_tokens`, `conv1`), as with PEFT, and by no `*` or regular
+        expression. Ids have no dropout.
     """
 
     rank: int | Mapping[str, int] = field(default=8, kw_only=False)

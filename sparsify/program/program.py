@@ -10,7 +10,7 @@ takes what the model takes (of the captured shapes) and returns what the model r
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
@@ -28,6 +28,7 @@ from sparsify.program.values import (
     Captured,
     ChannelChoice,
     Chosen,
+    ConvolutionNode,
     EmbeddingNode,
     Found,
     Input,
@@ -284,7 +285,7 @@ class Program:
     @property
     def slices(self) -> tuple[TrainedSlice, ...]:
         """The parts that are whole channels (S2FT, PaCA) or rows."""
-        return tuple(cast("TrainedSlice", part) for part in self.parts if part.module_kind in ("Partial", "Rows"))
+        return tuple(cast("TrainedSlice", part) for part in self.parts if part.module_kind in WHOLE_CHANNELS)
 
     @property
     def lowranks(self) -> tuple[SparseLowRank, ...]:
@@ -372,6 +373,34 @@ class Program:
             if isinstance(weight, fx.Node) and weight.name in names and isinstance(ids, fx.Node):
                 yield EmbeddingNode(node, ids, names[weight.name], int(given["padding_idx"]))
 
+    def convolutions(self) -> Iterator[ConvolutionNode]:
+        """Every convolution in one or two dimensions with a named weight and one group, padded evenly by zeros, in graph order."""
+        names, aten = self.tensor_names, torch.ops.aten
+        plain, worded = (aten.conv1d.default, aten.conv2d.default), (aten.conv1d.padding, aten.conv2d.padding)
+        for node in self.graph.nodes:
+            if node.op != "call_function" or node.target not in plain + worded:
+                continue
+            given = arguments(node)
+            weight, x, bias = given["weight"], given["input"], given["bias"]
+            if (
+                not (isinstance(weight, fx.Node) and weight.name in names and isinstance(x, fx.Node))
+                or given["groups"] != 1
+            ):
+                continue
+            kernel = weight.meta["val"].shape[2:]
+            if x.meta["val"].dim() != len(kernel) + 2:
+                continue
+            stride, dilation = (spread(given[name], len(kernel)) for name in ("stride", "dilation"))
+            padding = given["padding"]
+            if padding == "same" and any(d * (k - 1) % 2 for d, k in zip(dilation, kernel, strict=True)):
+                continue
+            if isinstance(padding, str):
+                spans = [d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True)]
+                padding = spans if padding == "same" else [0]
+            bias = bias if isinstance(bias, fx.Node) else None
+            where = (stride, spread(padding, len(kernel)), dilation)
+            yield ConvolutionNode(node, x, names[weight.name], bias, *where)
+
     def __call__(self, *args: object, **kwargs: object) -> Any:
         """Run the graph. Inputs must have the structure and shapes of the captured example; so has what the model returns."""
         _, example_kwargs = self.example
@@ -430,9 +459,15 @@ class Program:
         return draw_program(self, path, fold=fold)
 
 
+WHOLE_CHANNELS = ("Partial", "Rows", "PartialConv")
 GROUPS = {"captured": Captured, "found": Found, "chosen": Chosen, "packing": Packing, "pruning": Pruning}
 #: a field of a group → the field of `Program` that holds the group
 GROUP_OF = {f.name: group for group, kind in GROUPS.items() for f in fields(kind)}
+
+
+def spread(values: Sequence[int], count: int) -> tuple[int, ...]:
+    """One number for every axis; a single one holds for all."""
+    return tuple(values) if len(values) == count else (values[0],) * count
 
 
 def is_grouped(node: fx.Node) -> bool:

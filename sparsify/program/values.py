@@ -73,6 +73,19 @@ class LinearNode:
 
 
 @dataclass(frozen=True)
+class ConvolutionNode:
+    """One convolution with a weight `(n, c, *k)`, tied to its parameter's qualified name; zeros on each side by axis, one group."""
+
+    node: fx.Node
+    x: fx.Node
+    weight: str
+    bias: fx.Node | None
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class EmbeddingNode:
     """One look-up of rows of a weight, tied to its parameter's qualified name. padding: the id without a gradient, −1 for none."""
 

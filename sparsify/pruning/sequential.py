@@ -7,9 +7,10 @@ One group's statistics are alive at a time (one Hessian for all matrices that re
 as fit in `max_hessian_bytes`). The host's Parameters are replaced, never written. With `resume_dir` every finished group is on
 disk (atomically) and a second run with the same inputs goes on where the first stopped, to the same result.
 
-The work per batch is one forward of each unit per group (it stops as soon as the group has its input; SparseGPT needs no product of
-the group itself) and one to go on: linear in depth. Models without repeated blocks are stopped at each linear; a weight that is used
-several times in one forward (ALBERT) is collected over all its uses by running the smallest module that holds them all.
+The work per batch is one forward of each unit per group and one to go on, linear in depth. A forward stops as soon as the group has
+its input (SparseGPT needs no product of the group itself), and products of weights that are pruned already are kept from one to the
+next. Models without repeated blocks are stopped at each linear; a weight that is used several times in one forward (ALBERT) is
+collected over all its uses by running the smallest module that holds them all.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
@@ -58,6 +59,7 @@ from sparsify.pruning.collect import (
     choose_mask,
     token_masks,
 )
+from sparsify.pruning.kept_products import KeptProducts
 from sparsify.pruning.lockstep import LockstepForward, intercepted
 from sparsify.pruning.resume import ResumeStore, ViewStats, Written
 from sparsify.pruning.rule import Prune
@@ -443,16 +445,20 @@ class Driver:
                 for place, unit in enumerate(units):
                     last = place == len(units) - 1
                     fresh = unit.name not in restored
+                    names = [name for group in unit.groups for name in group.params]
+                    kept = KeptProducts(lambda names=names: {name: self.parameter(name) for name in names})
                     with self.residence.loaded(unit.name, keep=fresh), torch.no_grad():
                         with together():
                             here = self.bring_to(unit.name, forwards, done, originals)
                         for group in unit.groups if fresh else ():
-                            self.prune_group(unit, group, here, originals[unit.name])
+                            self.prune_group(unit, group, here, originals[unit.name], kept)
                         done.add(unit.name)
                         if not last:
                             with together():
-                                for forward, _, _ in here:
-                                    forward.advance(originals[unit.name](*forward.args, **forward.kwargs))
+                                for forward, number, _ in here:
+                                    with kept.running(number):
+                                        output = originals[unit.name](*forward.args, **forward.kwargs)
+                                    forward.advance(output)
             finally:
                 for forward in forwards:
                     forward.abandon()
@@ -471,7 +477,7 @@ class Driver:
                 here.append((forward, number, batch))
         return here
 
-    def prune_group(self, unit: Unit, group: Group, here: list[Waiting], forward: Forward) -> None:
+    def prune_group(self, unit: Unit, group: Group, here: list[Waiting], forward: Forward, kept: KeptProducts) -> None:
         """Collect on every rank, prune on the first, and give all ranks its bits (the same sums may still be factorised to
         other last digits on another machine)."""
         written: Written | None = None
@@ -484,7 +490,7 @@ class Driver:
                 check_weights((name, self.parameter(name)) for name in group.params)
             for views in self.passes(group):
                 with together():
-                    statistics = self.collect(unit, group, views, here, forward)
+                    statistics = self.collect(group, views, here, forward, kept)
                 statistics.over_ranks(views, self.is_full(group), self.parameter(group.params[0]).device)
                 with together():
                     if self.is_early(group) and rank() == 0:
@@ -497,6 +503,7 @@ class Driver:
                     self.store.save(written)
         for view, (values, mask, stats) in self.from_first_rank(group.views, written or {}).items():
             self.write(view, values, mask, stats)
+        kept.final.update(name for name in group.params if name not in self.begun)
 
     def from_first_rank(self, views: list[View], written: Written) -> Written:
         if rank_count() == 1:
@@ -550,12 +557,7 @@ class Driver:
             self.write(view, values, mask, stats)
 
     def collect(
-        self,
-        unit: Unit,
-        group: Group,
-        views: list[View],
-        here: list[Waiting],
-        forward: Forward,
+        self, group: Group, views: list[View], here: list[Waiting], forward: Forward, kept: KeptProducts
     ) -> Statistics:
         """Run the unit on every batch, up to the group's last product, and accumulate."""
         rules = {name: self.rules[name] for name in group.params}
@@ -599,8 +601,10 @@ class Driver:
             side = self.sides.get(group.params[0], "encoder")
             args, kwargs = copied_inputs((waiting.args, waiting.kwargs))
             with PaddingDropper(owners, masks.get(side)):
+                # experts see fewer rows while padding is dropped, so nothing is kept there
+                again = nullcontext() if owners else kept.running(number)
                 try:
-                    with Watcher(lambda: {name: self.parameter(name) for name in group.params}, seen, early):
+                    with again, Watcher(lambda: {name: self.parameter(name) for name in group.params}, seen, early):
                         forward(*args, **kwargs)
                 except GroupDone:
                     pass

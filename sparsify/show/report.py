@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
+from torch._ops import OpOverload
 
 from sparsify.console import in_full, one_line, printable
 from sparsify.errors import Refusal
@@ -178,12 +179,18 @@ def adapter_bytes(host: nn.Module, program: Program) -> int:
     return numbers * 4 + places * 8
 
 
+def of_ids() -> tuple[OpOverload, ...]:
+    """Operators of ours that read ids, not channels."""
+    return torch.ops.sparsify.partial_embedding.default, torch.ops.sparsify.lowrank_embedding.default
+
+
 def tokens_of(program: Program, host: nn.Module) -> int:
     """Positions of the captured example that the first linear sees; 0 for a model that takes no tokens."""
     if getattr(host, "main_input_name", "") != "input_ids":
         return 0
-    rows = torch.ops.sparsify.partial_embedding.default  # has ids, and no input of channels
-    nodes = [n for n in program.graph.nodes if program.part_at(n) is not None and n.target is not rows]
+    ops = torch.ops.sparsify
+    known = set(operators(program)) - {ops.apply_mask.default, *of_ids()}
+    nodes = [n for n in program.graph.nodes if n.op == "call_function" and n.target in known]
     values = [argument(n, "x").meta.get("val") for n in nodes]
     return next((v.numel() // v.shape[-1] for v in values if isinstance(v, torch.Tensor) and v.numel()), 0)
 
@@ -210,7 +217,7 @@ def backward_bytes(program: Program) -> tuple[int, int]:
     for node in program.graph.nodes:
         if node.op != "call_function" or node.target not in known or node.target is ops.apply_mask.default:
             continue
-        if node.target in (ops.partial_embedding.default, ops.lowrank_embedding.default):
+        if node.target in of_ids():
             continue  # keeps ids alone
         x, part = argument(node, "x"), program.part_at(node)
         inputs[x.name] = node_bytes(x)

@@ -435,6 +435,7 @@ def test_what_the_command_refuses(folder: Path) -> None:
         (["--budget", "memory=1MiB", "--rank", "8"], "no options of a rule"),
         (["--tokens", "5"], "belongs to a budget of time"),
         (["--budget", "time=2h"], "needs tokens"),
+        (["--budget", "memory=1GiB", "-m", "full"], "'full' is none of S2FT"),
         (["--max-lora-rank", "8", "--method", "rosa"], "scattered entries"),
     ):
         done = call(folder, *options)

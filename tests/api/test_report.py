@@ -214,5 +214,9 @@ def test_the_first_line_says_it_all() -> None:
 def test_the_first_line_of_other_models() -> None:
     vision: Any = tiny.lower(tiny.build("ViT"), S2FT(structure="ffn", units=2))
     assert "on the captured example, adapter" in vision.sparsify.report.headline
+    conv1d: Any = tiny.lower(
+        tiny.build("GPT-2"), S2FT(structure="ffn", units=2)
+    )  # whose weights are turned in the graph
+    assert "less for the backward than full fine-tuning at 8 × 1024 tokens" in conv1d.sparsify.report.headline
     pruned: Any = tiny.lower(tiny.llama(), Prune(method="magnitude", sparsity=0.5))
     assert "adapter" not in pruned.sparsify.report.headline

@@ -833,4 +833,29 @@ MISTAKES: tuple[Mistake, ...] = (
         "api/test_report.py",
         "api/test_rosa.py: not trainer",
     ),
+    # ------------------------------------------------------------------------------------------------------- planner
+    m(  # the last block's input still lives when its forward ends
+        "planner",
+        'kept = self.begins[f"forward {repeat.kept - 1}"] - self.begins["forward 1"]',
+        'kept = self.begins["forward head"] - self.begins[f"forward {repeat.kept - 1}"]',
+        "api/test_autoplan.py: three_blocks",
+    ),
+    m(
+        "planner",
+        "measured(skeleton(model, repeat).requires_grad_(True), **shape)",
+        "measured(host.requires_grad_(True), **shape)",
+        "api/test_autoplan.py: three_blocks",
+    ),
+    m(
+        "planner",
+        "        if weight.is_meta:  # the library keeps",
+        "        if weight.is_cuda:  # the library keeps",
+        "numeric/test_formats.py: meta_device",
+    ),
+    m(
+        "planner",
+        "added.get(phase, kept)",
+        "added.get(phase, 0)",
+        "api/test_autoplan.py: three_blocks",
+    ),
 )

@@ -19,6 +19,7 @@ from sparsify.program import Program
 from sparsify.program.capture import capture
 from sparsify.pruning import sequential
 from sparsify.pruning.collect import Watcher, token_masks
+from sparsify.pruning.kept_products import KeptProducts
 from sparsify.pruning.lockstep import LockstepForward, intercepted
 from sparsify.pruning.patterns import NM, fits_pattern
 from sparsify.pruning.rule import Prune
@@ -549,3 +550,46 @@ def test_a_watcher_that_looks_before_sees_no_output() -> None:
     with torch.no_grad(), Watcher(lambda: {"w": layer.weight}, seen.append):
         expected = layer(x)
     assert torch.equal(seen[1].y, expected)
+
+
+class Pair(nn.Module):
+    """Two linears in a row; the first writes to the memory of its output afterwards, as a block may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu_())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("budget", [1 << 20, 4 * 6 * 3 + 1, 0])
+def test_products_of_final_weights_are_kept_while_there_is_room(budget: int) -> None:
+    model, first, second = Pair(), torch.randn(3, 5), torch.randn(3, 5)
+    kept = KeptProducts(lambda: {"a": model.a.weight, "b": model.b.weight}, budget)
+
+    def run(batch: int, x: Tensor) -> Tensor:
+        with kept.running(batch):
+            return model(x)
+
+    before = run(0, first)
+    model.a.weight.mul_(2)
+    pruned = model(first)
+    assert not torch.equal(before, pruned)
+    assert torch.equal(run(0, first), pruned)  # nothing was kept: no weight was final
+    kept.final.add("a")
+    assert torch.equal(run(0, first), pruned)
+    others = run(1, second)
+    model.a.weight.mul_(2)  # nobody does that: it shows which products are computed again
+    model.b.weight.mul_(2)
+    again = run(0, first)
+    anew = model(first)
+    assert torch.equal(again, anew) == (budget == 0)
+    half = 2 * (pruned - model.b.bias) + model.b.bias  # the kept output of `a`, and `b` computed
+    if budget:
+        torch.testing.assert_close(again, half)
+    if budget < 1 << 20:
+        assert torch.equal(run(1, second), model(second))  # there was no room for another batch
+    else:
+        torch.testing.assert_close(run(1, second), 2 * (others - model.b.bias) + model.b.bias)

@@ -48,6 +48,27 @@ def lowrank_embedding(ids: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: 
     return found + (scale * torch.ops.aten.embedding.default(b, ids).matmul(a)).to(found.dtype)
 
 
+def lowrank_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int],
+) -> Tensor:  # fmt: skip
+    folded = (weight.float() + scale * (b.float() @ a.float()).view(weight.shape)).to(x.dtype)
+    nothing = [0] * len(stride)
+    bias = None if bias is None else bias.to(x.dtype)
+    return torch.ops.aten.convolution.default(x, folded, bias, stride, padding, dilation, False, nothing, 1)
+
+
+def partial_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, block: Tensor, index: Tensor, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:  # fmt: skip
+    whole = (
+        weight.reshape(weight.shape[0], -1).index_copy(1, index, block.to(weight.dtype)).view(weight.shape).to(x.dtype)
+    )
+    bias = None if bias is None else bias.to(x.dtype)
+    return torch.ops.aten.convolution.default(x, whole, bias, stride, padding, dilation, False, [0] * len(stride), 1)
+
+
 def with_values(weight: Tensor, values: Tensor | None, index: Tensor | None) -> Tensor:
     """A stored weight with its sparse values in place."""
     if values is None or index is None:
@@ -118,6 +139,8 @@ def decompositions(*, fold: bool = True) -> Table:
         ops.partial_linear_at.default: partial_linear_at,
         ops.partial_embedding.default: partial_embedding,
         ops.lowrank_embedding.default: lowrank_embedding,
+        ops.lowrank_conv.default: lowrank_conv,
+        ops.partial_conv.default: partial_conv,
         ops.sparse_lowrank_linear.default: sparse_lowrank_linear(fold),
         ops.quantized_linear.default: quantized_linear,
         ops.masked_linear.default: masked_linear,
