@@ -8,7 +8,7 @@
 Models have the real shapes and random weights (nothing is downloaded; `smollm2` is the real one), of which the share `--sparsity` is zero but for embedding and
 vocabulary head; all contestants hold the same ones (`random_decoder.py`), and the table says how near each one's logits are to those of
 the first. Decoders generate `--new` tokens greedily with a KV cache after a prompt of `--seq` tokens, which does not count:
-ours and torch's by `generate()`, as the slope between a short and a long one; peers by a loop over their own API. Encoders run
+ours and torch's by `generate()`, from the second token on; peers by a loop over their own API. Encoders run
 forward. One process tree, contestants in turn, each peer in a process of its own that is stopped while others run, medians.
 
     dense       torch, fp32                       fp32, int8            `sparsify.compile(…, target="cpu")`
@@ -273,16 +273,27 @@ class Contestant:
     close: Callable[[], None] = lambda: None
 
 
-def generate(model: Any, ids: torch.Tensor, new: int) -> float:
-    start = time.perf_counter()
-    model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
-    return time.perf_counter() - start
+class Clock:
+    """A streamer of `generate()` that notes when the prompt was handed over and when each token came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, _: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left to show."""
 
 
 def one_run(model: Any, ids: torch.Tensor, new: int) -> float:
-    """Seconds per generated token, without the prompt; or seconds of one forward of an encoder."""
+    """Seconds per generated token, from the second on, so without the prompt; or seconds of one forward of an encoder."""
     if hasattr(model, "lm_head"):
-        return (generate(model, ids, new + 2) - generate(model, ids, 2)) / new
+        clock = Clock()
+        model.generate(
+            ids, max_new_tokens=new + 2, min_new_tokens=new + 2, do_sample=False, pad_token_id=0, streamer=clock
+        )
+        return (clock.times[-1] - clock.times[2]) / new
     start = time.perf_counter()
     model(ids)
     return time.perf_counter() - start

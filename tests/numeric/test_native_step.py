@@ -19,6 +19,7 @@ from sparsify.kernels.cpu.codegen import ISAS
 from sparsify.kernels.cpu.step.operations import Product, reads
 from sparsify.kernels.cpu.step.schedule import schedule
 from sparsify.kernels.cpu.step.source import generate_step
+from sparsify.lowering.cpu.native import binding
 from sparsify.lowering.cpu.native.make import make_native
 from sparsify.lowering.cpu.native.recognise import recognise
 from sparsify.lowering.cpu.native.step import MOST, NativeStep
@@ -134,6 +135,17 @@ def test_logits_of_every_family_are_those_of_fp64(name: str) -> None:
         for pieces in ([5, 1, 1, 4, 1, 1, 5, 1], [12, 1, 1, 1, 1, 1, 1, 1]):
             agree(run(step, model, pieces, ids, mask), model, ids, mask)
         agree(run(step, model, [16, 1, 1, 1], ids[:1], mask[1:2]), model, ids[:1], mask[1:2])
+
+
+def test_the_portable_source_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(binding, "best_isa", lambda: "portable")
+    model = build_model("Mistral, window")
+    step = native(model)
+    assert "isa=portable" in step.bound(model).code.source
+    ids, mask = tokens(2, 13), torch.ones(2, 13, dtype=torch.int64)
+    mask[1, :3] = 0
+    with torch.no_grad():
+        agree(run(step, model, [6, 1, 1, 4, 1], ids, mask), model, ids, mask)
 
 
 def test_a_cache_that_grows_and_threads_of_every_number(llama: tuple[Any, NativeStep]) -> None:

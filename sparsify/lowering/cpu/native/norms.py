@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from sparsify.lowering.cpu.native.layout import SAME
+from sparsify.lowering.cpu.native.walk import same
 from sparsify.ops.schema import arguments
 from sparsify.program import Program
 
@@ -48,10 +49,10 @@ def match_norm(node: fx.Node, program: Program) -> NormMatch | None:
         assert isinstance(rest, fx.Node)
         found, plus = parameter(weight, names), False
         if found is None:
-            one = through(weight)
+            one = same(weight)
             if one.target is aten.add.Tensor and one.args[1] in (1, 1.0):
                 found, plus = parameter(one.args[0], names), True  # type: ignore[arg-type]
-        bare = root_mean_square(through(rest))
+        bare = root_mean_square(same(rest))
         if found is not None and bare is not None:
             return NormMatch(*bare, weight=found, plus_one=plus)
     bare = root_mean_square(node)
@@ -63,18 +64,18 @@ def root_mean_square(node: fx.Node) -> tuple[fx.Node, float] | None:
     if node.target is not aten.mul.Tensor or not all(isinstance(a, fx.Node) for a in node.args):
         return None
     for x, scale in (node.args, node.args[::-1]):
-        root = through(scale)  # type: ignore[arg-type]
+        root = same(scale)  # type: ignore[arg-type]
         if root.target is not aten.rsqrt.default:
             continue
-        plus = through(root.args[0])  # type: ignore[arg-type]
+        plus = same(root.args[0])  # type: ignore[arg-type]
         if plus.target is not aten.add.Tensor or not isinstance(plus.args[1], int | float):
             continue
-        mean = through(plus.args[0])  # type: ignore[arg-type]
+        mean = same(plus.args[0])  # type: ignore[arg-type]
         if mean.target is not aten.mean.dim or list(mean.args[1]) != [-1] or not (len(mean.args) > 2 and mean.args[2]):  # type: ignore[arg-type]
             continue
-        square = through(mean.args[0])  # type: ignore[arg-type]
+        square = same(mean.args[0])  # type: ignore[arg-type]
         squared = square.args[0] if square.target is aten.pow.Tensor_Scalar and square.args[1] in (2, 2.0) else None
-        if isinstance(squared, fx.Node) and isinstance(x, fx.Node) and through(squared) is through(x):
+        if isinstance(squared, fx.Node) and isinstance(x, fx.Node) and same(squared) is same(x):
             return x, float(plus.args[1])
     return None
 
@@ -93,14 +94,8 @@ def weighted(node: fx.Node, names: dict[str, str]) -> bool:
 
 def parameter(node: fx.Node, names: dict[str, str]) -> fx.Node | None:
     """The placeholder of a vector that a node is, unchanged."""
-    node = through(node)
+    node = same(node)
     return node if node.op == "placeholder" and node.name in names and node.meta["val"].dim() == 1 else None
-
-
-def through(node: fx.Node) -> fx.Node:
-    while node.op == "call_function" and node.target in SAME:
-        node = node.all_input_nodes[0]
-    return node
 
 
 __all__ = ["NormMatch", "match_norm"]
