@@ -51,23 +51,24 @@ def calibration(tokenizer: PreTrainedTokenizerBase, blocks: int, seed: int) -> l
     ]
 
 
-def prune(dense: nn.Module, sparsity: float, batches: Sequence[dict[str, Tensor]], fast: bool) -> Any:
-    """A copy whose linears (not the head) have that share of zeros; the dense model stays as it is. fast: only the first two blocks."""
-    match = tuple(f"model.layers.{i}.*" for i in range(2)) if fast else "*"
-    return sparsify.compile(
-        dense, Plan([Prune(sparsity=sparsity, match=match)]), calibration=list(batches), progress=False
-    )
+def pruning(sparsity: float, fast: bool) -> Prune:
+    """Every linear but the head; fast: only the first two blocks."""
+    return Prune(sparsity=sparsity, match=tuple(f"model.layers.{i}.*" for i in range(2)) if fast else "*")
 
 
-def lower(model: nn.Module, fast: bool) -> Any:
+def prune(dense: nn.Module, sparsity: float, batches: Sequence[dict[str, Tensor]]) -> Any:
+    """A copy whose linears have that share of zeros, to be trained further; the dense model stays as it is."""
+    return sparsify.compile(dense, Plan([pruning(sparsity, False)]), calibration=list(batches), progress=False)
+
+
+def lower(
+    model: nn.Module, fast: bool, rules: Sequence[Rule] = (), batches: Sequence[dict[str, Tensor]] | None = None
+) -> Any:
     """An ordinary model → the same in int8 on generated kernels, layer by layer where they are measured to be faster; the head, which
-    shares its weight with the embedding, too."""
-    match = "model.layers.0.*" if fast else "*"
-    rules: list[Rule] = [Quantize(format="int8", match=match)]
-    tokens = TOKENS[:1] if fast else TOKENS
-    return sparsify.compile(
-        model, Plan(rules, target="cpu"), cpu=CpuOptions(tokens=tokens, tied="copy"), progress=False
-    )
+    shares its weight with the embedding, too. rules: what is done before, on `batches`. fast: int8 in the first block alone."""
+    plan = Plan([*rules, Quantize(format="int8", match="model.layers.0.*" if fast else "*")], target="cpu")
+    options = CpuOptions(tokens=TOKENS[:1] if fast else TOKENS, tied="copy")
+    return sparsify.compile(model, plan, calibration=batches, cpu=options, progress=False)
 
 
 def recover(

@@ -19,7 +19,17 @@ from torch import Tensor
 
 import sparsify
 from sparsify.demo.fresh_process import ask_fresh_process
-from sparsify.demo.language_decode import ASKED, TASK_ROWS, calibration, chat_prompt, lower, measured, prune, recover
+from sparsify.demo.language_decode import (
+    ASKED,
+    TASK_ROWS,
+    calibration,
+    chat_prompt,
+    lower,
+    measured,
+    prune,
+    pruning,
+    recover,
+)
 from sparsify.demo.language_methods import METHODS
 from sparsify.demo.language_results import (
     ANSWER_COLUMNS,
@@ -320,24 +330,21 @@ def run_sparse(bench: Bench, found: Findings, host: Any) -> None:
         f"{settings.calibration} × 128 tokens of docstrings and {TASK_ROWS} of the task's training questions; the result runs in int8 on "
         "kernels that are generated and measured on this machine, layer by layer. The head is quantised, not pruned."
     )
-    with console.status("SparseGPT …"):
-        pruned = prune(dense, settings.sparsity, batches, settings.fast)
-    bench.laps.mark("SparseGPT")
-    with console.status("generating and timing kernels …"):
-        lowered = lower(pruned.sparsify.plain().eval(), settings.fast)
-    bench.laps.mark("kernels")
+    with console.status("SparseGPT, then kernels are generated and timed …"):
+        lowered = lower(dense, settings.fast, [pruning(settings.sparsity, settings.fast)], batches)
+    bench.laps.mark("SparseGPT and kernels")
     part = " (two blocks pruned, one in int8)" if settings.fast else ""
     packed = sum(isinstance(module, SparseLinear) for module in lowered.modules())
     found.notes.append(
         f"{packed} linears run on generated kernels; the others were measured to be faster dense, and stay dense."
     )
     add(f"{settings.sparsity:.0%} zeros, int8 in {packed} linears{part}", lowered)
-    del pruned, lowered
+    del lowered
     bench.laps.mark("decoding and judging the pruned model")
     if settings.full:
         sparsity = 0.75
         with console.status(f"SparseGPT at {sparsity:.0%} …"):
-            student = prune(dense, sparsity, batches, False)
+            student = prune(dense, sparsity, batches)
         at_once, text = bench.judge(student)
         recover(student, dense, bench.tokenizer, 2 * settings.steps, settings.batch, settings.seed)
         found.notes.append(

@@ -23,8 +23,8 @@ from sparsify.finetune.model_card import model_card
 from sparsify.finetune.rows import Collator, Rows, pad_token, read_rows
 from sparsify.plan import DATA_DRIVEN, Plan
 from sparsify.plan import plan_file as files
-from sparsify.plan.plan_file import PlanFile
-from sparsify.train import keep_out_of_decay
+from sparsify.plan.plan_file import PlanFile, Training
+from sparsify.train import keep_out_of_decay, param_groups
 from sparsify.train.checkpoints import adapter_checkpoints, last_checkpoint
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def finetune(
         callbacks=list(callbacks),
     )
     trainer.remove_callback(transformers.PrinterCallback)  # of the default ones; `callbacks` say what is said
-    sparsify_train(trainer)
+    sparsify_train(trainer, file.training)
     begun = last_checkpoint(folder / CHECKPOINTS) if resume else None
     trainer.train(resume_from_checkpoint=str(begun) if begun else None)
     if prepared.held_out is not None and not measured_last(trainer.state):
@@ -175,9 +175,16 @@ def finetune(
     return outcome
 
 
-def sparsify_train(trainer: Any) -> None:
-    """Small checkpoints, and no decay of values of weights."""
-    keep_out_of_decay(adapter_checkpoints(trainer))
+def sparsify_train(trainer: Any, training: Training) -> None:
+    """Small checkpoints, no decay of values of weights, and rates of their own for sparse values and low-rank factors."""
+    adapter_checkpoints(trainer)
+    sparse, lora = training.sparse_learning_rate, training.lora_learning_rate
+    if sparse is None and lora is None:
+        keep_out_of_decay(trainer)
+        return
+    kind, options = type(trainer).get_optimizer_cls_and_kwargs(trainer.args)
+    rates = {"lr": training.learning_rate, "sparse_lr": sparse, "lora_lr": lora}
+    trainer.optimizer = kind(param_groups(trainer.model, weight_decay=training.weight_decay, **rates), **options)
 
 
 def trainer_arguments(file: PlanFile) -> Any:

@@ -60,7 +60,9 @@ class Training:
     """How it is learned.
 
     steps: of the optimizer; without them `epochs` passes over the rows. batch: rows of one process and step; accumulate: steps of
-    backward before one of the optimizer. length: tokens at which a row is cut. warmup: steps, or below 1 a share of all. weight_decay: of
+    backward before one of the optimizer. sparse_learning_rate: of RoSA's S, lora_learning_rate: of low-rank factors (the paper has 2e-4 and
+    7e-4); without them learning_rate, which everything else has.
+    length: tokens at which a row is cut. warmup: steps, or below 1 a share of all. weight_decay: of
     what holds changes and of what trains in full; values of weights are never decayed. dtype: of the base's weights, "auto" as they are
     stored; what trains over 16 bits is kept in 32. seed: of the plan's random choices and of the order of rows. calibration: batches of
     the rows from which rules with data-driven choices (`select`, RoSA's `mask`) choose. save_every, eval_every, log_every: steps
@@ -73,6 +75,8 @@ class Training:
     accumulate: int = 1
     length: int = 1024
     learning_rate: float = 1e-4
+    sparse_learning_rate: float | None = None
+    lora_learning_rate: float | None = None
     warmup: float = 0.0
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     weight_decay: float = 0.0
@@ -99,8 +103,10 @@ class Training:
             return "steps", "at least 1 is needed"
         if not 0 < self.epochs <= 1e6:
             return "epochs", "more than 0 and at most a million are needed"
-        if not 0 < self.learning_rate <= 1e3:
-            return "learning_rate", "a rate above 0 (and at most 1000) is needed"
+        for name in ("learning_rate", "sparse_learning_rate", "lora_learning_rate"):
+            rate = getattr(self, name)
+            if rate is not None and not 0 < rate <= 1e3:
+                return name, "a rate above 0 (and at most 1000) is needed"
         if self.seed >= 1 << 32:
             return "seed", "at most 32 bits"
         return None

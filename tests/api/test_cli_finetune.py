@@ -12,15 +12,17 @@ from typing import Any
 import processes
 import pytest
 import small_folder
+import tiny
 import torch
 import transformers as hf
 from typer.testing import CliRunner, Result
 
 import sparsify
+from sparsify import PlanError, RoSA
 from sparsify.adapters import adapter as adapters
 from sparsify.cli import app
 from sparsify.finetune.rows import read_rows
-from sparsify.finetune.run import finetune, needs_data
+from sparsify.finetune.run import finetune, needs_data, sparsify_train, trainer_arguments
 from sparsify.plan import plan_file
 
 RUNNER = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"})
@@ -263,3 +265,21 @@ def test_rules_that_choose_by_data_get_rows() -> None:
     blind = [S2FT(0.1), PaCA(4), RoSA(4, mask="magnitude"), RoSA(4, density=0.0), LoRA(4)]
     assert [needs_data(Plan([rule])) for rule in looks] == [True] * 4
     assert [needs_data(Plan([rule])) for rule in blind] == [False] * 5
+
+
+def test_sparse_values_and_low_rank_factors_have_rates_of_their_own(given: Path, tmp_path: Path) -> None:
+    plan = write_plan(given, tmp_path)
+    rates = [
+        "training.learning_rate=0.001",
+        "training.sparse_learning_rate=0.0002",
+        "training.lora_learning_rate=0.0007",
+    ]
+    file = plan_file.read(plan, [*rates, "training.weight_decay=0.1"])
+    host = tiny.lower(tiny.llama(), RoSA(rank=2, density=0.05, mask="random", match="*.q_proj"), train=["model.norm"])
+    trainer = hf.Trainer(model=host, args=trainer_arguments(file))
+    sparsify_train(trainer, file.training)
+    trainer.create_optimizer()
+    found = {group["name"]: (group["lr"], group["weight_decay"]) for group in trainer.optimizer.param_groups}
+    assert found == {"sparse": (0.0002, 0.0), "lora": (0.0007, 0.1), "rest": (0.001, 0.1)}
+    with pytest.raises(PlanError, match=r"training.lora_learning_rate.*above 0"):
+        plan_file.read(plan, ["training.lora_learning_rate=0"])

@@ -93,7 +93,18 @@ def test_an_embedding_that_scales_what_it_looks_up_keeps_its_forward():
 
 
 def test_an_encoder_decoder_shares_one_block_among_all_that_is_tied():
-    model = tiny.build("T5 (gated)")
+    config = hf.T5Config(
+        vocab_size=31,
+        d_model=16,
+        d_kv=8,
+        d_ff=20,
+        num_layers=1,
+        num_decoder_layers=1,
+        num_heads=2,
+        decoder_start_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = hf.T5ForConditionalGeneration(config).eval()
     host = sparsify.compile(model, Plan([Tokens(IDS)]), progress=False)
     blocks = {id(m.weight_slice) for m in host.modules() if isinstance(getattr(m, "weight_slice", None), nn.Parameter)}
     shared = {id(host.get_input_embeddings().weight), id(host.get_output_embeddings().weight)}

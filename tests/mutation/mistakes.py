@@ -359,8 +359,8 @@ MISTAKES: tuple[Mistake, ...] = (
     ),
     m(
         "merge",
-        "            handle.merge_backups[param] = [module.weight.data.clone()]",
-        "            handle.merge_backups[param] = [module.weight.data]",
+        "            handle.merge_backups[param] = [local(module.weight.data).clone()]",
+        "            handle.merge_backups[param] = [local(module.weight.data)]",
         "api/test_lora.py",
         "lifecycle/test_lifecycle.py: merge or restore_is or switching or training_moves",
         "api/test_adapters.py: merge or switch or fusing or mix or fully or bit or channels or restore_is",
@@ -709,8 +709,8 @@ MISTAKES: tuple[Mistake, ...] = (
     ),
     m(
         "pruning",
-        "                self.product(args[0][start:stop], args[1][slot], None, result[start:stop])\n                start = stop",
-        "                self.product(args[0][start:stop], args[1][slot], None, result[start:stop])",
+        "                self.product(args[0][start:stop], args[1][slot], None, None if result is None else result[start:stop])\n                start = stop",
+        "                self.product(args[0][start:stop], args[1][slot], None, None if result is None else result[start:stop])",
         "numeric/test_pruning_model.py: padding or expert or encoder_decoders",
     ),
     m(
