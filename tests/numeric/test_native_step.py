@@ -23,6 +23,7 @@ from sparsify.lowering.cpu.native import binding
 from sparsify.lowering.cpu.native.make import make_native
 from sparsify.lowering.cpu.native.recognise import recognise
 from sparsify.lowering.cpu.native.step import MOST, NativeStep
+from sparsify.lowering.cpu.prepacked_linear import PrepackedLinear
 from sparsify.program.capture import capture
 
 try:
@@ -291,6 +292,14 @@ def test_changes_of_the_model_are_seen() -> None:
         model.model.layers[0].self_attn.q_proj = nn.Linear(120, 120, bias=True).requires_grad_(False).eval()
         same()
         agree(run(own, twin, [3, 1], ids, mask), twin, ids, mask)
+        model.model.layers[1].mlp.down_proj.bias = nn.Parameter(torch.randn(120), requires_grad=False)
+        same()
+        blocked = PrepackedLinear(model.model.layers[0].self_attn.o_proj.weight, None).eval()
+        model.model.layers[0].self_attn.o_proj = blocked
+        same()
+        assert "kept a second time" in str(step)
+        blocked.take(torch.randn(120, 120), None)
+        same()
         hook = model.model.layers[0].register_forward_hook(lambda *_: None)
         assert step(model, (), {"input_ids": ids, "past_key_values": cache(model)}) is None
         assert "hooks on modules inside of the model" in step.declined

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass, field
+from itertools import chain
 from operator import attrgetter, is_
 
 import torch
@@ -69,14 +70,18 @@ class Binding:
         places = [(owner, name.rpartition(".")[2]) for owner, name in zip(owners, self.decoder.tensors, strict=True)]
         for module in self.modules:
             leaves = (*module._parameters, *module._buffers)
-            places += [(module, leaf) for leaf in leaves if getattr(module, leaf) is not None]
+            places += [(module, leaf) for leaf in leaves]
         tables = [(owner._parameters if leaf in owner._parameters else owner._buffers, leaf) for owner, leaf in places]
         self.lookups = [table.__getitem__ for table, _ in tables], [leaf for _, leaf in tables]
-        self.held = [table[leaf] for table, leaf in tables]  # type: ignore[misc]
+        self.found = [table[leaf] for table, leaf in tables]  # None too: a bias may come later
+        self.held = [tensor for tensor in self.found if tensor is not None]
         self.places = [t.data_ptr() for t in self.held]
-        self.versions = list(map(version, self.held))
+        self.counted = [t for t in self.held if not t.is_inference()]  # the others count no changes
+        self.versions = list(map(VERSION, self.counted))
+        self.blocked = [(module, module.blocked) for module in self.modules if isinstance(module, PrepackedLinear)]
         self.tree = list(self.host.modules())
-        self.children = [list(module._modules.values()) for module in self.tree]
+        self.branches = [module._modules for module in self.tree]
+        self.children = list(chain.from_iterable(map(dict.values, self.branches)))
 
     def tensor(self, name: str) -> torch.Tensor:
         owner, _, leaf = name.rpartition(".")
@@ -114,12 +119,13 @@ class Binding:
         except KeyError:
             return False
         return (
-            all(map(is_, found, self.held))
+            all(map(is_, found, self.found))
+            and all(module.blocked is weight for module, weight in self.blocked)
             and list(map(torch.Tensor.data_ptr, self.held)) == self.places
-            and list(map(version, self.held)) == self.versions
+            and list(map(VERSION, self.counted)) == self.versions
             and not any(map(TRAINING, self.tree))
             and self.hooks() == 0
-            and all(list(m._modules.values()) == c for m, c in zip(self.tree, self.children, strict=True))
+            and list(chain.from_iterable(map(dict.values, self.branches))) == self.children
         )
 
     # --- linears --------------------------------------------------------------------------------------------------------------
@@ -226,11 +232,6 @@ def sizes(module: nn.Module) -> tuple[int, int]:
     assert isinstance(weight, torch.Tensor)
     rows, cols = weight.shape if not is_conv1d(module) else weight.shape[::-1]
     return int(cols), int(rows)
-
-
-def version(tensor: torch.Tensor) -> int:
-    """Its version; inference tensors have none and cannot be noticed to change."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def chunk_of(rows: int, threads: int, least: int) -> int:
