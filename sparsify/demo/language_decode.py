@@ -101,6 +101,8 @@ def recover(
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
+    distiller.student_outputs.remove()
+    distiller.teacher_outputs.remove()
     student.eval()
 
 

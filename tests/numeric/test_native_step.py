@@ -372,6 +372,17 @@ def test_without_kernels_or_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no C++ compiler found" in found.reason
 
 
+def test_a_host_with_hooks_is_refused_and_not_an_error() -> None:
+    model = build_model("Llama", num_hidden_layers=1, intermediate_size=61)
+    program = capture(model)
+    handle = model.model.layers[0].register_forward_hook(lambda *_: None)
+    found = make_native(model, program)
+    assert isinstance(found, Refusal)
+    assert "hooks on modules inside of the model" in found.reason
+    handle.remove()
+    assert isinstance(make_native(model, program), NativeStep)
+
+
 # --- source ------------------------------------------------------------------------------------------------------------------
 
 

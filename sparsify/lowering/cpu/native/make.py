@@ -16,7 +16,7 @@ from sparsify.errors import Refusal
 from sparsify.kernels.cpu.build import BuildError
 from sparsify.lowering.cpu.native.layout import Unknown
 from sparsify.lowering.cpu.native.recognise import recognise
-from sparsify.lowering.cpu.native.step import NativeStep
+from sparsify.lowering.cpu.native.step import NativeStep, NotNative
 from sparsify.lowering.cpu.sparse_linear import SparseLinear
 from sparsify.program import Program
 
@@ -34,7 +34,7 @@ def make_native(host: nn.Module, program: Program) -> NativeStep | Refusal:
         with torch.no_grad(), exact_products(host, step):
             check(host, step)
         return step
-    except (Unknown, BuildError) as why:
+    except (Unknown, BuildError, NotNative) as why:
         return Refusal(WHERE, str(why))
     except NotImplementedError as why:
         return Refusal(WHERE, f"an operator cannot be computed on the CPU: {why}")
