@@ -6,8 +6,10 @@
     masked_linear            y = x (W∘M)ᵀ + b,  the gradient masked
     grouped_linear           y_e = x_e W_eᵀ           rows sorted by expert
     partial_grouped_linear   the same with trained channels, and `sparse_lowrank_grouped_linear`
-    partial_embedding        y = W'[ids],  some rows of W replaced; `lowrank_embedding`: W + s B A
-    lowrank_conv             y = x ∗ (W + s B A) + b; `partial_conv`: some input channels of W replaced
+    partial_embedding        y = W'[ids],  some rows of W replaced
+    lowrank_embedding        y = (W + s B A)[ids]
+    lowrank_conv             y = x ∗ (W + s B A) + b
+    partial_conv             y = x ∗ W' + b,  some input channels of W replaced
     apply_mask               t∘M
     masked_grad              (gᵀ x)∘M                 weight gradients: under a mask,
     sampled_product          (aᵀ b)[index]            on a support,

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from sparsify.console import printable
 from sparsify.kernels.cpu.build import BuildError
 from sparsify.kernels.cpu.dispatch import best_isa
 from sparsify.kernels.cpu.step.operations import Decoder
@@ -54,6 +55,7 @@ class NotNative(Exception):
     """A call that the step does not know; the message says why."""
 
 
+@printable
 @dataclass
 class NativeStep:
     """A decoder's step, for one host. output: class of what the forward returns. positions: most that the model has.
