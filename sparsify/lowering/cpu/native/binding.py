@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass, field
-from operator import attrgetter, is_
+from operator import attrgetter
 
 import torch
 from torch import nn
@@ -23,13 +23,13 @@ from sparsify.kernels.cpu.step.operations import Attend, Decoder, Embed, Norm, P
 from sparsify.kernels.cpu.step.source import StepSource, aligned, generate_step
 from sparsify.kernels.fallback import switched_on
 from sparsify.lowering.cpu.native.layout import Unknown
+from sparsify.lowering.cpu.native.structure import Snapshot
 from sparsify.lowering.cpu.prepacked_linear import PrepackedLinear
 from sparsify.lowering.cpu.sparse_linear import SparseLinear
 from sparsify.model.linears import is_conv1d, is_plain_linear
 
 LEAST = 64  # rows that a thread takes at a time, at least
 PIECES = 4  # of a product, for each thread, where it has so many rows
-VERSION = attrgetter("_version")
 TRAINING = attrgetter("training")
 HOOKS = (attrgetter("_forward_hooks"), attrgetter("_forward_pre_hooks"))
 
@@ -46,7 +46,7 @@ class Arena:
 
 @dataclass
 class Binding:
-    """See the module docstring. held: every tensor that the step reads, its owner's table and its name there."""
+    """See the module docstring. held: every tensor that the step reads."""
 
     host: nn.Module
     decoder: Decoder
@@ -65,22 +65,25 @@ class Binding:
         self.dense = {
             name: self.dense_weight(module) for name, module in zip(self.decoder.linears, self.modules, strict=True)
         }
-        owners = [self.host.get_submodule(name.rpartition(".")[0]) for name in self.decoder.tensors]
-        places = [(owner, name.rpartition(".")[2]) for owner, name in zip(owners, self.decoder.tensors, strict=True)]
         for module in self.modules:
-            leaves = (*module._parameters, *module._buffers)
-            places += [(module, leaf) for leaf in leaves if getattr(module, leaf) is not None]
-        tables = [(owner._parameters if leaf in owner._parameters else owner._buffers, leaf) for owner, leaf in places]
-        self.lookups = [table.__getitem__ for table, _ in tables], [leaf for _, leaf in tables]
-        self.held = [table[leaf] for table, leaf in tables]  # type: ignore[misc]
-        self.places = [t.data_ptr() for t in self.held]
-        self.versions = list(map(version, self.held))
-        self.tree = list(self.host.modules())
-        self.children = [list(module._modules.values()) for module in self.tree]
+            if isinstance(module, SparseLinear) and not module.as_prepared():
+                module.prepare()
+        self.snapshot = Snapshot(self.host)
+        self.held = self.snapshot.there
+        self.numbers = [(self.found(name), value) for name, value in self.decoder.numbers.items()]
+        if not self.as_numbers():
+            raise Unknown("a tensor of which the step was generated, and that has other values now")
+
+    def found(self, name: str) -> torch.Tensor:
+        owner, _, leaf = name.rpartition(".")
+        return getattr(self.host.get_submodule(owner), leaf)
+
+    def as_numbers(self) -> bool:
+        """Whether tensors that stand in the source as numbers have these values still; writes through `.data` have no version."""
+        return all(torch.equal(tensor, value) for tensor, value in self.numbers)
 
     def tensor(self, name: str) -> torch.Tensor:
-        owner, _, leaf = name.rpartition(".")
-        found = getattr(self.host.get_submodule(owner), leaf)
+        found = self.found(name)
         if not plain_float(found):
             raise Unknown(f"{name} is not contiguous float32 on the CPU")
         return found.detach()
@@ -103,23 +106,16 @@ class Binding:
 
     def hooks(self) -> int:
         """How many forward hooks stand on modules below the root."""
-        below = self.tree[1:]
+        below = self.snapshot.tree[1:]
         return sum(sum(map(len, map(hooks, below))) for hooks in HOOKS)
 
     def valid(self) -> bool:
-        """Whether the host computes with the tensors, modules and hooks that it was bound with."""
-        getters, leaves = self.lookups
-        try:
-            found = [get(leaf) for get, leaf in zip(getters, leaves, strict=True)]
-        except KeyError:
-            return False
+        """Whether the host computes with the tensors, modules, settings and hooks that it was bound with."""
         return (
-            all(map(is_, found, self.held))
-            and list(map(torch.Tensor.data_ptr, self.held)) == self.places
-            and list(map(version, self.held)) == self.versions
-            and not any(map(TRAINING, self.tree))
+            self.snapshot.same()
+            and not any(map(TRAINING, self.snapshot.tree))
             and self.hooks() == 0
-            and all(list(m._modules.values()) == c for m, c in zip(self.tree, self.children, strict=True))
+            and self.as_numbers()
         )
 
     # --- linears --------------------------------------------------------------------------------------------------------------
@@ -181,7 +177,7 @@ class Binding:
         try:
             found = self.arenas.pop()
         except IndexError:
-            found = Arena(torch.empty(0), torch.empty(0), 0, 0)
+            found = Arena(huge_pages.zeros((0,), torch.float32), huge_pages.zeros((0,), torch.float32), 0, 0)
         widest = max((op.width for op in self.decoder.operations if isinstance(op, Attend)), default=0)
         kept = max(op.x.width for op in self.decoder.operations if isinstance(op, Product) and op.logits)
         scores = aligned(self.code.own * rows)
@@ -226,11 +222,6 @@ def sizes(module: nn.Module) -> tuple[int, int]:
     assert isinstance(weight, torch.Tensor)
     rows, cols = weight.shape if not is_conv1d(module) else weight.shape[::-1]
     return int(cols), int(rows)
-
-
-def version(tensor: torch.Tensor) -> int:
-    """Its version; inference tensors have none and cannot be noticed to change."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def chunk_of(rows: int, threads: int, least: int) -> int:
