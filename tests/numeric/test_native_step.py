@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ import tiny
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparsify.errors import Refusal
 from sparsify.host.native_forward import NativeForward
@@ -241,6 +244,7 @@ def test_calls_that_are_pytorchs(llama: tuple[Any, NativeStep]) -> None:
     holes = torch.tensor([[1, 0, 1]])
     reasons = {
         "no cache": {"input_ids": ids},
+        "an argument is_causal": {"input_ids": ids, "is_causal": False, "past_key_values": cache(model)},
         "an argument labels": {"input_ids": ids, "labels": ids, "past_key_values": cache(model)},
         "an argument inputs_embeds": {"input_ids": ids, "inputs_embeds": torch.zeros(1, 3, 120), "past_key_values": cache(model)},
         "an argument output_attentions": {"input_ids": ids, "output_attentions": True, "past_key_values": cache(model)},
@@ -249,6 +253,7 @@ def test_calls_that_are_pytorchs(llama: tuple[Any, NativeStep]) -> None:
         "positions that begin anew": {"input_ids": ids, "position_ids": torch.tensor([[0, 1, 0]]), "past_key_values": cache(model)},
         "more than 16 tokens": {"input_ids": tokens(1, 17), "past_key_values": cache(model)},
         "more tokens than the model has positions": {"input_ids": ids, "past_key_values": filled(model, 510)},
+        "more tokens than the model has": {"input_ids": ids[:, :1], "position_ids": torch.tensor([[512]]), "past_key_values": cache(model)},
         "a cache of class StaticCache": {"input_ids": ids, "past_key_values": hf.StaticCache(config=model.config, max_cache_len=8)},
         "a token or a position that its table has not": {"input_ids": ids + 100, "past_key_values": cache(model)},
         "no plain (batch, tokens)": {"input_ids": ids.int(), "past_key_values": cache(model)},
@@ -312,6 +317,129 @@ def test_changes_of_the_model_are_seen() -> None:
         model.model.layers[0].mlp.up_proj = nn.Linear(120, 92, bias=False).eval()
         assert step(model, (), {"input_ids": ids, "past_key_values": cache(model)}) is None
         assert "a weight that has another shape than when it was lowered" in step.declined
+
+
+def other_forward(model: Any) -> None:
+    mlp = model.model.layers[0].mlp
+    inner = mlp.forward
+    mlp.forward = lambda x: 2 * inner(x)
+
+
+def other_norm(model: Any) -> None:
+    model.model.norm = nn.LayerNorm(120).eval().requires_grad_(False)
+
+
+def other_activation(model: Any) -> None:
+    model.model.layers[1].mlp.act_fn = nn.GELU().eval()
+
+
+def parametrised(model: Any) -> None:
+    nn.utils.parametrize.register_parametrization(model.model.norm, "weight", nn.Sigmoid())
+    model.eval().requires_grad_(False)
+
+
+#: what a host may be given behind the step's back: no weight of it, and yet other logits
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "frequencies, where they are": lambda m: m.model.rotary_emb.inv_freq.data.mul_(0.3),
+    "frequencies, new": lambda m: m.model.rotary_emb.register_buffer("inv_freq", m.model.rotary_emb.inv_freq * 2, persistent=False),
+    "a norm's epsilon": lambda m: setattr(m.model.norm, "variance_epsilon", 3.0),
+    "a scale of attention": lambda m: setattr(m.model.layers[0].self_attn, "scaling", 2.0),
+    "an activation": other_activation,
+    "a norm of another class": other_norm,
+    "a norm's parametrisation": parametrised,
+    "a forward of a module's own": other_forward,
+    "an embedding's largest norm": lambda m: setattr(m.model.embed_tokens, "max_norm", 0.01),
+    "a config that asks for more": lambda m: setattr(m.config, "output_hidden_states", True),
+}  # fmt: skip
+
+
+def test_changes_besides_weights_are_pytorchs(llama: tuple[Any, NativeStep]) -> None:
+    for what, change in CHANGES.items():
+        model, step = copy.deepcopy(llama)
+        given = {"input_ids": tokens(1, 4)}
+        with torch.no_grad():
+            assert step(model, (), {**given, "past_key_values": cache(model)}) is not None, step.declined
+            change(model)
+            assert step(model, (), {**given, "past_key_values": cache(model)}) is None, what
+        assert sum(step.declined.values()) == 1
+
+
+def test_a_bias_that_was_none_is_seen() -> None:
+    model = build_model("Llama", num_hidden_layers=1)
+    step = native(model)
+    ids, mask = tokens(1, 4), torch.ones(1, 4, dtype=torch.int64)
+    with torch.no_grad():
+        run(step, model, [4], ids, mask)
+        model.lm_head.bias = nn.Parameter(torch.randn(101), requires_grad=False)
+        agree(run(step, model, [3, 1], ids, mask), model, ids, mask)
+
+
+def test_who_watches_operators_or_modules_sees_them(llama: tuple[Any, NativeStep]) -> None:
+    model, step = llama
+    given = {"input_ids": tokens(1, 3), "past_key_values": cache(model)}
+    with FlopCounterMode(display=False):
+        assert step(model, (), given) is None
+    with forward_ad.dual_level():
+        assert step(model, (), given) is None
+    hook = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert step(model, (), given) is None
+    finally:
+        hook.remove()
+    assert torch.func.vmap(lambda x: x * (step(model, (), given) is None))(torch.ones(1)).all()
+    held = cache(model)
+    for layer in range(2):
+        held.update(torch.zeros(1, 2, 3, 20, requires_grad=True), torch.zeros(1, 2, 3, 20), layer)
+    assert step(model, (), {**given, "past_key_values": held}) is None
+    assert "keys or values that need their gradient" in step.declined
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_defaults_of_torch_change_nothing(llama: tuple[Any, NativeStep], dtype: torch.dtype) -> None:
+    model, step = llama
+    ids = tokens(1, 5)
+    expected = step(model, (), {"input_ids": ids, "past_key_values": cache(model)}).logits
+    held = cache(model)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            found = step(model, (), {"input_ids": ids, "past_key_values": held}).logits
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
+def test_positions_counted_from_the_mask_are_pytorchs() -> None:
+    model = build_model("OPT")
+    step = native(model)
+    ids, mask = tokens(2, 5), torch.ones(2, 5, dtype=torch.int64)
+    mask[0, :2] = 0
+    assert step(model, (), {"input_ids": ids, "attention_mask": mask, "past_key_values": cache(model)}) is None
+    assert any(why.startswith("padding without positions") for why in step.declined)
+
+
+def test_scores_that_are_no_numbers_are_pytorchs() -> None:
+    model = build_model("Llama", num_hidden_layers=1)
+    step = native(model)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7, 0] = float("nan")
+    ids = torch.tensor([[5, 7, 9]])
+    assert step(model, (), {"input_ids": ids, "past_key_values": cache(model)}) is None
+    assert "an activation that is NaN or Inf" in step.declined
+
+
+def test_a_layer_that_is_copied_goes_on_by_itself(llama: tuple[Any, NativeStep]) -> None:
+    model, step = llama
+    ids = tokens(1, 6)
+    with torch.no_grad():
+        held = cache(model)
+        step(model, (), {"input_ids": ids[:, :4], "past_key_values": held})
+        twin = cache(model)
+        twin.layers = [copy.copy(layer) for layer in held.layers]
+        step(model, (), {"input_ids": ids[:, 5:], "past_key_values": held})
+        assert twin.get_seq_length() == 4
+        found = step(model, (), {"input_ids": ids[:, 4:5], "past_key_values": twin}).logits
+    agree(torch.cat([torch.zeros(1, 4, 101), found], 1)[:, 4:], Tail(model, ids[:, :4]), ids[:, 4:5], torch.ones(1, 1))
 
 
 class Doubled(hf.LlamaForCausalLM):

@@ -24,12 +24,12 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     count = math.prod(shape)
     nbytes = count * dtype.itemsize
     if nbytes < HUGE_PAGE or ADVICE is None:
-        return torch.zeros(shape, dtype=dtype)
+        return torch.zeros(shape, dtype=dtype, device="cpu")
     try:
         region = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         region.madvise(ADVICE)
     except OSError:
-        return torch.zeros(shape, dtype=dtype)
+        return torch.zeros(shape, dtype=dtype, device="cpu")
     start = -torch.frombuffer(region, dtype=torch.uint8).data_ptr() % HUGE_PAGE  # older kernels align to 4 KiB only
     return torch.frombuffer(region, dtype=dtype, count=count, offset=start).view(shape)  # the tensor keeps the region
 

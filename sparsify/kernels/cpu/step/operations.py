@@ -10,7 +10,10 @@ known by their places in the lists of a `Decoder`; no name of the model stands h
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A whole step. tensors, linears: qualified names, known to who calls it; outputs: width of the logits."""
+    """A whole step. tensors, linears: qualified names, known to who calls it; outputs: width of the logits. numbers: qualified name →
+    value of tensors that are read here only, and stand in the operations as numbers (frequencies, scales)."""
 
     operations: tuple[Operation, ...]
     tensors: tuple[str, ...]
@@ -137,6 +141,7 @@ class Decoder:
     layers: tuple[Layer, ...]
     outputs: int = 0
     facts: dict[str, object] = field(default_factory=dict, compare=False)
+    numbers: dict[str, torch.Tensor] = field(default_factory=dict, compare=False)
 
 
 def reads(operation: Operation) -> tuple[Buffer, ...]:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass, field
-from itertools import chain
-from operator import attrgetter, is_
+from operator import attrgetter
 
 import torch
 from torch import nn
@@ -24,13 +23,13 @@ from sparsify.kernels.cpu.step.operations import Attend, Decoder, Embed, Norm, P
 from sparsify.kernels.cpu.step.source import StepSource, aligned, generate_step
 from sparsify.kernels.fallback import switched_on
 from sparsify.lowering.cpu.native.layout import Unknown
+from sparsify.lowering.cpu.native.structure import Snapshot
 from sparsify.lowering.cpu.prepacked_linear import PrepackedLinear
 from sparsify.lowering.cpu.sparse_linear import SparseLinear
 from sparsify.model.linears import is_conv1d, is_plain_linear
 
 LEAST = 64  # rows that a thread takes at a time, at least
 PIECES = 4  # of a product, for each thread, where it has so many rows
-VERSION = attrgetter("_version")
 TRAINING = attrgetter("training")
 HOOKS = (attrgetter("_forward_hooks"), attrgetter("_forward_pre_hooks"))
 
@@ -47,7 +46,7 @@ class Arena:
 
 @dataclass
 class Binding:
-    """See the module docstring. held: every tensor that the step reads, its owner's table and its name there."""
+    """See the module docstring. held: every tensor that the step reads."""
 
     host: nn.Module
     decoder: Decoder
@@ -66,26 +65,25 @@ class Binding:
         self.dense = {
             name: self.dense_weight(module) for name, module in zip(self.decoder.linears, self.modules, strict=True)
         }
-        owners = [self.host.get_submodule(name.rpartition(".")[0]) for name in self.decoder.tensors]
-        places = [(owner, name.rpartition(".")[2]) for owner, name in zip(owners, self.decoder.tensors, strict=True)]
         for module in self.modules:
-            leaves = (*module._parameters, *module._buffers)
-            places += [(module, leaf) for leaf in leaves]
-        tables = [(owner._parameters if leaf in owner._parameters else owner._buffers, leaf) for owner, leaf in places]
-        self.lookups = [table.__getitem__ for table, _ in tables], [leaf for _, leaf in tables]
-        self.found = [table[leaf] for table, leaf in tables]  # None too: a bias may come later
-        self.held = [tensor for tensor in self.found if tensor is not None]
-        self.places = [t.data_ptr() for t in self.held]
-        self.counted = [t for t in self.held if not t.is_inference()]  # the others count no changes
-        self.versions = list(map(VERSION, self.counted))
-        self.blocked = [(module, module.blocked) for module in self.modules if isinstance(module, PrepackedLinear)]
-        self.tree = list(self.host.modules())
-        self.branches = [module._modules for module in self.tree]
-        self.children = list(chain.from_iterable(map(dict.values, self.branches)))
+            if isinstance(module, SparseLinear) and not module.as_prepared():
+                module.prepare()
+        self.snapshot = Snapshot(self.host)
+        self.held = self.snapshot.there
+        self.numbers = [(self.found(name), value) for name, value in self.decoder.numbers.items()]
+        if not self.as_numbers():
+            raise Unknown("a tensor of which the step was generated, and that has other values now")
+
+    def found(self, name: str) -> torch.Tensor:
+        owner, _, leaf = name.rpartition(".")
+        return getattr(self.host.get_submodule(owner), leaf)
+
+    def as_numbers(self) -> bool:
+        """Whether tensors that stand in the source as numbers have these values still; writes through `.data` have no version."""
+        return all(torch.equal(tensor, value) for tensor, value in self.numbers)
 
     def tensor(self, name: str) -> torch.Tensor:
-        owner, _, leaf = name.rpartition(".")
-        found = getattr(self.host.get_submodule(owner), leaf)
+        found = self.found(name)
         if not plain_float(found):
             raise Unknown(f"{name} is not contiguous float32 on the CPU")
         return found.detach()
@@ -108,24 +106,16 @@ class Binding:
 
     def hooks(self) -> int:
         """How many forward hooks stand on modules below the root."""
-        below = self.tree[1:]
+        below = self.snapshot.tree[1:]
         return sum(sum(map(len, map(hooks, below))) for hooks in HOOKS)
 
     def valid(self) -> bool:
-        """Whether the host computes with the tensors, modules and hooks that it was bound with."""
-        getters, leaves = self.lookups
-        try:
-            found = [get(leaf) for get, leaf in zip(getters, leaves, strict=True)]
-        except KeyError:
-            return False
+        """Whether the host computes with the tensors, modules, settings and hooks that it was bound with."""
         return (
-            all(map(is_, found, self.found))
-            and all(module.blocked is weight for module, weight in self.blocked)
-            and list(map(torch.Tensor.data_ptr, self.held)) == self.places
-            and list(map(VERSION, self.counted)) == self.versions
-            and not any(map(TRAINING, self.tree))
+            self.snapshot.same()
+            and not any(map(TRAINING, self.snapshot.tree))
             and self.hooks() == 0
-            and list(chain.from_iterable(map(dict.values, self.branches))) == self.children
+            and self.as_numbers()
         )
 
     # --- linears --------------------------------------------------------------------------------------------------------------
@@ -187,7 +177,7 @@ class Binding:
         try:
             found = self.arenas.pop()
         except IndexError:
-            found = Arena(torch.empty(0), torch.empty(0), 0, 0)
+            found = Arena(huge_pages.zeros((0,), torch.float32), huge_pages.zeros((0,), torch.float32), 0, 0)
         widest = max((op.width for op in self.decoder.operations if isinstance(op, Attend)), default=0)
         kept = max(op.x.width for op in self.decoder.operations if isinstance(op, Product) and op.logits)
         scores = aligned(self.code.own * rows)

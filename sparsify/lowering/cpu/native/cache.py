@@ -110,6 +110,13 @@ class InStore:
         lambda self: self.tokens if self.store is None else self.store.length, lambda self, value: self.count(value)
     )
 
+    def __copy__(self) -> Any:
+        """A layer of its own: one store has one length."""
+        made = rebuild(self.sliding_window > 0)
+        made.__dict__.update(self.__dict__)
+        made.leave()
+        return made
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return rebuild, (self.sliding_window > 0,), self.__dict__
 
@@ -132,7 +139,7 @@ def make_layer(store: Store, number: int, sliding: bool) -> Any:
     made = layer_class(sliding)(store, number)
     if sliding:
         made.sliding_window = store.layers[number].window
-        made._sliding_window_tensor = torch.tensor(made.sliding_window, dtype=torch.long)
+        made._sliding_window_tensor = torch.tensor(made.sliding_window, dtype=torch.long, device="cpu")
     return made
 
 
@@ -164,7 +171,10 @@ def length_of(cache: Any, layers: Sequence[Layer]) -> int | str:
 def shared_store(cache: Any) -> Store | None:
     """The one store in which all layers of a cache lie, if they do."""
     store = getattr(cache.layers[0], "store", None) if cache.layers else None
-    if store is None or any(getattr(layer, "store", None) is not store or layer.record_past for layer in cache.layers):
+    layers = cache.layers
+    if store is None or any(getattr(layer, "store", None) is not store or layer.record_past for layer in layers):
+        return None
+    if [layer.number for layer in layers] != list(range(len(layers))):
         return None
     return store if len(cache.layers) == len(store.layers) else None
 
@@ -178,10 +188,12 @@ def store_of(cache: Any, layers: Sequence[Layer], batch: int, length: int, room:
     made = Store(layers, batch, room)
     made.length = length
     for number, layer in enumerate(cache.layers if length else ()):
+        if torch.is_grad_enabled() and (layer.keys.requires_grad or layer.values.requires_grad):
+            return "keys or values that need their gradient"
         if not made.fill(number, layer.keys, layer.values):
             return f"keys of shape {tuple(layer.keys.shape)}: not this batch, or not float32"
     sliding = [type(layer).__name__.endswith("SlidingWindowLayer") for layer in cache.layers] or [False] * len(layers)
-    cache.layers = [make_layer(made, number, slides) for number, slides in enumerate(sliding)]
+    cache.layers[:] = [make_layer(made, number, slides) for number, slides in enumerate(sliding)]
     return made
 
 

@@ -17,6 +17,7 @@ from sparsify.kernels.cpu.build import BuildError
 from sparsify.lowering.cpu.native.layout import Unknown
 from sparsify.lowering.cpu.native.recognise import recognise
 from sparsify.lowering.cpu.native.step import NativeStep, NotNative
+from sparsify.lowering.cpu.native.structure import describe
 from sparsify.lowering.cpu.sparse_linear import SparseLinear
 from sparsify.program import Program
 
@@ -33,6 +34,7 @@ def make_native(host: nn.Module, program: Program) -> NativeStep | Refusal:
         step.bound(host)
         with torch.no_grad(), exact_products(host, step):
             check(host, step)
+        step.structure = describe(host, decoder.linears)
         return step
     except (Unknown, BuildError, NotNative) as why:
         return Refusal(WHERE, str(why))

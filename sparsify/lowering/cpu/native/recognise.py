@@ -97,7 +97,7 @@ class Recogniser:
         self.operations += [Pointwise(out, text, ((out, 0),), logits=True)] if text != "{0}" else []
         return Decoder(
             tuple(self.operations), tuple(self.tensors), tuple(self.linears), tuple(self.layers), found.outputs,
-            {"batch": self.batch, "length": self.length},
+            {"batch": self.batch, "length": self.length}, self.tables.numbers,
         )  # fmt: skip
 
     def head(self, logits: fx.Node) -> tuple[fx.Node, str]:

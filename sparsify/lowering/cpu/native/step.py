@@ -16,6 +16,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as everywhere
+from torch.utils._device import DeviceContext
 
 from sparsify.console import printable
 from sparsify.kernels.cpu.build import BuildError
@@ -24,6 +27,7 @@ from sparsify.kernels.cpu.step.operations import Decoder
 from sparsify.lowering.cpu.native.binding import Binding, bind
 from sparsify.lowering.cpu.native.cache import length_of, store_of
 from sparsify.lowering.cpu.native.layout import Unknown
+from sparsify.lowering.cpu.native.structure import Structure, describe, difference
 from sparsify.modules.kernel_module import GeneratedKernel
 
 MOST = 16  # rows (batch × tokens) of a native step; more are PyTorch's
@@ -39,7 +43,8 @@ KNOWN = frozenset(
         "cache_position",
     }
 )
-
+#: arguments that ask for more than logits, unless they are False
+SWITCHES = frozenset({"output_attentions", "output_hidden_states", "output_router_logits"})
 
 NEEDS_GRADIENT = attrgetter("requires_grad")
 STATUS = {1: "an activation that is NaN or Inf", 2: "no memory", 3: "a token or a position that its table has not"}
@@ -60,12 +65,14 @@ class NotNative(Exception):
 class NativeStep:
     """A decoder's step, for one host. output: class of what the forward returns. positions: most that the model has.
 
-    declined: why calls went to PyTorch, and how often. Copies and pickles are bound anew to what they hold.
+    structure: what the host was when the step was checked. declined: why calls went to PyTorch, and how often. Copies and pickles are
+    bound anew to what they hold.
     """
 
     decoder: Decoder
     output: type
     positions: int
+    structure: Structure | None = None
     declined: Counter[str] = field(default_factory=Counter)
     binding: Binding | None = None
 
@@ -106,13 +113,15 @@ class NativeStep:
         if not 0 < batch * length <= MOST:
             raise NotNative(f"more than {MOST} tokens at once")
         for name, value in kwargs.items():
-            if name not in KNOWN and value is not None and value is not False:
+            if name not in KNOWN and value is not None and not (value is False and name in SWITCHES):
                 raise NotNative(f"an argument {name}")
         cache = kwargs.get("past_key_values")
         if cache is None or kwargs.get("use_cache") is False or kwargs.get("return_dict") is False:
             raise NotNative("no cache")
         if torch.is_autocast_enabled("cpu") or torch._C._get_tracing_state() is not None:
             raise NotNative("autocast, or a trace")
+        if watched():
+            raise NotNative("a mode, a transform or a hook on all modules, which would see nothing of it")
         past = length_of(cache, self.decoder.layers)
         if isinstance(past, str):
             raise NotNative(past)
@@ -120,10 +129,12 @@ class NativeStep:
         if torch.is_grad_enabled() and any(map(NEEDS_GRADIENT, binding.held)):
             raise NotNative("a weight that needs its gradient")
         first = first_seen(kwargs.get("attention_mask"), batch, past + length)
+        if kwargs.get("position_ids") is None and bool(first.any()):
+            raise NotNative("padding without positions, which some models count from the mask")
         positions = positions_of(
             kwargs.get("position_ids"), batch, length, past, kwargs.get("attention_mask") is not None
         )
-        if past + length > self.positions:
+        if max(past + length, int(positions.max()) + 1) > self.positions:
             raise NotNative("more tokens than the model has positions")
         keep = kwargs.get("logits_to_keep", 0)
         if type(keep) is not int or keep < 0:
@@ -132,7 +143,7 @@ class NativeStep:
         store = store_of(cache, self.decoder.layers, batch, past, past + length)
         if isinstance(store, str):
             raise NotNative(store)
-        logits = torch.empty(batch, keep, self.decoder.outputs)
+        logits = torch.empty(batch, keep, self.decoder.outputs, dtype=torch.float32, device="cpu")
         status = binding.run(ids.contiguous(), positions, first, store.memory, store.capacity, past, keep, logits)
         if status:
             raise NotNative(STATUS.get(status, "an unknown status"))
@@ -151,30 +162,46 @@ class NativeStep:
                 raise NotNative("a module in training mode")
             if any(module._forward_hooks or module._forward_pre_hooks for module in modules if module is not host):
                 raise NotNative("hooks on modules inside of the model")
+            if self.structure is not None:
+                other = difference(self.structure, describe(host, self.decoder.linears))
+                if other is not None:
+                    raise NotNative(f"another model than was lowered ({other})")
             found = self.binding = bind(host, self.decoder)
         if generation is not None:
             generation.seen = found
         return found
 
 
+def watched() -> bool:
+    """Whether a transform, a mode or a hook that is no module's own wants to see each operator or module."""
+    modes = torch.overrides._get_current_function_mode_stack()
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or any(type(mode) is not DeviceContext for mode in modes)
+        or forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+        or bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks)
+    )
+
+
 def first_seen(mask: Any, batch: int, length: int) -> torch.Tensor:
     """The first token that each sequence sees, by a mask of zeros, then ones. Raises NotNative for another."""
     if mask is None:
-        return torch.zeros(batch, dtype=torch.int64)
+        return torch.zeros(batch, dtype=torch.int64, device="cpu")
     if type(mask) is not torch.Tensor or mask.dim() != 2 or mask.shape != (batch, length) or mask.is_floating_point():
         raise NotNative("a mask that is not (batch, tokens)")
     seen = mask.ne(0)
     if bool(seen.all()):
-        return torch.zeros(batch, dtype=torch.int64)
+        return torch.zeros(batch, dtype=torch.int64, device="cpu")
     first = length - seen.sum(1)
-    if bool((seen != (torch.arange(length) >= first[:, None])).any()):
+    if bool((seen != (torch.arange(length, device="cpu") >= first[:, None])).any()):
         raise NotNative("a mask with holes, or padding on the right")
     return first
 
 
 def positions_of(given: Any, batch: int, length: int, past: int, masked: bool) -> torch.Tensor:
     if given is None:
-        return torch.arange(past, past + length).repeat(batch, 1)
+        return torch.arange(past, past + length, device="cpu").repeat(batch, 1)
     if type(given) is not torch.Tensor or given.dim() != 2 or given.dtype != torch.int64 or given.shape[1] != length:
         raise NotNative("positions that are not (batch, tokens)")
     if not masked and length > 1 and bool((given[:, 1:] - given[:, :-1] != 1).any()):

@@ -43,6 +43,7 @@ class Tables:
         self.values: dict[fx.Node, Any] = {}
         self.user = user_inputs(program)
         self.live = live_nodes(program)
+        self.numbers: dict[str, torch.Tensor] = {}  # tensors of the host that were read
 
     def value(self, node: fx.Node) -> Any:
         """What a node is on the example, with masks of ones and positions 0, 1, 2, …"""
@@ -54,9 +55,14 @@ class Tables:
 
     def compute(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
-            return (
-                self.program.value(self.names[node.name]).detach() if node.name in self.names else self.user[node.name]
-            )
+            if node.name not in self.names:
+                return self.user[node.name]
+            name = self.names[node.name]
+            found = self.program.value(name).detach()
+            owner, _, leaf = name.rpartition(".")
+            if hasattr(self.program.host.get_submodule(owner), leaf):
+                self.numbers[name] = found.clone()
+            return found
         if node.op != "call_function":
             raise Unknown(f"a node of kind {node.op}")
         args, kwargs = map_arg((node.args, dict(node.kwargs)), self.value)
