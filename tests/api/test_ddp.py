@@ -146,7 +146,8 @@ def data_worker(rank: int, store: str, results: str) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    found = {}
+    # first, for gloo's thread lets go of a gathering's tensors a little later, and a Reducer that ends meanwhile waits for it for ever
+    found = {"unwritten": {name: unwritten(rank, name) for name in (*WITHOUT_DATA, *PLANS, "pruned by data")}}
     for name in PLANS:
         host = build(name, local_calibration(rank))
         start = {n: p.detach().clone() for n, p in host.named_parameters() if p.requires_grad}
@@ -154,7 +155,6 @@ def data_worker(rank: int, store: str, results: str) -> None:
         loss_of(wrapped(batch().chunk(2)[rank])).backward()
         grads = {n: p.grad.clone() for n, p in host.named_parameters() if p.requires_grad and p.grad is not None}
         found[name] = {"chosen": chosen(host), "start": start, "grads": grads}
-    found["unwritten"] = {name: unwritten(rank, name) for name in (*WITHOUT_DATA, *PLANS, "pruned by data")}
     torch.save(found, f"{results}/{rank}.pt")
     dist.destroy_process_group()
 
