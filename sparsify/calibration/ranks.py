@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.errors import SparsifyError
-from sparsify.model.sharded import is_sharded
 
 if TYPE_CHECKING:
     from jaxtyping import Num, Shaped
@@ -101,9 +100,10 @@ def same_weights(model: nn.Module, why: str) -> None:
         return
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        if is_sharded(parameter) or parameter.is_meta:
+        data = parameter.detach()
+        if type(data) is not Tensor or data.is_meta:  # in pieces, or packed by another library
             continue
-        flat = parameter.detach().reshape(-1)
+        flat = data.reshape(-1)
         sample = flat[:: max(1, flat.numel() // SAMPLE)].contiguous().view(torch.uint8)
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(bytes(sample.cpu().tolist()))

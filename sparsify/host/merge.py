@@ -18,7 +18,15 @@ from sparsify.console import printable
 from sparsify.errors import SparsifyError
 from sparsify.formats import format_named, pack, unpack
 from sparsify.methods.packed import QuantizedMixin
-from sparsify.model.sharded import back_to_pieces, local, release, sharded_modules, take_back, whole_parameters
+from sparsify.model.sharded import (
+    back_to_pieces,
+    entries_of,
+    local,
+    release,
+    sharded_modules,
+    take_back,
+    whole_parameters,
+)
 from sparsify.modules.adapted import effective_weight, make_plain, write_folded
 from sparsify.modules.layout import layout_of
 from sparsify.program.capture import evaluating
@@ -43,12 +51,7 @@ class MergeNote:
 def merge(handle: Handle) -> nn.Module:
     """See `Handle.merge`."""
     handle.need_unmerged("merge")
-    back_to_pieces(handle.host)
-    alone = next((p for p, part in handle.parts.items() if part.module in sharded_modules(handle.host)), None)
-    if alone is not None:
-        raise SparsifyError(
-            f"merge: fully_shard was called on {alone.rpartition('.')[0]} itself, whose class changes; call it on the block around"
-        )
+    check_leaving(handle, "merge")
     packed = [p for p in handle.parts if handle.is_packed(p)]
     formats = {p: m.format for p in packed if isinstance(m := handle.module(p), QuantizedMixin)}
     fixed = next((p for p, name in formats.items() if not format_named(name).packs_again), None)
@@ -111,6 +114,18 @@ def mark(module: nn.Module) -> None:
     layout = layout_of(module)
     if layout is not None:
         layout.mark(module)
+
+
+def check_leaving(handle: Handle, verb: str) -> None:
+    """Before trained parts leave a host in pieces: raise SparsifyError where fully_shard could not do without them."""
+    back_to_pieces(handle.host)
+    whole = set(sharded_modules(handle.host))
+    alone = next((p for p, part in handle.parts.items() if not whole.isdisjoint(part.modules)), None)
+    if alone is not None:
+        raise SparsifyError(
+            f"{verb}: fully_shard was called on {alone.rpartition('.')[0]} itself, whose class changes; call it on the block around"
+        )
+    entries_of(handle.host, [p for part in handle.parts.values() for p in part.parameters()], verb)
 
 
 def keep_mask(handle: Handle, param: str, weight: Tensor) -> float:

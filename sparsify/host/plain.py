@@ -11,6 +11,7 @@ from torch import nn
 from sparsify.errors import SparsifyError
 from sparsify.host.install import save_again
 from sparsify.host.live_state import LoadHook, OnHost, RootHook, SaveHook, Unshare
+from sparsify.host.merge import check_leaving
 from sparsify.host.same_base import in_pieces
 from sparsify.host.switch import reset_to_base
 from sparsify.host.switch_lock import EnterForward, LeaveForward
@@ -48,6 +49,8 @@ def restore(handle: Handle) -> nn.Module:
     in_pieces(handle)
     for part in handle.parts.values():
         handle.need_base(part, "restore")
+    if not handle.merged:
+        check_leaving(handle, "restore")
     if handle.merged:
         handle.unmerge()
     reset_to_base(handle)

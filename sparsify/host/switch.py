@@ -14,7 +14,7 @@ from sparsify.adapters.adapter import Adapter
 from sparsify.errors import AdapterError
 from sparsify.host.mix import Mix, add, as_it_lies, check_mix, group_by_param, put_back, write_buffers
 from sparsify.host.same_base import in_pieces
-from sparsify.model.sharded import take_back, whole, whole_parameters, write_whole
+from sparsify.model.sharded import entries_of, take_back, whole, whole_parameters, write_whole
 
 if TYPE_CHECKING:
     from sparsify.host.handle import Handle
@@ -43,6 +43,8 @@ def set_adapter(handle: Handle, spec: str | Mapping[str, float] | None) -> Mix:
     )
     if weights and not single:
         check_mix(handle, chosen)
+        beside = [part for part in handle.parts.values() if part.takes]
+        entries_of(handle.host, [p for part in beside for p in part.parameters()], "set_adapter")
     park(handle)
     reset_to_base(handle)
     handle.active = Mix({})

@@ -149,11 +149,8 @@ def groups_of(module: FSDPModule) -> list[Any]:
     return list(many) if many is not None else [] if one is None else [one]
 
 
-def release(host: nn.Module, parameters: Collection[nn.Parameter], verb: str) -> Released:
-    """Make fully_shard forget parameters that are about to leave their modules; it would put them back when it gathers.
-
-    Every rank must call this with the same parameters, in pieces. Raises SparsifyError where this release of torch does not let go.
-    """
+def entries_of(host: nn.Module, parameters: Collection[nn.Parameter], verb: str) -> Released:
+    """What fully_shard knows of parameters, in pieces. Raises SparsifyError where `release` could not let go of them."""
     wanted = {id(p) for p in parameters}
     found: Released = []
     for module in sharded_modules(host):
@@ -173,6 +170,15 @@ def release(host: nn.Module, parameters: Collection[nn.Parameter], verb: str) ->
         raise SparsifyError(
             f"{verb}: fully_shard of torch {torch.__version__} does not know all parameters of this host"
         )
+    return found
+
+
+def release(host: nn.Module, parameters: Collection[nn.Parameter], verb: str) -> Released:
+    """Make fully_shard forget parameters that are about to leave their modules; it would put them back when it gathers.
+
+    Every rank must call this with the same parameters. Raises what `entries_of` raises, which a verb asks before it changes anything.
+    """
+    found = entries_of(host, parameters, verb)
     for group, _, entry in found:
         group.fsdp_params.remove(entry)
     return found

@@ -479,15 +479,15 @@ def alone_trained_part_worker(rank: int, directory: str) -> None:
     host = shard(host)
     steps(host, batch("Llama"))
     before = outputs_of(host)
-    text = message_of(host.sparsify.merge)
-    finish(rank, directory, {"text": text, "before": before, "after": outputs_of(host)})
+    texts = [message_of(host.sparsify.merge), message_of(host.sparsify.restore)]
+    finish(rank, directory, {"texts": texts, "before": before, "after": outputs_of(host)})
 
 
 @pytest.mark.slow  # the refusal is one line; that nothing is half done is `merge` of the test above
-def test_a_part_that_is_sharded_by_itself_is_not_merged():
+def test_a_part_that_is_sharded_by_itself_does_not_leave():
     with tempfile.TemporaryDirectory() as directory:
         for found in on_two_ranks(alone_trained_part_worker, directory):
-            assert "model.layers.0.mlp.down_proj itself" in found["text"]
+            assert all("model.layers.0.mlp.down_proj itself" in text for text in found["texts"])
             assert torch.equal(found["before"], found["after"])
 
 

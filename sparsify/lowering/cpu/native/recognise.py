@@ -163,17 +163,11 @@ class Recogniser:
             return self.product(node, found, None)
         if (norm := match_norm(node, self.program)) is not None:
             return self.norm(node, norm)
-        if node.target in SAME:
-            return self.value(node.all_input_nodes[0])
-        if node.target in VIEWS:
-            source = node.all_input_nodes[0]
-            self.value(source)
-            return move(node, self.values, source)
-        if node.target in JOINS:
-            return join(node, [self.value(part) for part in node.args[0]])  # type: ignore[union-attr]
-        turned_value = self.turned(node)
-        if turned_value is not None:
-            return turned_value
+        moved = self.moved(node)
+        if moved is None:
+            moved = self.turned(node)
+        if moved is not None:
+            return moved
         if node.target in POINTWISE:
             return self.pointwise(node)
         raise Unknown(f"{node.target} of shape {tuple(value.shape) if isinstance(value, torch.Tensor) else value}")
@@ -187,6 +181,18 @@ class Recogniser:
             which = torch.arange(shape[-1]).expand(shape).contiguous()
             kind = torch.full(shape, COS if node.target is aten.cos.default else SIN)
             return Layout(None, (Term(place, kind, which, torch.ones(shape, dtype=torch.float64)),), frequencies)
+        moved = self.moved(node)
+        if moved is not None:
+            return moved
+        if node.target in (aten.mul.Tensor, aten.div.Tensor) and isinstance(node.args[1], int | float):
+            by = float(node.args[1])
+            return scaled(self.value(node.args[0]), by if node.target is aten.mul.Tensor else 1 / by)  # type: ignore[arg-type]
+        if node.target is aten.neg.default:
+            return scaled(self.value(node.args[0]), -1.0)  # type: ignore[arg-type]
+        raise Unknown(f"a table that is made with {node.target}")
+
+    def moved(self, node: fx.Node) -> Any:
+        """The layout of a node that computes nothing: its input as it is, as a view, or beside others; None for one that does."""
         if node.target in SAME:
             return self.value(node.all_input_nodes[0])
         if node.target in VIEWS:
@@ -195,12 +201,7 @@ class Recogniser:
             return move(node, self.values, source)
         if node.target in JOINS:
             return join(node, [self.value(part) for part in node.args[0]])  # type: ignore[union-attr]
-        if node.target in (aten.mul.Tensor, aten.div.Tensor) and isinstance(node.args[1], int | float):
-            by = float(node.args[1])
-            return scaled(self.value(node.args[0]), by if node.target is aten.mul.Tensor else 1 / by)  # type: ignore[arg-type]
-        if node.target is aten.neg.default:
-            return scaled(self.value(node.args[0]), -1.0)  # type: ignore[arg-type]
-        raise Unknown(f"a table that is made with {node.target}")
+        return None
 
     def turned(self, node: fx.Node) -> Layout | None:
         """A part of a rotation: −x, x · table, or the sum of two such; None for what is none."""
