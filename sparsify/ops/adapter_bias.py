@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from sparsify.ops.adapter_tables import define, need_range
+from sparsify.library import LIBRARY
+from sparsify.ops.adapter_tables import SCHEMA, implement, need_range
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -22,6 +23,7 @@ def product(
     return values[at[0] : at[0] + n].expand(x.shape[0], n)
 
 
-oracle = define("bias", product)
+LIBRARY.define("adapter_bias" + SCHEMA)
+oracle = implement("bias", product)
 
 __all__ = ["oracle"]

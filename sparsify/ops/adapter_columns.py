@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from sparsify.ops.adapter_tables import define, need_places, need_range
+from sparsify.library import LIBRARY
+from sparsify.ops.adapter_tables import SCHEMA, implement, need_places, need_range
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -25,6 +26,7 @@ def product(
     return x.index_select(1, index) @ values[start : start + width * n].view(width, n)
 
 
-oracle = define("columns", product)
+LIBRARY.define("adapter_columns" + SCHEMA)
+oracle = implement("columns", product)
 
 __all__ = ["oracle"]

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from sparsify.ops.adapter_tables import define, need_range
+from sparsify.library import LIBRARY
+from sparsify.ops.adapter_tables import SCHEMA, implement, need_range
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -25,6 +26,7 @@ def product(
     return (x @ values[start:middle].view(rank, m).t()) @ values[middle : middle + rank * n].view(rank, n)
 
 
-oracle = define("lowrank", product)
+LIBRARY.define("adapter_lowrank" + SCHEMA)
+oracle = implement("lowrank", product)
 
 __all__ = ["oracle"]

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from sparsify.ops.adapter_tables import define, need_places, need_range
+from sparsify.library import LIBRARY
+from sparsify.ops.adapter_tables import SCHEMA, implement, need_places, need_range
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -26,6 +27,7 @@ def product(
     return x.new_zeros((x.shape[0], n)).index_add(1, index, x @ values[start : start + width * m].view(width, m).t())
 
 
-oracle = define("rows", product)
+LIBRARY.define("adapter_rows" + SCHEMA)
+oracle = implement("rows", product)
 
 __all__ = ["oracle"]

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from sparsify.ops.adapter_tables import define, need_places, need_range
+from sparsify.library import LIBRARY
+from sparsify.ops.adapter_tables import SCHEMA, implement, need_places, need_range
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -26,6 +27,7 @@ def product(
     return x.new_zeros((x.shape[0], n)).index_add(1, rows, x.index_select(1, columns) * values[start : start + count])
 
 
-oracle = define("sparse", product)
+LIBRARY.define("adapter_sparse" + SCHEMA)
+oracle = implement("sparse", product)
 
 __all__ = ["oracle"]

@@ -133,8 +133,8 @@ def sum_dtype(x: Tensor, values: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(x.dtype, values.dtype), torch.float32)
 
 
-def define(kind: str, product: Product) -> Callable[..., Tensor]:
-    """Register `sparsify::adapter_<kind>`, all of which differ in one product only. Returns the oracle.
+def implement(kind: str, product: Product) -> Callable[..., Tensor]:
+    """Implement `sparsify::adapter_<kind>`, all of which differ in one product only. Returns the oracle.
 
     The oracle takes the operator's arguments and computes in fp64; what it returns has y's dtype only where that is fp64.
     """
@@ -168,7 +168,6 @@ def define(kind: str, product: Product) -> Callable[..., Tensor]:
     ) -> Tensor:
         return form(y.double(), x.double(), values.double(), places, table, order, offs)
 
-    LIBRARY.define(name + SCHEMA)
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     LIBRARY.in_aten(name, form)
     torch.library.register_fake(f"sparsify::{name}", fake, lib=LIBRARY)
@@ -193,4 +192,4 @@ def recorded(name: str, form: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
-__all__ = ["FORMS", "KINDS", "define", "need_places", "need_range"]
+__all__ = ["FORMS", "KINDS", "SCHEMA", "implement", "need_places", "need_range"]
