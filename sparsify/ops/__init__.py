@@ -16,8 +16,11 @@
     channel_grad             (g[:, rows])ᵀ x          of some channels,
     skinny_products          (x rowsᵀ, factorᵀ x)     of low-rank factors,
     grouped_outer            g_eᵀ x_e                 of an expert's rows, and `grouped_sampled`: on a support
-    adapter_columns          y + x[:, c] D            addends of many adapters, one a token; and `adapter_rows`,
-                                                      `adapter_lowrank`, `adapter_sparse`, `adapter_bias`
+    adapter_columns          y + x[:, c] D            what many adapters add, one a token:
+    adapter_rows             y[:, c] + x Dᵀ           trained inputs and outputs,
+    adapter_lowrank          y + (x Aᵀ) B             factors,
+    adapter_sparse           y[:, i] + v x[:, j]      entries,
+    adapter_bias             y + d                    biases
 
 The first three each have a `_dx` beside them. Every formula is made of ATen and of these operators, so
 derivatives of any order are right. Importing this package registers them all, and the inference operators of
