@@ -122,7 +122,7 @@ def as_addends(base: Base, loaded: Adapter, where: str) -> Iterator[tuple[Target
             )
         elif delta.param not in base.shapes:
             raise AdapterError(f"{where}: the model has no parameter {delta.param!r}")
-        elif target is None:
+        elif target is None or delta.param in base.declined:
             raise AdapterError(f"{where}: {delta.param} takes no addend: {base.why_not(delta.param)}; {ALONE}")
         elif delta.kind not in ("column", "row", "sparse", "lora"):
             raise AdapterError(f"{where}: {delta.param} has a change of kind {delta.kind}, which is no addend; {ALONE}")

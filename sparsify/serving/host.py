@@ -32,6 +32,7 @@ from sparsify.planner.limits import size
 from sparsify.program.capture import unwrap
 from sparsify.serving.addends import read_image
 from sparsify.serving.base_copy import check_source, copy_base
+from sparsify.serving.check_rows import check_rows
 from sparsify.serving.modules import become_gated, become_served
 from sparsify.serving.names import BASE, check_name, check_names
 from sparsify.serving.route import following
@@ -41,6 +42,7 @@ from sparsify.serving.targets import Base, find_targets
 
 if TYPE_CHECKING:
     from sparsify.host.serving import AdapterPath
+    from sparsify.program.values import Batch
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -61,6 +63,8 @@ def serve(
     timeout: float | None = 60.0,
     dtype: torch.dtype | None = None,
     strict: bool = True,
+    example: Batch | None = None,
+    check: bool = True,
 ) -> Model:
     """A host that serves many adapters at once, one a row of the batch, and trains nothing.
 
@@ -72,6 +76,9 @@ def serve(
     timeout: seconds for which a request waits when all slots are held; None for ever.
     dtype: in which values are kept; that of the model's weights unless given. Sums are in fp32 at least.
     strict: refuse an adapter that was trained on another base (PEFT's files do not say on which).
+    example: a batch of two rows, with which it is checked (three forwards) that every linear sees the rows one after another. Hugging
+        Face models need none. Where the model cannot be run so, a batch takes one adapter for all its rows, and no mixture.
+    check: False takes that on trust.
 
     Returns the host in eval mode. `host(…, adapter_names=)` and `host.generate(…, adapter_names=)` take one name a row, "__base__" for
     none, or one name for all; without it the base computes. `host.sparsify` is a `ServingHandle`.
@@ -84,6 +91,9 @@ def serve(
     if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout >= 0):
         raise SparsifyError(f"serve: timeout={timeout!r}: expected seconds, or None")
     host, base = bare_host(source)
+    if check:
+        mixed, base.unchecked = check_rows(host, base.targets, example)
+        base.declined |= mixed
     device = next((t.device for t in (*host.parameters(), *host.buffers())), torch.device("cpu"))
     dtype = values_dtype(base) if dtype is None else dtype
     if dtype not in VALUES:
@@ -91,7 +101,7 @@ def serve(
     places = check_dir(folder) if folder is not None else None
     tables = Slots(len(base.targets), slots, size(budget, "budget"), dtype, device)
     read = partial(read_image, base, dtype=dtype, strict=strict)
-    store = Store(read, tables, size(host_budget, "host_budget"), timeout, places)
+    store = Store(read, tables, size(host_budget, "host_budget"), timeout, places, base.unchecked)
     for target in base.targets.values():
         for module in target.modules:
             become_served(module, store, target.number)
@@ -155,6 +165,8 @@ class ServingHandle:
     def declined(self) -> tuple[Refusal, ...]:
         """What takes no addend, and why; an adapter that changes one of these is refused."""
         own = [Refusal(param, reason) for param, reason in self.base.declined.items()]
+        if self.base.unchecked:
+            own.append(Refusal("mixed batches", self.base.unchecked))
         return (*own, *([Refusal("native step", NO_NATIVE)] if self.native else []))
 
     # --- adapters ----------------------------------------------------------------------------------------------------------------
@@ -250,13 +262,13 @@ class ServingHandle:
         """What is served over what, as text."""
         now = self.status()
         packed = f", {len(self.base.quantize)} packed" if self.base.quantize else ""
-        native = [f"native step: {NO_NATIVE}"] if self.native else []
+        notes = [str(refusal) for refusal in self.declined if " " in refusal.where]
         lines = [
             f"serving {type(self.host).__name__}: {len(self.base.targets)} weights take addends{packed}",
             f"slots {now['live']} of {now['slots']} live, {now['held']} held; {now['slot_bytes']:,} of {now['slot_budget']:,} bytes",
             f"adapters {now['known']} known, {now['in_memory']} in host memory ({now['host_bytes']:,} bytes)",
             f"loads {now['loads']}, evictions {now['evictions']}, waits {now['waits']}, refusals {now['refusals']}",
-            *native,
+            *notes,
         ]
         return "\n".join(lines)
 

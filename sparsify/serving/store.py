@@ -76,8 +76,15 @@ class Store:
     """See above. read: makes the image of a folder (called by the loader, without the lock)."""
 
     def __init__(
-        self, read: Callable[[Path], Image], slots: Slots, host_budget: int, timeout: float | None, folder: Path | None
+        self,
+        read: Callable[[Path], Image],
+        slots: Slots,
+        host_budget: int,
+        timeout: float | None,
+        folder: Path | None,
+        unmixed: str = "",
     ) -> None:
+        self.unmixed = unmixed  # why rows of one batch cannot have different adapters
         self.read, self.slots, self.host_budget = read, slots, host_budget
         self.timeout, self.folder = timeout, folder
         self.entries: dict[str, Entry] = {}
@@ -132,7 +139,12 @@ class Store:
         bits = 0
         for lease in leases:
             bits |= lease.bits
-        return Route(slots, self.slots.count, bits, self.slots.values.device)
+        route = Route(slots, self.slots.count, bits, self.slots.values.device)
+        if self.unmixed and not route.uniform:
+            raise AdapterError(
+                f"rows of one batch cannot have different adapters, for that was not checked: {self.unmixed}"
+            )
+        return route
 
     def names(self) -> list[str]:
         there = listed(self.folder) if self.folder is not None else []

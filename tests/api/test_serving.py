@@ -289,3 +289,47 @@ def test_over_a_base_that_was_rounded_to_int8_the_user_must_say_so(tmp_path):
     with pytest.raises(AdapterError, match="was rounded to int8 when the base was lowered"):
         check_over(plain, lowered, tmp_path)
     check_over(plain, lowered, tmp_path / "loose", strict=False)
+
+
+class Sorted(nn.Module):
+    """Linears that do not see the rows of a batch one after another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain, self.routed, self.turned = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.places, self.unread, self.read = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.plain(x)
+        order = y.flatten(0, 1)[:, 0].argsort()
+        y = y.flatten(0, 1).index_copy(0, order, self.routed(y.flatten(0, 1)[order])).view(y.shape)
+        y = self.turned(y.transpose(0, 1)).transpose(0, 1) + self.places(torch.ones(y.shape[1], 6))
+        return torch.nn.functional.linear(y, self.unread.weight) + self.read(y)
+
+
+def test_linears_that_do_not_see_row_after_row_take_no_addends(tmp_path):
+    torch.manual_seed(0)
+    model, x = Sorted().eval(), torch.randn(2, 4, 6)
+    host: Any = sparsify.serve(model, example=x, budget="1MiB")
+    declined = {refusal.where: refusal.reason for refusal in host.sparsify.declined}
+    assert set(declined) == {f"{name}.weight" for name in ("routed", "turned", "places", "unread")}
+    assert "not those of one row after another" in declined["routed.weight"]
+    assert "may be read in another way" in declined["unread.weight"]
+    for name in ("routed", "read"):
+        trained: Any = sparsify.compile(model, Plan([LoRA(2, match=name)]), example=x)
+        tiny.disturb(trained)
+        trained.sparsify.save_adapter(tmp_path / name)
+        host.sparsify.add(name, tmp_path / name)
+    with pytest.raises(AdapterError, match="routed.weight takes no addend: its tokens are not those"):
+        host(x, adapter_names=["routed", BASE])
+    with torch.no_grad():
+        wanted = torch.stack([trained(x)[0], model(x)[1]])  # of rows of six, whose sums depend on where they lie
+        torch.testing.assert_close(host(x, adapter_names=["read", BASE]), wanted, rtol=1e-5, atol=1e-6)
+        assert float((wanted - model(x))[0].abs().max()) > 1e-3
+    unknown: Any = sparsify.serve(model, {"read": tmp_path / "read"}, budget="1MiB")
+    with pytest.raises(AdapterError, match=r"that was not checked: .* pass example="):
+        unknown(x, adapter_names=["read", BASE])
+    with torch.no_grad():
+        torch.testing.assert_close(unknown(x, adapter_names="read"), trained(x), rtol=1e-5, atol=1e-6)
+        trusting: Any = sparsify.serve(model, {"read": tmp_path / "read"}, budget="1MiB", check=False)
+        torch.testing.assert_close(trusting(x, adapter_names=["read", BASE]), wanted, rtol=1e-5, atol=1e-6)
