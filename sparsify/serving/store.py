@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,6 +99,17 @@ class Store:
         self.routing = Routing()
         self.tables: list[dict[str, Tensor]] = []
         self.open_tables()
+
+    def __getstate__(self) -> dict[str, object]:
+        """Copies and pickles know the same adapters and hold none: slots are empty, nobody waits, the loader is not there."""
+        folders = {name: entry.folder for name, entry in self.entries.items()}
+        own = (self.read, self.slots.settings, self.host_budget, self.timeout, self.folder, self.unmixed)
+        return {"own": own, "folders": folders}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        read, settings, *rest = state["own"]
+        self.__init__(read, Slots(*settings), *rest)
+        self.entries = {name: Entry(name, folder) for name, folder in state["folders"].items()}
 
     def open_tables(self) -> None:
         self.tables = [self.slots.tables(number) for number in range(self.slots.table.shape[0])]
