@@ -315,9 +315,7 @@ def test_a_batch_that_would_fit_is_named() -> None:
         built("llama", "meta"), Plan([PaCA(4)]), gradient_checkpointing=True, batch=4, length=48, full=False
     ).step.peak
     with pytest.raises(PlanError, match=r"no plan fits the budget; the nearest is PaCA.*A batch of \d+ would fit"):
-        sparsify.autoplan(
-            built("llama"), memory=int(0.8 * peak), batch=16, length=48, methods=["PaCA"], progress=False
-        )
+        sparsify.autoplan(built("llama"), memory=int(0.8 * peak), batch=16, length=48, methods=["PaCA"], progress=False)
 
 
 def test_what_it_refuses() -> None:
@@ -433,7 +431,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_command_chooses_and_writes(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "plan.yaml"
-    done = call(folder, "--budget", "memory=3MiB accuracy", "-m", "s2ft,rosa", "--max-lora-rank", 8, "-b", 2, "-l", 16, "-o", out)
+    done = call(
+        folder,
+        "--budget",
+        "memory=3MiB accuracy",
+        "-m",
+        "s2ft,rosa",
+        "--max-lora-rank",
+        8,
+        "-b",
+        2,
+        "-l",
+        16,
+        "-o",
+        out,
+    )
     assert done.exit_code == 0, done.output
     for word in ("memory:", "RoSA", "scattered entries are no LoRA", "the plan", "vLLM needs --max-lora-rank 8"):
         assert word in done.stdout
