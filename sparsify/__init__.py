@@ -18,6 +18,7 @@ from sparsify.lowering.torch_compile.backend import backend
 from sparsify.plan import S2FT, LoRA, PaCA, Plan, Quantize, RoSA, Tokens, register_rule
 from sparsify.planner.autoplan import AutoPlan, autoplan
 from sparsify.pruning.rule import Prune
+from sparsify.serving.host import serve
 from sparsify.version import __version__
 
 register_rule(Prune)
@@ -50,4 +51,5 @@ __all__ = [
     "load",
     "lower_exported",
     "package",
+    "serve",
 ]
