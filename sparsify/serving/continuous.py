@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,7 +33,6 @@ from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.requests import FutureRequestState
 
 from sparsify.errors import SparsifyError
-from sparsify.serving.route import Route, following
 from sparsify.serving.sampling import Sampler, Sampling, SamplingError
 
 if TYPE_CHECKING:
@@ -51,13 +51,14 @@ STEP_TIME = 60.0
 class Ticket:
     """A request that runs. tell: gets each token, and None at the end; fail: why there is no more."""
 
-    name: str
     lease: Lease
     sampler: Sampler
     tell: Callable[[int | None], None]
     fail: Callable[[str], None]
-    slot: int = 0
-    kinds: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def slot(self) -> int:
+        return self.lease.slots[0]
 
 
 def check_installed() -> None:
@@ -142,22 +143,15 @@ class RoutedProcessor(ContinuousBatchProcessor):
 
     def _generation_step(self, model: torch.nn.Module) -> None:
         self.steps += 1
-        with following(self.handle.store.routing, self.route()):
+        slots, leases = self.slots()
+        with self.handle.using_slots(slots, *leases) if leases else nullcontext():
             super()._generation_step(model)
 
-    def route(self) -> Route | None:
-        """One slot for each token of the step; None where all are the base's."""
+    def slots(self) -> tuple[list[int], list[Lease]]:
+        """One slot for each token of the step, and the leases that hold them."""
         found = [(self.tickets.get(f.state.request_id), f.query_length) for f in in_step(self)]
-        used = {ticket.slot: ticket for ticket, _ in found if ticket is not None and ticket.slot}
-        if not used:
-            return None
-        slots = [ticket.slot if ticket is not None else 0 for ticket, length in found for _ in range(length)]
-        kinds: dict[int, dict[str, None]] = {}
-        for ticket in used.values():
-            for number, own in ticket.kinds.items():
-                kinds.setdefault(number, {}).update(dict.fromkeys(own))
-        store = self.handle.store
-        return Route(slots, store.slots.count, {n: tuple(k) for n, k in kinds.items()}, store.slots.values.device)
+        leases = {t.slot: t.lease for t, _ in found if t is not None and t.slot}
+        return [t.slot if t is not None else 0 for t, length in found for _ in range(length)], list(leases.values())
 
 
 class RoutedManager(ContinuousBatchingManager):
@@ -211,7 +205,7 @@ class RoutedManager(ContinuousBatchingManager):
         with self.lock:
             self.numbers += 1
             request = f"r{self.numbers}"
-        ticket = Ticket(lease.names[0], lease, Sampler(sampling), tell, fail, lease.slots[0], lease.route([]).kinds)
+        ticket = Ticket(lease, Sampler(sampling), tell, fail)
         self.tickets[request] = ticket
         with self.output_router._lock:
             self.output_router.result_handlers[request] = (Told(self, request, ticket), Directly())  # type: ignore[assignment]

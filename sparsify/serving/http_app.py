@@ -28,7 +28,7 @@ from sparsify.serving.http_answers import Chat, Completion, Events, Form, Prompt
 from sparsify.serving.http_limits import Guard, Limits
 from sparsify.serving.http_metrics import Metrics
 from sparsify.serving.http_requests import Asked, RequestError, body_object, read_chat, read_completion
-from sparsify.serving.served_adapters import ServedAdapters
+from sparsify.serving.served_adapters import ServedAdapters, Unknown
 from sparsify.serving.store import SlotTimeout
 
 RETRY = {"Retry-After": "1"}
@@ -83,6 +83,8 @@ class Routes:
 
     async def failure(self, _: Request, error: Exception) -> Response:
         status, body = failure(error)
+        if self.served.folder is not None:  # where it lies is nobody's business
+            body["error"]["message"] = body["error"]["message"].replace(f"{self.served.folder.resolve()}/", "")
         return JSONResponse(body, status, headers=RETRY if status == 503 else None)
 
     # --- looking -----------------------------------------------------------------------------------------------------------------
@@ -124,7 +126,8 @@ class Routes:
         except SlotTimeout:
             pass  # all slots are held: it is read when one is free
         except AdapterError:
-            await asyncio.to_thread(self.served.remove, name)
+            with contextlib.suppress(Unknown):
+                await asyncio.to_thread(self.served.remove, name)
             raise
         return JSONResponse({"status": "ok", "message": f"{name} is served"})
 
@@ -157,8 +160,12 @@ class Routes:
                 return Events(run)
             return JSONResponse(await watched(request, run.whole()))
         except Gone:
+            run.end()
             self.metrics.answers.labels("gone").inc()
             return Response(status_code=499)
+        except BaseException:
+            run.end()
+            raise
 
     def prompts(self, asked: Asked) -> list[Prompt]:
         """Tokens of every prompt, checked; `n` times each, with seeds of their own. Raises RequestError."""
@@ -170,7 +177,7 @@ class Routes:
                     f"the prompt has {len(ids)} tokens, and prompt and answer together at most {self.engine.longest}",
                     code="context_length_exceeded",
                 )
-            if asked.prompts is not None and asked.sampling.tokens > room:
+            if asked.bounded and asked.sampling.tokens > room:
                 raise RequestError(
                     f"'max_tokens': {len(ids)} tokens of the prompt and {asked.sampling.tokens} of the answer are more than "
                     f"{self.engine.longest} together", code="context_length_exceeded", field="max_tokens",

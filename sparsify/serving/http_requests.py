@@ -44,12 +44,16 @@ class RequestError(SparsifyError, ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """A request for text. prompts: text, or token ids, each; for a chat one list of messages. count: answers to each."""
+    """A request for text. prompts: text, or token ids, each; for a chat one list of messages. count: answers to each.
+
+    bounded: whether it says how many tokens it wants; otherwise an answer may take what room there is.
+    """
 
     model: str
     prompts: list[str | list[int]] | None
     messages: list[dict[str, str]] | None
     sampling: Sampling
+    bounded: bool
     count: int
     stream: bool
     usage: bool
@@ -122,7 +126,7 @@ def read_completion(given: Mapping[str, Json], most: int) -> Asked:
         "prompt", ..., lambda p: isinstance(p, str | list) and p != [], "text, token ids, or a list of one of them"
     )
     tokens = fields.take("max_tokens", 16, whole(1, most), f"a whole number from 1 to {most}")
-    return asked(fields, tokens, prompts=prompts_of(prompt), messages=None)
+    return asked(fields, tokens, bounded=True, prompts=prompts_of(prompt), messages=None)
 
 
 def prompts_of(prompt: Any) -> list[str | list[int]]:
@@ -141,8 +145,9 @@ def read_chat(given: Mapping[str, Json], most: int) -> Asked:
     fields = Fields(given)
     messages = fields.take("messages", ..., lambda m: isinstance(m, list) and m != [], "a list of messages")
     tokens = fields.take("max_tokens", None, whole(1, most), f"a whole number from 1 to {most}")
-    tokens = fields.take("max_completion_tokens", tokens or most, whole(1, most), f"a whole number from 1 to {most}")
-    return asked(fields, tokens, prompts=None, messages=[message(m) for m in messages])
+    tokens = fields.take("max_completion_tokens", tokens, whole(1, most), f"a whole number from 1 to {most}")
+    texts = [message(m) for m in messages]
+    return asked(fields, tokens or most, bounded=tokens is not None, prompts=None, messages=texts)
 
 
 def message(given: Any) -> dict[str, str]:

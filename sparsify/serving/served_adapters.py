@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparsify.errors import AdapterError
 from sparsify.files.strict_json import short
-from sparsify.serving.names import BASE
+from sparsify.serving.names import BASE, in_folder
 
 if TYPE_CHECKING:
     from sparsify.serving.host import ServingHandle
@@ -38,6 +39,7 @@ class ServedAdapters:
     def __init__(self, handle: ServingHandle, base: str, folder: Path | None) -> None:
         self.handle, self.base, self.folder = handle, base, folder
         self.hidden: set[str] = set()
+        self.lock = threading.Lock()
 
     @property
     def names(self) -> list[str]:
@@ -49,9 +51,18 @@ class ServedAdapters:
         """The adapter that a request's `model` means. Raises Unknown."""
         if model == self.base:
             return BASE
-        if model == BASE or model in self.hidden or not NAME.fullmatch(model) or model not in self.handle.names:
+        if not self.known(model):
             raise Unknown(f"no model is called {short(model)}; /v1/models lists those that are")
         return model
+
+    def known(self, name: str) -> bool:
+        """Whether an adapter has this name, without a look at all the others."""
+        if name in (self.base, BASE) or name in self.hidden or not NAME.fullmatch(name):
+            return False
+        with self.handle.store.changed:
+            if name in self.handle.store.entries:
+                return True
+        return self.folder is not None and in_folder(self.folder, name) is not None
 
     def add(self, name: str, path: str, again: bool = False) -> None:
         """Serve an adapter of the folder under a name. again: exchange what has the name. Raises Forbidden, AdapterError."""
@@ -60,18 +71,21 @@ class ServedAdapters:
             raise AdapterError(
                 f"{short(name)} cannot be the name of an adapter: letters, digits and . _ : @ + - are taken, at most 128"
             )
-        if name in self.names and not again:
-            raise AdapterError(f"an adapter is called {name!r} already; unload it first, or give load_inplace")
-        self.forget(name)
-        self.handle.add(name, place)
-        self.hidden.discard(name)
+        with self.lock:
+            if self.known(name) and not again:
+                raise AdapterError(f"an adapter is called {name!r} already; unload it first, or give load_inplace")
+            self.forget(name)
+            self.handle.add(name, place)
+            self.hidden.discard(name)
 
     def remove(self, name: str) -> None:
         """Forget a name; requests that run go on. Raises Unknown."""
-        if name not in self.names:
-            raise Unknown(f"no adapter is called {short(name)}")
-        self.forget(name)
-        self.hidden.add(name)
+        with self.lock:
+            if not self.known(name):
+                raise Unknown(f"no adapter is called {short(name)}")
+            self.forget(name)
+            if self.folder is not None and in_folder(self.folder, name) is not None:
+                self.hidden.add(name)
 
     def forget(self, name: str) -> None:
         with contextlib.suppress(AdapterError):  # it lies in the folder and was never asked for
