@@ -8,6 +8,7 @@ stamp=.venv/.sparsify-$extra
 if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ] || [ constraints.txt -nt "$stamp" ]; then
   torch=$(grep '^torch==' constraints.txt)
   python -m pip install --quiet "$torch"
+  python -m pip uninstall --quiet --yes sparsify 2>/dev/null || true # what this checkout was called before
   python -m pip install --quiet -c constraints.txt -e ".[$extra]"
   touch "$stamp"
 fi
