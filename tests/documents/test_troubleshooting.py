@@ -10,7 +10,7 @@ from pathlib import Path
 import page_blocks
 
 ROOT = Path(__file__).parents[2]
-QUOTED = re.compile(r"^### `(.+)`$", re.MULTILINE)
+QUOTED = re.compile(r"^#### `(.+)`$", re.MULTILINE)
 GAP = "\0"
 
 
