@@ -20,6 +20,7 @@ from sparsify.lowering.torch_compile.backend import backend
 from sparsify.plan import S2FT, LoRA, PaCA, Plan, Quantize, RoSA, Tokens, register_rule
 from sparsify.planner.autoplan import AutoPlan, autoplan
 from sparsify.pruning.rule import Prune
+from sparsify.serving.host import serve
 from sparsify.version import __version__, other_sparsify
 
 register_rule(Prune)
@@ -54,4 +55,5 @@ __all__ = [
     "load",
     "lower_exported",
     "package",
+    "serve",
 ]

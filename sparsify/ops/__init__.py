@@ -16,6 +16,11 @@
     channel_grad             (g[:, rows])ᵀ x          of some channels,
     skinny_products          (x rowsᵀ, factorᵀ x)     of low-rank factors,
     grouped_outer            g_eᵀ x_e                 of an expert's rows, and `grouped_sampled`: on a support
+    adapter_columns          y + x[:, c] D            what many adapters add, one a token:
+    adapter_rows             y[:, c] + x Dᵀ           trained inputs and outputs,
+    adapter_lowrank          y + (x Aᵀ) B             factors,
+    adapter_sparse           y[:, i] + v x[:, j]      entries,
+    adapter_bias             y + d                    biases
 
 The first three each have a `_dx` beside them. Every formula is made of ATen and of these operators, so
 derivatives of any order are right. Importing this package registers them all, and the inference operators of
@@ -24,6 +29,7 @@ derivatives of any order are right. Importing this package registers them all, a
     checks.py  schema.py                  what an operator refuses, its arguments by name (`sparsify.library` registers it)
     shapes.py  bits.py  saved_input.py    tokens and turned weights, masks as bits, what is saved of an input
     added_parts.py                        sparse values and low-rank factors, beside a dense or a packed base
+    adapter_tables.py                     what lies where of adapters that are live together
     dispatch.py                           which kernel serves; no other file here imports `sparsify.kernels`
 
 Shapes stand in annotations (`Float[Tensor, "*t m"]`, read by people and type checkers, never at run time):
@@ -35,6 +41,11 @@ Shapes stand in annotations (`Float[Tensor, "*t m"]`, read by people and type ch
 """
 
 from sparsify.ops import (
+    adapter_bias,
+    adapter_columns,
+    adapter_lowrank,
+    adapter_rows,
+    adapter_sparse,
     apply_mask,
     channel_grad,
     grouped_linear,
@@ -53,6 +64,11 @@ from sparsify.ops import (
 )
 
 __all__ = [
+    "adapter_bias",
+    "adapter_columns",
+    "adapter_lowrank",
+    "adapter_rows",
+    "adapter_sparse",
     "apply_mask",
     "channel_grad",
     "grouped_linear",

@@ -6,6 +6,7 @@
     sampled_product                      the gradient on a support              Triton, generated C++
     quantized_serves, quantized_product  the product with a packed weight       Triton
     channel_grad_serves, channel_gradient  the gradient of some channels        Triton, cuBLAS
+    add_adapters                         y += what each token's adapter adds    generated C++
 
 What no kernel serves is computed by the operator's own file. `SPARSIFY_KERNELS=off` leaves everything to them.
 """
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 import sparsify.kernels.gpu.operator  # noqa: F401  registers the inference operators, packed_linear and gpu_linear
+from sparsify.kernels.cpu.adapters import add_by_kernel, kernel_adds
 from sparsify.kernels.cpu.sampled import kernel_serves, kernel_writes, sampled_by_kernel, write_by_kernel
 from sparsify.kernels.cpu.skinny import skinny_by_kernel, skinny_serves, update_by_kernel, update_serves
 from sparsify.kernels.gpu import launch
@@ -120,11 +122,29 @@ def channel_gradient(
     return launch.contiguous_grad(g if rows is None else g.index_select(1, rows), x)
 
 
+def add_adapters(
+    kind: str,
+    y: Float[Tensor, "*t n"],
+    x: Float[Tensor, "*t m"],
+    values: Float[Tensor, " V"],
+    places: Int[Tensor, " P"],
+    table: Int[Tensor, "S 3"],
+    order: Int[Tensor, " R"],
+    offs: Int[Tensor, " S1"],
+) -> bool:
+    """Add to a contiguous y what each token's adapter adds, in place (`sparsify.ops.adapter_tables`); False where no kernel serves."""
+    if not kernel_adds(y, x, values):
+        return False
+    add_by_kernel(kind, y, x, values, places, table, order, offs)
+    return True
+
+
 __all__ = [
     "CSR_DENSITY",
     "KERNEL_DENSITY",
     "ONE_PASS_DENSITY",
     "PER_ENTRY_DENSITY",
+    "add_adapters",
     "channel_grad_serves",
     "channel_gradient",
     "quantized_product",

@@ -10,7 +10,7 @@ import torch
 import sparsify.ops
 
 FILES = sorted(Path(sparsify.ops.__file__).parent.glob("*.py"))
-GROUND = {"__init__", "added_parts", "bits", "checks", "dispatch", "saved_input", "schema", "shapes"}
+GROUND = {"__init__", "adapter_tables", "added_parts", "bits", "checks", "dispatch", "saved_input", "schema", "shapes"}
 
 
 def imported(text: str) -> Iterator[str]:

@@ -1,0 +1,344 @@
+"""`sparsify.serve`: a host of the user's class in which every row of a batch computes with an adapter of its own.
+
+    host = sparsify.serve(model, adapters={"math": "runs/math", "law": "runs/law"}, slots=32, budget="2GiB")
+    host.generate(**batch, adapter_names=["math", "law", "__base__"])
+    host(**batch, adapter_names="math")
+
+The base is shared with the model that was passed in and never written to. What an adapter changes is added behind each linear, per
+row, from slots (`sparsify.serving.store`); switching publishes a table and edits no weight, so threads do not disturb each other.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from sparsify.console import printable
+from sparsify.errors import AdapterError, SparsifyError
+from sparsify.host.install import install
+from sparsify.host.live_state import OnHost
+from sparsify.host.quantized_bases import check_host
+from sparsify.host.serving import bare_program, check_folder
+from sparsify.model.fast_paths import close_fast_paths
+from sparsify.planner.limits import size
+from sparsify.program.capture import unwrap
+from sparsify.serving.addends import read_image
+from sparsify.serving.modules import become_served
+from sparsify.serving.names import BASE, check_name, check_names
+from sparsify.serving.route import Route, following
+from sparsify.serving.slots import Slots
+from sparsify.serving.store import Counts, Lease, SlotTimeout, Store
+from sparsify.serving.targets import Base, find_targets
+
+if TYPE_CHECKING:
+    from sparsify.host.serving import AdapterPath
+
+Model = TypeVar("Model", bound=nn.Module)
+
+#: arguments that have a row of the batch on their first axis, the first that is there counts
+ROWS = ("input_ids", "inputs_embeds", "inputs", "input_features", "input_values", "pixel_values", "decoder_input_ids")
+VALUES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def serve(
+    model: Model,
+    adapters: Mapping[str, AdapterPath] | None = None,
+    *,
+    folder: AdapterPath | None = None,
+    slots: int = 32,
+    budget: int | str = "2GiB",
+    host_budget: int | str = "8GiB",
+    timeout: float | None = 60.0,
+    dtype: torch.dtype | None = None,
+    strict: bool = True,
+) -> Model:
+    """A host that serves many adapters at once, one a row of the batch, and trains nothing.
+
+    model: any `nn.Module` (a Hugging Face model for `generate`), dense or packed. It is not written to; the host shares its tensors.
+    adapters: name → folder, ours (`save_adapter`) or PEFT's LoRA; more with `host.sparsify.add`. They are read when first named.
+    folder: where adapters are found by name: `folder/<name>`. A name never leads out of it.
+    slots: how many adapters are live at once. budget: bytes that they take on the model's device.
+    host_budget: bytes of adapters that are kept, packed, in host memory beside that.
+    timeout: seconds for which a request waits when all slots are held; None for ever.
+    dtype: in which values are kept; that of the model's weights unless given. Sums are in fp32 at least.
+    strict: refuse an adapter that was trained on another base (PEFT's files do not say on which).
+
+    Returns the host in eval mode. `host(…, adapter_names=)` and `host.generate(…, adapter_names=)` take one name a row, "__base__" for
+    none, or one name for all; without it the base computes. `host.sparsify` is a `ServingHandle`.
+    Raises SparsifyError for a model that cannot be served. An adapter that cannot be an addend per row (a parameter trained in full, a
+    moved buffer, rows of an embedding, experts) raises AdapterError when it is named; others go on.
+    """
+    source = unwrap(model)
+    if isinstance(source.__dict__.get("sparsify"), ServingHandle):
+        raise SparsifyError("serve: this model is a serving host already; add adapters with model.sparsify.add")
+    if type(slots) is not int or not 1 <= slots <= 4096:
+        raise SparsifyError(f"serve: slots={slots!r}: expected a number from 1 to 4096")
+    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout >= 0):
+        raise SparsifyError(f"serve: timeout={timeout!r}: expected seconds, or None")
+    host, base = bare_host(source)
+    device = next((t.device for t in (*host.parameters(), *host.buffers())), torch.device("cpu"))
+    dtype = values_dtype(base) if dtype is None else dtype
+    if dtype not in VALUES:
+        raise SparsifyError(f"serve: dtype={dtype}: expected one of {', '.join(str(d) for d in VALUES)}")
+    places = check_dir(folder) if folder is not None else None
+    tables = Slots(len(base.targets), slots, size(budget, "budget"), dtype, device)
+    read = partial(read_image, base, dtype=dtype, strict=strict)
+    store = Store(read, tables, size(host_budget, "host_budget"), timeout, places)
+    for target in base.targets.values():
+        for module in target.modules:
+            become_served(module, store, target.number)
+    close_fast_paths(host, [name.rpartition(".")[0] for t in base.targets.values() for name in t.names])
+    handle = ServingHandle(host, base, store)
+    host.__dict__["sparsify"] = handle
+    host.__dict__["forward"] = ServedForward(host)
+    if callable(getattr(type(host), "generate", None)):
+        host.__dict__["generate"] = ServedGenerate(host)
+    host.__dict__["compile"] = ServedCompile(host)
+    for name, path in (adapters or {}).items():
+        handle.add(name, path)
+    return host  # type: ignore[return-value]
+
+
+def bare_host(source: nn.Module) -> tuple[nn.Module, Base]:
+    """A copy of the module tree over the same tensors, frozen and in eval mode, and the base as adapters see it."""
+    if "sparsify" in source.__dict__:
+        raise SparsifyError(
+            "serve: this model was compiled; pass the model that went into sparsify.compile, or model.sparsify.plain()"
+        )
+    check_host(source)
+    host, _ = install(bare_program(source, "serve: the model is not traced"), ())
+    host.__dict__.pop("_sparsify_hooks", None)
+    host.eval()
+    return host, find_targets(host, {}, {})
+
+
+def values_dtype(base: Base) -> torch.dtype:
+    """The dtype of most of the model's floating parameters."""
+    counts: dict[torch.dtype, int] = {}
+    for parameter in base.host.parameters():
+        if parameter.dtype in VALUES:
+            counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
+    return max(counts, key=lambda d: counts[d], default=torch.float32)
+
+
+def check_dir(folder: AdapterPath) -> Path:
+    path = Path(folder)
+    try:
+        there = path.is_dir()
+    except (OSError, ValueError):
+        there = False
+    if not there:
+        raise AdapterError(f"serve: folder={os.fspath(folder)!r} is no folder on this machine")
+    return path
+
+
+@printable
+class ServingHandle:
+    """`host.sparsify` of a serving host: adapters come and go, requests hold them while they run."""
+
+    def __init__(self, host: nn.Module, base: Base, store: Store) -> None:
+        self.host, self.base, self.store = host, base, store
+
+    # --- adapters ----------------------------------------------------------------------------------------------------------------
+
+    def add(self, name: str, folder: AdapterPath) -> None:
+        """Make an adapter known under a name. It is read when a request first names it.
+
+        Raises AdapterError for a name that is taken or cannot be one, and a folder that holds no adapter.
+        """
+        self.store.register(check_name(name), check_folder(folder))
+
+    def remove(self, name: str) -> None:
+        """Forget a name. Requests that hold it end with it; who waits for it is refused. Files stay."""
+        self.store.remove(name)
+
+    @property
+    def names(self) -> list[str]:
+        """Names that may be asked for: those that were added, and those in the folder."""
+        return self.store.names()
+
+    def prefetch(self, *names: str) -> None:
+        """Let the loader read adapters into host memory, without waiting. Raises AdapterError for unknown names."""
+        with self.store.changed:
+            for name in names:
+                if name != BASE:
+                    self.store.want(self.store.find(name))
+
+    # --- requests ----------------------------------------------------------------------------------------------------------------
+
+    def lease(self, names: str | Sequence[str], timeout: float | None = None) -> Lease:
+        """Hold the slots of these adapters until `close()` (or the end of a `with` block), after waiting for them if need be.
+
+        timeout: seconds, `serve`'s unless given. Raises AdapterError for names that are unknown or cannot be served, SlotTimeout when
+        all slots are held for too long.
+        """
+        names = check_names(names)
+        pending = self.store.ask(names, True, timeout)
+        assert pending is not None
+        return Lease(self.store, names, pending)
+
+    def try_lease(self, names: str | Sequence[str]) -> Lease | None:
+        """The same without waiting: None while an adapter is not read yet (the loader begins), or no slot is free for it."""
+        names = check_names(names)
+        pending = self.store.ask(names, False, None)
+        return None if pending is None else Lease(self.store, names, pending)
+
+    @contextmanager
+    def using(self, names: str | Sequence[str], timeout: float | None = None) -> Iterator[Lease]:
+        """Inside the block, this thread's forwards of the host (of its submodules, of what `torch.compile` made of it) compute so.
+
+        One name for all rows, or one a row. A batch may have a multiple of the rows that are named (beams next to each other).
+        """
+        with self.lease(names, timeout) as lease, following(self.store.routing, lease.route()):
+            yield lease
+
+    @contextmanager
+    def using_slots(self, lease: Lease, slots: Sequence[int] | Tensor) -> Iterator[None]:
+        """The same with slots of a lease, one a row; of a packed batch `(1, T)`, one a token (int64, on any device)."""
+        with following(self.store.routing, lease.route(slots)):
+            yield
+
+    # --- looking -----------------------------------------------------------------------------------------------------------------
+
+    @property
+    def counts(self) -> Counts:
+        """Loads, evictions, waits and refusals since the host was made."""
+        return self.store.counts
+
+    def status(self) -> dict[str, int]:
+        """Numbers for a monitor: slots and bytes that are taken, adapters known, in host memory, live and held, and `counts`."""
+        store = self.store
+        with store.changed:
+            entries = store.everyone()
+            return {
+                "slots": store.slots.count,
+                "live": sum(1 for e in entries if e.slot),
+                "held": sum(1 for e in entries if e.held),
+                "known": len(store.entries),
+                "in_memory": sum(1 for e in entries if e.image is not None),
+                "waiting": len(store.queue),
+                "slot_bytes": store.slots.used,
+                "slot_budget": store.slots.nbytes,
+                "host_bytes": store.host_bytes,
+                "host_budget": store.host_budget,
+                **vars(store.counts),
+            }
+
+    @property
+    def report(self) -> str:
+        """What is served over what, as text."""
+        now = self.status()
+        packed = f", {len(self.base.quantize)} packed" if self.base.quantize else ""
+        lines = [
+            f"serving {type(self.host).__name__}: {len(self.base.targets)} weights take addends{packed}",
+            f"slots {now['live']} of {now['slots']} live, {now['held']} held; {now['slot_bytes']:,} of {now['slot_budget']:,} bytes",
+            f"adapters {now['known']} known, {now['in_memory']} in host memory ({now['host_bytes']:,} bytes)",
+            f"loads {now['loads']}, evictions {now['evictions']}, waits {now['waits']}, refusals {now['refusals']}",
+        ]
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.report
+
+    def __repr__(self) -> str:
+        now = self.status()
+        return f"<sparsify serving: {now['live']} of {now['slots']} slots live, {now['known']} adapters known>"
+
+    def close(self) -> None:
+        """Refuse further requests and end the loader. The host computes as the base from now on."""
+        self.store.close()
+
+
+def rows_of(arguments: Mapping[str, object]) -> int | None:
+    """Rows of a batch, by the first argument that has them; None where none is a tensor."""
+    for name in (*ROWS, *arguments):
+        value = arguments.get(name)
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return int(value.shape[0])
+    return None
+
+
+def bound(
+    function: Any, host: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> Mapping[str, object]:
+    """Arguments by name, as far as the signature says."""
+    try:
+        found = inspect.signature(function).bind_partial(host, *args, **kwargs).arguments
+    except TypeError:
+        return {**{str(i): a for i, a in enumerate(args)}, **kwargs}
+    return {n: v for n, v in found.items() if v is not host} | dict(kwargs)
+
+
+class Named(OnHost):
+    """A method that takes `adapter_names=` besides its own arguments."""
+
+    def __call__(self, *args: object, adapter_names: str | Sequence[str] | None = None, **kwargs: object) -> object:
+        if adapter_names is None:
+            return self.of_class(self.host, *args, **kwargs)
+        handle: ServingHandle = self.host.__dict__["sparsify"]
+        with routed(handle, self.of_class, adapter_names, args, kwargs):
+            return self.of_class(self.host, *args, **kwargs)
+
+
+@contextmanager
+def routed(
+    handle: ServingHandle,
+    function: Any,
+    names: str | Sequence[str],
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
+) -> Iterator[None]:
+    """The adapters of one call, held and followed while it runs. Raises AdapterError for another number of names than rows."""
+    given = check_names(names, rows_of(bound(function, handle.host, args, kwargs)))
+    if not given:
+        yield  # an empty batch
+        return
+    with handle.using(given):
+        yield
+
+
+class ServedForward(Named):
+    """`host.forward`, one adapter a row."""
+
+    method = "forward"
+
+
+class ServedGenerate(Named):
+    """`host.generate`, one adapter a prompt; its beams and returned sequences have the same."""
+
+    method = "generate"
+
+
+class ServedCompile(OnHost):
+    """`host.compile`: names are looked up before the compiled call, which sees tensors alone."""
+
+    method = "compile"
+
+    def __call__(self, *args: object, **kwargs: object) -> None:
+        self.of_class(self.host, *args, **kwargs)
+        self.host._compiled_call_impl = CompiledNames(self.host, self.host._compiled_call_impl)  # type: ignore[assignment]
+
+
+class CompiledNames:
+    """What a host that was compiled in place calls."""
+
+    def __init__(self, host: nn.Module, call: Any) -> None:
+        self.host, self.call = host, call
+
+    def __call__(self, *args: object, adapter_names: str | Sequence[str] | None = None, **kwargs: object) -> object:
+        if adapter_names is None or torch.compiler.is_compiling():
+            return self.call(*args, **kwargs)
+        handle: ServingHandle = self.host.__dict__["sparsify"]
+        with routed(handle, type(self.host).forward, adapter_names, args, kwargs):
+            return self.call(*args, **kwargs)
+
+
+__all__ = ["Lease", "Route", "ServingHandle", "SlotTimeout", "serve"]

@@ -1,0 +1,47 @@
+"""Which row of a batch computes with which slot: made once for a call, shared by every layer and step of it.
+
+A thread's forwards follow the route that it has set; threads do not see each other's. Tensors of a route are plain inputs of compiled
+graphs, so one graph serves every layout of names.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class Route:
+    """Rows sorted by slot (`sparsify.ops.adapter_tables`). kinds: number of a weight → kinds of addends that some row needs there."""
+
+    def __init__(
+        self, slots: Sequence[int] | Tensor, count: int, kinds: Mapping[int, tuple[str, ...]], device: torch.device
+    ) -> None:
+        slot = torch.as_tensor(slots, dtype=torch.int64).to(device)
+        self.order = slot.argsort(stable=True)
+        self.offs = torch.zeros(count + 2, dtype=torch.int64, device=device)
+        self.offs[1:] = torch.bincount(slot, minlength=count + 1).cumsum(0)
+        self.kinds = kinds
+        self.rows = slot.numel()
+
+
+class Routing(threading.local):
+    """What this thread's forwards follow; None: the base, without a look at any table."""
+
+    route: Route | None = None
+
+
+@contextmanager
+def following(routing: Routing, route: Route | None) -> Iterator[None]:
+    before = routing.route
+    routing.route = route
+    try:
+        yield
+    finally:
+        routing.route = before
+
+
+__all__ = ["Route", "Routing", "following"]

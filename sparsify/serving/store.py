@@ -1,0 +1,392 @@
+"""Adapters by name, and who holds which: disk → host memory → slots, each least recently used first out.
+
+    add(name, folder)       known by name; nothing is read yet
+    lease(names)            read, checked and packed by the loader thread (host memory, `host_budget`), then put into free slots all at
+                            once; held until the lease is closed, and evicted by nobody meanwhile
+    evict                   an adapter that no lease holds leaves its slot when another needs it, and host memory when that is full
+
+Leases are served in the order in which they ask, each wholly or not at all, so that no two wait for each other. What cannot be read
+refuses the leases that name it, and no others. A slot is filled while no batch names it, so that running forwards go on.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from sparsify.errors import AdapterError, SparsifyError
+from sparsify.serving.addends import KINDS, Image
+from sparsify.serving.modules import added
+from sparsify.serving.names import BASE, in_folder, listed, unknown
+from sparsify.serving.route import Route, Routing
+from sparsify.serving.slots import Slots
+
+#: seconds after which a loader without work ends; the next request starts another
+IDLE = 5.0
+
+
+class SlotTimeout(AdapterError, TimeoutError):
+    """All slots were held by others for longer than the request wanted to wait."""
+
+
+@dataclass(eq=False)
+class Entry:
+    """One adapter by name. wanted: leases that wait for it; held: leases that have it. error: why the last attempt to read it failed."""
+
+    name: str
+    folder: Path
+    image: Image | None = None
+    slot: int = 0
+    wanted: int = 0
+    held: int = 0
+    loading: bool = False
+    removed: bool = False
+    error: AdapterError | None = None
+
+
+@dataclass
+class Counts:
+    """What happened since the host was made."""
+
+    loads: int = 0
+    evictions: int = 0
+    waits: int = 0
+    refusals: int = 0
+
+
+@dataclass(eq=False)
+class Pending:
+    """A request for slots. entries: distinct, without the base."""
+
+    entries: list[Entry]
+    done: bool = False
+    error: AdapterError | None = None
+    slots: dict[str, int] = field(default_factory=dict)
+
+
+class Store:
+    """See above. read: makes the image of a folder (called by the loader, without the lock)."""
+
+    def __init__(
+        self, read: Callable[[Path], Image], slots: Slots, host_budget: int, timeout: float | None, folder: Path | None
+    ) -> None:
+        self.read, self.slots, self.host_budget = read, slots, host_budget
+        self.timeout, self.folder = timeout, folder
+        self.entries: dict[str, Entry] = {}
+        self.recent: OrderedDict[str, Entry] = OrderedDict()  # with an image, the least recently used first
+        self.queue: deque[Pending] = deque()
+        self.to_load: deque[Entry] = deque()
+        self.changed = threading.Condition(threading.RLock())
+        self.loader: threading.Thread | None = None
+        self.closed = False
+        self.counts = Counts()
+        self.routing = Routing()
+        self.tables: list[dict[str, Tensor]] = []
+        self.open_tables()
+
+    def open_tables(self) -> None:
+        self.tables = [self.slots.tables(number) for number in range(self.slots.table.shape[0])]
+
+    # --- what a forward does -------------------------------------------------------------------------------------------------
+
+    def add(self, number: int, route: Route, y: Tensor, x: Tensor) -> Tensor:
+        """y of one linear plus what the adapters of the route's rows add there. In a compiled graph all kinds are looked at."""
+        kinds = KINDS if torch.compiler.is_compiling() else route.kinds.get(number, ())
+        if kinds and x.dtype != y.dtype:
+            x = x.to(y.dtype)
+        tables = self.tables[number]
+        for kind in kinds:
+            y = added(kind, y, x, self.slots.values, self.slots.places, tables[kind], route.order, route.offs)
+        return y
+
+    # --- the registry --------------------------------------------------------------------------------------------------------
+
+    def find(self, name: str) -> Entry:
+        """The entry of a name, from the folder of adapters if it is not known yet. Raises AdapterError. Call it with the lock."""
+        found = self.entries.get(name)
+        if found is not None:
+            return found
+        folder = in_folder(self.folder, name) if self.folder is not None else None
+        if folder is None:
+            raise unknown(name, self.names())
+        found = self.entries[name] = Entry(name, folder)
+        return found
+
+    def names(self) -> list[str]:
+        there = listed(self.folder) if self.folder is not None else []
+        with self.changed:
+            return sorted({*self.entries, *there})
+
+    def register(self, name: str, folder: Path) -> None:
+        with self.changed:
+            self.need_open()
+            if name in self.entries:
+                raise AdapterError(f"add: {name!r} is taken; remove it first")
+            self.entries[name] = Entry(name, folder)
+
+    def remove(self, name: str) -> None:
+        """Forget a name. What is held goes on until it is let go of; who waits for it is refused."""
+        with self.changed:
+            entry = self.entries.pop(name, None)
+            if entry is None:
+                raise unknown(name, self.names())
+            entry.removed = True
+            self.recent.pop(name, None)
+            if not entry.held:
+                self.empty(entry)
+                entry.image = None
+            self.pump()
+
+    # --- leases ----------------------------------------------------------------------------------------------------------------
+
+    def ask(self, names: Sequence[str], wait: bool, timeout: float | None) -> Pending | None:
+        """Ask for adapters; with `wait`, until they are live. None: not yet (without `wait`). Raises AdapterError."""
+        with self.changed:
+            self.need_open()
+            entries = list({id(e): e for e in (self.find(n) for n in names if n != BASE)}.values())
+            if len(entries) > self.slots.count:
+                raise AdapterError(
+                    f"{len(entries)} adapters in one batch, and the host has {self.slots.count} slots: raise slots=…"
+                )
+            pending = Pending(entries)
+            for entry in entries:
+                entry.wanted += 1
+                entry.error = None
+                self.want(entry)
+            self.queue.append(pending)
+            self.pump()
+            if not wait:
+                if not pending.done and pending.error is None:
+                    self.give_up(pending)
+                    return None
+            elif not pending.done and pending.error is None:
+                self.wait_for(pending, self.timeout if timeout is None else timeout)
+            if pending.error is not None:
+                self.counts.refusals += 1
+                raise pending.error
+            return pending
+
+    def wait_for(self, pending: Pending, timeout: float | None) -> None:
+        self.counts.waits += 1
+        end = None if timeout is None else time.monotonic() + timeout
+        try:
+            while not pending.done and pending.error is None:
+                left = None if end is None else end - time.monotonic()
+                if left is not None and left <= 0:
+                    raise self.too_late(pending, timeout or 0.0)
+                self.changed.wait(left)
+        except BaseException:
+            if pending.done:
+                self.let_go(pending)
+            else:
+                self.give_up(pending)
+            raise
+
+    def too_late(self, pending: Pending, timeout: float) -> SlotTimeout:
+        names = ", ".join(e.name for e in pending.entries[:3])
+        unread = [e.name for e in pending.entries if e.image is None]
+        if unread:
+            return SlotTimeout(f"{names}: {unread[0]} was not read within {timeout:g} s")
+        held = sum(1 for e in self.everyone() if e.held)
+        return SlotTimeout(
+            f"{names}: no slot was free within {timeout:g} s; {held} of {self.slots.count} slots ({self.slots.used:,} of "
+            f"{self.slots.nbytes:,} bytes) are held by requests that run: raise slots=, budget= or timeout="
+        )
+
+    def everyone(self) -> list[Entry]:
+        live = {id(e): e for e in self.entries.values()}
+        for pending in self.queue:
+            live.update({id(e): e for e in pending.entries})
+        return list(live.values())
+
+    def give_up(self, pending: Pending) -> None:
+        """Take a request that is not served out of the queue."""
+        if pending in self.queue:
+            self.queue.remove(pending)
+            for entry in pending.entries:
+                entry.wanted -= 1
+            self.pump()
+
+    def let_go(self, pending: Pending) -> None:
+        """A lease ends."""
+        with self.changed:
+            for entry in pending.entries:
+                entry.held -= 1
+                if entry.removed and not entry.held:
+                    self.empty(entry)
+                    entry.image = None
+            self.trim()
+            self.pump()
+
+    def pump(self) -> None:
+        """Serve the requests that can be, in order: the first that needs slots which are not there holds those behind it that need any."""
+        blocked = False
+        for pending in list(self.queue):
+            refused = next((refusal(e) for e in pending.entries if e.error is not None or e.removed), None)
+            if refused is not None:
+                self.queue.remove(pending)
+                pending.error = refused
+                for entry in pending.entries:
+                    entry.wanted -= 1
+                continue
+            missing = [e for e in pending.entries if not e.slot]
+            if any(e.image is None for e in missing):
+                for entry in missing:
+                    self.want(entry)  # what was dropped from host memory meanwhile is read again
+                continue
+            if missing and (blocked or not self.make_live(missing, pending.entries)):
+                blocked = True
+                continue
+            self.queue.remove(pending)
+            for entry in pending.entries:
+                entry.wanted -= 1
+                entry.held += 1
+                pending.slots[entry.name] = entry.slot
+                if entry.name in self.recent:
+                    self.recent.move_to_end(entry.name)
+            pending.done = True
+        self.changed.notify_all()
+
+    def make_live(self, missing: list[Entry], together: list[Entry]) -> bool:
+        """Put adapters into slots, evicting what nobody holds, the least recently used first; False where they do not fit now."""
+        images = [e.image for e in missing if e.image is not None]
+        idle = [e for e in self.recent.values() if e.slot and not e.held and e not in together]
+        without: list[Entry] = []
+        while not self.slots.fits(images, [e.slot for e in without]):
+            if len(without) == len(idle):
+                return False
+            without.append(idle[len(without)])
+        for entry in without:
+            self.empty(entry)
+            self.counts.evictions += 1
+        for entry, image in zip(missing, images, strict=True):
+            entry.slot = self.slots.publish(image)
+        self.trim()
+        return True
+
+    def empty(self, entry: Entry) -> None:
+        if entry.slot:
+            self.slots.release(entry.slot)
+            entry.slot = 0
+
+    # --- host memory and the loader ----------------------------------------------------------------------------------------------
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(e.image.nbytes for e in self.recent.values() if e.image is not None)
+
+    def trim(self) -> None:
+        """Forget images that are in no slot and wanted by nobody, the least recently used first, until the rest is within the budget."""
+        total = self.host_bytes
+        for entry in list(self.recent.values()):
+            if total <= self.host_budget:
+                return
+            if not entry.slot and not entry.wanted and entry.image is not None:
+                total -= entry.image.nbytes
+                entry.image = None
+                del self.recent[entry.name]
+
+    def want(self, entry: Entry) -> None:
+        """Let the loader read an adapter that is not in memory."""
+        if entry.image is None and not entry.loading and not entry.removed:
+            entry.loading = True
+            self.to_load.append(entry)
+            if self.loader is None:
+                self.loader = threading.Thread(target=self.load_all, name="sparsify-adapter-loader", daemon=True)
+                self.loader.start()
+            self.changed.notify_all()
+
+    def load_all(self) -> None:
+        """The loader thread: reads what is wanted, one after another, and ends when nothing was for a while."""
+        while True:
+            with self.changed:
+                if not self.to_load and not self.closed:
+                    self.changed.wait(IDLE)
+                if not self.to_load or self.closed:
+                    self.loader = None
+                    return
+                entry = self.to_load.popleft()
+            image, error = None, None
+            try:
+                image = self.read(entry.folder)
+                self.slots.check(entry.name, image)
+            except AdapterError as cause:
+                image, error = None, cause
+            except Exception as cause:  # whatever a hostile file brings about refuses it alone
+                error = AdapterError(f"{entry.folder}: the adapter cannot be read: {type(cause).__name__}: {cause}")
+                image = None
+            with self.changed:
+                entry.loading = False
+                entry.image, entry.error = image, error
+                if image is not None:
+                    self.counts.loads += 1
+                    if entry.removed:
+                        entry.image = None
+                    else:
+                        self.recent[entry.name] = entry
+                self.pump()
+                self.trim()
+
+    def close(self) -> None:
+        """Refuse everything from now on; the loader ends."""
+        with self.changed:
+            self.closed = True
+            for pending in self.queue:
+                pending.error = AdapterError("the serving host was closed")
+            self.queue.clear()
+            self.changed.notify_all()
+
+    def need_open(self) -> None:
+        if self.closed:
+            raise SparsifyError("the serving host was closed; make another with sparsify.serve")
+
+
+def refusal(entry: Entry) -> AdapterError:
+    if entry.removed:
+        return AdapterError(f"{entry.name!r} was removed while a request waited for it")
+    assert entry.error is not None
+    return type(entry.error)(str(entry.error))  # an exception of its own for every request that raises it
+
+
+class Lease:
+    """Slots that are held: `with handle.lease(names) as lease`. slots: of each name in the order that was asked for, 0 for the base."""
+
+    def __init__(self, store: Store, names: Sequence[str], pending: Pending) -> None:
+        self.store, self.names, self.pending = store, tuple(names), pending
+        self.slots = [0 if name == BASE else pending.slots[name] for name in names]
+        self.open = True
+
+    def route(self, slots: Sequence[int] | Tensor | None = None) -> Route:
+        """The route of a batch with these names; or with `slots`, one for each row of a batch (each token of a packed one)."""
+        kinds: dict[int, dict[str, None]] = {}
+        for entry in self.pending.entries:
+            assert entry.image is not None
+            for number, own in entry.image.kinds().items():
+                kinds.setdefault(number, {}).update(dict.fromkeys(own))
+        slots = self.slots if slots is None else slots
+        found = {number: tuple(own) for number, own in kinds.items()}
+        return Route(slots, self.store.slots.count, found, self.store.slots.values.device)
+
+    def close(self) -> None:
+        if self.open:
+            self.open = False
+            self.store.let_go(self.pending)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+__all__ = ["Counts", "Entry", "Lease", "SlotTimeout", "Store"]

@@ -1,0 +1,226 @@
+"""`sparsify.serve`: every row of a batch computes with its own adapter, over a base that is never written to."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+
+import sparsify
+from sparsify import S2FT, AdapterError, LoRA, PaCA, Plan, RoSA, SparsifyError
+
+BASE = "__base__"
+PLANS: dict[str, list[Any]] = {
+    "s2ft": [S2FT(0.2, producer_fraction=0.1, budget="structure")],
+    "paca": [PaCA(4)],
+    "rosa": [RoSA(4, mask="random", density=0.03)],
+    "lora": [LoRA(4, alpha=3)],
+    "mixed": [S2FT(0.2, structure="ffn"), RoSA(match="*o_proj", rank=2, mask="magnitude"), PaCA(3, match="*q_proj")],
+}
+GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+class Bench:
+    """A base, adapters of it in folders, and the plain model that each of them makes of it."""
+
+    def __init__(
+        self, folder: Path, family: str = "Llama", plans: dict[str, list[Any]] = PLANS, **settings: Any
+    ) -> None:
+        self.model = tiny.build(family)
+        self.folder = folder
+        self.alone: dict[str, nn.Module] = {BASE: self.model}
+        for name, rules in plans.items():
+            trained = tiny.lower(copy.deepcopy(self.model), *rules)
+            tiny.disturb(trained)
+            trained.sparsify.save_adapter(folder / name)
+            self.alone[name] = trained.sparsify.plain().eval()
+        self.settings: dict[str, Any] = {"slots": 8, "budget": "16MiB", "timeout": 20.0, **settings}
+
+    def host(self, **changes: Any) -> Any:
+        folders = {name: self.folder / name for name in self.alone if name != BASE}
+        return sparsify.serve(self.model, folders, **{**self.settings, **changes})
+
+    def check_rows(self, logits: Tensor, names: list[str], batch: dict[str, Tensor]) -> None:
+        """Every row is what its adapter alone computes, and not the base."""
+        for row, name in enumerate(names):
+            own = {key: value[row : row + 1] for key, value in batch.items()}
+            with torch.no_grad():
+                wanted, base = self.alone[name](**own).logits[0], self.model(**own).logits[0]
+            torch.testing.assert_close(logits[row], wanted, rtol=2e-6, atol=2e-6)
+            assert (name == BASE) == bool(float((wanted - base).abs().max()) < 1e-4)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("adapters"))
+
+
+def test_every_row_computes_with_its_own_adapter(bench):
+    host = bench.host()
+    before = tiny.snapshot(bench.model)
+    names = ["s2ft", BASE, "rosa", "lora", "mixed", "paca", "s2ft"]
+    batch = {"input_ids": tiny.tokens(len(names), 9)}
+    with torch.no_grad():
+        bench.check_rows(host(**batch, adapter_names=names).logits, names, batch)
+        assert torch.equal(host(**batch).logits, bench.model(**batch).logits)
+        assert torch.equal(host(**batch, adapter_names=BASE).logits, bench.model(**batch).logits)
+        bench.check_rows(host(**batch, adapter_names="rosa").logits, ["rosa"] * len(names), batch)
+    tiny.assert_same(tiny.snapshot(bench.model), before)
+    assert isinstance(host, type(bench.model))
+    assert (
+        host.model.layers[0].mlp.down_proj.weight.data_ptr()
+        == bench.model.model.layers[0].mlp.down_proj.weight.data_ptr()
+    )
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_generate_with_padding_gives_each_prompt_its_adapters_tokens(bench, side):
+    host = bench.host()
+    names = ["lora", BASE, "s2ft", "rosa", "paca"]
+    lengths = [5, 8, 3, 8, 6]
+    ids, mask = torch.zeros(5, 8, dtype=torch.long), torch.zeros(5, 8, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        place = slice(8 - length, 8) if side == "left" else slice(0, length)
+        ids[row, place], mask[row, place] = tiny.tokens(1, length, seed=row)[0], 1
+    found = host.generate(input_ids=ids, attention_mask=mask, adapter_names=names, **GREEDY)
+    for row, name in enumerate(names):
+        own = {"input_ids": ids[row : row + 1], "attention_mask": mask[row : row + 1]}
+        assert torch.equal(found[row], bench.alone[name].generate(**own, **GREEDY)[0]), name
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 2},
+        {"cache_implementation": "static"},
+        pytest.param(
+            {"num_beams": 3, "num_return_sequences": 3, "cache_implementation": "static"}, marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_beams_sequences_and_caches(bench, settings):
+    host = bench.host()
+    names = ["s2ft", "lora", BASE]
+    ids = tiny.tokens(3, 5)
+    found = host.generate(input_ids=ids, adapter_names=names, **GREEDY, **settings)
+    each = settings.get("num_return_sequences", 1)
+    for row, name in enumerate(names):
+        wanted = bench.alone[name].generate(input_ids=ids[row : row + 1], **GREEDY, **settings)
+        assert torch.equal(found[row * each : (row + 1) * each], wanted), name
+
+
+def test_sampled_sequences_follow_their_prompts_adapter(bench):
+    host = bench.host()
+    ids = tiny.tokens(2, 5)
+    torch.manual_seed(3)
+    sampling = {**GREEDY, "do_sample": True, "num_return_sequences": 2}
+    found = host.generate(input_ids=ids, adapter_names=["rosa", "rosa"], **sampling)
+    torch.manual_seed(3)
+    assert torch.equal(found, bench.alone["rosa"].generate(input_ids=ids, **sampling))
+
+
+def test_names_that_are_wrong_are_refused_by_what_is_wrong(bench):
+    host = bench.host()
+    batch = {"input_ids": tiny.tokens(2, 4)}
+    with pytest.raises(AdapterError, match="no adapter is called 'lara'; did you mean 'lora'"):
+        host(**batch, adapter_names=["lara", BASE])
+    with pytest.raises(AdapterError, match="3 names for 2 rows of the batch"):
+        host.generate(**batch, adapter_names=["lora"] * 3, **GREEDY)
+    with pytest.raises(AdapterError, match="7 is no name; write '__base__'"):
+        host(**batch, adapter_names=["lora", 7])
+    with pytest.raises(AdapterError, match="expected a list with one name a row"):
+        host(**batch, adapter_names=3)
+    with pytest.raises(AdapterError, match="'__base__' is the name of the base"):
+        host.sparsify.add(BASE, bench.folder / "lora")
+    with pytest.raises(AdapterError, match="'lora' is taken"):
+        host.sparsify.add("lora", bench.folder / "lora")
+    with pytest.raises(AdapterError, match="is no folder on this machine"):
+        host.sparsify.add("gone", bench.folder / "gone")
+    with pytest.raises(SparsifyError, match="is a serving host already"):
+        sparsify.serve(host)
+    assert host.sparsify.status()["held"] == 0
+
+
+def test_what_is_no_addend_refuses_that_adapter_alone(bench, tmp_path):
+    host = bench.host()
+    trained = tiny.lower(copy.deepcopy(bench.model), LoRA(4, match="*q_proj"), train=["*norm*"])
+    tiny.disturb(trained)
+    trained.sparsify.save_adapter(tmp_path / "full")
+    host.sparsify.add("full", tmp_path / "full")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "adapter.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0garbage!")
+    host.sparsify.add("broken", tmp_path / "broken")
+    other = tiny.lower(tiny.build("Llama", seed=3), LoRA(4))
+    tiny.disturb(other)
+    other.sparsify.save_adapter(tmp_path / "other")
+    host.sparsify.add("other", tmp_path / "other")
+    batch = {"input_ids": tiny.tokens(2, 4)}
+    with pytest.raises(AdapterError, match="norm.weight trained in full, which is no addend per token"):
+        host(**batch, adapter_names=["full", "lora"])
+    with pytest.raises(AdapterError, match="broken"):
+        host(**batch, adapter_names=["lora", "broken"])
+    with pytest.raises(AdapterError, match="is not the base that the adapter was trained on"):
+        host(**batch, adapter_names=["lora", "other"])
+    with torch.no_grad():
+        bench.check_rows(host(**batch, adapter_names=["lora", BASE]).logits, ["lora", BASE], batch)
+    loose = bench.host(strict=False)
+    loose.sparsify.add("other", tmp_path / "other")
+    loose(**batch, adapter_names=["other", "other"])
+
+
+def test_adapters_come_and_go_and_one_graph_serves_every_layout(bench):
+    host = bench.host(slots=2)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: object) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    host.compile(backend=backend, fullgraph=True, dynamic=False)
+    batch = {"input_ids": tiny.tokens(3, 6), "use_cache": False}
+    with torch.no_grad():
+        for names in (
+            ["lora", BASE, "lora"], ["s2ft", "rosa", "rosa"], [BASE] * 3, ["mixed"] * 3, ["paca", "lora", BASE],
+        ):  # fmt: skip
+            rows = {"input_ids": batch["input_ids"]}
+            bench.check_rows(host(**batch, adapter_names=names).logits, names, rows)
+    assert len(graphs) == 1
+    assert host.sparsify.counts.evictions >= 3
+
+
+def test_a_trained_bias_is_an_addend(tmp_path):
+    bench = Bench(tmp_path, "GPT-2", {"lora": [LoRA(2, match="*c_attn")]})
+    trained = tiny.lower(copy.deepcopy(bench.model), LoRA(2, match="*c_attn"), train=["*.c_fc.bias", "*.c_proj.bias"])
+    tiny.disturb(trained)
+    trained.sparsify.save_adapter(tmp_path / "bias")
+    bench.alone["bias"] = trained.sparsify.plain().eval()
+    host = bench.host()
+    names, batch = ["bias", BASE, "lora"], {"input_ids": tiny.tokens(3, 5)}
+    with torch.no_grad():
+        bench.check_rows(host(**batch, adapter_names=names).logits, names, batch)
+    assert any(kind == "bias" for _, kind in host.sparsify.store.entries["bias"].image.entries)
+
+
+@pytest.mark.parametrize("family", ["GPT-2", "Phi-3", pytest.param("GPT-NeoX", marks=pytest.mark.slow), "T5 (gated)"])
+def test_packed_projections_conv1d_and_encoder_decoders(family, tmp_path):
+    plans = {name: PLANS[name] for name in ("s2ft", "rosa")}
+    bench = Bench(tmp_path, family, plans)
+    host = bench.host()
+    names = ["rosa", BASE, "s2ft"]
+    ids = tiny.tokens(3, 6)
+    found = host.generate(input_ids=ids, adapter_names=names, num_beams=2, **GREEDY)
+    for row, name in enumerate(names):
+        wanted = bench.alone[name].generate(input_ids=ids[row : row + 1], num_beams=2, **GREEDY)
+        assert torch.equal(found[row], wanted[0]), name
+
+
+def test_a_plan_host_is_refused_with_what_to_pass_instead(bench):
+    trained = sparsify.compile(bench.model, Plan([LoRA(2)]))
+    with pytest.raises(SparsifyError, match=r"pass the model that went into sparsify.compile"):
+        sparsify.serve(trained)
