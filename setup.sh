@@ -10,6 +10,7 @@ if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ] || [ constraints.txt -nt
   torch=$(grep '^torch==' constraints.txt)
   # --no-compile: what is imported is compiled then, and most never is
   python -m pip install --quiet --no-compile "$torch"
+  python -m pip uninstall --quiet --yes sparsify 2>/dev/null || true # what this checkout was called before
   python -m pip install --quiet --no-compile -c constraints.txt -e ".[$extra]"
   touch "$stamp"
 fi
