@@ -46,7 +46,7 @@ def plan(
         typer.Option(
             "--method",
             "-m",
-            help="s2ft (default), paca, rosa, lora, or a rule of an installed package; with --budget the one to choose within.",
+            help="s2ft (default), paca, rosa, lora, or a rule of an installed package; with --budget those to choose among: s2ft,lora.",
         ),
     ] = None,
     fraction: Annotated[
@@ -188,7 +188,7 @@ def choose(
 
     return sparsify.autoplan(
         empty, memory=within.memory, time=within.time, tokens=tokens, batch=file.training.batch, length=file.training.length,
-        methods=[method] if method else list(SIZES), max_lora_rank=rank, goal=within.goal, world=world, sharded=fsdp,
+        methods=method.split(",") if method else list(SIZES), max_lora_rank=rank, goal=within.goal, world=world, sharded=fsdp,
         seed=file.training.seed,
     )  # fmt: skip
 
@@ -276,12 +276,12 @@ def table(found: Estimate) -> list[list[str]]:
 
 
 def more(found: Estimate) -> list[str]:
-    from sparsify.planner.candidates import vllm_rank
+    from sparsify.adapters.vllm_check import served_rank
     from sparsify.show.report import human
 
     rank = "not possible: scattered entries are no LoRA"
     if found.lora_rank is not None:
-        serves = vllm_rank(found.lora_rank)
+        serves = served_rank(found.lora_rank)
         rank = (
             f"rank {found.lora_rank}, {f'vLLM needs --max-lora-rank {serves}' if serves else 'more than vLLM serves'}"
         )

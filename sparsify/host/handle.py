@@ -291,8 +291,9 @@ class Handle:
 
     @writes
     def load_adapter(self, directory: str | os.PathLike[str], name: str = DEFAULT, *, strict: bool = True) -> None:
-        """Read an adapter (ours, or a PEFT LoRA directory) and keep it under `name`; `set_adapter(name)` makes it active.
+        """Read an adapter and keep it under `name`; `set_adapter(name)` makes it active.
 
+        directory: ours, or a PEFT LoRA directory, or `owner/name[@revision]` of a model hub.
         strict: refuse an adapter that was trained on another base (PEFT's files do not say). Nothing of the model is touched.
         """
         load_adapter(self, directory, name, strict=strict)
@@ -520,6 +521,8 @@ class Handle:
         *,
         sparse: str = "refuse",
         changed_base: str = "refuse",
+        engine: str = "peft",
+        max_lora_rank: int | None = None,
     ) -> Path:
         """Write an adapter as a PEFT LoRA directory that computes the same logits.
 
@@ -528,8 +531,14 @@ class Handle:
         After Quantize or Prune the adapter belongs to the changed base, which PEFT must be given: a warning says so after
         Quantize, and after Prune it is refused, unless `changed_base="keep"` says that PEFT will load it over the same changed base.
         What trained in full is written where PEFT loads it to the same function, see `sparsify.adapters.peft_export`.
+
+        engine: who reads the directory. "vllm" writes the same files, and refuses with every reason, before anything is written, what
+        vLLM would refuse: what trained in full, biases, embeddings, packed experts, ranks above `max_lora_rank` (None: above 512).
+        `sparsify.adapters.vllm_check.check_for_vllm` is that report: rank and padding of every linear, and the line that serves it.
         """
-        return export_lora(self, directory, name, sparse=sparse, changed_base=changed_base)
+        return export_lora(
+            self, directory, name, sparse=sparse, changed_base=changed_base, engine=engine, max_lora_rank=max_lora_rank
+        )
 
 
 class SparseOptions(TypedDict, total=False):

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from tqdm import tqdm
 
+from sparsify.adapters.vllm_check import served_rank
 from sparsify.calibration.statistics import need_batches
 from sparsify.console import one_line, printable, stage
 from sparsify.errors import PlanError, SparsifyError
 from sparsify.plan import Plan
-from sparsify.planner.candidates import LEVELS, SIZES, Candidate, Choices, between, check_methods, replaced, vllm_rank
+from sparsify.planner.candidates import LEVELS, SIZES, Candidate, Choices, between, check_methods, replaced
 from sparsify.planner.estimate import Estimate, Traces, estimate
 from sparsify.planner.limits import Limits, checked_goal, duration, size
 from sparsify.planner.sensitivity import field_of, measure, uniform
@@ -223,6 +224,8 @@ class Search:
                 if found is not None:
                     return found
             self.looked += level
+            if self.limits.memory is None:
+                break  # what follows saves memory and takes longer
         raise PlanError(self.nearest(choices))
 
     def order(self, candidate: Candidate) -> tuple[float, ...]:
@@ -353,7 +356,7 @@ class Search:
         )
         lines += [note] if note else []
         rank = counted.lora_rank
-        serves = vllm_rank(rank)
+        serves = served_rank(rank)
         if rank is None:
             lines.append("as LoRA: not possible, scattered entries are no LoRA")
         else:
