@@ -44,7 +44,13 @@ def model_of(fast: bool) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 176,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 128,
+    }
     return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
 
 
@@ -142,11 +148,16 @@ def main() -> None:
             variants["peft"] = lambda: call(peft, adapter_names=names)
             difference = float((variants["mixed"]() - variants["peft"]()).abs().max())
             effect = float((variants["mixed"]() - variants["base"]()).abs().max())
-            assert difference < 0.02 * effect, f"the two compute other things: they differ by {difference}, the adapters do by {effect}"
+            assert difference < 0.02 * effect, (
+                f"the two compute other things: they differ by {difference}, the adapters do by {effect}"
+            )
         for name in list(many)[: rows + 8]:
             second.sparsify.lease(name).close()
         timings = interleave(
-            variants, rounds=3 if arguments.fast else arguments.rounds, clock=arguments.clock, patience=arguments.patience
+            variants,
+            rounds=3 if arguments.fast else arguments.rounds,
+            clock=arguments.clock,
+            patience=arguments.patience,
         )
         switch = switches(second, list(many)[: rows + 8], 12 if arguments.fast else 80)
         image = first.sparsify.store.entries[names[0]].image
@@ -165,9 +176,13 @@ def main() -> None:
     bars = [
         Bar.of(f"{rows} adapters in a batch over one", timings["mixed"].over(timings["one"]), 1.3),
         Bar.of(f"{stored} stored, {rows} live, over one", timings["stored"].over(timings["one"]), 1.3),
-        Bar("a switch from host memory, ms", 1e3 * switch.median, 1.0, also=(1e3 * switch.minimum, 1e3 * switch.median)),
+        Bar(
+            "a switch from host memory, ms", 1e3 * switch.median, 1.0, also=(1e3 * switch.minimum, 1e3 * switch.median)
+        ),
     ]
-    notes = [f"one adapter takes {mib(ours):.2f} MiB in its slot; evictions {status['evictions']}, loads {status['loads']}"]
+    notes = [
+        f"one adapter takes {mib(ours):.2f} MiB in its slot; evictions {status['evictions']}, loads {status['loads']}"
+    ]
     if not arguments.no_peft:
         bars.append(Bar.of("PEFT's mixed batch over ours", timings["peft"].over(timings["mixed"]), 1.5, at_least=True))
         bars.append(Bar("bytes of the LoRA form over ours", as_lora / ours, 3.0, at_least=True))

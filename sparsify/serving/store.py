@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import AdapterError, SparsifyError
-from sparsify.serving.addends import KINDS, Image
+from sparsify.serving.addends import KINDS, Image, Mix
 from sparsify.serving.modules import added
 from sparsify.serving.names import BASE, in_folder, listed, unknown
 from sparsify.serving.route import Route, Routing
@@ -43,7 +43,7 @@ class Entry:
     """One adapter by name. wanted: leases that wait for it; held: leases that have it. error: why the last attempt to read it failed."""
 
     name: str
-    folder: Path
+    folder: Path | Mix
     image: Image | None = None
     slot: int = 0
     wanted: int = 0
@@ -78,7 +78,7 @@ class Store:
 
     def __init__(
         self,
-        read: Callable[[Path], Image],
+        read: Callable[[Path | Mix], Image],
         slots: Slots,
         host_budget: int,
         timeout: float | None,
@@ -163,7 +163,7 @@ class Store:
         with self.changed:
             return sorted({*self.entries, *there})
 
-    def register(self, name: str, folder: Path) -> None:
+    def register(self, name: str, folder: Path | Mix) -> None:
         with self.changed:
             self.need_open()
             if name in self.entries:
@@ -359,7 +359,7 @@ class Store:
             except AdapterError as cause:
                 image, error = None, cause
             except Exception as cause:  # whatever a hostile file brings about refuses it alone
-                error = AdapterError(f"{entry.folder}: the adapter cannot be read: {type(cause).__name__}: {cause}")
+                error = AdapterError(f"{entry.name}: the adapter cannot be read: {type(cause).__name__}: {cause}")
                 image = None
             with self.changed:
                 entry.loading = False

@@ -341,6 +341,24 @@ def test_a_closed_host_refuses_and_says_so(bench):
     torch.testing.assert_close(logits(host, ids), logits(bench.model, ids))
 
 
+def test_a_sum_of_adapters_is_an_adapter(bench):
+    host = bench.host()
+    host.sparsify.add("both", {"s2ft": 0.5, "rosa": 0.25, "lora": -1})
+    loaded: Any = sparsify.load(bench.model, {name: bench.folder / name for name in ("s2ft", "rosa", "lora")})
+    loaded.sparsify.set_adapter({"s2ft": 0.5, "rosa": 0.25, "lora": -1})
+    ids = tiny.tokens(3, 5)
+    found, base = logits(host, ids, ["both", BASE, "s2ft"]), logits(bench.model, ids)
+    torch.testing.assert_close(found[0], logits(loaded, ids)[0], rtol=1e-5, atol=1e-5)
+    assert float((found[0] - base[0]).abs().max()) > 1e-2
+    bench.check_rows(found[1:], [BASE, "s2ft"], {"input_ids": ids[1:]})
+    assert host.sparsify.overlap("s2ft", "s2ft")[0].shared == host.sparsify.overlap("s2ft", "s2ft")[0].total
+    assert {c.kind for c in host.sparsify.overlap("lora", "paca")} == {"whole"}
+    for weights, words in (({}, "no adapter is named"), ({"s2ft": float("nan")}, "finite number"), ({"sft": 1}, "did you mean 's2ft'"),
+                           ({"both": 1.0}, "is a sum of adapters itself")):  # fmt: skip
+        with pytest.raises(AdapterError, match=words):
+            host.sparsify.add("other", weights)
+
+
 # --- copies, modes -----------------------------------------------------------------------------------------------------------------
 
 
