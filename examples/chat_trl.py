@@ -1,6 +1,6 @@
 """A chat model learns from conversations with TRL's SFTTrainer: loss on the answers alone, small checkpoints, a few rows.
 
-    pip install "sparsify[trl]"
+    pip install "sparsify-compiler[trl]"
     python examples/chat_trl.py --out runs/chat
 
 SmolLM2-135M-Instruct (see `sparsify.demo.smollm2`) learns to answer in one line that begins with "Short:". DPOTrainer and GRPOTrainer take

@@ -1,6 +1,6 @@
 """A run on Ray Train: workers, restarts and storage are Ray's, and a checkpoint is the adapter, the optimizer and the step.
 
-    pip install "sparsify[demo]" "ray[train]"
+    pip install "sparsify-compiler[demo]" "ray[train]"
     python examples/ray_train.py --workers 2 --out runs/ray
 
 Every worker compiles the same plan, so that all choose the same units, and Ray wraps the host with DistributedDataParallel. A worker that

@@ -159,7 +159,8 @@ def load(
 ) -> Model:
     """A host that serves saved adapters and trains nothing: no plan is needed, and neither calibration nor a trace.
 
-    adapters: a folder that `save_adapter` wrote or a PEFT LoRA folder; a list of folders (called by their last name); or a mapping
+    adapters: a folder that `save_adapter` wrote or a PEFT LoRA folder, or `owner/name[@revision]` of a model hub (downloaded by
+        `huggingface_hub` unless HF_HUB_OFFLINE=1); a list of folders (called by their last name); or a mapping
         from name to folder.
     name: what a single adapter is called; "default" if not given.
     active: True for the first adapter, False or None for the base, a name, or weights of a mix (`{"a": .5, "b": .5}`).

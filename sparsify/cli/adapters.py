@@ -30,6 +30,7 @@ from sparsify.cli.tables import show as show_table
 from sparsify.console import one_line
 from sparsify.errors import InputError, SparsifyError
 from sparsify.files.atomic import write_text
+from sparsify.files.hub import is_hub_name
 
 if TYPE_CHECKING:
     from sparsify.adapters.vllm_check import VllmReport
@@ -265,7 +266,8 @@ def serving(folder: Path, given: list[str], dtype: str) -> tuple[Any, list[str]]
     from sparsify.cli.text_model import named_folders, with_adapters
 
     for place in named_folders(given).values():
-        adapter_kind(place)
+        if Path(place).exists() or not is_hub_name(place):
+            adapter_kind(Path(place))
     if not folder.exists():
         raise InputError(f"'{folder}' does not exist")
     model, missing, _ = load_model(folder, model_class(folder), torch_dtype(dtype) or "auto")

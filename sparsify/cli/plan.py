@@ -46,7 +46,7 @@ def plan(
         typer.Option(
             "--method",
             "-m",
-            help="s2ft (default), paca, rosa, lora, or a rule of an installed package; with --budget the one to choose within.",
+            help="s2ft (default), paca, rosa, lora, or a rule of an installed package; with --budget those to choose among: s2ft,lora.",
         ),
     ] = None,
     fraction: Annotated[
@@ -188,7 +188,7 @@ def choose(
 
     return sparsify.autoplan(
         empty, memory=within.memory, time=within.time, tokens=tokens, batch=file.training.batch, length=file.training.length,
-        methods=[method] if method else list(SIZES), max_lora_rank=rank, goal=within.goal, world=world, sharded=fsdp,
+        methods=method.split(",") if method else list(SIZES), max_lora_rank=rank, goal=within.goal, world=world, sharded=fsdp,
         seed=file.training.seed,
     )  # fmt: skip
 

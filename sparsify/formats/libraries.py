@@ -13,7 +13,9 @@ def bitsandbytes() -> ModuleType:
     try:
         import bitsandbytes.functional as functional
     except ImportError as error:
-        raise PlanError("Quantize('nf4' or 'int8') needs bitsandbytes: pip install 'sparsify[quant]'") from error
+        raise PlanError(
+            "Quantize('nf4' or 'int8') needs bitsandbytes: pip install 'sparsify-compiler[quant]'"
+        ) from error
     return functional
 
 
@@ -22,5 +24,5 @@ def torchao_primitives() -> ModuleType:
     try:
         from torchao.quantization import quant_primitives
     except ImportError as error:
-        raise PlanError("Quantize('int4') needs torchao: pip install 'sparsify[quant]'") from error
+        raise PlanError("Quantize('int4') needs torchao: pip install 'sparsify-compiler[quant]'") from error
     return quant_primitives

@@ -291,8 +291,9 @@ class Handle:
 
     @writes
     def load_adapter(self, directory: str | os.PathLike[str], name: str = DEFAULT, *, strict: bool = True) -> None:
-        """Read an adapter (ours, or a PEFT LoRA directory) and keep it under `name`; `set_adapter(name)` makes it active.
+        """Read an adapter and keep it under `name`; `set_adapter(name)` makes it active.
 
+        directory: ours, or a PEFT LoRA directory, or `owner/name[@revision]` of a model hub.
         strict: refuse an adapter that was trained on another base (PEFT's files do not say). Nothing of the model is touched.
         """
         load_adapter(self, directory, name, strict=strict)

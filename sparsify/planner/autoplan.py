@@ -224,6 +224,8 @@ class Search:
                 if found is not None:
                     return found
             self.looked += level
+            if self.limits.memory is None:
+                break  # what follows saves memory and takes longer
         raise PlanError(self.nearest(choices))
 
     def order(self, candidate: Candidate) -> tuple[float, ...]:

@@ -198,7 +198,9 @@ class Choices:
         if self.max_rank is None:
             return self.plan(candidate, [S2FT(candidate.size, **select)])
         counts = self.counts(candidate.size)
-        kinds = {unit.row.kind: counts[unit.row.name] for unit in self.field.units}
+        kinds: dict[str, int] = {}
+        for unit in self.field.units:  # a small share leaves some blocks without a unit
+            kinds[unit.row.kind] = max(kinds.get(unit.row.kind, 0), counts[unit.row.name])
         rules = [S2FT(structure=kind, units=count, **select) for kind, count in kinds.items() if count]  # type: ignore[arg-type]
         return self.plan(candidate, rules)
 

@@ -11,6 +11,7 @@ row, from slots (`sparsify.serving.store`); switching publishes a table and edit
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,15 +24,18 @@ from torch import Tensor, nn
 
 from sparsify.console import printable
 from sparsify.errors import AdapterError, Refusal, SparsifyError
+from sparsify.host.fuse_adapters import meetings
 from sparsify.host.live_state import OnHost
+from sparsify.host.mix import Conflict
 from sparsify.host.native_forward import NativeForward
 from sparsify.host.serving import check_folder
 from sparsify.model.fast_paths import close_fast_paths
 from sparsify.modules.rows_of_gated import Gated
 from sparsify.planner.limits import size
 from sparsify.program.capture import unwrap
-from sparsify.serving.addends import read_image
+from sparsify.serving.addends import Mix, read_adapter, read_image
 from sparsify.serving.base_copy import check_source, copy_base
+from sparsify.serving.check_rows import check_rows
 from sparsify.serving.modules import become_gated, become_served
 from sparsify.serving.names import BASE, check_name, check_names
 from sparsify.serving.route import following
@@ -41,6 +45,7 @@ from sparsify.serving.targets import Base, find_targets
 
 if TYPE_CHECKING:
     from sparsify.host.serving import AdapterPath
+    from sparsify.program.values import Batch
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -61,6 +66,8 @@ def serve(
     timeout: float | None = 60.0,
     dtype: torch.dtype | None = None,
     strict: bool = True,
+    example: Batch | None = None,
+    check: bool = True,
 ) -> Model:
     """A host that serves many adapters at once, one a row of the batch, and trains nothing.
 
@@ -72,6 +79,9 @@ def serve(
     timeout: seconds for which a request waits when all slots are held; None for ever.
     dtype: in which values are kept; that of the model's weights unless given. Sums are in fp32 at least.
     strict: refuse an adapter that was trained on another base (PEFT's files do not say on which).
+    example: a batch of two rows, with which it is checked (three forwards) that every linear sees the rows one after another. Hugging
+        Face models need none. Where the model cannot be run so, a batch takes one adapter for all its rows, and no mixture.
+    check: False takes that on trust.
 
     Returns the host in eval mode. `host(…, adapter_names=)` and `host.generate(…, adapter_names=)` take one name a row, "__base__" for
     none, or one name for all; without it the base computes. `host.sparsify` is a `ServingHandle`.
@@ -84,6 +94,9 @@ def serve(
     if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout >= 0):
         raise SparsifyError(f"serve: timeout={timeout!r}: expected seconds, or None")
     host, base = bare_host(source)
+    if check:
+        mixed, base.unchecked = check_rows(host, base.targets, example)
+        base.declined |= mixed
     device = next((t.device for t in (*host.parameters(), *host.buffers())), torch.device("cpu"))
     dtype = values_dtype(base) if dtype is None else dtype
     if dtype not in VALUES:
@@ -91,7 +104,7 @@ def serve(
     places = check_dir(folder) if folder is not None else None
     tables = Slots(len(base.targets), slots, size(budget, "budget"), dtype, device)
     read = partial(read_image, base, dtype=dtype, strict=strict)
-    store = Store(read, tables, size(host_budget, "host_budget"), timeout, places)
+    store = Store(read, tables, size(host_budget, "host_budget"), timeout, places, base.unchecked)
     for target in base.targets.values():
         for module in target.modules:
             become_served(module, store, target.number)
@@ -99,7 +112,7 @@ def serve(
         if isinstance(module, Gated):
             become_gated(module, store, host)
     close_fast_paths(host, [name.rpartition(".")[0] for t in base.targets.values() for name in t.names])
-    handle = ServingHandle(host, base, store, has_native(source))
+    handle = ServingHandle(host, base, store, has_native(source), strict)
     host.__dict__["sparsify"] = handle
     host.__dict__["forward"] = ServedForward(host)
     if callable(getattr(type(host), "generate", None)):
@@ -148,23 +161,51 @@ def check_dir(folder: AdapterPath) -> Path:
 class ServingHandle:
     """`host.sparsify` of a serving host: adapters come and go, requests hold them while they run."""
 
-    def __init__(self, host: nn.Module, base: Base, store: Store, native: bool = False) -> None:
-        self.host, self.base, self.store, self.native = host, base, store, native
+    def __init__(self, host: nn.Module, base: Base, store: Store, native: bool = False, strict: bool = True) -> None:
+        self.host, self.base, self.store, self.native, self.strict = host, base, store, native, strict
 
     @property
     def declined(self) -> tuple[Refusal, ...]:
         """What takes no addend, and why; an adapter that changes one of these is refused."""
         own = [Refusal(param, reason) for param, reason in self.base.declined.items()]
+        if self.base.unchecked:
+            own.append(Refusal("mixed batches", self.base.unchecked))
         return (*own, *([Refusal("native step", NO_NATIVE)] if self.native else []))
 
     # --- adapters ----------------------------------------------------------------------------------------------------------------
 
-    def add(self, name: str, folder: AdapterPath) -> None:
+    def add(self, name: str, folder: AdapterPath | Mapping[str, float]) -> None:
         """Make an adapter known under a name. It is read when a request first names it.
 
-        Raises AdapterError for a name that is taken or cannot be one, and a folder that holds no adapter.
+        folder: where it lies; or weights of adapters that are known already (`{"math": 0.5, "law": 0.5}`), whose sum it is then, as
+        `Handle.fuse_adapters` makes it: best where they share nothing (`overlap`, `S2FT(avoid=…)`).
+        Raises AdapterError for a name that is taken or cannot be one, a folder that holds no adapter, and weights that are no numbers.
         """
-        self.store.register(check_name(name), check_folder(folder))
+        check_name(name)
+        self.store.register(name, self.mix(name, folder) if isinstance(folder, Mapping) else check_folder(folder))
+
+    def mix(self, name: str, weights: Mapping[str, float]) -> Mix:
+        members = []
+        for member, weight in weights.items():
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+                raise AdapterError(f"add {name!r}: the weight of {member!r} must be a finite number, got {weight!r}")
+            members.append((float(weight), self.folder_of(member)))
+        if not members:
+            raise AdapterError(f"add {name!r}: no adapter is named")
+        return Mix(tuple(members))
+
+    def folder_of(self, name: str) -> Path:
+        with self.store.changed:
+            folder = self.store.find(name).folder
+        if not isinstance(folder, Path):
+            raise AdapterError(f"{name!r} is a sum of adapters itself; name those")
+        return folder
+
+    def overlap(self, first: str, second: str) -> tuple[Conflict, ...]:
+        """Where two adapters change the same channels or entries of one weight; see `Handle.overlap`. Reads their files."""
+        strict = self.strict
+        read = [read_adapter(self.base, self.folder_of(name), strict) for name in (first, second)]
+        return meetings((first, second), *read)
 
     def remove(self, name: str) -> None:
         """Forget a name. Requests that hold it end with it; who waits for it is refused. Files stay."""
@@ -250,13 +291,13 @@ class ServingHandle:
         """What is served over what, as text."""
         now = self.status()
         packed = f", {len(self.base.quantize)} packed" if self.base.quantize else ""
-        native = [f"native step: {NO_NATIVE}"] if self.native else []
+        notes = [str(refusal) for refusal in self.declined if " " in refusal.where]
         lines = [
             f"serving {type(self.host).__name__}: {len(self.base.targets)} weights take addends{packed}",
             f"slots {now['live']} of {now['slots']} live, {now['held']} held; {now['slot_bytes']:,} of {now['slot_budget']:,} bytes",
             f"adapters {now['known']} known, {now['in_memory']} in host memory ({now['host_bytes']:,} bytes)",
             f"loads {now['loads']}, evictions {now['evictions']}, waits {now['waits']}, refusals {now['refusals']}",
-            *native,
+            *notes,
         ]
         return "\n".join(lines)
 

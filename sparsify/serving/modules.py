@@ -79,8 +79,9 @@ def served_class(base: type[nn.Module]) -> type[nn.Module]:
         return rebuild_served, (base,), self.__dict__
 
     body = {"__reduce_ex__": reduce, "__doc__": base.__doc__, "__module__": base.__module__}
-    mixin: type = ServedPacked if issubclass(base, SparseLinear) else Served
-    return type(base.__name__, (mixin, base), body)
+    if issubclass(base, SparseLinear):
+        return type(base.__name__, (ServedPacked, base), body)
+    return type(base.__name__, (Served, base), body)
 
 
 def rebuild_served(base: type[nn.Module]) -> nn.Module:

@@ -24,6 +24,7 @@ class Route:
 
     def __init__(self, slots: Sequence[int] | Tensor, count: int, bits: int, device: torch.device) -> None:
         slot = torch.as_tensor(slots, dtype=torch.int64).to(device)
+        self.uniform = bool((slot == slot[:1]).all())
         self.order = slot.argsort(stable=True)
         self.offs = torch.zeros(count + 2, dtype=torch.int64, device=device)
         self.offs[1:] = torch.bincount(slot, minlength=count + 1).cumsum(0)

