@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import signal
 import socket
 import subprocess
@@ -39,7 +40,7 @@ def asked(at: http_server.Served, found: list[Any], **document: Any) -> threadin
     def ask() -> None:
         try:
             found.append(at.call("/v1/completions", {**SLOW, **document}))
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             found.append(error)
 
     thread = threading.Thread(target=ask)
@@ -98,15 +99,23 @@ def test_killed_and_started_again_it_serves_the_same(given: Path) -> None:
                 at.call("/v1/completions", {**SLOW, "model": "rosa", "max_tokens": 20})[1]["choices"][0]["text"]
             )
             answers: list[Any] = []
-            thread = asked(at, answers, model="rosa", max_tokens=4000)
-            until_running(at, 1)
+            threads = [asked(at, answers, model="rosa", max_tokens=4000, stream=stream) for stream in (False, True)]
+            until_running(at, 2)
             began = time.monotonic()
             made.process.send_signal(how)
             code = made.end()
-            thread.join(60)
-            assert code == (-signal.SIGKILL if how == signal.SIGKILL else 0), made.said
-            assert time.monotonic() - began < 30
-            assert isinstance(answers[0], OSError) or answers[0][0] >= 500  # nothing that looks like a whole answer
+            for thread in threads:
+                thread.join(60)
+            assert time.monotonic() - began < 40
+            if how == signal.SIGKILL:
+                assert code == -signal.SIGKILL
+                assert all(isinstance(answer, OSError | http.client.HTTPException) for answer in answers)
+                continue
+            assert code == 0, made.said
+            said = {status: document for status, document in answers}
+            assert said[503]["error"]["message"] == "the server is stopping"
+            *_, error, end = [event for event in said[200].split("\n\n") if event]
+            assert (end, "the server is stopping" in error) == ("data: [DONE]", True)
     assert texts[0] == texts[1] != ""
 
 
