@@ -41,10 +41,22 @@ def newest(name: str) -> Any:
     return {**json.loads(path.read_text(encoding="utf-8")), "file": path.name}
 
 
+NUMBER = 18
+"""Characters up to which a cell is one number with its unit, which no line break may part."""
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def cell(text: str) -> str:
+    return text.replace(" ", "\N{NO-BREAK SPACE}") if len(text) <= NUMBER else text
+
+
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table; the first column is left-aligned, the others right."""
     lines = ["| " + " | ".join(head) + " |", "|" + "|".join([" --- ", *[" ---: "] * (len(head) - 1)]) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+    return "\n".join([*lines, *("| " + " | ".join([row[0], *map(cell, row[1:])]) + " |" for row in rows)])
 
 
 def origin(*records: Row, more: str = "") -> str:
@@ -327,12 +339,12 @@ def in_place() -> str:
 def demo() -> str:
     record = newest("demo-smollm2-2threads")
     rows = [
-        ["before", "", f"{record['base']['exact']:.0%}", f"{record['base']['loss']:.2f}", ""],
+        ["before", "", percent(record["base"]["exact"]), f"{record['base']['loss']:.2f}", ""],
         *(
             [
                 t["label"],
                 f"{t['lr']:g}",
-                f"{t['score']['exact']:.0%}",
+                percent(t["score"]["exact"]),
                 f"{t['score']['loss']:.2f}",
                 f"{t['text'] - record['base_text']:+.2f}",
             ]
@@ -353,7 +365,7 @@ def demo_decode() -> str:
             d["label"],
             f"{d['speed']:.0f} tokens/s",
             f"{d['size'] / 2**20:.0f} MiB",
-            "" if d["score"] is None else f"{d['score']['exact']:.0%}",
+            "" if d["score"] is None else percent(d["score"]["exact"]),
         ]
         for d in record["decoders"]
     ]
@@ -377,8 +389,8 @@ def demo_switch() -> str:
     rows = [
         [
             "no adapter" if s["label"] == "none" else s["label"],
-            f"{s['scores']['sql']['exact']:.0%}",
-            f"{s['scores']['dates']['exact']:.0%}",
+            percent(s["scores"]["sql"]["exact"]),
+            percent(s["scores"]["dates"]["exact"]),
             f"{1000 * s['switch']:.0f} ms",
         ]
         for s in record["served"]
@@ -574,7 +586,7 @@ def scarce_data() -> str:
         ):
             found = list(claim_page.seeds_of(runs, f"squarehead-{sparsity}-{loss}").values())
             if found:
-                rates = {run["facts"].get("rate") for run in found} - {None}
+                rates = {run["facts"].get("rate") for run in found} - {None, 0}
                 rows.append(
                     [
                         f"{float(sparsity):.0%} zeros, {label}".replace("%", " %"),
