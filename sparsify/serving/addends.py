@@ -8,6 +8,7 @@ half of an adapter is another model.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,12 +41,10 @@ class Image:
     def nbytes(self) -> int:
         return self.values.nbytes + self.places.nbytes
 
-    def kinds(self) -> dict[int, tuple[str, ...]]:
-        """Number of a weight → the kinds of addends that it gets."""
-        found: dict[int, list[str]] = {}
-        for number, kind in self.entries:
-            found.setdefault(number, []).append(kind)
-        return {number: tuple(kinds) for number, kinds in found.items()}
+    @functools.cached_property
+    def bits(self) -> int:
+        """Which kinds of addends each weight gets: bit `len(KINDS) · number + k` for KINDS[k]."""
+        return sum(1 << (len(KINDS) * number + KINDS.index(kind)) for number, kind in self.entries)
 
 
 def read_image(base: Base, folder: Path, dtype: torch.dtype, strict: bool) -> Image:
@@ -53,7 +52,7 @@ def read_image(base: Base, folder: Path, dtype: torch.dtype, strict: bool) -> Im
     refuse_two_adapters(folder)
     foreign = peft_format.is_peft(folder)
     if foreign:
-        loaded = peft_format.read(folder, base.host, base.shapes, base.value)
+        loaded = peft_format.read(folder, base.reading, base.shapes, base.value)
     else:
         loaded = files.load(folder)
         loaded = loaded.called({name: first for name, first in base.canonical.items() if name != first})
@@ -123,7 +122,7 @@ def as_addends(base: Base, loaded: Adapter, where: str) -> Iterator[tuple[Target
             )
         elif delta.param not in base.shapes:
             raise AdapterError(f"{where}: the model has no parameter {delta.param!r}")
-        elif target is None:
+        elif target is None or delta.param in base.declined:
             raise AdapterError(f"{where}: {delta.param} takes no addend: {base.why_not(delta.param)}; {ALONE}")
         elif delta.kind not in ("column", "row", "sparse", "lora"):
             raise AdapterError(f"{where}: {delta.param} has a change of kind {delta.kind}, which is no addend; {ALONE}")

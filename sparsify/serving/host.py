@@ -22,29 +22,33 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.console import printable
-from sparsify.errors import AdapterError, SparsifyError
-from sparsify.host.install import install
+from sparsify.errors import AdapterError, Refusal, SparsifyError
 from sparsify.host.live_state import OnHost
-from sparsify.host.quantized_bases import check_host
-from sparsify.host.serving import bare_program, check_folder
+from sparsify.host.native_forward import NativeForward
+from sparsify.host.serving import check_folder
 from sparsify.model.fast_paths import close_fast_paths
+from sparsify.modules.rows_of_gated import Gated
 from sparsify.planner.limits import size
 from sparsify.program.capture import unwrap
 from sparsify.serving.addends import read_image
-from sparsify.serving.modules import become_served
+from sparsify.serving.base_copy import check_source, copy_base
+from sparsify.serving.check_rows import check_rows
+from sparsify.serving.modules import become_gated, become_served
 from sparsify.serving.names import BASE, check_name, check_names
-from sparsify.serving.route import Route, following
+from sparsify.serving.route import following
 from sparsify.serving.slots import Slots
 from sparsify.serving.store import Counts, Lease, SlotTimeout, Store
 from sparsify.serving.targets import Base, find_targets
 
 if TYPE_CHECKING:
     from sparsify.host.serving import AdapterPath
+    from sparsify.program.values import Batch
 
 Model = TypeVar("Model", bound=nn.Module)
 
 #: arguments that have a row of the batch on their first axis, the first that is there counts
 ROWS = ("input_ids", "inputs_embeds", "inputs", "input_features", "input_values", "pixel_values", "decoder_input_ids")
+NO_NATIVE = "declined: it computes a token in one call, which has no place for what adapters add per row; PyTorch runs the layers"
 VALUES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -59,6 +63,8 @@ def serve(
     timeout: float | None = 60.0,
     dtype: torch.dtype | None = None,
     strict: bool = True,
+    example: Batch | None = None,
+    check: bool = True,
 ) -> Model:
     """A host that serves many adapters at once, one a row of the batch, and trains nothing.
 
@@ -70,6 +76,9 @@ def serve(
     timeout: seconds for which a request waits when all slots are held; None for ever.
     dtype: in which values are kept; that of the model's weights unless given. Sums are in fp32 at least.
     strict: refuse an adapter that was trained on another base (PEFT's files do not say on which).
+    example: a batch of two rows, with which it is checked (three forwards) that every linear sees the rows one after another. Hugging
+        Face models need none. Where the model cannot be run so, a batch takes one adapter for all its rows, and no mixture.
+    check: False takes that on trust.
 
     Returns the host in eval mode. `host(…, adapter_names=)` and `host.generate(…, adapter_names=)` take one name a row, "__base__" for
     none, or one name for all; without it the base computes. `host.sparsify` is a `ServingHandle`.
@@ -77,13 +86,14 @@ def serve(
     moved buffer, rows of an embedding, experts) raises AdapterError when it is named; others go on.
     """
     source = unwrap(model)
-    if isinstance(source.__dict__.get("sparsify"), ServingHandle):
-        raise SparsifyError("serve: this model is a serving host already; add adapters with model.sparsify.add")
     if type(slots) is not int or not 1 <= slots <= 4096:
         raise SparsifyError(f"serve: slots={slots!r}: expected a number from 1 to 4096")
     if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout >= 0):
         raise SparsifyError(f"serve: timeout={timeout!r}: expected seconds, or None")
     host, base = bare_host(source)
+    if check:
+        mixed, base.unchecked = check_rows(host, base.targets, example)
+        base.declined |= mixed
     device = next((t.device for t in (*host.parameters(), *host.buffers())), torch.device("cpu"))
     dtype = values_dtype(base) if dtype is None else dtype
     if dtype not in VALUES:
@@ -91,12 +101,15 @@ def serve(
     places = check_dir(folder) if folder is not None else None
     tables = Slots(len(base.targets), slots, size(budget, "budget"), dtype, device)
     read = partial(read_image, base, dtype=dtype, strict=strict)
-    store = Store(read, tables, size(host_budget, "host_budget"), timeout, places)
+    store = Store(read, tables, size(host_budget, "host_budget"), timeout, places, base.unchecked)
     for target in base.targets.values():
         for module in target.modules:
             become_served(module, store, target.number)
+    for module in list(host.modules()):
+        if isinstance(module, Gated):
+            become_gated(module, store, host)
     close_fast_paths(host, [name.rpartition(".")[0] for t in base.targets.values() for name in t.names])
-    handle = ServingHandle(host, base, store)
+    handle = ServingHandle(host, base, store, has_native(source))
     host.__dict__["sparsify"] = handle
     host.__dict__["forward"] = ServedForward(host)
     if callable(getattr(type(host), "generate", None)):
@@ -109,15 +122,16 @@ def serve(
 
 def bare_host(source: nn.Module) -> tuple[nn.Module, Base]:
     """A copy of the module tree over the same tensors, frozen and in eval mode, and the base as adapters see it."""
-    if "sparsify" in source.__dict__:
-        raise SparsifyError(
-            "serve: this model was compiled; pass the model that went into sparsify.compile, or model.sparsify.plain()"
-        )
-    check_host(source)
-    host, _ = install(bare_program(source, "serve: the model is not traced"), ())
-    host.__dict__.pop("_sparsify_hooks", None)
-    host.eval()
-    return host, find_targets(host, {}, {})
+    handle = check_source(source)
+    host = copy_base(source)
+    if handle is None:
+        return host, find_targets(host, {}, {})
+    return host, find_targets(host, handle.program.quantize, handle.hashes)
+
+
+def has_native(source: nn.Module) -> bool:
+    """Whether the model's tokens are computed by one native call, where it was passed in."""
+    return isinstance(source.__dict__.get("forward"), NativeForward)
 
 
 def values_dtype(base: Base) -> torch.dtype:
@@ -144,8 +158,16 @@ def check_dir(folder: AdapterPath) -> Path:
 class ServingHandle:
     """`host.sparsify` of a serving host: adapters come and go, requests hold them while they run."""
 
-    def __init__(self, host: nn.Module, base: Base, store: Store) -> None:
-        self.host, self.base, self.store = host, base, store
+    def __init__(self, host: nn.Module, base: Base, store: Store, native: bool = False) -> None:
+        self.host, self.base, self.store, self.native = host, base, store, native
+
+    @property
+    def declined(self) -> tuple[Refusal, ...]:
+        """What takes no addend, and why; an adapter that changes one of these is refused."""
+        own = [Refusal(param, reason) for param, reason in self.base.declined.items()]
+        if self.base.unchecked:
+            own.append(Refusal("mixed batches", self.base.unchecked))
+        return (*own, *([Refusal("native step", NO_NATIVE)] if self.native else []))
 
     # --- adapters ----------------------------------------------------------------------------------------------------------------
 
@@ -197,13 +219,16 @@ class ServingHandle:
 
         One name for all rows, or one a row. A batch may have a multiple of the rows that are named (beams next to each other).
         """
-        with self.lease(names, timeout) as lease, following(self.store.routing, lease.route()):
+        with self.lease(names, timeout) as lease, self.using_slots(lease.slots, lease):
             yield lease
 
     @contextmanager
-    def using_slots(self, lease: Lease, slots: Sequence[int] | Tensor) -> Iterator[None]:
-        """The same with slots of a lease, one a row; of a packed batch `(1, T)`, one a token (int64, on any device)."""
-        with following(self.store.routing, lease.route(slots)):
+    def using_slots(self, slots: Sequence[int] | Tensor, *leases: Lease) -> Iterator[None]:
+        """The same for a batch that several requests share: slots of their leases, one a row; of a packed batch `(1, T)`, one a token.
+
+        Raises AdapterError for a slot that no lease holds, and for leases that are closed.
+        """
+        with following(self.store.routing, self.store.route(slots, leases)):
             yield
 
     # --- looking -----------------------------------------------------------------------------------------------------------------
@@ -237,11 +262,13 @@ class ServingHandle:
         """What is served over what, as text."""
         now = self.status()
         packed = f", {len(self.base.quantize)} packed" if self.base.quantize else ""
+        notes = [str(refusal) for refusal in self.declined if " " in refusal.where]
         lines = [
             f"serving {type(self.host).__name__}: {len(self.base.targets)} weights take addends{packed}",
             f"slots {now['live']} of {now['slots']} live, {now['held']} held; {now['slot_bytes']:,} of {now['slot_budget']:,} bytes",
             f"adapters {now['known']} known, {now['in_memory']} in host memory ({now['host_bytes']:,} bytes)",
             f"loads {now['loads']}, evictions {now['evictions']}, waits {now['waits']}, refusals {now['refusals']}",
+            *notes,
         ]
         return "\n".join(lines)
 
@@ -341,4 +368,4 @@ class CompiledNames:
             return self.call(*args, **kwargs)
 
 
-__all__ = ["Lease", "Route", "ServingHandle", "SlotTimeout", "serve"]
+__all__ = ["Lease", "ServingHandle", "SlotTimeout", "serve"]

@@ -76,8 +76,15 @@ class Store:
     """See above. read: makes the image of a folder (called by the loader, without the lock)."""
 
     def __init__(
-        self, read: Callable[[Path], Image], slots: Slots, host_budget: int, timeout: float | None, folder: Path | None
+        self,
+        read: Callable[[Path], Image],
+        slots: Slots,
+        host_budget: int,
+        timeout: float | None,
+        folder: Path | None,
+        unmixed: str = "",
     ) -> None:
+        self.unmixed = unmixed  # why rows of one batch cannot have different adapters
         self.read, self.slots, self.host_budget = read, slots, host_budget
         self.timeout, self.folder = timeout, folder
         self.entries: dict[str, Entry] = {}
@@ -99,7 +106,7 @@ class Store:
 
     def add(self, number: int, route: Route, y: Tensor, x: Tensor) -> Tensor:
         """y of one linear plus what the adapters of the route's rows add there. In a compiled graph all kinds are looked at."""
-        kinds = KINDS if torch.compiler.is_compiling() else route.kinds.get(number, ())
+        kinds = KINDS if torch.compiler.is_compiling() else route.kinds(number)
         if kinds and x.dtype != y.dtype:
             x = x.to(y.dtype)
         tables = self.tables[number]
@@ -119,6 +126,25 @@ class Store:
             raise unknown(name, self.names())
         found = self.entries[name] = Entry(name, folder)
         return found
+
+    def route(self, slots: Sequence[int] | Tensor, leases: Sequence[Lease]) -> Route:
+        """The route of rows with these slots of some leases. Raises AdapterError where one is closed, or a slot is none of theirs."""
+        if not all(lease.open and lease.store is self for lease in leases):
+            raise AdapterError("these slots were given back: the lease is closed, or another host's")
+        known = {0}.union(*(lease.slots for lease in leases))
+        asked = slots.tolist() if isinstance(slots, Tensor) else slots
+        if not known.issuperset(asked):
+            wrong = next(slot for slot in asked if slot not in known)
+            raise AdapterError(f"slot {wrong!r} is in none of these leases (they hold {sorted(known)})")
+        bits = 0
+        for lease in leases:
+            bits |= lease.bits
+        route = Route(slots, self.slots.count, bits, self.slots.values.device)
+        if self.unmixed and not route.uniform:
+            raise AdapterError(
+                f"rows of one batch cannot have different adapters, for that was not checked: {self.unmixed}"
+            )
+        return route
 
     def names(self) -> list[str]:
         there = listed(self.folder) if self.folder is not None else []
@@ -364,16 +390,14 @@ class Lease:
         self.slots = [0 if name == BASE else pending.slots[name] for name in names]
         self.open = True
 
-    def route(self, slots: Sequence[int] | Tensor | None = None) -> Route:
-        """The route of a batch with these names; or with `slots`, one for each row of a batch (each token of a packed one)."""
-        kinds: dict[int, dict[str, None]] = {}
+    @property
+    def bits(self) -> int:
+        """`Image.bits` of all of them."""
+        found = 0
         for entry in self.pending.entries:
             assert entry.image is not None
-            for number, own in entry.image.kinds().items():
-                kinds.setdefault(number, {}).update(dict.fromkeys(own))
-        slots = self.slots if slots is None else slots
-        found = {number: tuple(own) for number, own in kinds.items()}
-        return Route(slots, self.store.slots.count, found, self.store.slots.values.device)
+            found |= entry.image.bits
+        return found
 
     def close(self) -> None:
         if self.open:

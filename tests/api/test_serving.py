@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsify
-from sparsify import S2FT, AdapterError, LoRA, PaCA, Plan, RoSA, SparsifyError
+from sparsify import S2FT, AdapterError, LoRA, PaCA, Plan, Prune, Quantize, RoSA, SparsifyError
 
 BASE = "__base__"
 PLANS: dict[str, list[Any]] = {
@@ -222,5 +222,114 @@ def test_packed_projections_conv1d_and_encoder_decoders(family, tmp_path):
 
 def test_a_plan_host_is_refused_with_what_to_pass_instead(bench):
     trained = sparsify.compile(bench.model, Plan([LoRA(2)]))
-    with pytest.raises(SparsifyError, match=r"pass the model that went into sparsify.compile"):
+    with pytest.raises(SparsifyError, match=r"compiled to train, .* pass the model that went into sparsify.compile"):
         sparsify.serve(trained)
+
+
+def check_over(base: nn.Module, served: nn.Module, folder: Path, rules: Any = (), **settings: Any) -> Any:
+    """Rows of adapters that were trained over `base` (with `rules` beside them) against a host over `served`."""
+    names = ["rosa", BASE, "columns", "lora"]
+    alone = {}
+    for name, own in (
+        ("rosa", PLANS["rosa"]),
+        ("columns", [S2FT(0.2, budget="structure", permute=False)]),
+        ("lora", PLANS["lora"]),
+    ):
+        alone[name] = trained = tiny.lower(copy.deepcopy(base), *own, *rules)
+        tiny.disturb(trained)
+        trained.sparsify.save_adapter(folder / name)
+    host: Any = sparsify.serve(served, {name: folder / name for name in alone}, slots=4, budget="8MiB", **settings)
+    batch = {"input_ids": tiny.tokens(4, 7)}
+    with torch.no_grad():
+        found, plain = host(**batch, adapter_names=names).logits, served(**batch).logits
+        assert torch.equal(host(**batch).logits, plain)
+        for row, name in enumerate(names):
+            own = {"input_ids": batch["input_ids"][row : row + 1]}
+            wanted = plain[row] if name == BASE else alone[name].eval()(**own).logits[0]
+            torch.testing.assert_close(found[row], wanted, rtol=2e-6, atol=2e-6)
+            assert (name == BASE) == bool(float((found[row] - plain[row]).abs().max()) < 1e-4)
+    return host
+
+
+def test_over_a_packed_base(bench, tmp_path):
+    packed = sparsify.compile(bench.model, Plan([Quantize("nf4")]))
+    host = check_over(bench.model, packed, tmp_path, [Quantize("nf4")])
+    own = host.model.layers[0].mlp.down_proj.packed_0
+    assert own.data_ptr() == packed.model.layers[0].mlp.down_proj.packed_0.data_ptr()
+    host.sparsify.add("dense", bench.folder / "lora")
+    with pytest.raises(AdapterError, match=r"was trained over the dense base, and this one is packed \(nf4\)"):
+        host(input_ids=tiny.tokens(1, 4), adapter_names=["dense"])
+    dense = bench.host()
+    dense.sparsify.add("packed", tmp_path / "lora")
+    with pytest.raises(AdapterError, match=r"was trained over a packed base \(Quantize.*this one is dense"):
+        dense(input_ids=tiny.tokens(1, 4), adapter_names=["packed"])
+
+
+@pytest.mark.parametrize("family", ["Llama", pytest.param("GPT-2", marks=pytest.mark.slow)])
+def test_over_a_pruned_base_on_cpu_kernels_with_fused_activations(family, tmp_path):
+    small = sparsify.CpuOptions(mode="small")
+    plan = Plan([Prune(sparsity=0.75, method="magnitude")], target="cpu")
+    lowered: Any = sparsify.compile(tiny.build(family), plan, cpu=small)
+    kinds = {type(module).__name__ for module in lowered.modules()}
+    assert "GatedLinear" in kinds if family == "Llama" else "MovedActivation" in kinds
+    assert not isinstance(lowered.sparsify.cpu.native, sparsify.Refusal)
+    host = check_over(lowered.sparsify.plain(), lowered, tmp_path)
+    assert "native step: declined: it computes a token in one call" in str(host.sparsify.report)
+    ids = tiny.tokens(2, 5)
+    found = host.generate(input_ids=ids, adapter_names=["lora", BASE], **GREEDY)
+    assert torch.equal(found[1:], lowered.generate(input_ids=ids[1:], **GREEDY))
+
+
+@pytest.mark.slow
+def test_over_a_base_that_was_rounded_to_int8_the_user_must_say_so(tmp_path):
+    lowered: Any = sparsify.compile(
+        tiny.build("Llama"), Plan([Quantize("int8")], target="cpu"), cpu=sparsify.CpuOptions(mode="small")
+    )
+    plain = lowered.sparsify.plain()
+    with pytest.raises(AdapterError, match="was rounded to int8 when the base was lowered"):
+        check_over(plain, lowered, tmp_path)
+    check_over(plain, lowered, tmp_path / "loose", strict=False)
+
+
+class Sorted(nn.Module):
+    """Linears that do not see the rows of a batch one after another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain, self.routed, self.turned = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.places, self.unread, self.read = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.plain(x)
+        order = y.flatten(0, 1)[:, 0].argsort()
+        y = y.flatten(0, 1).index_copy(0, order, self.routed(y.flatten(0, 1)[order])).view(y.shape)
+        y = self.turned(y.transpose(0, 1)).transpose(0, 1) + self.places(torch.ones(y.shape[1], 6))
+        return torch.nn.functional.linear(y, self.unread.weight) + self.read(y)
+
+
+def test_linears_that_do_not_see_row_after_row_take_no_addends(tmp_path):
+    torch.manual_seed(0)
+    model, x = Sorted().eval(), torch.randn(2, 4, 6)
+    host: Any = sparsify.serve(model, example=x, budget="1MiB")
+    declined = {refusal.where: refusal.reason for refusal in host.sparsify.declined}
+    assert set(declined) == {f"{name}.weight" for name in ("routed", "turned", "places", "unread")}
+    assert "not those of one row after another" in declined["routed.weight"]
+    assert "may be read in another way" in declined["unread.weight"]
+    for name in ("routed", "read"):
+        trained: Any = sparsify.compile(model, Plan([LoRA(2, match=name)]), example=x)
+        tiny.disturb(trained)
+        trained.sparsify.save_adapter(tmp_path / name)
+        host.sparsify.add(name, tmp_path / name)
+    with pytest.raises(AdapterError, match="routed.weight takes no addend: its tokens are not those"):
+        host(x, adapter_names=["routed", BASE])
+    with torch.no_grad():
+        wanted = torch.stack([trained(x)[0], model(x)[1]])  # of rows of six, whose sums depend on where they lie
+        torch.testing.assert_close(host(x, adapter_names=["read", BASE]), wanted, rtol=1e-5, atol=1e-6)
+        assert float((wanted - model(x))[0].abs().max()) > 1e-3
+    unknown: Any = sparsify.serve(model, {"read": tmp_path / "read"}, budget="1MiB")
+    with pytest.raises(AdapterError, match=r"that was not checked: .* pass example="):
+        unknown(x, adapter_names=["read", BASE])
+    with torch.no_grad():
+        torch.testing.assert_close(unknown(x, adapter_names="read"), trained(x), rtol=1e-5, atol=1e-6)
+        trusting: Any = sparsify.serve(model, {"read": tmp_path / "read"}, budget="1MiB", check=False)
+        torch.testing.assert_close(trusting(x, adapter_names=["read", BASE]), wanted, rtol=1e-5, atol=1e-6)
