@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Annotated
@@ -69,7 +70,9 @@ def serve(
         from sparsify.serving.http_limits import Limits
         from sparsify.serving.http_server import listening, run_server
     except ImportError as error:
-        raise ImportError(f"{error}: `sparsify serve` needs the extra: pip install 'sparsify[serve]'") from error
+        raise ImportError(
+            f"{error}: `sparsify serve` needs the extra: pip install 'sparsify-compiler[serve]'"
+        ) from error
 
     base = name or model.resolve().name
     folders = named_folders(adapter or [])
@@ -97,9 +100,10 @@ def serve(
     where = f"http://{host if ':' not in host else f'[{host}]'}:{socket.getsockname()[1]}"
 
     def say() -> None:
-        if host not in LOOPBACK and api_key is None:
-            note("warning: whoever reaches this machine can use the server: give --api-key")
-        note(f"serving {base} and {len(adapters.names)} adapters on {where}/v1 (process {os.getpid()})")
+        with contextlib.suppress(OSError):  # nobody reads it, or the disk is full: no reason not to serve
+            if host not in LOOPBACK and api_key is None:
+                note("warning: whoever reaches this machine can use the server: give --api-key")
+            note(f"serving {base} and {len(adapters.names)} adapters on {where}/v1 (process {os.getpid()})")
 
     run_server(app, engine, socket, grace=grace, started=say)
 
