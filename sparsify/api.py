@@ -93,6 +93,7 @@ def compile(
     cpu: with `Plan(target="cpu")`: the numbers of tokens that must be fast, and whether speed or memory matters.
     pipeline: the passes to run, PIPELINE unless given; `insert_after(PIPELINE, "select", Pass(…))` of `sparsify.passes.base` adds one
         of your own (`examples/write_a_pass.py`). For inference, those up to the selection run.
+    progress: show bars, and stages that take long, on stderr.
     donate: free the model's tensors as they are replaced (peak memory = model + one tensor); `model` is unusable afterwards.
 
     Returns the host; `host.sparsify` has `report`, `program`, and the adapter verbs.

@@ -70,7 +70,9 @@ def serve(
         from sparsify.serving.http_limits import Limits
         from sparsify.serving.http_server import listening, run_server
     except ImportError as error:
-        raise ImportError(f"{error}: `sparsify serve` needs the extra: pip install 'sparsify-compiler[serve]'") from error
+        raise ImportError(
+            f"{error}: `sparsify serve` needs the extra: pip install 'sparsify-compiler[serve]'"
+        ) from error
 
     base = name or model.resolve().name
     folders = named_folders(adapter or [])

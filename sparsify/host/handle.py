@@ -214,9 +214,11 @@ class Handle:
     # --- tensors ---------------------------------------------------------------------------------------------------------
 
     def module(self, param: str) -> nn.Module:
+        """The module of the host that owns a parameter."""
         return self.host.get_submodule(owner_name(param))
 
     def stored(self, param: str) -> nn.Parameter:
+        """A parameter of the host as it lies there."""
         return getattr(self.module(param), param.rpartition(".")[2])
 
     def own(self, param: str) -> nn.Parameter:
@@ -228,6 +230,7 @@ class Handle:
         return weight
 
     def layout(self, param: str) -> Layout:
+        """How the weights of a module lie, against the original order."""
         return self.layouts.get(owner_name(param)) or Layout()
 
     @property
@@ -236,6 +239,7 @@ class Handle:
         return self.serving and bool(self.hashes)
 
     def is_packed(self, param: str) -> bool:
+        """Whether a weight is stored quantised."""
         return isinstance(self.module(param), QuantizedMixin)
 
     def shapes(self) -> dict[str, torch.Size]:
@@ -325,6 +329,7 @@ class Handle:
         return overlap(self, first, second)
 
     def need_base(self, part: LivePart[TrainedPart, AdaptedMixin], verb: str) -> None:
+        """Raise AdapterError where the base below a trained part is not known."""
         if not part.base_known:
             raise AdapterError(
                 f"{verb}: a state dict that was loaded brought another base for {part.param}, and what that base holds where this "
@@ -415,12 +420,14 @@ class Handle:
         reset_to_base(self)
 
     def require_default(self, verb: str) -> None:
+        """Raise SparsifyError unless an adapter is active that trains."""
         if not self.active.trainable:
             raise SparsifyError(f"{verb}: make a trained adapter active first (now: {self.active})")
 
     # --- folding ---------------------------------------------------------------------------------------------------------
 
     def need_unmerged(self, verb: str) -> None:
+        """Raise SparsifyError while an adapter is merged."""
         if self.merged:
             raise SparsifyError(f"{verb}: the adapter is merged into the weights; call unmerge() first")
 
@@ -475,6 +482,7 @@ class Handle:
         return save_sparse(state, Path(path), masks=masks, **options)
 
     def mask_original(self, name: str, mask: Bool[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
+        """A mask of a stored weight in original coordinates."""
         return self.layout(name).to_original(name.rpartition(".")[2], mask)
 
     @writes

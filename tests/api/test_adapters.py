@@ -289,6 +289,21 @@ def test_a_switch_takes_back_what_trained_in_full(tmp_path: Path) -> None:
             assert torch.equal(other.head.weight, model.head.weight)
 
 
+def test_an_adapter_of_more_than_this_host_trains_is_switched_to_in_full(tmp_path: Path) -> None:
+    """It fits what trains here, and changes another layer besides."""
+    model, x = tiny.Mlp().eval(), torch.randn(2, 12)
+    wide = tiny.lower(model, S2FT(units=2), example=x)
+    tiny.disturb(wide)
+    wide.sparsify.save_adapter(tmp_path)
+    narrow = tiny.lower(model, S2FT(units=2, match="layers.0.*"), example=x)
+    assert set(narrow.sparsify.parts) < set(wide.sparsify.parts)
+    narrow.sparsify.load_adapter(tmp_path, "wide")
+    assert not narrow.sparsify.set_adapter("wide").trainable
+    torch.testing.assert_close(narrow(x), wide(x))
+    narrow.sparsify.set_adapter(None)
+    torch.testing.assert_close(narrow(x), model(x))
+
+
 def test_mix_of_disjoint_selections_has_no_conflict(tmp_path):
     model = tiny.llama()
     hosts = [tiny.lower(model, S2FT(structure="ffn", units=22, select="weight", largest=up)) for up in (True, False)]

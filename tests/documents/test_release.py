@@ -63,6 +63,11 @@ def test_the_other_project_of_that_name_is_noticed(tmp_path: Path, monkeypatch: 
     installed(tmp_path, "sparsify", "1.7.0", ["sparsify/__init__.py", "sparsify/version.py"])
     monkeypatch.syspath_prepend(tmp_path)
     assert "the distribution 'sparsify' 1.7.0 is installed beside 'sparsify-compiler'" in version.other_sparsify()
+
+
+@pytest.mark.slow  # covered by the test above; the import itself takes seconds
+def test_the_import_says_so(tmp_path: Path) -> None:
+    installed(tmp_path, "sparsify", "1.7.0", ["sparsify/__init__.py", "sparsify/version.py"])
     done = subprocess.run(
         [sys.executable, "-c", "import sparsify"],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])},
