@@ -69,7 +69,10 @@ class Adapters:
         return None
 
     async def __call__(self, prompt: list[int], name: str, count: int) -> list[int]:
-        return await self.write(prompt, name, count)
+        found = await self.write(prompt, name, count)
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     async def facts(self) -> dict[str, Any]:
         return {"calls": self.calls, **self.host.sparsify.status()}
@@ -140,7 +143,7 @@ def run(model: str, adapters: str, requests: int) -> None:
             wrong.result(timeout_s=300)
             refused = "nothing"
         except Exception as error:  # Ray wraps what a replica raises
-            refused = str(error).strip().splitlines()[-1]
+            refused = str(error).partition("AdapterError: ")[2].splitlines()[0]
         status = serve.status().applications["adapters"].deployments["Adapters"]
         replicas = sum(status.replica_states.values())
         print(
