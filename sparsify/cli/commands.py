@@ -59,21 +59,28 @@ def inspect(
         str, typer.Argument(help="A Hugging Face model folder, or a model type such as 'llama' (small random weights).")
     ],
     svg: Annotated[Path | None, typer.Option(help="Draw the structures here.")] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write the inspector here: one page to search and click through, which loads nothing."),
+    ] = None,
     graph: Annotated[bool, typer.Option(help="Print the whole graph, not only the structures.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print structures and what is declined as JSON.")] = False,
 ) -> None:
     """Find a model's coupled structures: what could train, and what is declined and why."""
     import sparsify
 
-    if svg is not None:
-        check_target(svg)
+    targets = [target for target in (svg, html) if target is not None]
+    for target in targets:
+        check_target(target)
     program = sparsify.analyse(model_to_inspect(model))
+    if svg is not None:
+        program.svg(svg)
+    if html is not None:
+        program.html(html)
     if as_json:
         found = [dataclasses.asdict(structure) for structure in program.structures]
         declined = [{"name": d.name, "reason": d.reason} for d in program.declined]
         typer.echo(json.dumps({"structures": found, "declined": declined}, indent=1, default=str))
-        if svg is not None:
-            program.svg(str(svg))
         return
     if graph:
         typer.echo(str(program))
@@ -82,9 +89,8 @@ def inspect(
     for declined in program.declined:
         typer.echo(f"declined: {declined}")
     typer.echo(f"{len(program.structures)} structures, {len(program.declined)} declined")
-    if svg is not None:
-        program.svg(str(svg))
-        typer.echo(f"drawn to {svg}")
+    for target in targets:
+        typer.echo(f"{'drawn' if target is svg else 'written'} to {target}")
 
 
 def model_to_inspect(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Annotated
@@ -99,9 +100,10 @@ def serve(
     where = f"http://{host if ':' not in host else f'[{host}]'}:{socket.getsockname()[1]}"
 
     def say() -> None:
-        if host not in LOOPBACK and api_key is None:
-            note("warning: whoever reaches this machine can use the server: give --api-key")
-        note(f"serving {base} and {len(adapters.names)} adapters on {where}/v1 (process {os.getpid()})")
+        with contextlib.suppress(OSError):  # nobody reads it, or the disk is full: no reason not to serve
+            if host not in LOOPBACK and api_key is None:
+                note("warning: whoever reaches this machine can use the server: give --api-key")
+            note(f"serving {base} and {len(adapters.names)} adapters on {where}/v1 (process {os.getpid()})")
 
     run_server(app, engine, socket, grace=grace, started=say)
 

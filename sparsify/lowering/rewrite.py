@@ -19,7 +19,7 @@ from sparsify.lowering.fuse_linears import CHECKS, FusedActivation, GatedProduct
 from sparsify.lowering.target import Fusion
 from sparsify.modules.kernel_module import KernelModule
 from sparsify.program import Input, Program
-from sparsify.program.graph_editor import GraphEditor
+from sparsify.program.graph_editor import GraphEditor, call_text
 
 
 def rewrite(
@@ -30,8 +30,11 @@ def rewrite(
     editor = GraphEditor(program)
     tensors: dict[str, torch.Tensor] = {}
 
-    def put(node: fx.Node, name: str, module: KernelModule, x: fx.Node, text: str) -> None:
-        """The call that `module` is, in the place of `node`; `text` is printed beside it."""
+    names = program.tensor_names
+    absorbed = {f.found.linear: f.found for f in fusions if isinstance(f.found, FusedActivation)}
+
+    def put(node: fx.Node, name: str, module: KernelModule, x: fx.Node, text: str, was: Sequence[fx.Node]) -> None:
+        """The call that `module` is, in the place of `node`; `text` is printed beside it. was: all operations that it computes."""
 
         def tensor(leaf: str) -> fx.Node:
             tensors[f"{name}.{leaf}"] = held = getattr(module, leaf)
@@ -39,7 +42,7 @@ def rewrite(
 
         old = editor.copied(node)
         new = editor.call(module.operator, old, x=x, **module.arguments(tensor))
-        new.meta = {**old.meta, "kernel": text}
+        new.meta = {**old.meta, "kernel": text, "was": tuple(call_text(n, names) for n in was)}
         editor.redirect(old, new)
 
     for fusion in fusions:
@@ -50,15 +53,29 @@ def rewrite(
         name = module_of(linear.weight)
         inputs_of[name], module = linear.x, modules.get(name)
         if isinstance(module, KernelModule):
-            put(linear.node, name, module, linear.x, texts.get(name, ""))
+            more = absorbed.get(name)
+            was = [linear.node, *(between(more.source, more.result) if more is not None else ())]
+            put(linear.node, name, module, linear.x, texts.get(name, ""), was)
     for fusion in fusions:
         module = modules[fusion.module]
         if isinstance(fusion.found, GatedProduct) and isinstance(module, KernelModule):
             x, text = inputs_of[fusion.found.gate], str(fusion).partition(": ")[2]
-            put(fusion.found.product, fusion.module, module, x, text)
+            put(fusion.found.product, fusion.module, module, x, text, between(x, fusion.found.product))
     erase_dead(editor.graph, editor.table)
     graph_module, inputs = editor.finish()
     return replace(program, graph_module=graph_module, inputs=inputs, tensors={**program.tensors, **tensors})
+
+
+def between(source: fx.Node, result: fx.Node) -> list[fx.Node]:
+    """Operations that `result` needs of what comes behind `source`, itself too, in the order of the graph."""
+    found: set[fx.Node] = set()
+    waiting = [result]
+    while waiting:
+        node = waiting.pop()
+        if node is not source and node.op == "call_function" and node not in found:
+            found.add(node)
+            waiting += node.all_input_nodes
+    return [node for node in result.graph.nodes if node in found]
 
 
 def erase_dead(graph: fx.Graph, inputs: list[Input]) -> None:

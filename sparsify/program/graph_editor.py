@@ -23,6 +23,7 @@ from sparsify.errors import VerifyError
 from sparsify.ops.schema import argument, arguments, positional
 from sparsify.program import Input, LinearNode, Program, through_transpose
 from sparsify.program.names import placeholder
+from sparsify.program.printer import operation_text
 
 A = TypeVar("A", bound=Argument)
 
@@ -96,6 +97,10 @@ class GraphEditor:
             self._last = next((n for n in reversed(self.graph.nodes) if n.op == "placeholder" and n is not node), None)
         self.graph.erase_node(node)
 
+    def named(self) -> dict[str, str]:
+        """Placeholder name → qualified name, as they are now."""
+        return {node.name: target for target, node in self.sources.items()}
+
     # --- nodes -------------------------------------------------------------------------------------------------------------
 
     def nodes(self, *targets: object) -> Iterator[fx.Node]:
@@ -119,10 +124,13 @@ class GraphEditor:
         return node
 
     def replace(self, node: fx.Node, op: OpOverload, /, **given: Argument) -> fx.Node:
-        """Let `op`, with arguments by name, compute what `node` does; views that only `node` read go with it."""
+        """Let `op`, with arguments by name, compute what `node` does; views that only `node` read go with it.
+
+        What stood there is kept as text, `meta["was"]`, for people who compare.
+        """
         old = self.copied(node)
         new = self.call(op, old, **given)
-        new.meta = dict(old.meta)
+        new.meta = {"was": (call_text(old, self.named()),), **old.meta}
         self.redirect(old, new)
         sources = old.all_input_nodes
         self.graph.erase_node(old)
@@ -166,6 +174,11 @@ class GraphEditor:
         graph_module = fx.GraphModule(self.program.graph_module, self.graph)
         graph_module.meta = dict(self.program.graph_module.meta)
         return graph_module, tuple(self.table)
+
+
+def call_text(node: fx.Node, tensors: dict[str, str]) -> str:
+    """`%linear = aten.linear(%x, @q_proj.weight)`."""
+    return f"%{node.name} = {operation_text(node, tensors)[1]}"
 
 
 def copied_inputs(program: Program, copies: dict[fx.Node, fx.Node]) -> list[Input]:

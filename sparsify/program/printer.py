@@ -398,7 +398,10 @@ def _module_of(node: fx.Node) -> str:
     return path.partition("@")[0] or "(model)"
 
 
-def _node(node: fx.Node, tensors: dict[str, str], note: str, noise: bool) -> str:
+def operation_text(node: fx.Node, tensors: dict[str, str], noise: bool = False) -> tuple[str, str]:
+    """`%linear: f32[2, 7, 48]` and `aten.linear(%x, @q_proj.weight)`: what an operation makes, and the call. tensors: placeholder name →
+    qualified name. noise: with keywords that say where and how the result is stored."""
+
     def text(value: object) -> str:
         if isinstance(value, fx.Node):
             return f"@{tensors[value.name]}" if value.name in tensors else f"%{value.name}"
@@ -415,17 +418,25 @@ def _node(node: fx.Node, tensors: dict[str, str], note: str, noise: bool) -> str
         return "end" if value == END else repr(value)
 
     if node.op == "output":
-        return f"    return {', '.join(text(v) for v in node.args[0])}"  # type: ignore[union-attr]
-    name = op_name(node)
+        return "return", ", ".join(text(v) for v in node.args[0])  # type: ignore[union-attr]
+    result = f"%{node.name}: {tensor_text(node.meta['val'])}" if node.meta.get("val") is not None else f"%{node.name}"
     if node.op == "get_attr":
-        return f"    %{node.name} = attribute {node.target}"
+        return result, f"attribute {node.target}"
     args = [text(a) for a in node.args]
     args += [f"{k}={text(v)}" for k, v in node.kwargs.items() if noise or k not in NOISY_KEYWORDS]
+    return result, f"{op_name(node)}({', '.join(args)})"
+
+
+def _node(node: fx.Node, tensors: dict[str, str], note: str, noise: bool) -> str:
+    result, call = operation_text(node, tensors, noise)
+    if node.op == "output":
+        return f"    return {call}"
+    if node.op == "get_attr":
+        return f"    %{node.name} = {call}"
     kernel = node.meta.get("kernel", "")
-    ours = name.startswith("sparsify.") or bool(note)
-    result = f"%{node.name}: {tensor_text(node.meta['val'])}" if node.meta.get("val") is not None else f"%{node.name}"
+    ours = call.startswith("sparsify.") or bool(note)
     kernel = f"  # {kernel}" if kernel else ""
-    return one_line(f"  {'»' if ours else ' '} {result} = {name}({', '.join(args)}){note}{kernel}")
+    return one_line(f"  {'»' if ours else ' '} {result} = {call}{note}{kernel}")
 
 
 def _notes(program: Program) -> dict[str, tuple[str, str, str]]:

@@ -10,6 +10,7 @@ takes what the model takes (of the captured shapes) and returns what the model r
 from __future__ import annotations
 
 import enum
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
@@ -452,7 +453,7 @@ class Program:
 
         return kernel_texts(self, tokens)
 
-    def svg(self, path: str | None = None, *, fold: bool = True) -> str:
+    def svg(self, path: str | os.PathLike[str] | None = None, *, fold: bool = True) -> str:
         """Draw structures, permuted sites and trainable slices; returns the SVG text, and writes it to `path`.
 
         fold: equal layers as one row, with "× 30" and a strip for each of the others; False draws a row for every layer.
@@ -460,6 +461,16 @@ class Program:
         from sparsify.show.drawing import draw_program
 
         return draw_program(self, path, fold=fold)
+
+    def html(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The inspector: one HTML page to search, unfold and click through, which loads nothing; returns it, and writes it to `path`.
+
+        Structures by layer with what trains before and after, their sites, permutations and slices; operations before and after; kernels
+        with what was measured; what was declined and why. Equal layers are one, "× 30".
+        """
+        from sparsify.show.inspector import inspector_page
+
+        return inspector_page(self, path)
 
 
 WHOLE_CHANNELS = ("Partial", "Rows", "PartialConv")

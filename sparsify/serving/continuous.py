@@ -14,6 +14,7 @@ Tried with transformers 5.23. `check_installed` says which of its parts are miss
 
 from __future__ import annotations
 
+import copy
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.continuous_api import (
     BackgroundThreadStatus,
@@ -175,7 +176,7 @@ class RoutedManager(ContinuousBatchingManager):
         )  # fmt: skip
         # what a folder's generation_config.json asks for is not applied behind the request's own parameters
         plain = GenerationConfig(do_sample=False, eos_token_id=ends_of(host) or -1, max_new_tokens=None)
-        super().__init__(host, plain, config)
+        super().__init__(of_its_own(host), plain, config)
 
     def _create_batch_processor(self) -> ContinuousBatchProcessor:
         made: Any = super()._create_batch_processor()
@@ -274,6 +275,30 @@ class Told:
         elif output.is_finished():
             self.manager.forget(self.request)
             self.ticket.tell(None)
+
+
+def of_its_own(host: Any) -> Any:
+    """The same modules over the same tensors with a config of their own.
+
+    transformers writes `is_causal` into the model's config for the time of every forward, and an attention implementation for as long as a
+    manager lives: another thread that generates with the same config meanwhile would compute without a causal mask.
+    """
+    made: dict[int, torch.nn.Module] = {}
+    copies: dict[int, Any] = {}
+
+    def mirror(module: torch.nn.Module) -> torch.nn.Module:
+        if id(module) not in made:
+            new = made[id(module)] = object.__new__(type(module))
+            new.__dict__.update(module.__dict__)
+            if isinstance(config := module.__dict__.get("config"), PreTrainedConfig):
+                new.__dict__["config"] = copy.deepcopy(config, copies)
+            new.__dict__["_modules"] = {n: None if m is None else mirror(m) for n, m in module._modules.items()}
+        return made[id(module)]
+
+    top = mirror(host)
+    for name in ("forward", "generate", "compile", "sparsify"):  # of the host that it mirrors
+        top.__dict__.pop(name, None)
+    return top
 
 
 def ends_of(host: Any) -> list[int]:

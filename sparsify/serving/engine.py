@@ -11,6 +11,7 @@ Whoever stops listening (the generator is closed) ends the request, wherever it 
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -79,10 +80,12 @@ class Engine:
         self.ends = frozenset(ends_of(host))
         self.inside = 0
         self.waiters = ThreadPoolExecutor(max_workers=queue, thread_name_prefix="sparsify-slot")
-        self.stopping = False
+        self.stopping, self.ending = False, threading.Lock()
 
     def start(self) -> None:
-        """Begin to make steps. Blocks until the first can be made. Raises SparsifyError where none can."""
+        """Begin to make steps, if that was not done. Blocks until the first can be made. Raises SparsifyError where none can."""
+        if self.manager.is_running():
+            return
         self.manager.start()
         end = time.monotonic() + START
         while self.manager.batch_processor is None and self.alive and time.monotonic() < end:
@@ -94,7 +97,8 @@ class Engine:
     def stop(self, grace: float | None = None) -> None:
         """Refuse what comes, let what runs end within `grace` seconds, and stop. Blocks."""
         self.stopping = True
-        self.manager.close(grace)
+        with self.ending:  # a second caller waits for the first
+            self.manager.close(grace)
         self.handle.close()
         self.waiters.shutdown(wait=False, cancel_futures=True)
 
@@ -130,7 +134,7 @@ class Engine:
                 told_now = await told.get()
                 if isinstance(told_now, Failed):
                     ended = True
-                    raise told_now
+                    raise Busy("the server is stopping") if self.stopping else told_now
                 if told_now is None:
                     ended = True
                     break

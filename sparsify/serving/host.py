@@ -11,6 +11,7 @@ row, from slots (`sparsify.serving.store`); switching publishes a table and edit
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,14 +24,16 @@ from torch import Tensor, nn
 
 from sparsify.console import printable
 from sparsify.errors import AdapterError, Refusal, SparsifyError
+from sparsify.host.fuse_adapters import meetings
 from sparsify.host.live_state import OnHost
+from sparsify.host.mix import Conflict
 from sparsify.host.native_forward import NativeForward
 from sparsify.host.serving import check_folder
 from sparsify.model.fast_paths import close_fast_paths
 from sparsify.modules.rows_of_gated import Gated
 from sparsify.planner.limits import size
 from sparsify.program.capture import unwrap
-from sparsify.serving.addends import read_image
+from sparsify.serving.addends import Mix, read_adapter, read_image
 from sparsify.serving.base_copy import check_source, copy_base
 from sparsify.serving.check_rows import check_rows
 from sparsify.serving.modules import become_gated, become_served
@@ -109,7 +112,7 @@ def serve(
         if isinstance(module, Gated):
             become_gated(module, store, host)
     close_fast_paths(host, [name.rpartition(".")[0] for t in base.targets.values() for name in t.names])
-    handle = ServingHandle(host, base, store, has_native(source))
+    handle = ServingHandle(host, base, store, has_native(source), strict)
     host.__dict__["sparsify"] = handle
     host.__dict__["forward"] = ServedForward(host)
     if callable(getattr(type(host), "generate", None)):
@@ -158,8 +161,8 @@ def check_dir(folder: AdapterPath) -> Path:
 class ServingHandle:
     """`host.sparsify` of a serving host: adapters come and go, requests hold them while they run."""
 
-    def __init__(self, host: nn.Module, base: Base, store: Store, native: bool = False) -> None:
-        self.host, self.base, self.store, self.native = host, base, store, native
+    def __init__(self, host: nn.Module, base: Base, store: Store, native: bool = False, strict: bool = True) -> None:
+        self.host, self.base, self.store, self.native, self.strict = host, base, store, native, strict
 
     @property
     def declined(self) -> tuple[Refusal, ...]:
@@ -171,12 +174,38 @@ class ServingHandle:
 
     # --- adapters ----------------------------------------------------------------------------------------------------------------
 
-    def add(self, name: str, folder: AdapterPath) -> None:
+    def add(self, name: str, folder: AdapterPath | Mapping[str, float]) -> None:
         """Make an adapter known under a name. It is read when a request first names it.
 
-        Raises AdapterError for a name that is taken or cannot be one, and a folder that holds no adapter.
+        folder: where it lies; or weights of adapters that are known already (`{"math": 0.5, "law": 0.5}`), whose sum it is then, as
+        `Handle.fuse_adapters` makes it: best where they share nothing (`overlap`, `S2FT(avoid=…)`).
+        Raises AdapterError for a name that is taken or cannot be one, a folder that holds no adapter, and weights that are no numbers.
         """
-        self.store.register(check_name(name), check_folder(folder))
+        check_name(name)
+        self.store.register(name, self.mix(name, folder) if isinstance(folder, Mapping) else check_folder(folder))
+
+    def mix(self, name: str, weights: Mapping[str, float]) -> Mix:
+        members = []
+        for member, weight in weights.items():
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+                raise AdapterError(f"add {name!r}: the weight of {member!r} must be a finite number, got {weight!r}")
+            members.append((float(weight), self.folder_of(member)))
+        if not members:
+            raise AdapterError(f"add {name!r}: no adapter is named")
+        return Mix(tuple(members))
+
+    def folder_of(self, name: str) -> Path:
+        with self.store.changed:
+            folder = self.store.find(name).folder
+        if not isinstance(folder, Path):
+            raise AdapterError(f"{name!r} is a sum of adapters itself; name those")
+        return folder
+
+    def overlap(self, first: str, second: str) -> tuple[Conflict, ...]:
+        """Where two adapters change the same channels or entries of one weight; see `Handle.overlap`. Reads their files."""
+        strict = self.strict
+        read = [read_adapter(self.base, self.folder_of(name), strict) for name in (first, second)]
+        return meetings((first, second), *read)
 
     def remove(self, name: str) -> None:
         """Forget a name. Requests that hold it end with it; who waits for it is refused. Files stay."""

@@ -49,7 +49,9 @@ def make_app(engine: Engine, served: ServedAdapters, limits: Limits, *, longest_
         await asyncio.to_thread(engine.start)
         yield
 
-    app = FastAPI(title="sparsify", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="sparsify", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+    )
     metrics = Metrics(engine)
     Routes(app, engine, served, metrics, longest_answer or engine.longest)
     return Guard(app, limits, lambda status: metrics.responses.labels(str(status)).inc())

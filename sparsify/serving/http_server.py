@@ -6,6 +6,7 @@ at once.
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import threading
@@ -17,6 +18,9 @@ import uvicorn
 from sparsify.errors import SparsifyError
 from sparsify.serving.engine import Engine
 from sparsify.serving.http_limits import App
+
+LAST_WORDS = 5.0
+"""Seconds in which answers that were ended are still sent."""
 
 
 def listening(host: str, port: int) -> socket.socket:
@@ -42,38 +46,43 @@ def run_server(
 ) -> None:
     """Serve until a signal. grace: seconds for what runs. connections: open ones at most. started: called when it listens."""
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=max(1, round(grace)), timeout_keep_alive=15,
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=round(grace + LAST_WORDS), timeout_keep_alive=15,
         limit_concurrency=connections, server_header=False, proxy_headers=False, http="h11", ws="none", lifespan="on",
         h11_max_incomplete_event_size=64 << 10, loop="asyncio",
     )  # fmt: skip
-    server = Telling(config, started)
+    server = Server(config, engine, grace, started)
     before = {}
-    if (
-        threading.current_thread() is threading.main_thread()
-    ):  # uvicorn hands on what it caught, when it is done: to these
+    if threading.current_thread() is threading.main_thread():
+        # uvicorn hands on what it caught, when it is done: to these, which do nothing
         before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
+        engine.start()
         server.run(sockets=[on])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        engine.stop(grace=1.0)
+        engine.stop(grace=0)
         on.close()
     if not server.started:
         raise SparsifyError("the server could not start; its log says why")
 
 
-class Telling(uvicorn.Server):
-    """Says when it listens."""
+class Server(uvicorn.Server):
+    """Says when it listens, and ends requests before their connections: with a whole answer, or with an error that says so."""
 
-    def __init__(self, config: uvicorn.Config, said: Callable[[], Any] | None) -> None:
+    def __init__(self, config: uvicorn.Config, engine: Engine, grace: float, said: Callable[[], Any] | None) -> None:
         super().__init__(config)
-        self.said = said
+        self.engine, self.grace, self.said = engine, grace, said
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         if self.started and self.said is not None:
             self.said()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ending = asyncio.ensure_future(asyncio.to_thread(self.engine.stop, self.grace))
+        await super().shutdown(sockets=sockets)
+        await ending
 
 
 __all__ = ["listening", "run_server"]

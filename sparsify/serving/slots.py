@@ -19,6 +19,7 @@ class Slots:
     """`count` slots besides the base's, over `nbytes` of memory. Whoever calls holds the store's lock."""
 
     def __init__(self, weights: int, count: int, nbytes: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.settings = (weights, count, nbytes, dtype, device)
         self.count, self.dtype = count, dtype
         nbytes = nbytes // ALIGN * ALIGN
         self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)

@@ -18,12 +18,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsify.errors import AdapterError, SparsifyError
-from sparsify.serving.addends import KINDS, Image
+from sparsify.serving.addends import KINDS, Image, Mix
 from sparsify.serving.modules import added
 from sparsify.serving.names import BASE, in_folder, listed, unknown
 from sparsify.serving.route import Route, Routing
@@ -42,7 +43,7 @@ class Entry:
     """One adapter by name. wanted: leases that wait for it; held: leases that have it. error: why the last attempt to read it failed."""
 
     name: str
-    folder: Path
+    folder: Path | Mix
     image: Image | None = None
     slot: int = 0
     wanted: int = 0
@@ -77,7 +78,7 @@ class Store:
 
     def __init__(
         self,
-        read: Callable[[Path], Image],
+        read: Callable[[Path | Mix], Image],
         slots: Slots,
         host_budget: int,
         timeout: float | None,
@@ -98,6 +99,17 @@ class Store:
         self.routing = Routing()
         self.tables: list[dict[str, Tensor]] = []
         self.open_tables()
+
+    def __getstate__(self) -> dict[str, object]:
+        """Copies and pickles know the same adapters and hold none: slots are empty, nobody waits, the loader is not there."""
+        folders = {name: entry.folder for name, entry in self.entries.items()}
+        own = (self.read, self.slots.settings, self.host_budget, self.timeout, self.folder, self.unmixed)
+        return {"own": own, "folders": folders}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        read, settings, *rest = state["own"]
+        self.__init__(read, Slots(*settings), *rest)
+        self.entries = {name: Entry(name, folder) for name, folder in state["folders"].items()}
 
     def open_tables(self) -> None:
         self.tables = [self.slots.tables(number) for number in range(self.slots.table.shape[0])]
@@ -151,7 +163,7 @@ class Store:
         with self.changed:
             return sorted({*self.entries, *there})
 
-    def register(self, name: str, folder: Path) -> None:
+    def register(self, name: str, folder: Path | Mix) -> None:
         with self.changed:
             self.need_open()
             if name in self.entries:
@@ -347,7 +359,7 @@ class Store:
             except AdapterError as cause:
                 image, error = None, cause
             except Exception as cause:  # whatever a hostile file brings about refuses it alone
-                error = AdapterError(f"{entry.folder}: the adapter cannot be read: {type(cause).__name__}: {cause}")
+                error = AdapterError(f"{entry.name}: the adapter cannot be read: {type(cause).__name__}: {cause}")
                 image = None
             with self.changed:
                 entry.loading = False

@@ -16,20 +16,16 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
-
-import torch
 
 from sparsify.console import markup as escape
 from sparsify.files.atomic import write_text as write_atomically
-from sparsify.methods.channels import TrainedSlice
 from sparsify.program import Program
 from sparsify.program.names import printable as without_controls
 from sparsify.program.printer import ids_text, slice_text
-from sparsify.program.repeats import FEWEST, layer_of, numbers_text, replace_layer
+from sparsify.program.repeats import numbers_text
 from sparsify.program.structure import Declined, Site, Structure
+from sparsify.show.layers import Band, Cell, Looks, View, count_parameters, rows_by_layer, slices_of, split_layer
 
 LABEL, GAP, MARGIN = 150, 26, 28
 BOX, BAR, CHIP = 16, 16, 13
@@ -44,68 +40,6 @@ CONSUMER, PRODUCER = "#e8590c", "#2f9e44"
 MOVED, EXTRA = "#4c5fb5", "#c2255c"
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One unit at its present place: where it stood in the original model, and what of it trains."""
-
-    original: int
-    consumer: bool
-    producer: bool
-
-
-class View:
-    """The units of one structure as they stand now: groups of cells, KV groups of query heads or one group of all."""
-
-    def __init__(self, program: Program, structure: Structure, slices: dict[tuple[str, int], list[TrainedSlice]]):
-        self.program, self.structure, self.slices = program, structure, slices
-
-    @cached_property
-    def groups(self) -> list[list[Cell]]:
-        structure = self.structure
-        inner = structure.inner
-        consumer = next(iter((inner or structure).consumers or structure.sites), None)
-        producer = next((s for s in structure.producers if self.slices.get((s.param, s.axis))), None)
-        per_group = inner.units if inner is not None else 1
-        count = structure.units * per_group
-        originals = self._originals(consumer, inner is not None) if consumer else list(range(count))
-        trained = self._trained(consumer, inner is not None) if consumer else [False] * count
-        made = self._trained(producer, False) if producer else [False] * structure.units
-        chosen = next((c for c in self.program.choices if c.structure == structure.name), None)
-        if chosen is not None and not self.program.slices:
-            trained = [original in chosen.consumers for original in originals]
-            made = [unit in chosen.producers for unit in range(structure.units)]
-        cells = [Cell(originals[i], trained[i], made[i // per_group]) for i in range(count)]
-        if inner is None:
-            return [cells]
-        return [cells[i : i + per_group] for i in range(0, count, per_group)]
-
-    @property
-    def cells(self) -> list[Cell]:
-        return [cell for group in self.groups for cell in group]
-
-    def _places(self, site: Site, nested: bool) -> torch.Tensor:
-        """First channel of every unit, in present order, `(units,)`; query heads run group by group."""
-        structure = self.structure.inner if nested else self.structure
-        assert structure is not None
-        first = site.positions(structure.units)[:, :, 0]
-        return first.reshape(-1) if nested else first[0]
-
-    def _originals(self, site: Site, nested: bool) -> list[int]:
-        """For each present place the unit that stood there originally, by replaying the moves of the tensor."""
-        places = self._places(site, nested)
-        moves = [m for m in self.program.moves if (m.param, m.axis) == (site.param, site.axis)]
-        channels = places
-        for move in reversed(moves):
-            channels = move.index[channels]
-        unit_at = {int(channel): unit for unit, channel in enumerate(places.tolist())}
-        return [unit_at.get(channel, unit) for unit, channel in enumerate(channels.tolist())]
-
-    def _trained(self, site: Site, nested: bool) -> list[bool]:
-        pieces = self.slices.get((site.param, site.axis), ())
-        on = {place for s in pieces for place in (s.places or range(s.start, s.start + s.length))}
-        return [place in on for place in self._places(site, nested).tolist()]
-
-
 def draw_program(program: Program, path: str | os.PathLike[str] | None = None, *, fold: bool = True) -> str:
     """Draw `program` as SVG text; with `path` it is also written there (whole or not at all).
 
@@ -115,30 +49,6 @@ def draw_program(program: Program, path: str | os.PathLike[str] | None = None, *
     if path is not None:
         write_atomically(path, text)
     return text
-
-
-def split_layer(name: str) -> tuple[str, str]:
-    """`model.layers.3.mlp` → (`model.layers.3`, `mlp`): a row is everything up to the first number."""
-    parts = name.split(".")
-    for position, part in enumerate(parts):
-        if part.isdigit():
-            return ".".join(parts[: position + 1]), ".".join(parts[position + 1 :])
-    return name, ""
-
-
-def count_parameters(program: Program) -> tuple[int, int]:
-    """(trained, all) parameters; tied ones once. Sizes come from the graph: a quantised host has no dense weights."""
-    sizes = {
-        i.target: node.meta["val"].numel()
-        for i, node in zip(program.inputs, program.graph.find_nodes(op="placeholder"), strict=True)
-        if i.kind == "parameter" and i.target is not None and isinstance(node.meta.get("val"), torch.Tensor)
-    }
-    names = {name for part in program.parts for name in part.trained_names()}
-    trained = sum(size for name, size in sizes.items() if name in names)
-    handle = program.host.__dict__.get("sparsify")
-    if handle is None:
-        return trained, sum(size for name, size in sizes.items() if name not in names)
-    return handle.count_parameters()
 
 
 def shared_parts(names: list[str]) -> int:
@@ -151,18 +61,13 @@ def shared_parts(names: list[str]) -> int:
 
 
 def _document(program: Program, fold: bool) -> list[str]:
-    slices: dict[tuple[str, int], list[TrainedSlice]] = defaultdict(list)
-    for piece in program.slices:
-        slices[piece.param, piece.axis].append(piece)
-    rows: dict[str, list[Structure | Declined]] = defaultdict(list)
-    for item in (*program.structures, *program.declined):
-        rows[split_layer(item.name)[0]].append(item)
-    bands = _bands(program, rows, slices, fold)
+    looks, rows = Looks(program, slices_of(program)), rows_by_layer(program)
+    bands = looks.bands(rows, fold)
     columns = _columns(rows)
     body_width = sum(width for _, width in columns) + GAP * max(0, len(columns) - 1)
     width = max(MARGIN * 2 + LABEL + body_width, 940)
     top = 154
-    height = top + max(ROW, sum(band.height for band in bands)) + MARGIN
+    height = top + max(ROW, sum(map(_height, bands))) + MARGIN
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         'font-family="ui-sans-serif, system-ui, Helvetica, Arial, sans-serif" font-size="11">',
@@ -187,7 +92,7 @@ def _document(program: Program, fold: bool) -> list[str]:
     y = top
     for number, band in enumerate(bands):
         if number % 2 == 0:
-            place = f'x="{MARGIN - 12}" y="{y - 6}" width="{width - 2 * MARGIN + 24}" height="{band.height}"'
+            place = f'x="{MARGIN - 12}" y="{y - 6}" width="{width - 2 * MARGIN + 24}" height="{_height(band)}"'
             lines.append(f'<rect {place} fill="#f7f9fb"/>')
         lines.append(_label(band, prefix, y))
         items = rows[band.rows[0]]
@@ -196,78 +101,18 @@ def _document(program: Program, fold: bool) -> list[str]:
             if isinstance(item, Declined):
                 lines += _declined(item, x, y, column_width)
                 continue
-            lines += _structure(program, item, slices, x, y, column_width)
+            lines += _structure(looks, item, x, y, column_width)
             for strip, row in enumerate(band.rows if band.strips else ()):
                 other = rows[row][at]
                 assert isinstance(other, Structure)
-                lines.append(_strip(View(program, other, slices), x, y + ROW - 8 + strip * STRIP, column_width))
-        y += band.height
+                lines.append(_strip(looks.view(other), x, y + ROW - 8 + strip * STRIP, column_width))
+        y += _height(band)
     lines.append("</svg>")
     return lines
 
 
-@dataclass(frozen=True)
-class Band:
-    """One drawn row, which stands for all of `rows`. strips: they train different units, so that each has a strip."""
-
-    rows: tuple[str, ...]
-    strips: bool = False
-
-    @property
-    def height(self) -> int:
-        return ROW + (len(self.rows) * STRIP + 4 if self.strips else 0)
-
-
-def _bands(
-    program: Program,
-    rows: dict[str, list[Structure | Declined]],
-    slices: dict[tuple[str, int], list[TrainedSlice]],
-    fold: bool,
-) -> list[Band]:
-    """Rows in order, those of one stack that look alike joined at the place of the first."""
-    groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    for row, items in rows.items():
-        layer = layer_of(row)
-        groups[(row,) if layer is None or not fold else _look(program, row, items)].append(row)
-    order = {row: number for number, row in enumerate(rows)}
-    bands = []
-    for members in groups.values():
-        if len(members) < FEWEST:
-            bands += [Band((row,)) for row in members]
-            continue
-        units = {tuple(_trained_units(program, item, slices) for item in rows[row]) for row in members}
-        bands.append(Band(tuple(members), strips=len(units) > 1))
-    return sorted(bands, key=lambda band: order[band.rows[0]])
-
-
-def _look(program: Program, row: str, items: list[Structure | Declined]) -> tuple[str, ...]:
-    """Everything that a row shows but for its number and which units train: equal for layers that look alike."""
-    stack, index = layer_of(row) or ("", 0)
-    moved = {(m.param, m.axis) for m in program.moves}
-    texts = [stack]
-    for item in items:
-        if isinstance(item, Declined):
-            texts.append("\n".join((str(item), *map(str, item.sites))))
-            continue
-        sites = (f"{s} {(s.param, s.axis) in moved} {_extras(program, s.param)}" for s in item.sites)
-        words = _trained_words(program, item, _slices_of(program, item))
-        texts.append("\n".join((str(item), words, *sites)))
-    return tuple(replace_layer(text, stack, index, "{}") for text in texts)
-
-
-def _trained_units(
-    program: Program, item: Structure | Declined, slices: dict[tuple[str, int], list[TrainedSlice]]
-) -> tuple[tuple[int, bool, bool], ...]:
-    """(original place, of O or Down, of V or Up) of the units of a structure that train."""
-    if isinstance(item, Declined):
-        return ()
-    cells = View(program, item, slices).cells
-    return tuple((c.original, c.consumer, c.producer) for c in cells if c.consumer or c.producer)
-
-
-def _slices_of(program: Program, structure: Structure) -> list[TrainedSlice]:
-    places = {(site.param, site.axis) for site in structure.sites}
-    return [s for s in program.slices if (s.param, s.axis) in places]
+def _height(band: Band) -> int:
+    return ROW + (len(band.rows) * STRIP + 4 if band.strips else 0)
 
 
 def _strip(view: View, x: float, y: float, width: int) -> str:
@@ -342,21 +187,14 @@ def _header(program: Program, width: int) -> list[str]:
     return lines
 
 
-def _structure(
-    program: Program,
-    structure: Structure,
-    slices: dict[tuple[str, int], list[TrainedSlice]],
-    x: float,
-    y: float,
-    width: int,
-) -> list[str]:
-    view = View(program, structure, slices)
+def _structure(looks: Looks, structure: Structure, x: float, y: float, width: int) -> list[str]:
+    view = looks.view(structure)
     title = f"{structure.kind} {structure.name}: {structure.size_text()}"
     lines = [f'<g class="{structure.kind}"><title>{escape(title)}</title>']
     wide = structure.kind == "ffn" or len(view.cells) > 80
     lines += _bar(view, x, y, width) if wide else _heads(view, x, y, width)
     lines += _bracket(view, x, y + BOX + 2, width, wide)
-    lines += _chips(program, structure, x, y + BOX + 10, width)
+    lines += _chips(looks, structure, x, y + BOX + 10, width)
     lines.append("</g>")
     return lines
 
@@ -473,12 +311,10 @@ def _bracket(view: View, x: float, y: float, width: int, wide: bool) -> list[str
     return lines
 
 
-def _chips(program: Program, structure: Structure, x: float, y: float, width: int) -> list[str]:
+def _chips(looks: Looks, structure: Structure, x: float, y: float, width: int) -> list[str]:
     """One small box per site, filled when its tensor was reordered; then what trains, in words."""
-    moved = {(m.param, m.axis) for m in program.moves}
     lines, left = [], x
-    trained = _slices_of(program, structure)
-    words = _trained_words(program, structure, trained)
+    trained, words = looks.slices_in(structure), looks.words(structure)
     room = x + width - 5.4 * len(words) - 4
     for number, site in enumerate(structure.sites):
         name = _chip_name(site)
@@ -488,23 +324,16 @@ def _chips(program: Program, structure: Structure, x: float, y: float, width: in
             lines.append(f"<g><title>{escape(chr(10).join(str(s) for s in structure.sites[number:]))}</title>")
             lines.append(_text(left, y + 10, f"+{rest}", SOFT, 9) + "</g>")
             break
-        reordered = (site.param, site.axis) in moved
-        more = _extras(program, site.param)
+        reordered = (site.param, site.axis) in looks.moved
+        more = looks.extras(site.param)
         note = f"{site}{', reordered' if reordered else ''}{more}"
         lines.append(f"<g><title>{escape(note)}</title>{_chip_svg(left, y, name, reordered, bool(more))}</g>")
         left += size + 4
     if words:
-        note = "\n".join(slice_text(s, program.tensor(s.param).dim()) for s in trained)
+        note = "\n".join(slice_text(s, looks.program.tensor(s.param).dim()) for s in trained)
         text = _text(x + width, y + 10, words, CONSUMER, 10, anchor="end")
         lines.append(f"<g><title>{escape(note or words)}</title>{text}</g>")
     return lines
-
-
-def _extras(program: Program, param: str) -> str:
-    """What else was done to a weight, besides reordering and slicing."""
-    parts = [part.mark() for part in program.parts if part.param == param and part.mark()]
-    parts += [f"stored as {program.quantize[param]}"] if param in program.quantize else []
-    return "".join(f", {part}" for part in parts)
 
 
 def _chip_name(site: Site) -> str:
@@ -513,18 +342,6 @@ def _chip_name(site: Site) -> str:
         parts = site.param.split(".")
         return ".".join(parts[-2:])[:14] if parts[-1] not in ("bias", "weight") else f"{parts[-2][:8]}·{parts[-1][0]}"
     return site.role
-
-
-def _trained_words(program: Program, structure: Structure, trained: list[TrainedSlice]) -> str:
-    choices = [c for c in program.choices if c.structure == structure.name]
-    if not trained and not choices:
-        return ""
-    consumers, producers = sum(len(c.consumers) for c in choices), sum(len(c.producers) for c in choices)
-    if not choices:
-        return f"{sum(s.length for s in trained)} channels train"
-    owners = ("of Down", "of Up") if structure.kind == "ffn" else ("of O", "of V")
-    sides = structure.chosen_text(consumers, producers)
-    return ", ".join(f"{side} {owner}" for side, owner in zip(sides, owners, strict=True) if side)
 
 
 def _declined(item: Declined, x: float, y: float, width: int) -> list[str]:

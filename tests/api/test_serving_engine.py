@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import served
 import small_folder
+import torch
 from served import BASE, LONG, NAMES, alone
 
 import sparsify
@@ -304,7 +305,7 @@ def test_the_end_waits_for_what_runs_and_for_no_longer(given: Path, wanted: Want
 
     async def ask(made: Engine) -> None:
         running = [asyncio.ensure_future(text(made, name, PROMPTS[1])) for name in (BASE, "lora")]
-        while made.manager.steps < 3:
+        while made.manager.steps < 3 or len(made.manager.tickets) < 2:
             await asyncio.sleep(0)
         await asyncio.to_thread(made.stop, 30)
         assert await asyncio.gather(*running) == [wanted[name, 1] for name in (BASE, "lora")]
@@ -323,7 +324,7 @@ def test_the_end_waits_for_what_runs_and_for_no_longer(given: Path, wanted: Want
         while made.manager.steps < 3:
             await asyncio.sleep(0.01)
         await asyncio.to_thread(made.stop, 0.1)
-        with pytest.raises(Failed):
+        with pytest.raises(Busy, match="the server is stopping"):
             await running
 
     with engine(host_of(given)) as made:
@@ -339,3 +340,32 @@ def test_what_cannot_begin_says_so(given: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delattr(continuous.ModelRunner, "_sample")
     with pytest.raises(SparsifyError, match=r"has no ModelRunner\._sample"):
         Engine(host_of(given), TOKENIZER)
+
+
+def test_generate_goes_on_beside_an_engine(given: Path, wanted: Wanted) -> None:
+    """transformers writes into the config during every step, which must not be the one that others read."""
+    model = served.model_of(given)
+    host: Any = sparsify.serve(model, folder=given / "adapters", slots=4, budget="1MiB")
+    before = model.config.to_dict()
+
+    async def ask(made: Engine) -> list[str]:
+        answer = made.answer("lora", PROMPTS[1], Sampling(tokens=58, temperature=0, endless=True))
+        await anext(answer)
+        busy = asyncio.ensure_future(drain(answer))
+        found = await asyncio.to_thread(lambda: [alone(host, name, PROMPTS[2], 12) for name in NAMES for _ in range(3)])
+        again = [
+            model.generate(
+                torch.tensor([PROMPTS[2]]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+            )[0, 3:].tolist()
+        ]
+        await busy
+        return [TOKENIZER.decode(ids, skip_special_tokens=True) for ids in found + again]
+
+    async def drain(answer: Any) -> None:
+        async for _ in answer:
+            pass
+
+    with engine(host) as made:
+        for _ in range(3):
+            assert run(ask(made)) == [wanted[name, 2] for name in NAMES for _ in range(3)] + [wanted[BASE, 2]]
+    assert model.config.to_dict() == host.config.to_dict() == before

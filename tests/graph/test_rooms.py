@@ -18,6 +18,7 @@ DRAWING = Path(__file__).parents[2] / "CONTRIBUTING.md"
 #: function-level imports that go up, and why
 ALLOWED = {
     "program.program → show.drawing": "users type `program.svg()`; a picture needs the methods, which stand above the program",
+    "program.program → show.inspector": "users type `program.html()`, as `program.svg()`",
     "program.program → lowering.kernel_texts": "users type `program.kernels()`; sources are known where they are made",
     "modules.adapted → methods": "an unpickled host names a kind of module, which the import of its method makes known",
 }
