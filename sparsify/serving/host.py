@@ -185,6 +185,7 @@ class ServingHandle:
         self.store.register(name, self.mix(name, folder) if isinstance(folder, Mapping) else check_folder(folder))
 
     def mix(self, name: str, weights: Mapping[str, float]) -> Mix:
+        """The sum `name` of adapters that are known here, each by its folder and weight. Raises AdapterError."""
         members = []
         for member, weight in weights.items():
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
@@ -195,6 +196,7 @@ class ServingHandle:
         return Mix(tuple(members))
 
     def folder_of(self, name: str) -> Path:
+        """Where an adapter lies. Raises AdapterError for one that is not known, and for a sum."""
         with self.store.changed:
             folder = self.store.find(name).folder
         if not isinstance(folder, Path):
