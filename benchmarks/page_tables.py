@@ -198,7 +198,11 @@ def compiled_step() -> str:
 @measured
 def survivors() -> str:
     record = newest("masked_step-2threads")
-    names = {"dense": "dense, trained in full", "masked": "zeros kept by a mask", "survivors": "survivors alone"}
+    names = {
+        "dense": "dense, trained in full",
+        "masked": "zeros kept by a mask",
+        "survivors": "survivors alone (given up)",
+    }
     shown = [
         [
             f"{r['sparsity']:.0%} zeros, {names[r['layout']]}".replace("%", " %"),
@@ -665,6 +669,39 @@ def rates(method: str) -> str:
     if not lines:
         return "No learning rate of this method has been measured here yet; the rates above are the paper's."
     return "Rates that were measured here:\n\n" + "\n".join(lines)
+
+
+LEARNT = ("s2ft", "paca", "rosa", "sparse", "lora", "full")
+
+
+@measured
+def learning() -> str:
+    """What the claims' runs learned and forgot, as far as they were made."""
+    from benchmarks.claim_adapters import METHODS
+    from benchmarks.claim_tasks import TASKS as TITLES
+
+    runs = claim_page.read_runs(RESULTS / "claims")
+    rows = []
+    for task in TITLES:
+        base = runs.get(f"{task}-base")
+        for name in LEARNT if base else ():
+            ends = [run["end"] for run in claim_page.seeds_of(runs, f"{task}-{name}").values()]
+            if ends and base:
+                start = base["end"]
+                rows.append(
+                    [
+                        f"{task}, {METHODS[name].label}",
+                        claim_page.spread([e["loss"] for e in ends], 2),
+                        claim_page.spread([e["exact"] for e in ends], 0, 100) + " %",
+                        claim_page.spread([e["text"] - start["text"] for e in ends], 2, 1, True),
+                    ]
+                )
+    if not rows:
+        return "No method of that comparison has been run to its end yet."
+    return (
+        markdown(("task, method", "loss", "right", "loss on other text"), rows)
+        + "\n\n<small>`benchmarks/results/claims/`.</small>"
+    )
 
 
 @measured
