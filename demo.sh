@@ -4,5 +4,9 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 . ./setup.sh demo
+case " $* " in *minilm*) other=wanted ;; esac
+if [ -n "${other:-}" ] || [ ! -e .venv/.sparsify-model ]; then
+  . ./setup.sh minilm
+fi
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 python -m sparsify.demo "$@"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, LEFT, ROW, TOP = 720, 230, 30, 44
+WIDTH, LEFT, ROW, TOP = 720, 270, 30, 44
 OURS, THEIRS, NEUTRAL = "#3f51b5", "#b0703c", "#8a8f98"
 
 

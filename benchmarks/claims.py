@@ -12,7 +12,7 @@ everything it depends on; what is there is not run again, so the grid can be sto
     python benchmarks/claims.py                      the whole grid: about 18,000 processor seconds
     python benchmarks/claims.py --budget 3600        stop before the run that would begin after that many seconds
     python benchmarks/claims.py --part squarehead --part adapters --task arithmetic --method s2ft --method lora
-    python benchmarks/claims.py --page               write docs/claims.md and its pictures from what is there
+    python benchmarks/claims.py --page               write docs/claims.md, its pictures, and what other pages quote, from what is there
     python benchmarks/claims.py --fast --results DIR a walk through every part in a minute or two; its numbers mean nothing
 """
 
@@ -195,6 +195,10 @@ def main() -> None:
         from benchmarks.claim_page import write_page
 
         print("\n".join(map(str, write_page(given.results))))
+        if given.results == FOLDER:  # other pages quote rates and recoveries of these runs
+            from benchmarks.pages import write
+
+            print("\n".join(map(str, write())))
         return
     if given.fast and given.results == FOLDER:
         raise SystemExit("--fast needs --results DIR: its numbers are not to lie among the others")

@@ -41,10 +41,22 @@ def newest(name: str) -> Any:
     return {**json.loads(path.read_text(encoding="utf-8")), "file": path.name}
 
 
+NUMBER = 18
+"""Characters up to which a cell is one number with its unit, which no line break may part."""
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def cell(text: str) -> str:
+    return text.replace(" ", "\N{NO-BREAK SPACE}") if len(text) <= NUMBER else text
+
+
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table; the first column is left-aligned, the others right."""
     lines = ["| " + " | ".join(head) + " |", "|" + "|".join([" --- ", *[" ---: "] * (len(head) - 1)]) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+    return "\n".join([*lines, *("| " + " | ".join([row[0], *map(cell, row[1:])]) + " |" for row in rows)])
 
 
 def origin(*records: Row, more: str = "") -> str:
@@ -164,6 +176,62 @@ def experts_step() -> str:
 
 
 @measured
+def compiled_step() -> str:
+    record = newest("train_step-compiled-2threads")
+    names = {
+        "floor": STEP["floor"],
+        "s2ft": STEP["s2ft"],
+        "miss": STEP["miss"],
+        "lora": STEP["lora"],
+        "full": STEP["full"],
+    }
+    rows = by(record["rows"], "method")
+    shown = [
+        [label, *(f"{v:.2f} ×" for v in r["floor_ratio"][:1]), f"{r['held MiB']:.0f} MiB", f"{r['peak MiB']:.0f} MiB"]
+        for name, label in names.items()
+        for r in [rows[f"{name}+compile"]]
+    ]
+    head = ("compiled with Inductor", "time of a step", "kept for backward", "peak memory")
+    return markdown(head, shown) + "\n" + origin(record)
+
+
+@measured
+def survivors() -> str:
+    record = newest("masked_step-2threads")
+    names = {"dense": "dense, trained in full", "masked": "zeros kept by a mask", "survivors": "survivors alone"}
+    shown = [
+        [
+            f"{r['sparsity']:.0%} zeros, {names[r['layout']]}".replace("%", " %"),
+            f"{r['time / dense']:.2f} ×",
+            f"{r['held MiB']:.0f} MiB",
+            f"{r['peak in step MiB']:.0f} MiB",
+        ]
+        for r in record["rows"]
+        if r["layout"] != "dense" or r["sparsity"] == record["rows"][0]["sparsity"]
+    ]
+    shown[0][0] = names["dense"]
+    size = record["arguments"]["size"]
+    head = (f"a step of a linear, {size} × {size}", "time", "weight, gradient and optimizer", "beside it, at the peak")
+    return markdown(head, shown) + "\n" + origin(record)
+
+
+@measured
+def structures() -> str:
+    record = newest("coverage")
+    rows = record["rows"]
+    shown = []
+    for kind, label in (("attention", "attention"), ("ffn", "feed-forward")):
+        for way in ("eager", "sdpa"):
+            mine = [r for r in rows if r["attention by"] == way]
+            wrong = sum(r[f"{kind} wrong"] for r in mine)
+            exact = sum(r[kind] - r[f"{kind} wrong"] for r in mine)
+            peer = sum(r.get(f"peer {kind}") or 0 for r in mine)
+            shown.append([f"{label}, {way}, {len(mine)} models", str(exact), str(wrong), str(peer)])
+    head = ("structures found", "exactly", "wrong", "exactly by Torch-Pruning")
+    return markdown(head, shown) + "\n" + origin(record, more="; the peer is asked about the structures that we found")
+
+
+@measured
 def saved_compiled() -> str:
     record = newest("saved_bytes")
     names = {"llama": "Llama", "t5": "T5 encoder", "gpt2": "GPT-2", "bert": "BERT"}
@@ -271,12 +339,12 @@ def in_place() -> str:
 def demo() -> str:
     record = newest("demo-smollm2-2threads")
     rows = [
-        ["before", "", f"{record['base']['exact']:.0%}", f"{record['base']['loss']:.2f}", ""],
+        ["before", "", percent(record["base"]["exact"]), f"{record['base']['loss']:.2f}", ""],
         *(
             [
                 t["label"],
                 f"{t['lr']:g}",
-                f"{t['score']['exact']:.0%}",
+                percent(t["score"]["exact"]),
                 f"{t['score']['loss']:.2f}",
                 f"{t['text'] - record['base_text']:+.2f}",
             ]
@@ -297,11 +365,22 @@ def demo_decode() -> str:
             d["label"],
             f"{d['speed']:.0f} tokens/s",
             f"{d['size'] / 2**20:.0f} MiB",
-            "" if d["score"] is None else f"{d['score']['exact']:.0%}",
+            "" if d["score"] is None else percent(d["score"]["exact"]),
         ]
         for d in record["decoders"]
     ]
     return markdown(("the tuned model", "speed", "weights", "right"), rows) + "\n" + origin(record)
+
+
+@measured
+def demo_pruned() -> str:
+    record = newest("demo-smollm2-2threads")
+    dense, pruned = record["decoders"][0], record["decoders"][-1]
+    before, after = (f"{d['score']['exact']:.0%}".replace("%", " %") for d in (dense, pruned))
+    return (
+        f"One-shot pruning costs a small model much of what it learned: in the demo SmolLM2 fell from {before} to {after} right answers "
+        f"at {record['settings']['sparsity']:.0%} zeros, without recovery.".replace("%", " %").replace("  %", " %")
+    )
 
 
 @measured
@@ -310,8 +389,8 @@ def demo_switch() -> str:
     rows = [
         [
             "no adapter" if s["label"] == "none" else s["label"],
-            f"{s['scores']['sql']['exact']:.0%}",
-            f"{s['scores']['dates']['exact']:.0%}",
+            percent(s["scores"]["sql"]["exact"]),
+            percent(s["scores"]["dates"]["exact"]),
             f"{1000 * s['switch']:.0f} ms",
         ]
         for s in record["served"]
@@ -507,7 +586,7 @@ def scarce_data() -> str:
         ):
             found = list(claim_page.seeds_of(runs, f"squarehead-{sparsity}-{loss}").values())
             if found:
-                rates = {run["facts"].get("rate") for run in found} - {None}
+                rates = {run["facts"].get("rate") for run in found} - {None, 0}
                 rows.append(
                     [
                         f"{float(sparsity):.0%} zeros, {label}".replace("%", " %"),
@@ -519,6 +598,49 @@ def scarce_data() -> str:
     return (
         markdown(head, rows)
         + "\n\n<small>48 rows, 150 steps, three seeds, mean ± standard error; `benchmarks/results/claims/`.</small>"
+    )
+
+
+@drawn
+def scarce() -> str:
+    runs = claim_page.read_runs(RESULTS / "claims")
+    names = {"none": "pruned", "ce": "cross-entropy", "ce+kl": "with KL", "ce+sq": "with SquareHead"}
+    bars = []
+    for sparsity in ("0.75", "0.85"):
+        for loss, label in names.items():
+            found = list(claim_page.seeds_of(runs, f"squarehead-{sparsity}-{loss}").values())
+            mean = sum(r["end"]["exact"] for r in found) / len(found)
+            color = {"none": NEUTRAL, "ce+sq": OURS}.get(loss, THEIRS)
+            bars.append(
+                Bar(
+                    f"{float(sparsity):.0%} zeros, {label}".replace("%", " %"),
+                    mean,
+                    f"{mean:.1%}".replace("%", " %"),
+                    color,
+                )
+            )
+    return chart(
+        "Right answers after recovery on 48 rows", bars, "a decoder that sorts seven digits; means of three seeds"
+    )
+
+
+@drawn
+def linear() -> str:
+    record = newest("cpu_linear-deepsparse-2threads")
+    bars = [
+        Bar(
+            f"{r['dtype']}, {r['batch']} token{'s' if r['batch'] > 1 else ''}",
+            r["peers"]["deepsparse " + r["dtype"]]["ratio"],
+            f"{r['peers']['deepsparse ' + r['dtype']]['ratio']:.2f} ×",
+            OURS if r["peers"]["deepsparse " + r["dtype"]]["ratio"] >= 1 else THEIRS,
+        )
+        for r in record["results"]
+        if r["sparsity"] == 0.75
+    ]
+    return chart(
+        "Speed over DeepSparse, one linear with 75 % zeros",
+        bars,
+        "4096 × 4096, the same type on both sides; below 1 × DeepSparse is faster",
     )
 
 

@@ -3,7 +3,8 @@
     rank: columns per linear …                        - **rank**: columns per linear …
         continued here                          ──▶     continued here
 
-Docstrings here name arguments and fields as `name: what it is`, one after the other, which Markdown would run into one paragraph.
+Docstrings here name arguments and fields as `name: what it is`, one after the other, which Markdown would run into one paragraph. A pattern
+in quotes, such as "*.bias", is code and no emphasis.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 from griffe import Extension
 
+GLOB = re.compile(r"(?<!`)(\"[^\"`\s]*\*[^\"`\s]*\")(?!`)")
 FIELD = re.compile(r"^([a-z_][\w, ]*): (?=\S)")
 
 
@@ -43,4 +45,4 @@ class FieldLines(Extension):
 
     def on_instance(self, *, obj: Any, **_: Any) -> None:
         if obj.docstring is not None:
-            obj.docstring.value = as_list(obj.docstring.value)
+            obj.docstring.value = as_list(GLOB.sub(r"`\1`", obj.docstring.value))

@@ -1,5 +1,7 @@
 """sparsify: a compiler for sparse fine-tuning and sparse inference of PyTorch models."""
 
+import warnings
+
 from sparsify.api import analyse, compile, load
 from sparsify.errors import (
     AdapterError,
@@ -19,9 +21,11 @@ from sparsify.plan import S2FT, LoRA, PaCA, Plan, Quantize, RoSA, Tokens, regist
 from sparsify.planner.autoplan import AutoPlan, autoplan
 from sparsify.pruning.rule import Prune
 from sparsify.serving.host import serve
-from sparsify.version import __version__
+from sparsify.version import __version__, other_sparsify
 
 register_rule(Prune)
+if _other := other_sparsify():
+    warnings.warn(_other, stacklevel=2)
 
 __all__ = [
     "S2FT",

@@ -93,6 +93,7 @@ def compile(
     cpu: with `Plan(target="cpu")`: the numbers of tokens that must be fast, and whether speed or memory matters.
     pipeline: the passes to run, PIPELINE unless given; `insert_after(PIPELINE, "select", Pass(…))` of `sparsify.passes.base` adds one
         of your own (`examples/write_a_pass.py`). For inference, those up to the selection run.
+    progress: show bars, and stages that take long, on stderr.
     donate: free the model's tensors as they are replaced (peak memory = model + one tensor); `model` is unusable afterwards.
 
     Returns the host; `host.sparsify` has `report`, `program`, and the adapter verbs.
@@ -159,7 +160,8 @@ def load(
 ) -> Model:
     """A host that serves saved adapters and trains nothing: no plan is needed, and neither calibration nor a trace.
 
-    adapters: a folder that `save_adapter` wrote or a PEFT LoRA folder; a list of folders (called by their last name); or a mapping
+    adapters: a folder that `save_adapter` wrote or a PEFT LoRA folder, or `owner/name[@revision]` of a model hub (downloaded by
+        `huggingface_hub` unless HF_HUB_OFFLINE=1); a list of folders (called by their last name); or a mapping
         from name to folder.
     name: what a single adapter is called; "default" if not given.
     active: True for the first adapter, False or None for the base, a name, or weights of a mix (`{"a": .5, "b": .5}`).

@@ -45,7 +45,6 @@ from sparsify.program import canonical_names
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 LOW_RANK = ("column", "row", "lora")
 WHOLE = ("full", "buffer")
 

@@ -5,7 +5,8 @@ show FOLDER                   what it changes        (`sparsify adapter FOLDER` 
 verify FOLDER [--base MODEL]  whether its files are whole, and belong to this model
 merge MODEL ADAPTER… -o OUT   an ordinary model with the adapter, or a weighted sum of some, in its weights
 fuse A=0.5 B=0.5 -o OUT       one adapter that is the weighted sum of several
-export MODEL ADAPTER -o OUT   PEFT's LoRA folder that computes the same
+export MODEL ADAPTER -o OUT   PEFT's LoRA folder that computes the same; --to vllm refuses what vLLM would, and prints the line that serves
+verify FOLDER --for vllm      what vLLM makes of a PEFT folder: ranks, padding, refusals
 """
 
 from __future__ import annotations
@@ -17,18 +18,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sparsify.cli.files import PEFT_WEIGHTS, adapter, peft_shapes, size_of, what_is_at
-from sparsify.cli.model_folder import ADAPTER_FILE, PEFT_CONFIG, load_model, read_object
+from sparsify.cli.model_folder import ADAPTER_FILE, CONFIG, PEFT_CONFIG, load_model, read_object
 from sparsify.cli.prune import model_class, torch_dtype
 from sparsify.cli.rule import RuledGroup
 from sparsify.cli.tables import show as show_table
 from sparsify.console import one_line
 from sparsify.errors import InputError, SparsifyError
 from sparsify.files.atomic import write_text
+from sparsify.files.hub import is_hub_name
+
+if TYPE_CHECKING:
+    from sparsify.adapters.vllm_check import VllmReport
 
 OTHER_WORDS = {"list": "ls", "info": "show", "inspect": "show", "print": "show", "check": "verify", "validate": "verify", "combine": "fuse",
                "add": "fuse", "convert": "export", "to-peft": "export", "merge-and-unload": "merge", "unload": "merge"}  # fmt: skip
@@ -69,6 +74,11 @@ Dry = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what
 AsJson = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
 Model = Annotated[Path, typer.Argument(help="The Hugging Face folder of the model that it was trained on.")]
 Dtype = Annotated[str, typer.Option(help="Of the weights: auto (as stored), fp32, bf16 or fp16.")]
+
+MaxRank = Annotated[
+    int | None,
+    typer.Option("--max-lora-rank", min=1, help="Of the vLLM server that there is. Default: what is needed."),
+]
 
 adapters.command("show")(adapter)
 
@@ -170,10 +180,15 @@ def verify(
     base: Annotated[
         Path | None, typer.Option("--base", help="Also whether it was trained on the model in this folder.")
     ] = None,
+    engine: Annotated[
+        str | None, typer.Option("--for", help="vllm: what vLLM makes of a PEFT folder, or why it would refuse it.")
+    ] = None,
+    most: MaxRank = None,
     as_json: AsJson = False,
 ) -> None:
     """Check an adapter: every byte against its hash, every name and shape, and with --base whether it belongs to a model."""
     kind = adapter_kind(folder)
+    check_engine(engine, kind, folder, most)
     if kind == "adapter":
         from sparsify.adapters import adapter as files
 
@@ -193,15 +208,47 @@ def verify(
             "adapter": f"; trained on {base}",
             "peft": f"; fits {base} (PEFT's files do not say on which values)",
         }[kind]
+    done: dict[str, Any] = {
+        "folder": str(folder),
+        "kind": kind,
+        "weights": weights,
+        "base": str(base or ""),
+        "fine": True,
+    }
+    served = of_vllm(folder, most, base) if engine == "vllm" else None
+    if served is not None:
+        done |= {"vllm": served.document(), "fine": served.fine}
     if as_json:
-        typer.echo(
-            json.dumps(
-                {"folder": str(folder), "kind": kind, "weights": weights, "base": str(base or ""), "fine": True},
-                indent=1,
-            )
-        )
+        typer.echo(json.dumps(done, indent=1))
     else:
         typer.echo(one_line(f"{folder}: fine; {weights} weights; {checked}"))
+        if served is not None:
+            typer.echo(str(served))
+            typer.echo(served.command(folder.resolve().name, str(folder)) if served.fine else "", nl=served.fine)
+    if served is not None and not served.fine:
+        raise InputError(f"{folder}: vLLM would refuse it: {served.refusals[0]}")
+
+
+def check_engine(engine: str | None, kind: str, folder: Path, most: int | None) -> None:
+    """Raises InputError for an engine that nobody knows, or a folder that it does not read."""
+    if engine not in (None, "vllm"):
+        raise InputError(f"--for {engine!r}: expected vllm")
+    if engine is None and most is not None:
+        raise InputError("--max-lora-rank is a setting of vLLM's: give --for vllm beside it")
+    if engine == "vllm" and kind != "peft":
+        raise InputError(
+            f"{folder}: vLLM reads PEFT's folders: `sparsify adapter export MODEL {folder} --to vllm -o OUT` first"
+        )
+
+
+def of_vllm(folder: Path, most: int | None, base: Path | None) -> VllmReport:
+    """What vLLM makes of a PEFT folder."""
+    from sparsify.adapters.vllm_check import check_for_vllm
+
+    config = read_object(folder / PEFT_CONFIG)
+    place = base or Path(str(config.get("base_model_name_or_path") or ""))
+    found = read_object(place / CONFIG).get("model_type") if (place / CONFIG).is_file() else None
+    return check_for_vllm(config, peft_shapes(folder), most, found if isinstance(found, str) else None)
 
 
 def adapter_kind(folder: Path) -> str:
@@ -219,7 +266,8 @@ def serving(folder: Path, given: list[str], dtype: str) -> tuple[Any, list[str]]
     from sparsify.cli.text_model import named_folders, with_adapters
 
     for place in named_folders(given).values():
-        adapter_kind(place)
+        if Path(place).exists() or not is_hub_name(place):
+            adapter_kind(Path(place))
     if not folder.exists():
         raise InputError(f"'{folder}' does not exist")
     model, missing, _ = load_model(folder, model_class(folder), torch_dtype(dtype) or "auto")
@@ -328,6 +376,7 @@ def export(
         str,
         typer.Option(help="What to do with scattered entries, which are no LoRA: refuse, or merge them into OUT/base."),
     ] = "refuse",
+    most: MaxRank = None,
     dtype: Dtype = "auto",
     dry_run: Dry = False,
     as_json: AsJson = False,
@@ -337,21 +386,28 @@ def export(
 
     if to not in ("peft", "vllm"):
         raise InputError(f"--to {to!r}: expected peft or vllm")
+    if most is not None and to != "vllm":
+        raise InputError("--max-lora-rank is a setting of vLLM's: give --to vllm beside it")
     check_new(out, InputError)
     host, names = serving(model, [f"adapter={folder}"], dtype)
     host.sparsify.set_adapter(names[0])
     with scratch() if dry_run else new_folder(out, InputError) as begun:
-        host.sparsify.export_lora(begun, names[0], sparse=sparse)
+        host.sparsify.export_lora(begun, names[0], sparse=sparse, engine=to, max_lora_rank=most)
         config = read_object(begun / PEFT_CONFIG)
         base = config.get("base_model_name_or_path")
         if isinstance(base, str) and base.startswith(str(begun)):  # of sparse="merge", which lies beside it
             config["base_model_name_or_path"] = str(out) + base[len(str(begun)) :]
             write_text(begun / PEFT_CONFIG, json.dumps(config, indent=2))
         rank = lora_rank(peft_shapes(begun))
-        if to == "vllm":
-            check_vllm(config)
+        served = of_vllm(begun, most, model) if to == "vllm" else None
     done = {"out": str(out), "rank": rank, "to": to, "written": not dry_run}
-    report(done, f"PEFT LoRA of rank {rank}{flags(to, rank)}", as_json)
+    if served is None:
+        report(done, f"PEFT LoRA of rank {rank}", as_json)
+        return
+    line = served.command(folder.resolve().name, str(out.resolve()))
+    report(done | {"vllm": served.document(), "serve": line}, f"PEFT LoRA of rank {rank}", as_json)
+    if not as_json:
+        typer.echo(f"{served}\n{line}")
 
 
 @contextmanager
@@ -365,30 +421,6 @@ def lora_rank(shapes: dict[str, tuple[int, ...]]) -> int:
     """The largest rank among the factors of a PEFT adapter."""
     return max(
         (shape[0] for name, shape in shapes.items() if "lora_A" in name or "lora_embedding_A" in name), default=0
-    )
-
-
-def check_vllm(config: dict[str, Any]) -> None:
-    """Raises InputError for what vLLM's LoRA has no place for."""
-    if config.get("modules_to_save"):
-        full = config["modules_to_save"][0]
-        raise InputError(
-            f"vLLM serves low-rank changes alone, and {full!r} trained in full: merge instead (`sparsify adapter merge`)"
-        )
-    if config.get("bias", "none") != "none":
-        raise InputError(
-            "vLLM serves low-rank changes alone, and biases trained: merge instead (`sparsify adapter merge`)"
-        )
-
-
-def flags(to: str, rank: int) -> str:
-    served = next((r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= rank), None)
-    if to != "vllm":
-        return ""
-    return (
-        f"; vllm serve … --enable-lora --max-lora-rank {served}"
-        if served
-        else "; more than vLLM's largest rank, 512: merge instead"
     )
 
 

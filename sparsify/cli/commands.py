@@ -22,6 +22,7 @@ from sparsify.cli.generate import chat, generate
 from sparsify.cli.plan import plan
 from sparsify.cli.prune import prune
 from sparsify.cli.rule import RuledGroup, reading
+from sparsify.cli.serve import serve
 from sparsify.console import one_line
 from sparsify.errors import InputError
 from sparsify.version import __version__
@@ -135,6 +136,7 @@ app.command()(finetune)
 app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(chat)
+app.command()(serve)
 
 
 def main() -> None:

@@ -17,7 +17,11 @@ def evaluate(
     data: Annotated[Path, typer.Argument(help="Rows: .jsonl, .parquet, or a folder that `datasets` saved.")],
     adapter: Annotated[
         list[str] | None,
-        typer.Option("--adapter", "-a", help="An adapter folder, or name=folder. Repeatable; each is measured."),
+        typer.Option(
+            "--adapter",
+            "-a",
+            help="An adapter folder (or owner/name of a hub), or name=folder. Repeatable; each is measured.",
+        ),
     ] = None,
     base: Annotated[bool, typer.Option("--base/--no-base", help="Measure the model without an adapter too.")] = True,
     format: Annotated[str, typer.Option(help="auto, messages, text or prompt-completion.")] = "auto",

@@ -16,7 +16,11 @@ from sparsify.errors import InputError
 Model = Annotated[Path, typer.Argument(help="A Hugging Face model folder.")]
 Adapters = Annotated[
     list[str] | None,
-    typer.Option("--adapter", "-a", help="An adapter folder, or name=folder. Several are mixed, see --mix."),
+    typer.Option(
+        "--adapter",
+        "-a",
+        help="An adapter folder (or owner/name of a hub), or name=folder. Several are mixed, see --mix.",
+    ),
 ]
 Mix = Annotated[
     str | None, typer.Option("--mix", help="Weights of several adapters: a=0.5,b=0.5. Default: equal shares.")

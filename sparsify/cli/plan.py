@@ -276,12 +276,12 @@ def table(found: Estimate) -> list[list[str]]:
 
 
 def more(found: Estimate) -> list[str]:
-    from sparsify.planner.candidates import vllm_rank
+    from sparsify.adapters.vllm_check import served_rank
     from sparsify.show.report import human
 
     rank = "not possible: scattered entries are no LoRA"
     if found.lora_rank is not None:
-        serves = vllm_rank(found.lora_rank)
+        serves = served_rank(found.lora_rank)
         rank = (
             f"rank {found.lora_rank}, {f'vLLM needs --max-lora-rank {serves}' if serves else 'more than vLLM serves'}"
         )

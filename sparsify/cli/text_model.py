@@ -51,9 +51,9 @@ def with_adapters(model: Any, given: Sequence[str]) -> tuple[Any, list[str]]:
     return sparsify.load(model, folders, active=None), list(folders)
 
 
-def named_folders(given: Sequence[str]) -> dict[str, Path]:
-    """Name → folder of "folder" or "name=folder"; a folder is called by its last name. Raises InputError."""
-    found: dict[str, Path] = {}
+def named_folders(given: Sequence[str]) -> dict[str, str]:
+    """Name → folder (or name of a hub) of "folder" or "name=folder"; a folder is called by its last name. Raises InputError."""
+    found: dict[str, str] = {}
     for word in given:
         name, equals, folder = word.partition("=")
         if not equals or Path(word).exists():
@@ -62,7 +62,7 @@ def named_folders(given: Sequence[str]) -> dict[str, Path]:
             raise InputError(f"{word!r}: expected a folder, or name=folder")
         if name in found:
             raise InputError(f"two adapters would be called {name!r}: write name=folder")
-        found[name] = Path(folder)
+        found[name] = folder
     return found
 
 

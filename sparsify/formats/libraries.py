@@ -13,7 +13,9 @@ def bitsandbytes() -> ModuleType:
     try:
         import bitsandbytes.functional as functional
     except ImportError as error:
-        raise PlanError("Quantize('nf4' or 'int8') needs bitsandbytes: pip install 'sparsify-compiler[quant]'") from error
+        raise PlanError(
+            "Quantize('nf4' or 'int8') needs bitsandbytes: pip install 'sparsify-compiler[quant]'"
+        ) from error
     return functional
 
 

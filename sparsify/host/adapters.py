@@ -15,9 +15,11 @@ from sparsify.adapters import adapter as files
 from sparsify.adapters import peft_format
 from sparsify.adapters.adapter import Adapter, Delta
 from sparsify.errors import AdapterError
+from sparsify.files.hub import is_hub_name
 from sparsify.files.kinds import refuse_two_adapters
 from sparsify.files.ranks import on_first_rank
 from sparsify.host.same_base import in_pieces
+from sparsify.host.serving import check_folder
 from sparsify.host.switch import BUFFERS
 from sparsify.methods.part import Snapshot
 from sparsify.model.linears import is_conv1d, owner_name
@@ -106,6 +108,8 @@ def load_adapter(
     """See `Handle.load_adapter`."""
     handle.need_unmerged("load_adapter")
     where = str(directory)
+    if isinstance(directory, str) and is_hub_name(directory) and not os.path.lexists(directory):
+        directory = check_folder(directory)
     refuse_two_adapters(directory)
     foreign = peft_format.is_peft(directory)
     if foreign:

@@ -11,6 +11,7 @@ import torch
 
 from sparsify.adapters import peft_export
 from sparsify.adapters.adapter import Adapter
+from sparsify.adapters.vllm_check import check_for_vllm
 from sparsify.errors import AdapterError
 from sparsify.files.atomic import check_target, reported
 from sparsify.host.adapters import DEFAULT, WHOLE, write_once
@@ -20,6 +21,8 @@ from sparsify.modules.exact import changed
 if TYPE_CHECKING:
     from sparsify.host.handle import Handle
 
+REASONS_SHOWN = 4
+
 
 def export_lora(
     handle: Handle,
@@ -28,8 +31,14 @@ def export_lora(
     *,
     sparse: str = "refuse",
     changed_base: str = "refuse",
+    engine: str = "peft",
+    max_lora_rank: int | None = None,
 ) -> Path:
     """See `Handle.export_lora`."""
+    if engine not in ("peft", "vllm"):
+        raise AdapterError(f"export_lora: engine must be 'peft' or 'vllm', got {engine!r}")
+    if max_lora_rank is not None and engine != "vllm":
+        raise AdapterError("export_lora: max_lora_rank is a setting of vLLM's; pass engine='vllm' beside it")
     if sparse not in ("refuse", "merge"):
         raise AdapterError(f"export_lora: sparse must be 'refuse' or 'merge', got {sparse!r}")
     if changed_base not in ("refuse", "keep"):
@@ -52,12 +61,27 @@ def export_lora(
                 f"export_lora: {one.param} has a sparse part of {one.channels.numel()} scattered entries, which no low-rank "
                 "matrix of useful rank equals; merge() and save the whole model, or pass sparse='merge' to fold it into the base"
             )
-        path = str(write_sparse_base(handle, source, Path(directory) / "base"))
+        path = str(Path(directory) / "base")
     elif changed_base == "refuse":
         say_base_changed(handle)
     kept = Adapter(rest, source.bases, source.info)
     exported = peft_export.export(kept, handle.host, handle.shapes(), handle.dense_base, path)
+    if engine == "vllm":
+        check_served(handle, exported, max_lora_rank)
+    if len(rest) < len(source.deltas):
+        write_sparse_base(handle, source, Path(directory) / "base")
     return write_once(handle, lambda: exported.write(directory), directory)
+
+
+def check_served(handle: Handle, exported: peft_export.Exported, max_lora_rank: int | None) -> None:
+    """Raises AdapterError with every reason why vLLM would not take the folder."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in exported.tensors.items()}
+    kind = getattr(getattr(handle.host, "config", None), "model_type", None)
+    report = check_for_vllm(exported.config, shapes, max_lora_rank, kind)
+    if not report.fine:
+        reasons = "; ".join(map(str, report.refusals[:REASONS_SHOWN]))
+        more = f"; {len(report.refusals) - REASONS_SHOWN} more" if len(report.refusals) > REASONS_SHOWN else ""
+        raise AdapterError(f"export_lora: vLLM would not take this adapter. {reasons}{more}")
 
 
 def say_base_changed(handle: Handle) -> None:

@@ -27,15 +27,20 @@ def fuse_adapters(handle: Handle, weights: Mapping[str, float], name: str) -> Ad
 
 def overlap(handle: Handle, first: str, second: str) -> tuple[Conflict, ...]:
     """See `Handle.overlap`."""
-    mine, other = (group_by_param(handle.get(name), buffers=False) for name in (first, second))
+    return meetings((first, second), handle.get(first), handle.get(second))
+
+
+def meetings(names: tuple[str, str], first: Adapter, second: Adapter) -> tuple[Conflict, ...]:
+    """Where two adapters change the same channels or entries of one weight. names: what they are called."""
+    mine, other = (group_by_param(adapter, buffers=False) for adapter in (first, second))
     found = []
     for param in mine:
         kinds = ({d.kind for d in mine[param]}, {d.kind for d in other.get(param, [])})
         if kinds[1] and (kinds[0] != kinds[1] or kinds[0] - {"column", "row", "sparse"} or len(kinds[0]) > 1):
-            found.append(Conflict(param, (first, second), 1, 1, "whole"))
+            found.append(Conflict(param, names, 1, 1, "whole"))
             continue
         for a, b in zip(mine[param], other.get(param, []), strict=False):
             counts = torch.cat([a.channels, b.channels]).unique(return_counts=True)[1]
             if bool((counts > 1).any()):
-                found.append(Conflict(param, (first, second), int((counts > 1).sum()), counts.numel(), a.kind))
+                found.append(Conflict(param, names, int((counts > 1).sum()), counts.numel(), a.kind))
     return tuple(found)

@@ -214,9 +214,11 @@ class Handle:
     # --- tensors ---------------------------------------------------------------------------------------------------------
 
     def module(self, param: str) -> nn.Module:
+        """The module of the host that owns a parameter."""
         return self.host.get_submodule(owner_name(param))
 
     def stored(self, param: str) -> nn.Parameter:
+        """A parameter of the host as it lies there."""
         return getattr(self.module(param), param.rpartition(".")[2])
 
     def own(self, param: str) -> nn.Parameter:
@@ -228,6 +230,7 @@ class Handle:
         return weight
 
     def layout(self, param: str) -> Layout:
+        """How the weights of a module lie, against the original order."""
         return self.layouts.get(owner_name(param)) or Layout()
 
     @property
@@ -236,6 +239,7 @@ class Handle:
         return self.serving and bool(self.hashes)
 
     def is_packed(self, param: str) -> bool:
+        """Whether a weight is stored quantised."""
         return isinstance(self.module(param), QuantizedMixin)
 
     def shapes(self) -> dict[str, torch.Size]:
@@ -291,8 +295,9 @@ class Handle:
 
     @writes
     def load_adapter(self, directory: str | os.PathLike[str], name: str = DEFAULT, *, strict: bool = True) -> None:
-        """Read an adapter (ours, or a PEFT LoRA directory) and keep it under `name`; `set_adapter(name)` makes it active.
+        """Read an adapter and keep it under `name`; `set_adapter(name)` makes it active.
 
+        directory: ours, or a PEFT LoRA directory, or `owner/name[@revision]` of a model hub.
         strict: refuse an adapter that was trained on another base (PEFT's files do not say). Nothing of the model is touched.
         """
         load_adapter(self, directory, name, strict=strict)
@@ -324,6 +329,7 @@ class Handle:
         return overlap(self, first, second)
 
     def need_base(self, part: LivePart[TrainedPart, AdaptedMixin], verb: str) -> None:
+        """Raise AdapterError where the base below a trained part is not known."""
         if not part.base_known:
             raise AdapterError(
                 f"{verb}: a state dict that was loaded brought another base for {part.param}, and what that base holds where this "
@@ -414,12 +420,14 @@ class Handle:
         reset_to_base(self)
 
     def require_default(self, verb: str) -> None:
+        """Raise SparsifyError unless an adapter is active that trains."""
         if not self.active.trainable:
             raise SparsifyError(f"{verb}: make a trained adapter active first (now: {self.active})")
 
     # --- folding ---------------------------------------------------------------------------------------------------------
 
     def need_unmerged(self, verb: str) -> None:
+        """Raise SparsifyError while an adapter is merged."""
         if self.merged:
             raise SparsifyError(f"{verb}: the adapter is merged into the weights; call unmerge() first")
 
@@ -474,6 +482,7 @@ class Handle:
         return save_sparse(state, Path(path), masks=masks, **options)
 
     def mask_original(self, name: str, mask: Bool[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
+        """A mask of a stored weight in original coordinates."""
         return self.layout(name).to_original(name.rpartition(".")[2], mask)
 
     @writes
@@ -520,6 +529,8 @@ class Handle:
         *,
         sparse: str = "refuse",
         changed_base: str = "refuse",
+        engine: str = "peft",
+        max_lora_rank: int | None = None,
     ) -> Path:
         """Write an adapter as a PEFT LoRA directory that computes the same logits.
 
@@ -528,8 +539,14 @@ class Handle:
         After Quantize or Prune the adapter belongs to the changed base, which PEFT must be given: a warning says so after
         Quantize, and after Prune it is refused, unless `changed_base="keep"` says that PEFT will load it over the same changed base.
         What trained in full is written where PEFT loads it to the same function, see `sparsify.adapters.peft_export`.
+
+        engine: who reads the directory. "vllm" writes the same files, and refuses with every reason, before anything is written, what
+        vLLM would refuse: what trained in full, biases, embeddings, packed experts, ranks above `max_lora_rank` (None: above 512).
+        `sparsify.adapters.vllm_check.check_for_vllm` is that report: rank and padding of every linear, and the line that serves it.
         """
-        return export_lora(self, directory, name, sparse=sparse, changed_base=changed_base)
+        return export_lora(
+            self, directory, name, sparse=sparse, changed_base=changed_base, engine=engine, max_lora_rank=max_lora_rank
+        )
 
 
 class SparseOptions(TypedDict, total=False):

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from sparsify.adapters import adapter as files
 from sparsify.adapters import peft_format
 from sparsify.errors import AdapterError, SparsifyError
+from sparsify.files.hub import hub_folder, is_hub_name
 from sparsify.files.strict_json import short
 from sparsify.formats import pack, unpack
 from sparsify.plan import Plan, Quantize, Rule
@@ -61,20 +62,21 @@ def is_path(value: object) -> bool:
     return isinstance(value, str | os.PathLike)
 
 
+#: what an adapter consists of, ours and PEFT's, in a repository of a hub
+HUB_FILES = (files.TENSORS, files.DOCUMENT, peft_format.CONFIG, peft_format.TENSORS)
+
+
 def check_folder(folder: AdapterPath) -> Path:
+    """The folder of an adapter; a name of a model hub (`owner/name`, `owner/name@revision`) becomes its folder in the hub's cache."""
     path = Path(folder)
     try:
         there = path.is_dir() or path.is_file()
     except (OSError, ValueError):
         there = False
-    if not there:
-        hint = ""
-        if str(folder).count("/") == 1 and not str(folder).startswith(("/", ".", "~")):
-            hint = (
-                "; names of a model hub are not downloaded: fetch the files first (huggingface_hub.snapshot_download) and pass their "
-                "folder"
-            )
-        raise AdapterError(f"load: {short(str(folder))} is no folder on this machine{hint}")
+    if not there and isinstance(folder, str) and is_hub_name(folder):
+        path = hub_folder(folder, HUB_FILES, AdapterError)
+    elif not there:
+        raise AdapterError(f"load: {short(str(folder))} is no folder on this machine")
     if path.is_dir() and not peft_format.is_peft(path) and not (path / files.TENSORS).exists():
         raise AdapterError(
             f"load: {path} holds no adapter: neither {files.TENSORS}, which save_adapter writes, nor PEFT's {peft_format.CONFIG}"

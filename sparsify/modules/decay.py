@@ -34,7 +34,7 @@ def param_groups(
 
     "sparse" RoSA's S (`sparse_lr`, no decay), "lora" low-rank factors (`lora_lr`, decay), "values" S2FT's and PaCA's channels (`lr`, no
     decay), "rest" everything else that trains (`lr`, decay). The rates default to `lr`; RoSA's paper has 2e-4 for S and 7e-4 for A, B.
-    model: a host, wrapped (DDP, `torch.compile`) or not.
+    weight_decay: of the groups that have decay. model: a host, wrapped (DDP, `torch.compile`) or not.
     """
     values = {id(model.get_parameter(name)) for name in value_names(model)}
     named: dict[str, list[nn.Parameter]] = {"sparse": [], "lora": [], "values": [], "rest": []}

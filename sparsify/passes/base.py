@@ -39,6 +39,7 @@ WEAKEST_LAST: tuple[Preserves, ...] = ("exactly", "rounding", "nothing")
 class Context:
     """What passes may look at besides the program.
 
+    plan: what the user asked for. progress: whether bars and stages are shown.
     calibration: batches (mappings, tuples or tensors) for data-driven selections.
     loss: `loss(outputs, batch)` for gradient scores; None takes `outputs.loss`.
     resume_dir: folder in which interrupted pruning is kept and continued.
@@ -70,6 +71,7 @@ class PassResult:
 class Pass:
     """One transformation: `run(program, context)` takes a program at stage `reads` and returns one at stage `writes`.
 
+    name: in errors, in the report's history, and for `insert_after`.
     preserves: how far the outputs of the program are those of before: "exactly" (bit for bit), "rounding" (sums in another order) or
     "nothing" (it is meant to change them).
     """

@@ -203,6 +203,7 @@ class Rule:
         return (self.match,) if isinstance(self.match, str) else tuple(self.match)
 
     def matches(self, *names: str) -> bool:
+        """Whether the rule is for a module that has one of these names."""
         return any(matches(pattern, name) for pattern in self.patterns for name in names)
 
     def is_named(self, *names: str) -> bool:
@@ -215,6 +216,7 @@ class Rule:
         return [p for p in self.patterns if not any(matches(p, name) for name in names)]
 
     def to_dict(self) -> dict[str, Any]:
+        """The rule as JSON holds it: its name under "rule", and every field."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {"rule": type(self).__name__, **{k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}}
 
@@ -302,6 +304,7 @@ class LinearRule(Rule):
         check_patterns(type(self).__name__, "exclude", self.exclude)
 
     def matches(self, *names: str) -> bool:
+        """Whether the rule is for a module that has one of these names."""
         excluded = any(matches(pattern, n) for n in names for pattern in self.exclude)
         return super().matches(*names) and (not excluded or (self.exclude == HEADS and self.is_named(*names)))
 
@@ -396,6 +399,7 @@ class RoSA(LinearRule):
         default stays what the paper's results were made with. The first three, without calibration batches, are left open: the
         low-rank part trains alone until `sparsify.train.rosa` collects them (the paper's schedule).
     dropout: on the input of the low-rank part only (the paper has 0.05); at 0, the default here and of `LoRA`, no mask is made or kept.
+    rslora: scale by `alpha / √rank` instead of `alpha / rank`.
     """
 
     rank: int | Mapping[str, int] = field(default=16, kw_only=False)
@@ -416,6 +420,7 @@ class RoSA(LinearRule):
             raise PlanError(f"{type(self).__name__}: rank 0 and density 0 leave nothing to train")
 
     def scale(self, rank: int) -> float:
+        """What the product of the two factors is multiplied by."""
         if rank == 0:
             return 1.0
         alpha = rank if self.alpha is None else self.alpha
@@ -447,6 +452,7 @@ class LoRA(LinearRule):
             raise PlanError(f"LoRA(dropout={self.dropout}): 0 ≤ dropout < 1 is needed")
 
     def scale(self, rank: int) -> float:
+        """What the product of the two factors is multiplied by."""
         alpha = 2 * rank if self.alpha is None else self.alpha
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from tqdm import tqdm
 
+from sparsify.adapters.vllm_check import served_rank
 from sparsify.calibration.statistics import need_batches
 from sparsify.console import one_line, printable, stage
 from sparsify.errors import PlanError, SparsifyError
 from sparsify.plan import Plan
-from sparsify.planner.candidates import LEVELS, SIZES, Candidate, Choices, between, check_methods, replaced, vllm_rank
+from sparsify.planner.candidates import LEVELS, SIZES, Candidate, Choices, between, check_methods, replaced
 from sparsify.planner.estimate import Estimate, Traces, estimate
 from sparsify.planner.limits import Limits, checked_goal, duration, size
 from sparsify.planner.sensitivity import field_of, measure, uniform
@@ -43,6 +44,7 @@ WHOLE = 48
 class AutoPlan:
     """What `autoplan` chose. `plan` goes to `sparsify.compile`; the rest says how it was found.
 
+    batch, length: rows of one process and tokens of a row, as given. reasons: sentences that say why, printed below the plan.
     recompute: whether it needs gradient checkpointing (`model.gradient_checkpointing_enable()`). chosen: the plan's own row.
     alternatives: everything that was looked at and refused, with the reason. estimate: memory, counted. time: of a step, measured; None
     without a budget of time. steps: of the optimizer; None without `tokens`.
@@ -129,7 +131,7 @@ def autoplan(
         everywhere alike and are chosen at random. loss: as for `compile`.
     methods: of S2FT, PaCA, RoSA, LoRA. max_lora_rank: what an export as LoRA may need (RoSA has none).
     goal: what is best among what fits: "accuracy" (most of the squared gradient reached), "memory" or "time" (the least).
-    world, sharded: processes of DDP, or with `sharded` of FSDP2.
+    world, sharded: processes of DDP, or with `sharded` of FSDP2. seed: of the plan. progress: show bars and stages on stderr.
 
     Packing the base and computing blocks again (gradient checkpointing) are given up to only when nothing fits without: `base` of the
     chosen candidate and `recompute` say so.
@@ -355,7 +357,7 @@ class Search:
         )
         lines += [note] if note else []
         rank = counted.lora_rank
-        serves = vllm_rank(rank)
+        serves = served_rank(rank)
         if rank is None:
             lines.append("as LoRA: not possible, scattered entries are no LoRA")
         else:

@@ -30,8 +30,6 @@ DENSITY = 0.0004  # of RoSA's sparse part, for each rank: 16 and 0.64 %, as in t
 LEVELS = ((None, False), (None, True), ("int8", False), ("int8", True), ("nf4", False), ("nf4", True))
 """(format of the base, blocks computed again): what is given up, one after the other, when nothing fits. Recomputing costs time and no
 accuracy, eight bits hardly any, four bits some."""
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes as `max_lora_rank`."""
 
 
 @dataclass(frozen=True)
@@ -299,11 +297,6 @@ def pattern_of(repeat: Repeat, blocks: Sequence[int]) -> str:
     return f"{repeat.path}.{{{text}}}.*"
 
 
-def vllm_rank(rank: int | None) -> int | None:
-    """The smallest `max_lora_rank` of vLLM that serves an adapter; None where there is none."""
-    return next((r for r in VLLM_RANKS if rank is not None and r >= rank), None)
-
-
 def between(x: float, low: tuple[float, float], high: tuple[float, float]) -> float:
     """The value at x on the line through (x, value) of a smaller and a larger size."""
     if high[0] == low[0]:
@@ -315,4 +308,4 @@ def replaced(candidate: Candidate, **changes: Any) -> Candidate:
     return dataclasses.replace(candidate, **changes)
 
 
-__all__ = ["DENSITY", "LEVELS", "SIZES", "Candidate", "Choices", "between", "check_methods", "replaced", "vllm_rank"]
+__all__ = ["DENSITY", "LEVELS", "SIZES", "Candidate", "Choices", "between", "check_methods", "replaced"]

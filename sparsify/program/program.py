@@ -99,6 +99,7 @@ class Program:
         args: tuple[object, ...],
         kwargs: dict[str, object],
     ) -> Program:
+        """The program of an export of `host`, traced with `args` and `kwargs`, at stage CAPTURED."""
         signature = exported.graph_signature
         named: dict[str, tuple[Literal["parameter", "buffer", "constant"], str]] = {}
         kinds: tuple[tuple[Mapping[str, str], Literal["parameter", "buffer", "constant"]], ...] = (
@@ -276,6 +277,7 @@ class Program:
 
     @property
     def graph(self) -> fx.Graph:
+        """The graph that runs, with weights as placeholders."""
         return self.graph_module.graph
 
     @property
@@ -418,6 +420,7 @@ class Program:
         return pytree.tree_unflatten(list(outputs)[self.mutations :], self.out_spec)
 
     def run_example(self) -> object:
+        """The outputs on the example of the trace."""
         args, kwargs = self.example
         return self(*args, **kwargs)
 

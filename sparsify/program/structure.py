@@ -121,14 +121,17 @@ class Structure:
     inner: Structure | None = None
 
     def with_role(self, *roles: Role) -> tuple[Site, ...]:
+        """Sites of these roles, in order."""
         return tuple(site for site in self.sites if site.role in roles)
 
     @property
     def consumers(self) -> tuple[Site, ...]:
+        """Sites that read the units: columns of Down, of O."""
         return tuple(site for site in self.sites if site.role in CONSUMERS)
 
     @property
     def producers(self) -> tuple[Site, ...]:
+        """Sites that make the units: rows of Up and Gate, of V."""
         return tuple(site for site in self.sites if site.role in PRODUCERS)
 
     def params(self) -> Iterator[str]:

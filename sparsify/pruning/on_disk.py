@@ -58,6 +58,8 @@ def prune_on_disk(
     build: makes the module with the names of the files; default: the class and config in `source/config.json`. It is called
         on the meta device and with `parameters_on_meta`, so it needs no memory for weights.
     example: one batch for the trace; Hugging Face models need none.
+    max_hessian_bytes: of SparseGPT's statistics that are held at once; more layers are collected in several rounds.
+    progress: show bars, and stages that take long, on stderr.
     dtype: floating weights are cast to it as they are read, and written so; None: as stored. `config.json` names it afterwards.
 
     Raises PlanError (another kind of rule, a rule that serves nothing, missing calibration, a `target` that holds another run) and

@@ -85,12 +85,14 @@ class Prune(Rule):
 
     @property
     def sparsities(self) -> tuple[float, ...]:
+        """Every share of zeros that the rule names."""
         if isinstance(self.sparsity, tuple):
             return tuple(s for _, s in self.sparsity)
         return (float(self.sparsity),) if isinstance(self.sparsity, int | float) else ()
 
     @property
     def needs_calibration(self) -> bool:
+        """Whether the method looks at data."""
         return self.method in NEEDS_DATA
 
     def sparsity_of(self, module: str) -> float | None:

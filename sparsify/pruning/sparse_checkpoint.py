@@ -77,7 +77,7 @@ class Entry:
 @printable
 @dataclass(frozen=True)
 class SizeReport:
-    """Bytes of tensor data: `dense` as an ordinary checkpoint has it, `sparse` as written; per tensor `(dense, sparse)`."""
+    """Bytes of tensor data: `dense` as an ordinary checkpoint has it, `sparse` as written; in `tensors` both by name."""
 
     dense: int
     sparse: int
@@ -320,10 +320,12 @@ class SparseCheckpoint:
             )
 
     def part(self, name: str) -> Tensor:
+        """One stored tensor as it lies in the file: a bitmask, survivors, or a plain tensor."""
         return self.file.read(name)
 
     @property
     def names(self) -> list[str]:
+        """Every tensor of the model, compressed ones first."""
         return [*self.entries, *self.plain]
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -350,6 +352,7 @@ class SparseCheckpoint:
         return flat.view(entry.dtype).view(entry.shape)
 
     def dtype(self, name: str) -> torch.dtype:
+        """Of a tensor in full; nothing is read."""
         return self.entries[name].dtype if name in self.entries else self.parts[name].dtype
 
     def dense(self) -> dict[str, Tensor]:

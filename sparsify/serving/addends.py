@@ -8,6 +8,7 @@ half of an adapter is another model.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 from sparsify.adapters import adapter as files
 from sparsify.adapters import peft_format
 from sparsify.adapters.adapter import Adapter, Delta
+from sparsify.adapters.fuse import fuse
 from sparsify.errors import AdapterError, PlanError
 from sparsify.files.kinds import refuse_two_adapters
 from sparsify.ops.adapter_tables import KINDS
@@ -40,38 +42,54 @@ class Image:
     def nbytes(self) -> int:
         return self.values.nbytes + self.places.nbytes
 
-    def kinds(self) -> dict[int, tuple[str, ...]]:
-        """Number of a weight → the kinds of addends that it gets."""
-        found: dict[int, list[str]] = {}
-        for number, kind in self.entries:
-            found.setdefault(number, []).append(kind)
-        return {number: tuple(kinds) for number, kinds in found.items()}
+    @functools.cached_property
+    def bits(self) -> int:
+        """Which kinds of addends each weight gets: bit `len(KINDS) · number + k` for KINDS[k]."""
+        return sum(1 << (len(KINDS) * number + KINDS.index(kind)) for number, kind in self.entries)
 
 
-def read_image(base: Base, folder: Path, dtype: torch.dtype, strict: bool) -> Image:
-    """Read, check and pack an adapter folder, ours or PEFT's. Raises AdapterError for whatever cannot be served, saying why."""
+@dataclass(frozen=True)
+class Mix:
+    """A weighted sum of adapters, as one. members: weight and folder."""
+
+    members: tuple[tuple[float, Path], ...]
+
+
+def read_adapter(base: Base, folder: Path, strict: bool) -> Adapter:
+    """Read an adapter folder, ours or PEFT's, and check it against the base. strict: refuse one that was trained on another base."""
     refuse_two_adapters(folder)
-    foreign = peft_format.is_peft(folder)
-    if foreign:
-        loaded = peft_format.read(folder, base.host, base.shapes, base.value)
+    if peft_format.is_peft(folder):
+        loaded, strict = peft_format.read(folder, base.reading, base.shapes, base.value), False
     else:
         loaded = files.load(folder)
         loaded = loaded.called({name: first for name, first in base.canonical.items() if name != first})
-    return make_image(base, loaded, str(folder), dtype, strict and not foreign)
+    check_adapter(base, loaded, str(folder), strict)
+    return loaded
 
 
-def make_image(base: Base, loaded: Adapter, where: str, dtype: torch.dtype, strict: bool) -> Image:
-    """Check an adapter against the base and pack it. strict: refuse one that was trained on another base."""
-    addends = list(as_addends(base, loaded, where))
-    weights = [delta for target, delta in addends if delta.kind != "full"]
+def check_adapter(base: Base, loaded: Adapter, where: str, strict: bool) -> None:
+    """Raise AdapterError for what is no addend, does not fit, or (strict) was trained on another base."""
+    weights = [delta for _, delta in as_addends(base, loaded, where) if delta.kind != "full"]
     if strict:
         check_quantised(base, loaded, where)
     files.check_fits(replace(loaded, deltas=tuple(weights)), base.shapes, Hashes(base), where, strict)
+
+
+def read_image(base: Base, source: Path | Mix, dtype: torch.dtype, strict: bool) -> Image:
+    """Read, check and pack an adapter. Raises AdapterError for whatever cannot be served, saying why."""
+    if isinstance(source, Path):
+        return make_image(base, read_adapter(base, source, strict), str(source), dtype)
+    weighted = [(weight, read_adapter(base, folder, strict)) for weight, folder in source.members]
+    return make_image(base, fuse(weighted), " + ".join(f"{w:g}·{folder}" for w, folder in source.members), dtype)
+
+
+def make_image(base: Base, loaded: Adapter, where: str, dtype: torch.dtype) -> Image:
+    """Pack an adapter that was checked."""
     values: list[Tensor] = []
     places: list[Tensor] = []
     entries: dict[tuple[int, str], tuple[int, int, int]] = {}
     first_value = first_place = trained = 0
-    for target, delta in addends:
+    for target, delta in as_addends(base, loaded, where):
         kind, count, flat, index = packed(base, target, delta)
         trained += delta.values.numel() + (0 if delta.a is None else delta.a.numel())
         flat = padded(flat.to(dtype))
@@ -123,7 +141,7 @@ def as_addends(base: Base, loaded: Adapter, where: str) -> Iterator[tuple[Target
             )
         elif delta.param not in base.shapes:
             raise AdapterError(f"{where}: the model has no parameter {delta.param!r}")
-        elif target is None:
+        elif target is None or delta.param in base.declined:
             raise AdapterError(f"{where}: {delta.param} takes no addend: {base.why_not(delta.param)}; {ALONE}")
         elif delta.kind not in ("column", "row", "sparse", "lora"):
             raise AdapterError(f"{where}: {delta.param} has a change of kind {delta.kind}, which is no addend; {ALONE}")
@@ -201,4 +219,4 @@ def padded(flat: Tensor) -> Tensor:
     return torch.cat([flat, flat.new_zeros(spare)]) if spare else flat.contiguous()
 
 
-__all__ = ["KINDS", "Image", "make_image", "read_image"]
+__all__ = ["KINDS", "Image", "Mix", "make_image", "read_adapter", "read_image"]

@@ -11,6 +11,7 @@ row, from slots (`sparsify.serving.store`); switching publishes a table and edit
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,35 +23,46 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.console import printable
-from sparsify.errors import AdapterError, SparsifyError
-from sparsify.host.install import install
+from sparsify.errors import AdapterError, Refusal, SparsifyError, StateError
+from sparsify.host.fuse_adapters import meetings
 from sparsify.host.live_state import OnHost
-from sparsify.host.quantized_bases import check_host
-from sparsify.host.serving import bare_program, check_folder
+from sparsify.host.mix import Conflict
+from sparsify.host.native_forward import NativeForward
+from sparsify.host.serving import check_folder, name_folders
 from sparsify.model.fast_paths import close_fast_paths
+from sparsify.model.module_tree import first_line
+from sparsify.modules.rows_of_gated import Gated
 from sparsify.planner.limits import size
 from sparsify.program.capture import unwrap
-from sparsify.serving.addends import read_image
-from sparsify.serving.modules import become_served
+from sparsify.serving.addends import Mix, read_adapter, read_image
+from sparsify.serving.base_copy import check_source, copy_base
+from sparsify.serving.check_rows import check_rows
+from sparsify.serving.modules import become_gated, become_served
 from sparsify.serving.names import BASE, check_name, check_names
-from sparsify.serving.route import Route, following
+from sparsify.serving.route import following
 from sparsify.serving.slots import Slots
 from sparsify.serving.store import Counts, Lease, SlotTimeout, Store
 from sparsify.serving.targets import Base, find_targets
 
 if TYPE_CHECKING:
-    from sparsify.host.serving import AdapterPath
+    from sparsify.host.serving import AdapterPath, AdapterPaths
+    from sparsify.program.values import Batch
 
 Model = TypeVar("Model", bound=nn.Module)
 
 #: arguments that have a row of the batch on their first axis, the first that is there counts
 ROWS = ("input_ids", "inputs_embeds", "inputs", "input_features", "input_values", "pixel_values", "decoder_input_ids")
+OUTSIDE = (
+    "adapter_names= is looked up outside of a compiled graph, so that one graph serves every layout of names: call host.compile(), "
+    "which does that; or, around what torch.compile(host) returned, with host.sparsify.using(names): …"
+)
+NO_NATIVE = "declined: it computes a token in one call, which has no place for what adapters add per row; PyTorch runs the layers"
 VALUES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def serve(
     model: Model,
-    adapters: Mapping[str, AdapterPath] | None = None,
+    adapters: AdapterPaths | None = None,
     *,
     folder: AdapterPath | None = None,
     slots: int = 32,
@@ -59,17 +71,23 @@ def serve(
     timeout: float | None = 60.0,
     dtype: torch.dtype | None = None,
     strict: bool = True,
+    example: Batch | None = None,
+    check: bool = True,
 ) -> Model:
     """A host that serves many adapters at once, one a row of the batch, and trains nothing.
 
     model: any `nn.Module` (a Hugging Face model for `generate`), dense or packed. It is not written to; the host shares its tensors.
-    adapters: name → folder, ours (`save_adapter`) or PEFT's LoRA; more with `host.sparsify.add`. They are read when first named.
+    adapters: name → folder, ours (`save_adapter`) or PEFT's LoRA; or a list of folders, called by their last name. They are read when
+        first named; `host.sparsify.add` adds more.
     folder: where adapters are found by name: `folder/<name>`. A name never leads out of it.
     slots: how many adapters are live at once. budget: bytes that they take on the model's device.
     host_budget: bytes of adapters that are kept, packed, in host memory beside that.
     timeout: seconds for which a request waits when all slots are held; None for ever.
     dtype: in which values are kept; that of the model's weights unless given. Sums are in fp32 at least.
     strict: refuse an adapter that was trained on another base (PEFT's files do not say on which).
+    example: a batch of two rows, with which it is checked (three forwards) that every linear sees the rows one after another. Hugging
+        Face models need none. Where the model cannot be run so, a batch takes one adapter for all its rows, and no mixture.
+    check: False takes that on trust.
 
     Returns the host in eval mode. `host(…, adapter_names=)` and `host.generate(…, adapter_names=)` take one name a row, "__base__" for
     none, or one name for all; without it the base computes. `host.sparsify` is a `ServingHandle`.
@@ -77,47 +95,65 @@ def serve(
     moved buffer, rows of an embedding, experts) raises AdapterError when it is named; others go on.
     """
     source = unwrap(model)
-    if isinstance(source.__dict__.get("sparsify"), ServingHandle):
-        raise SparsifyError("serve: this model is a serving host already; add adapters with model.sparsify.add")
     if type(slots) is not int or not 1 <= slots <= 4096:
         raise SparsifyError(f"serve: slots={slots!r}: expected a number from 1 to 4096")
     if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout >= 0):
         raise SparsifyError(f"serve: timeout={timeout!r}: expected seconds, or None")
     host, base = bare_host(source)
+    if check:
+        mixed, base.unchecked = check_rows(host, base.targets, example)
+        base.declined |= mixed
     device = next((t.device for t in (*host.parameters(), *host.buffers())), torch.device("cpu"))
     dtype = values_dtype(base) if dtype is None else dtype
     if dtype not in VALUES:
         raise SparsifyError(f"serve: dtype={dtype}: expected one of {', '.join(str(d) for d in VALUES)}")
     places = check_dir(folder) if folder is not None else None
-    tables = Slots(len(base.targets), slots, size(budget, "budget"), dtype, device)
+    try:
+        tables = Slots(len(base.targets), slots, size(budget, "budget"), dtype, device)
+    except (RuntimeError, MemoryError) as error:
+        raise SparsifyError(f"serve: budget={budget!r} cannot be had on {device}: {first_line(error)}") from None
     read = partial(read_image, base, dtype=dtype, strict=strict)
-    store = Store(read, tables, size(host_budget, "host_budget"), timeout, places)
+    store = Store(read, tables, size(host_budget, "host_budget"), timeout, places, base.unchecked)
     for target in base.targets.values():
         for module in target.modules:
             become_served(module, store, target.number)
+    for module in list(host.modules()):
+        if isinstance(module, Gated):
+            become_gated(module, store, host)
     close_fast_paths(host, [name.rpartition(".")[0] for t in base.targets.values() for name in t.names])
-    handle = ServingHandle(host, base, store)
+    handle = ServingHandle(host, base, store, has_native(source), strict)
     host.__dict__["sparsify"] = handle
     host.__dict__["forward"] = ServedForward(host)
     if callable(getattr(type(host), "generate", None)):
         host.__dict__["generate"] = ServedGenerate(host)
     host.__dict__["compile"] = ServedCompile(host)
-    for name, path in (adapters or {}).items():
+    for module in host.modules():
+        module.register_load_state_dict_pre_hook(refuse_state)
+    for name, path in name_folders(adapters, None).items() if adapters else ():
         handle.add(name, path)
     return host  # type: ignore[return-value]
 
 
 def bare_host(source: nn.Module) -> tuple[nn.Module, Base]:
     """A copy of the module tree over the same tensors, frozen and in eval mode, and the base as adapters see it."""
-    if "sparsify" in source.__dict__:
-        raise SparsifyError(
-            "serve: this model was compiled; pass the model that went into sparsify.compile, or model.sparsify.plain()"
-        )
-    check_host(source)
-    host, _ = install(bare_program(source, "serve: the model is not traced"), ())
-    host.__dict__.pop("_sparsify_hooks", None)
-    host.eval()
-    return host, find_targets(host, {}, {})
+    handle = check_source(source)
+    host = copy_base(source)
+    if handle is None:
+        return host, find_targets(host, {}, {})
+    return host, find_targets(host, handle.program.quantize, handle.hashes)
+
+
+def refuse_state(*_: object) -> None:
+    """Before a module of a serving host loads anything: its tensors are the base's own."""
+    raise StateError(
+        "load_state_dict: a serving host shares its tensors with the model that it was made of, and writes to none: load the state into "
+        "that model, then serve it"
+    )
+
+
+def has_native(source: nn.Module) -> bool:
+    """Whether the model's tokens are computed by one native call, where it was passed in."""
+    return isinstance(source.__dict__.get("forward"), NativeForward)
 
 
 def values_dtype(base: Base) -> torch.dtype:
@@ -144,17 +180,51 @@ def check_dir(folder: AdapterPath) -> Path:
 class ServingHandle:
     """`host.sparsify` of a serving host: adapters come and go, requests hold them while they run."""
 
-    def __init__(self, host: nn.Module, base: Base, store: Store) -> None:
-        self.host, self.base, self.store = host, base, store
+    def __init__(self, host: nn.Module, base: Base, store: Store, native: bool = False, strict: bool = True) -> None:
+        self.host, self.base, self.store, self.native, self.strict = host, base, store, native, strict
+
+    @property
+    def declined(self) -> tuple[Refusal, ...]:
+        """What takes no addend, and why; an adapter that changes one of these is refused."""
+        own = [Refusal(param, reason) for param, reason in self.base.declined.items()]
+        if self.base.unchecked:
+            own.append(Refusal("mixed batches", self.base.unchecked))
+        return (*own, *([Refusal("native step", NO_NATIVE)] if self.native else []))
 
     # --- adapters ----------------------------------------------------------------------------------------------------------------
 
-    def add(self, name: str, folder: AdapterPath) -> None:
+    def add(self, name: str, folder: AdapterPath | Mapping[str, float]) -> None:
         """Make an adapter known under a name. It is read when a request first names it.
 
-        Raises AdapterError for a name that is taken or cannot be one, and a folder that holds no adapter.
+        folder: where it lies; or weights of adapters that are known already (`{"math": 0.5, "law": 0.5}`), whose sum it is then, as
+        `Handle.fuse_adapters` makes it: best where they share nothing (`overlap`, `S2FT(avoid=…)`).
+        Raises AdapterError for a name that is taken or cannot be one, a folder that holds no adapter, and weights that are no numbers.
         """
-        self.store.register(check_name(name), check_folder(folder))
+        check_name(name)
+        self.store.register(name, self.mix(name, folder) if isinstance(folder, Mapping) else check_folder(folder))
+
+    def mix(self, name: str, weights: Mapping[str, float]) -> Mix:
+        members = []
+        for member, weight in weights.items():
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+                raise AdapterError(f"add {name!r}: the weight of {member!r} must be a finite number, got {weight!r}")
+            members.append((float(weight), self.folder_of(member)))
+        if not members:
+            raise AdapterError(f"add {name!r}: no adapter is named")
+        return Mix(tuple(members))
+
+    def folder_of(self, name: str) -> Path:
+        with self.store.changed:
+            folder = self.store.find(name).folder
+        if not isinstance(folder, Path):
+            raise AdapterError(f"{name!r} is a sum of adapters itself; name those")
+        return folder
+
+    def overlap(self, first: str, second: str) -> tuple[Conflict, ...]:
+        """Where two adapters change the same channels or entries of one weight; see `Handle.overlap`. Reads their files."""
+        strict = self.strict
+        read = [read_adapter(self.base, self.folder_of(name), strict) for name in (first, second)]
+        return meetings((first, second), *read)
 
     def remove(self, name: str) -> None:
         """Forget a name. Requests that hold it end with it; who waits for it is refused. Files stay."""
@@ -197,13 +267,16 @@ class ServingHandle:
 
         One name for all rows, or one a row. A batch may have a multiple of the rows that are named (beams next to each other).
         """
-        with self.lease(names, timeout) as lease, following(self.store.routing, lease.route()):
+        with self.lease(names, timeout) as lease, self.using_slots(lease.slots, lease):
             yield lease
 
     @contextmanager
-    def using_slots(self, lease: Lease, slots: Sequence[int] | Tensor) -> Iterator[None]:
-        """The same with slots of a lease, one a row; of a packed batch `(1, T)`, one a token (int64, on any device)."""
-        with following(self.store.routing, lease.route(slots)):
+    def using_slots(self, slots: Sequence[int] | Tensor, *leases: Lease) -> Iterator[None]:
+        """The same for a batch that several requests share: slots of their leases, one a row; of a packed batch `(1, T)`, one a token.
+
+        Raises AdapterError for a slot that no lease holds, and for leases that are closed.
+        """
+        with following(self.store.routing, self.store.route(slots, leases)):
             yield
 
     # --- looking -----------------------------------------------------------------------------------------------------------------
@@ -237,11 +310,13 @@ class ServingHandle:
         """What is served over what, as text."""
         now = self.status()
         packed = f", {len(self.base.quantize)} packed" if self.base.quantize else ""
+        notes = [str(refusal) for refusal in self.declined if " " in refusal.where]
         lines = [
             f"serving {type(self.host).__name__}: {len(self.base.targets)} weights take addends{packed}",
             f"slots {now['live']} of {now['slots']} live, {now['held']} held; {now['slot_bytes']:,} of {now['slot_budget']:,} bytes",
             f"adapters {now['known']} known, {now['in_memory']} in host memory ({now['host_bytes']:,} bytes)",
             f"loads {now['loads']}, evictions {now['evictions']}, waits {now['waits']}, refusals {now['refusals']}",
+            *notes,
         ]
         return "\n".join(lines)
 
@@ -283,6 +358,8 @@ class Named(OnHost):
     def __call__(self, *args: object, adapter_names: str | Sequence[str] | None = None, **kwargs: object) -> object:
         if adapter_names is None:
             return self.of_class(self.host, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            raise SparsifyError(OUTSIDE)
         handle: ServingHandle = self.host.__dict__["sparsify"]
         with routed(handle, self.of_class, adapter_names, args, kwargs):
             return self.of_class(self.host, *args, **kwargs)
@@ -341,4 +418,4 @@ class CompiledNames:
             return self.call(*args, **kwargs)
 
 
-__all__ = ["Lease", "Route", "ServingHandle", "SlotTimeout", "serve"]
+__all__ = ["Lease", "ServingHandle", "SlotTimeout", "serve"]

@@ -7,25 +7,32 @@ graphs, so one graph serves every layout of names.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from sparsify.ops.adapter_tables import KINDS
+
+#: bits of one weight → the kinds of addends
+COMBINED = tuple(tuple(kind for k, kind in enumerate(KINDS) if bits >> k & 1) for bits in range(1 << len(KINDS)))
+
 
 class Route:
-    """Rows sorted by slot (`sparsify.ops.adapter_tables`). kinds: number of a weight → kinds of addends that some row needs there."""
+    """Rows sorted by slot (`sparsify.ops.adapter_tables`). bits: which kinds of addends some row needs at which weight (`Image.bits`)."""
 
-    def __init__(
-        self, slots: Sequence[int] | Tensor, count: int, kinds: Mapping[int, tuple[str, ...]], device: torch.device
-    ) -> None:
+    def __init__(self, slots: Sequence[int] | Tensor, count: int, bits: int, device: torch.device) -> None:
         slot = torch.as_tensor(slots, dtype=torch.int64).to(device)
+        self.uniform = bool((slot == slot[:1]).all())
         self.order = slot.argsort(stable=True)
         self.offs = torch.zeros(count + 2, dtype=torch.int64, device=device)
         self.offs[1:] = torch.bincount(slot, minlength=count + 1).cumsum(0)
-        self.kinds = kinds
-        self.rows = slot.numel()
+        self.bits = bits
+
+    def kinds(self, number: int) -> tuple[str, ...]:
+        """Kinds of addends that some row needs at a weight."""
+        return COMBINED[self.bits >> len(KINDS) * number & len(COMBINED) - 1]
 
 
 class Routing(threading.local):

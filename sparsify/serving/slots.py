@@ -19,6 +19,7 @@ class Slots:
     """`count` slots besides the base's, over `nbytes` of memory. Whoever calls holds the store's lock."""
 
     def __init__(self, weights: int, count: int, nbytes: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.settings = (weights, count, nbytes, dtype, device)
         self.count, self.dtype = count, dtype
         nbytes = nbytes // ALIGN * ALIGN
         self.memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
@@ -71,6 +72,8 @@ class Slots:
         start = take(self.free, size)
         assert start is not None
         slot = self.free_slots.pop()
+        if self.memory.is_cuda:
+            torch.cuda.synchronize(self.memory.device)  # what read the last adapter here may still be queued
         first = start // self.values.element_size()
         self.values[first : first + image.values.numel()].copy_(image.values)
         place = (start + values) // 4

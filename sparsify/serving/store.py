@@ -11,6 +11,7 @@ refuses the leases that name it, and no others. A slot is filled while no batch 
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections import OrderedDict, deque
@@ -18,12 +19,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsify.errors import AdapterError, SparsifyError
-from sparsify.serving.addends import KINDS, Image
+from sparsify.serving.addends import KINDS, Image, Mix
 from sparsify.serving.modules import added
 from sparsify.serving.names import BASE, in_folder, listed, unknown
 from sparsify.serving.route import Route, Routing
@@ -42,7 +44,7 @@ class Entry:
     """One adapter by name. wanted: leases that wait for it; held: leases that have it. error: why the last attempt to read it failed."""
 
     name: str
-    folder: Path
+    folder: Path | Mix
     image: Image | None = None
     slot: int = 0
     wanted: int = 0
@@ -76,8 +78,15 @@ class Store:
     """See above. read: makes the image of a folder (called by the loader, without the lock)."""
 
     def __init__(
-        self, read: Callable[[Path], Image], slots: Slots, host_budget: int, timeout: float | None, folder: Path | None
+        self,
+        read: Callable[[Path | Mix], Image],
+        slots: Slots,
+        host_budget: int,
+        timeout: float | None,
+        folder: Path | None,
+        unmixed: str = "",
     ) -> None:
+        self.unmixed = unmixed  # why rows of one batch cannot have different adapters
         self.read, self.slots, self.host_budget = read, slots, host_budget
         self.timeout, self.folder = timeout, folder
         self.entries: dict[str, Entry] = {}
@@ -92,6 +101,17 @@ class Store:
         self.tables: list[dict[str, Tensor]] = []
         self.open_tables()
 
+    def __getstate__(self) -> dict[str, object]:
+        """Copies and pickles know the same adapters and hold none: slots are empty, nobody waits, the loader is not there."""
+        folders = {name: entry.folder for name, entry in self.entries.items()}
+        own = (self.read, self.slots.settings, self.host_budget, self.timeout, self.folder, self.unmixed)
+        return {"own": own, "folders": folders}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        read, settings, *rest = state["own"]
+        self.__init__(read, Slots(*settings), *rest)
+        self.entries = {name: Entry(name, folder) for name, folder in state["folders"].items()}
+
     def open_tables(self) -> None:
         self.tables = [self.slots.tables(number) for number in range(self.slots.table.shape[0])]
 
@@ -99,7 +119,7 @@ class Store:
 
     def add(self, number: int, route: Route, y: Tensor, x: Tensor) -> Tensor:
         """y of one linear plus what the adapters of the route's rows add there. In a compiled graph all kinds are looked at."""
-        kinds = KINDS if torch.compiler.is_compiling() else route.kinds.get(number, ())
+        kinds = KINDS if torch.compiler.is_compiling() else route.kinds(number)
         if kinds and x.dtype != y.dtype:
             x = x.to(y.dtype)
         tables = self.tables[number]
@@ -120,12 +140,31 @@ class Store:
         found = self.entries[name] = Entry(name, folder)
         return found
 
+    def route(self, slots: Sequence[int] | Tensor, leases: Sequence[Lease]) -> Route:
+        """The route of rows with these slots of some leases. Raises AdapterError where one is closed, or a slot is none of theirs."""
+        if not all(lease.open and lease.store is self for lease in leases):
+            raise AdapterError("these slots were given back: the lease is closed, or another host's")
+        known = {0}.union(*(lease.slots for lease in leases))
+        asked = slots.tolist() if isinstance(slots, Tensor) else slots
+        if not known.issuperset(asked):
+            wrong = next(slot for slot in asked if slot not in known)
+            raise AdapterError(f"slot {wrong!r} is in none of these leases (they hold {sorted(known)})")
+        bits = 0
+        for lease in leases:
+            bits |= lease.bits
+        route = Route(slots, self.slots.count, bits, self.slots.values.device)
+        if self.unmixed and not route.uniform:
+            raise AdapterError(
+                f"rows of one batch cannot have different adapters, for that was not checked: {self.unmixed}"
+            )
+        return route
+
     def names(self) -> list[str]:
         there = listed(self.folder) if self.folder is not None else []
         with self.changed:
-            return sorted({*self.entries, *there})
+            return sorted({*self.entries, *there} - {BASE})
 
-    def register(self, name: str, folder: Path) -> None:
+    def register(self, name: str, folder: Path | Mix) -> None:
         with self.changed:
             self.need_open()
             if name in self.entries:
@@ -299,7 +338,7 @@ class Store:
         if entry.image is None and not entry.loading and not entry.removed:
             entry.loading = True
             self.to_load.append(entry)
-            if self.loader is None:
+            if self.loader is None or not self.loader.is_alive():  # of a process that was forked it is not
                 self.loader = threading.Thread(target=self.load_all, name="sparsify-adapter-loader", daemon=True)
                 self.loader.start()
             self.changed.notify_all()
@@ -321,7 +360,7 @@ class Store:
             except AdapterError as cause:
                 image, error = None, cause
             except Exception as cause:  # whatever a hostile file brings about refuses it alone
-                error = AdapterError(f"{entry.folder}: the adapter cannot be read: {type(cause).__name__}: {cause}")
+                error = AdapterError(f"{entry.name}: the adapter cannot be read: {type(cause).__name__}: {cause}")
                 image = None
             with self.changed:
                 entry.loading = False
@@ -360,25 +399,28 @@ class Lease:
     """Slots that are held: `with handle.lease(names) as lease`. slots: of each name in the order that was asked for, 0 for the base."""
 
     def __init__(self, store: Store, names: Sequence[str], pending: Pending) -> None:
+        self.open = False
         self.store, self.names, self.pending = store, tuple(names), pending
         self.slots = [0 if name == BASE else pending.slots[name] for name in names]
         self.open = True
 
-    def route(self, slots: Sequence[int] | Tensor | None = None) -> Route:
-        """The route of a batch with these names; or with `slots`, one for each row of a batch (each token of a packed one)."""
-        kinds: dict[int, dict[str, None]] = {}
+    @property
+    def bits(self) -> int:
+        """`Image.bits` of all of them."""
+        found = 0
         for entry in self.pending.entries:
             assert entry.image is not None
-            for number, own in entry.image.kinds().items():
-                kinds.setdefault(number, {}).update(dict.fromkeys(own))
-        slots = self.slots if slots is None else slots
-        found = {number: tuple(own) for number, own in kinds.items()}
-        return Route(slots, self.store.slots.count, found, self.store.slots.values.device)
+            found |= entry.image.bits
+        return found
 
     def close(self) -> None:
         if self.open:
             self.open = False
             self.store.let_go(self.pending)
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():  # a request that forgot it
+            self.close()
 
     def __enter__(self) -> Lease:
         return self

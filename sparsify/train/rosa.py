@@ -54,6 +54,7 @@ def collect_masks(
 
     batches: calibration batches with labels, or with `loss(outputs, batch)`. One dense gradient is alive at a time.
     optimizer: its state for the restarted parameters is dropped (moments of the warm-up belong to other weights).
+    progress: show a bar on stderr.
     restart: put the low-rank factors back to their start (the paper's recipe); False goes on from the warm-up.
 
     Under `torch.distributed` the batches of all ranks count: scores are averaged, so that the supports are equal on every rank.
@@ -120,6 +121,8 @@ def RosaCallback(
 
     Factors, their optimizer state and the learning-rate schedule (with its warm-up, over the steps that are left) start anew; what else
     trains, and the data, go on. The paper's second run is a full one beside the warm-up: `sparsify.train.rosa_trainer.train_rosa`.
+    batches, loss, progress: as in `collect_masks`.
+
     A run that resumes from a checkpoint taken after the collection finds the supports in the checkpoint and leaves them alone.
     """
     from transformers import TrainerCallback

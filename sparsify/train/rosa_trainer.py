@@ -37,8 +37,11 @@ def train_rosa(
 ) -> TrainOutput:
     """Run RoSA's warm-up, collect the masks from `batches`, and train again from the base; returns what the second `train()` returns.
 
+    warmup_steps: of the optimizer, in which the low-rank part trains alone; the paper has 64.
     restart: whether the warm-up's steps come on top of those that the arguments ask for ("extra", the paper's), or are taken from them.
-    loss: as in `collect_masks`. The second run is the one that a new Trainer with the same seed would do over the collected supports.
+    loss, progress: as in `collect_masks`.
+
+    The second run is the one that a new Trainer with the same seed would do over the collected supports.
     Checkpoints are written in the second run only; `trainer.train(resume_from_checkpoint=…)` resumes one and finds the supports in it.
 
     Raises SparsifyError: no mask is open; an optimizer of the user's own, which cannot be made anew; fewer steps than the warm-up.

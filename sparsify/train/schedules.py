@@ -171,6 +171,7 @@ class GradualPruner:
     def mask_of(
         self, scores: Float[Tensor, "*experts n m"], sparsity: float, name: str
     ) -> Bool[Tensor, "*experts n m"]:
+        """Which entries stay at this sparsity, by their scores `(…, n, m)`; `name` is for errors."""
         if scores.dim() == 3:
             return torch.stack([self.mask_of(expert, sparsity, name) for expert in scores])
         if isinstance(self.pattern, NM):
@@ -188,6 +189,7 @@ class GradualPruner:
         return {"sparsity": self.sparsity, "masks": mask_state(self.host)}
 
     def load_state_dict(self, state: PrunerState) -> None:
+        """Go on from what `state_dict` gave: masks and sparsity."""
         load_mask_state(self.host, state["masks"])
         self.sparsity = float(state["sparsity"])
 

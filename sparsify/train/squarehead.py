@@ -148,6 +148,7 @@ def kl_loss(
     """`T² · mean KL(teacher ‖ student)` over valid predictions, an fp32 scalar.
 
     student, teacher: logits `(batch, tokens, vocabulary)`, or `(batch, classes)` without tokens.
+    temperature: `T`, by which both logits are divided.
     valid: `(batch, tokens)`, True for *tokens* that are targets (labels ≠ −100, or the attention mask). With `shift` (causal models)
         logits at `t` are weighed by token `t + 1`; without (encoder–decoders, classifiers) by token `t`.
     total: number of valid predictions in the whole step (gradient accumulation, DDP) instead of in this batch.

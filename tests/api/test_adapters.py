@@ -246,6 +246,64 @@ def test_overlapping_channels_are_reported(tmp_path):
     assert first.sparsify.set_adapter({"a": 1.0}).conflicts == ()
 
 
+@pytest.mark.parametrize("weights", [{"a": 0.5}, {"a": 1.0, "b": -0.25}])
+def test_a_mix_counts_every_entry_of_a_change(weights: dict[str, float], tmp_path: Path) -> None:
+    """Also those whose trained value is kept beside the change, because base + change rounds to another: that value is for the adapter
+    alone and as it is."""
+    model, x = tiny.Mlp().eval(), torch.randn(2, 12)
+    corrected = 0
+    for seed, name in enumerate("ab"):
+        host = tiny.lower(model, S2FT(units=2), seed=seed, example=x)
+        with torch.no_grad():
+            for parameter in tiny.trainable(
+                host
+            ):  # far below the base, so that the difference does not hold its last bits
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)) * 1e-9)
+        host.sparsify.save_adapter(tmp_path / name)
+        corrected += sum(d.exact is not None for d in files.load(tmp_path / name).deltas)
+    assert corrected
+    served = sparsify.load(model, {name: tmp_path / name for name in "ab"}, active=weights)
+    changes = {name: dense_delta(tmp_path / name, model) for name in weights}
+    for param in set().union(*changes.values()):
+        want = model.get_parameter(param).double() + sum(
+            w * changes[name][param] for name, w in weights.items() if param in changes[name]
+        )
+        torch.testing.assert_close(served.get_parameter(param).double(), want, rtol=1e-6, atol=1e-8)
+
+
+def test_a_switch_takes_back_what_trained_in_full(tmp_path: Path) -> None:
+    """Also where the adapter came from a file, and the switch is to no adapter at all."""
+    model, x = tiny.Mlp().eval(), torch.randn(2, 12)
+    host = tiny.lower(model, S2FT(units=2), example=x, train=["head"])
+    tiny.disturb(host)
+    host.sparsify.save_adapter(tmp_path)
+    trained = host.head.weight.detach().clone()
+    again = tiny.lower(model, S2FT(units=2), example=x, train=["head"])
+    for other in (host, again, sparsify.load(model, tmp_path, name="full", active=None)):
+        if "full" not in other.sparsify.adapters:
+            other.sparsify.load_adapter(tmp_path, "full")
+        for _ in range(2):
+            other.sparsify.set_adapter("full")
+            assert torch.equal(other.head.weight, trained)
+            other.sparsify.set_adapter(None)
+            assert torch.equal(other.head.weight, model.head.weight)
+
+
+def test_an_adapter_of_more_than_this_host_trains_is_switched_to_in_full(tmp_path: Path) -> None:
+    """It fits what trains here, and changes another layer besides."""
+    model, x = tiny.Mlp().eval(), torch.randn(2, 12)
+    wide = tiny.lower(model, S2FT(units=2), example=x)
+    tiny.disturb(wide)
+    wide.sparsify.save_adapter(tmp_path)
+    narrow = tiny.lower(model, S2FT(units=2, match="layers.0.*"), example=x)
+    assert set(narrow.sparsify.parts) < set(wide.sparsify.parts)
+    narrow.sparsify.load_adapter(tmp_path, "wide")
+    assert not narrow.sparsify.set_adapter("wide").trainable
+    torch.testing.assert_close(narrow(x), wide(x))
+    narrow.sparsify.set_adapter(None)
+    torch.testing.assert_close(narrow(x), model(x))
+
+
 def test_mix_of_disjoint_selections_has_no_conflict(tmp_path):
     model = tiny.llama()
     hosts = [tiny.lower(model, S2FT(structure="ffn", units=22, select="weight", largest=up)) for up in (True, False)]

@@ -15,11 +15,12 @@ from typer.testing import CliRunner, Result
 
 import sparsify
 from sparsify import S2FT, LoRA, PaCA, Plan, PlanError, Quantize, RoSA
+from sparsify.adapters.vllm_check import served_rank
 from sparsify.cli import app
 from sparsify.plan import plan_file
 from sparsify.plan.name_patterns import matches
 from sparsify.planner import limits as budgets
-from sparsify.planner.candidates import Candidate, Choices, between, pattern_of, shared_out, vllm_rank
+from sparsify.planner.candidates import Candidate, Choices, between, pattern_of, shared_out
 from sparsify.planner.estimate import Step, Traces, estimate, one_step
 from sparsify.planner.rank_bound import bounded
 from sparsify.planner.sensitivity import field_of, measure, uniform
@@ -250,7 +251,7 @@ def test_upgrades_are_bought_where_they_gain_most() -> None:
     assert shared_out(gains, (1, 2, 4), 3) == {0: 0, 1: 0, 2: 0}
     assert pattern_of(Repeat("model.layers", 9, 3), [0, 1, 2, 7]) == "model.layers.{0-2,7}.*"
     assert between(2, (1, 10.0), (5, 50.0)) == 20.0
-    assert (vllm_rank(9), vllm_rank(512), vllm_rank(513), vllm_rank(None)) == (16, 512, None, None)
+    assert (served_rank(9), served_rank(512), served_rank(513), served_rank(None)) == (16, 512, None, None)
 
 
 # --- the choice ---

@@ -201,10 +201,46 @@ def test_export_is_what_peft_computes(given: Path, tmp_path: Path, name: str) ->
     assert json.loads(fine(*arguments, "--json", "--dry-run"))["written"] is False
     assert not (tmp_path / "out").exists()
     rank = {"a": 8, "lora": 3}[name]
-    text = fine(*arguments)
-    assert f"PEFT LoRA of rank {rank}; vllm serve … --enable-lora --max-lora-rank 8" in text
+    text = fine(*arguments).splitlines()
+    assert text[0] == f"written to {tmp_path / 'out'}: PEFT LoRA of rank {rank}"
+    served = f"vllm serve {given / 'model'} --enable-lora --max-lora-rank 8 --lora-modules {name}={tmp_path / 'out'}"
+    assert text[-1] == served
+    assert f"rank {rank} at most: --max-lora-rank 8" in text[-2]
     host = peft.PeftModel.from_pretrained(model_of(given), tmp_path / "out").eval()
     torch.testing.assert_close(logits(host), logits(with_adapter(given, name)), atol=1e-5, rtol=1e-5)
+
+
+def test_what_vllm_makes_of_a_folder(given: Path, tmp_path: Path) -> None:
+    found = json.loads(fine("adapter", "verify", given / "peft", "--for", "vllm", "--json"))
+    assert found["fine"]
+    assert found["vllm"]["max_lora_rank"] == 8
+    assert {(layer["rank"], layer["inputs"], layer["outputs"]) for layer in found["vllm"]["layers"]} == {(3, 24, 24)}
+    text = fine("adapter", "verify", given / "peft", "--for", "vllm", "--max-lora-rank", "16")
+    assert "model.layers.0.self_attn.q_proj: rank 3, 13 rows of padding" in text
+    assert f"--max-lora-rank 16 --lora-modules peft={given / 'peft'}" in text
+    assert "reads PEFT's folders" in refused("adapter", "verify", given / "lora", "--for", "vllm")
+    assert "expected vllm" in refused("adapter", "verify", given / "peft", "--for", "tgi")
+    assert "--for vllm beside it" in refused("adapter", "verify", given / "peft", "--max-lora-rank", "8")
+    few = [
+        "adapter",
+        "export",
+        given / "model",
+        given / "a",
+        "-o",
+        tmp_path / "few",
+        "--to",
+        "vllm",
+        "--max-lora-rank",
+        "8",
+    ]
+    fine(*few)
+    many = [*few[:-1], "9"]
+    many[5] = tmp_path / "many"
+    assert "9 is none of vLLM's ranks" in refused(*many)
+    assert not (tmp_path / "many").exists()
+    assert "--to vllm beside it" in refused(
+        "adapter", "export", given / "model", given / "a", "-o", tmp_path / "x", "--max-lora-rank", "8"
+    )
 
 
 def test_scattered_entries_are_refused_or_merged_into_a_base(given: Path, tmp_path: Path) -> None:

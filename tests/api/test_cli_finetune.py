@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -154,44 +156,58 @@ def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(
         assert torch.equal(a.values, b.values)
 
 
-@pytest.mark.slow  # the command alone is what the default run sees, and `test_ddp.py` a host under DDP
-def test_two_processes_learn_what_one_does_with_their_rows(given: Path, tmp_path: Path) -> None:
-    """DDP as `torchrun --nproc-per-node 2` starts it; the first process writes."""
+def launched(launcher: str, plan: Path, words: list[str], folder: Path) -> list[tuple[int, str]]:
+    """Exit codes and errors of two processes that learn together: as torchrun sets them up, or started by a launcher itself."""
+    script = ["-m", "sparsify.cli", "finetune", str(plan), *words]
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+        port = str(found.getsockname()[1])
+    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    if launcher == "accelerate launch":
+        shared["ACCELERATE_USE_CPU"] = "true"
+    if launcher != "by hand":
+        binary = str(Path(sys.executable).parent / launcher.split()[0])
+        options = {
+            "torchrun": ["--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", port],
+            # without MPI `--cpu` starts one process, whatever number it is given; `--multi_gpu` starts them as torchrun does
+            "accelerate launch": ["launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+                                  "--dynamo_backend", "no", "--main_process_ip", "127.0.0.1", "--main_process_port", port],
+        }[launcher]  # fmt: skip
+        repository = str(Path(sparsify.__file__).parents[1])
+        path = os.pathsep.join([repository, *filter(None, [os.environ.get("PYTHONPATH")])])
+        done = subprocess.run(
+            [binary, *options, *script],
+            cwd=folder,
+            env={**shared, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+        return [(done.returncode, done.stderr)]
+    started = []
+    for rank in range(2):
+        files = [str(folder / f"{stream} {rank}") for stream in ("out", "err")]
+        own = {**shared, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        started.append(processes.start(processes.as_main, script, own, str(folder), *files))
+    for process in started:
+        process.join(600)
+        process.kill()
+    return [(process.exitcode, (folder / f"err {rank}").read_text()) for rank, process in enumerate(started)]
+
+
+@pytest.mark.slow  # the command alone is what the default run sees, and `test_ddp.py` a host under DDP
+@pytest.mark.parametrize("launcher", ["by hand", "torchrun", "accelerate launch"])
+def test_two_processes_learn_what_one_does_with_their_rows(launcher: str, given: Path, tmp_path: Path) -> None:
+    """DDP; the first process writes and speaks."""
     places = [tmp_path / name for name in ("two", "one")]
     for place in places:
         place.mkdir()
     plan = write_plan(given, places[0])
-    shared = {
-        **os.environ,
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "GLOO_SOCKET_IFNAME": "lo",
-        "LOCAL_WORLD_SIZE": "2",
-    }
     small = ["--set", "training.steps=2", "--set", "training.batch=2", "--set", "training.accumulate=1"]
-    started = []
-    for rank in range(2):
-        files = [str(tmp_path / f"{stream} {rank}") for stream in ("out", "err")]
-        command = ("-m", "sparsify.cli", "finetune", str(plan), *small)
-        started.append(
-            processes.start(
-                processes.as_main,
-                command,
-                {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                str(tmp_path),
-                *files,
-            )
-        )
-    for process in started:
-        process.join(600)
-        process.kill()
-    errors = [(tmp_path / f"err {rank}").read_text() for rank in range(2)]
-    assert [process.exitcode for process in started] == [0, 0], errors
-    assert ["step" in text for text in errors] == [True, False]  # the first one speaks
+    ended = launched(launcher, plan, small, tmp_path)
+    assert [code for code, _ in ended] == [0] * len(ended), ended
+    if launcher == "by hand":
+        assert ["step" in text for _, text in ended] == [True, False]
     done = call("finetune", write_plan(given, places[1]), "--set", "training.steps=2", "--set", "training.batch=4")
     assert done.exit_code == 0, done.output
     two, one = (adapters.load(place / "out") for place in places)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -152,7 +153,8 @@ def test_what_cannot_be_served_is_refused(tmp_path):
     model = lambda: tiny.build("Llama")  # noqa: E731
     (tmp_path / "empty").mkdir()
     wrong: list[tuple[Any, dict[str, Any], str]] = [
-        ("owner/adapter", {}, "names of a model hub are not downloaded"),
+        ("owner/adapter", {}, "the model hub did not give it"),
+        ("owner/../adapter", {}, "is no folder on this machine$"),
         (tmp_path / "nowhere", {}, "is no folder on this machine"),
         (tmp_path / "empty", {}, "holds no adapter"),
         ("a\0b", {}, "is no folder"),
@@ -195,3 +197,40 @@ def test_a_plan_that_cannot_be_read_is_named(tmp_path):
         files.save(files.Adapter(adapter.deltas, adapter.bases, {"plan": plan}), tmp_path / "b")
         with pytest.raises(AdapterError, match="the plan that the adapter carries cannot be read"):
             sparsify.load(tiny.build("Llama"), tmp_path / "b")
+
+
+def in_the_cache(cache: Path, repository: str, folder: Path, revision: str = "main") -> None:
+    """A folder as the hub's cache keeps it: blobs by hash, a snapshot of links to them, the name of a revision."""
+    place, commit = cache / f"models--{repository.replace('/', '--')}", "0" * 39 + str(len(revision) % 10)
+    for part in ("blobs", f"snapshots/{commit}", "refs"):
+        (place / part).mkdir(parents=True, exist_ok=True)
+    for number, file in enumerate(sorted(folder.iterdir())):
+        (place / "blobs" / f"{commit}{number}").write_bytes(file.read_bytes())
+        (place / "snapshots" / commit / file.name).symlink_to(f"../../blobs/{commit}{number}")
+    (place / "refs" / revision).write_text(commit)
+
+
+def test_names_of_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `HF_HUB_OFFLINE=1` has them: from the hub's cache."""
+    import huggingface_hub.constants
+
+    trained = save(tmp_path / "ours", S2FT(0.2, budget="structure"))
+    want = logits(trained)
+    trained.sparsify.export_lora(tmp_path / "peft")
+    in_the_cache(tmp_path / "cache", "owner/math", tmp_path / "ours")
+    in_the_cache(tmp_path / "cache", "owner/law.lora", tmp_path / "peft", "v1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    model = tiny.build("Llama")
+    host = sparsify.load(model, "owner/math", name="math")
+    torch.testing.assert_close(logits(host), want, rtol=2e-6, atol=2e-6)
+    host.sparsify.load_adapter("owner/law.lora@v1", "law")
+    host.sparsify.set_adapter("law")
+    torch.testing.assert_close(logits(host), want, rtol=1e-5, atol=1e-5)
+    host = sparsify.load(model, ["owner/math", "owner/law.lora@v1"])
+    assert list(host.sparsify.adapters) == ["math", "law.lora@v1"]
+    for name in ("owner/nothing", "owner/law.lora", "owner/math@v9"):
+        with pytest.raises(
+            AdapterError, match=f"{name} is no folder on this machine, and the model hub did not give it"
+        ):
+            host.sparsify.load_adapter(name, "other")

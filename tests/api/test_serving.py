@@ -9,55 +9,16 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from serving_bench import BASE, GREEDY, PLANS, Bench, shared
 from torch import Tensor, nn
 
 import sparsify
-from sparsify import S2FT, AdapterError, LoRA, PaCA, Plan, RoSA, SparsifyError
-
-BASE = "__base__"
-PLANS: dict[str, list[Any]] = {
-    "s2ft": [S2FT(0.2, producer_fraction=0.1, budget="structure")],
-    "paca": [PaCA(4)],
-    "rosa": [RoSA(4, mask="random", density=0.03)],
-    "lora": [LoRA(4, alpha=3)],
-    "mixed": [S2FT(0.2, structure="ffn"), RoSA(match="*o_proj", rank=2, mask="magnitude"), PaCA(3, match="*q_proj")],
-}
-GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-
-
-class Bench:
-    """A base, adapters of it in folders, and the plain model that each of them makes of it."""
-
-    def __init__(
-        self, folder: Path, family: str = "Llama", plans: dict[str, list[Any]] = PLANS, **settings: Any
-    ) -> None:
-        self.model = tiny.build(family)
-        self.folder = folder
-        self.alone: dict[str, nn.Module] = {BASE: self.model}
-        for name, rules in plans.items():
-            trained = tiny.lower(copy.deepcopy(self.model), *rules)
-            tiny.disturb(trained)
-            trained.sparsify.save_adapter(folder / name)
-            self.alone[name] = trained.sparsify.plain().eval()
-        self.settings: dict[str, Any] = {"slots": 8, "budget": "16MiB", "timeout": 20.0, **settings}
-
-    def host(self, **changes: Any) -> Any:
-        folders = {name: self.folder / name for name in self.alone if name != BASE}
-        return sparsify.serve(self.model, folders, **{**self.settings, **changes})
-
-    def check_rows(self, logits: Tensor, names: list[str], batch: dict[str, Tensor]) -> None:
-        """Every row is what its adapter alone computes, and not the base."""
-        for row, name in enumerate(names):
-            own = {key: value[row : row + 1] for key, value in batch.items()}
-            with torch.no_grad():
-                wanted, base = self.alone[name](**own).logits[0], self.model(**own).logits[0]
-            torch.testing.assert_close(logits[row], wanted, rtol=2e-6, atol=2e-6)
-            assert (name == BASE) == bool(float((wanted - base).abs().max()) < 1e-4)
+from sparsify import S2FT, AdapterError, LoRA, Plan, Prune, Quantize, SparsifyError
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return Bench(tmp_path_factory.mktemp("adapters"))
+    return shared(tmp_path_factory)
 
 
 def test_every_row_computes_with_its_own_adapter(bench):
@@ -144,6 +105,11 @@ def test_names_that_are_wrong_are_refused_by_what_is_wrong(bench):
         host.sparsify.add("gone", bench.folder / "gone")
     with pytest.raises(SparsifyError, match="is a serving host already"):
         sparsify.serve(host)
+    for wrong, words in (({"slots": 0}, "from 1 to 4096"), ({"timeout": -1}, "expected seconds"), ({"dtype": torch.int8}, "expected one of"),
+                         ({"budget": "much"}, "expected bytes"), ({"folder": "/nowhere"}, "is no folder")):  # fmt: skip
+        with pytest.raises(SparsifyError, match=words):
+            bench.host(**wrong)
+    assert sparsify.serve(bench.model, [bench.folder / "lora"], budget="1MiB").sparsify.names == ["lora"]
     assert host.sparsify.status()["held"] == 0
 
 
@@ -192,6 +158,25 @@ def test_adapters_come_and_go_and_one_graph_serves_every_layout(bench):
             bench.check_rows(host(**batch, adapter_names=names).logits, names, rows)
     assert len(graphs) == 1
     assert host.sparsify.counts.evictions >= 3
+    graphs.clear()
+    torch.compiler.reset()
+    other = bench.host()
+    compiled = torch.compile(other, backend=backend, fullgraph=True, dynamic=False)
+    for names in (["lora", BASE, "lora"], ["s2ft", "rosa", "rosa"]):
+        with torch.no_grad(), other.sparsify.using(names):
+            bench.check_rows(compiled(**batch).logits, names, {"input_ids": batch["input_ids"]})
+    assert len(graphs) == 1
+
+
+def test_nothing_is_loaded_into_tensors_that_are_the_models(bench):
+    host = bench.host()
+    assert list(host.state_dict()) == list(bench.model.state_dict())
+    with pytest.raises(sparsify.StateError, match="load the state into that model, then serve it"):
+        host.load_state_dict(host.state_dict())
+    with pytest.raises(sparsify.StateError, match="shares its tensors"):
+        host.lm_head.load_state_dict(host.lm_head.state_dict())
+    host.half()
+    assert bench.model.lm_head.weight.dtype == torch.float32
 
 
 def test_a_trained_bias_is_an_addend(tmp_path):
@@ -207,12 +192,16 @@ def test_a_trained_bias_is_an_addend(tmp_path):
     assert any(kind == "bias" for _, kind in host.sparsify.store.entries["bias"].image.entries)
 
 
-@pytest.mark.parametrize("family", ["GPT-2", "Phi-3", pytest.param("GPT-NeoX", marks=pytest.mark.slow), "T5 (gated)"])
+# the others repeat what GPT-2 and T5 say of packed projections
+@pytest.mark.parametrize(
+    "family",
+    ["GPT-2", "T5 (gated)", *(pytest.param(family, marks=pytest.mark.slow) for family in ("Phi-3", "GPT-NeoX"))],
+)
 def test_packed_projections_conv1d_and_encoder_decoders(family, tmp_path):
-    plans = {name: PLANS[name] for name in ("s2ft", "rosa")}
+    plans = {name: PLANS[name] for name in (("rosa",) if family == "T5 (gated)" else ("rosa", "s2ft"))}
     bench = Bench(tmp_path, family, plans)
     host = bench.host()
-    names = ["rosa", BASE, "s2ft"]
+    names = ["rosa", BASE, list(plans)[-1]]
     ids = tiny.tokens(3, 6)
     found = host.generate(input_ids=ids, adapter_names=names, num_beams=2, **GREEDY)
     for row, name in enumerate(names):
@@ -222,5 +211,114 @@ def test_packed_projections_conv1d_and_encoder_decoders(family, tmp_path):
 
 def test_a_plan_host_is_refused_with_what_to_pass_instead(bench):
     trained = sparsify.compile(bench.model, Plan([LoRA(2)]))
-    with pytest.raises(SparsifyError, match=r"pass the model that went into sparsify.compile"):
+    with pytest.raises(SparsifyError, match=r"compiled to train, .* pass the model that went into sparsify.compile"):
         sparsify.serve(trained)
+
+
+def check_over(base: nn.Module, served: nn.Module, folder: Path, rules: Any = (), **settings: Any) -> Any:
+    """Rows of adapters that were trained over `base` (with `rules` beside them) against a host over `served`."""
+    names = ["rosa", BASE, "columns", "lora"]
+    alone = {}
+    for name, own in (
+        ("rosa", PLANS["rosa"]),
+        ("columns", [S2FT(0.2, budget="structure", permute=False)]),
+        ("lora", PLANS["lora"]),
+    ):
+        alone[name] = trained = tiny.lower(copy.deepcopy(base), *own, *rules)
+        tiny.disturb(trained)
+        trained.sparsify.save_adapter(folder / name)
+    host: Any = sparsify.serve(served, {name: folder / name for name in alone}, slots=4, budget="8MiB", **settings)
+    batch = {"input_ids": tiny.tokens(4, 7)}
+    with torch.no_grad():
+        found, plain = host(**batch, adapter_names=names).logits, served(**batch).logits
+        assert torch.equal(host(**batch).logits, plain)
+        for row, name in enumerate(names):
+            own = {"input_ids": batch["input_ids"][row : row + 1]}
+            wanted = plain[row] if name == BASE else alone[name].eval()(**own).logits[0]
+            torch.testing.assert_close(found[row], wanted, rtol=2e-6, atol=2e-6)
+            assert (name == BASE) == bool(float((found[row] - plain[row]).abs().max()) < 1e-4)
+    return host
+
+
+def test_over_a_packed_base(bench, tmp_path):
+    packed = sparsify.compile(bench.model, Plan([Quantize("nf4")]))
+    host = check_over(bench.model, packed, tmp_path, [Quantize("nf4")])
+    own = host.model.layers[0].mlp.down_proj.packed_0
+    assert own.data_ptr() == packed.model.layers[0].mlp.down_proj.packed_0.data_ptr()
+    host.sparsify.add("dense", bench.folder / "lora")
+    with pytest.raises(AdapterError, match=r"was trained over the dense base, and this one is packed \(nf4\)"):
+        host(input_ids=tiny.tokens(1, 4), adapter_names=["dense"])
+    dense = bench.host()
+    dense.sparsify.add("packed", tmp_path / "lora")
+    with pytest.raises(AdapterError, match=r"was trained over a packed base \(Quantize.*this one is dense"):
+        dense(input_ids=tiny.tokens(1, 4), adapter_names=["packed"])
+
+
+@pytest.mark.parametrize("family", ["Llama", pytest.param("GPT-2", marks=pytest.mark.slow)])
+def test_over_a_pruned_base_on_cpu_kernels_with_fused_activations(family, tmp_path):
+    small = sparsify.CpuOptions(mode="small")
+    plan = Plan([Prune(sparsity=0.75, method="magnitude")], target="cpu")
+    lowered: Any = sparsify.compile(tiny.build(family), plan, cpu=small)
+    kinds = {type(module).__name__ for module in lowered.modules()}
+    assert "GatedLinear" in kinds if family == "Llama" else "MovedActivation" in kinds
+    assert not isinstance(lowered.sparsify.cpu.native, sparsify.Refusal)
+    host = check_over(lowered.sparsify.plain(), lowered, tmp_path)
+    assert "native step: declined: it computes a token in one call" in str(host.sparsify.report)
+    ids = tiny.tokens(2, 5)
+    found = host.generate(input_ids=ids, adapter_names=["lora", BASE], **GREEDY)
+    assert torch.equal(found[1:], lowered.generate(input_ids=ids[1:], **GREEDY))
+
+
+@pytest.mark.slow
+def test_over_a_base_that_was_rounded_to_int8_the_user_must_say_so(tmp_path):
+    lowered: Any = sparsify.compile(
+        tiny.build("Llama"), Plan([Quantize("int8")], target="cpu"), cpu=sparsify.CpuOptions(mode="small")
+    )
+    plain = lowered.sparsify.plain()
+    with pytest.raises(AdapterError, match="was rounded to int8 when the base was lowered"):
+        check_over(plain, lowered, tmp_path)
+    check_over(plain, lowered, tmp_path / "loose", strict=False)
+
+
+class Sorted(nn.Module):
+    """Linears that do not see the rows of a batch one after another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain, self.routed, self.turned = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.places, self.unread, self.read = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.plain(x)
+        order = y.flatten(0, 1)[:, 0].argsort()
+        y = y.flatten(0, 1).index_copy(0, order, self.routed(y.flatten(0, 1)[order])).view(y.shape)
+        y = self.turned(y.transpose(0, 1)).transpose(0, 1) + self.places(torch.ones(y.shape[1], 6))
+        return torch.nn.functional.linear(y, self.unread.weight) + self.read(y)
+
+
+def test_linears_that_do_not_see_row_after_row_take_no_addends(tmp_path):
+    torch.manual_seed(0)
+    model, x = Sorted().eval(), torch.randn(2, 4, 6)
+    host: Any = sparsify.serve(model, example=x, budget="1MiB")
+    declined = {refusal.where: refusal.reason for refusal in host.sparsify.declined}
+    assert set(declined) == {f"{name}.weight" for name in ("routed", "turned", "places", "unread")}
+    assert "not those of one row after another" in declined["routed.weight"]
+    assert "may be read in another way" in declined["unread.weight"]
+    for name in ("routed", "read"):
+        trained: Any = sparsify.compile(model, Plan([LoRA(2, match=name)]), example=x)
+        tiny.disturb(trained)
+        trained.sparsify.save_adapter(tmp_path / name)
+        host.sparsify.add(name, tmp_path / name)
+    with pytest.raises(AdapterError, match="routed.weight takes no addend: its tokens are not those"):
+        host(x, adapter_names=["routed", BASE])
+    with torch.no_grad():
+        wanted = torch.stack([trained(x)[0], model(x)[1]])  # of rows of six, whose sums depend on where they lie
+        torch.testing.assert_close(host(x, adapter_names=["read", BASE]), wanted, rtol=1e-5, atol=1e-6)
+        assert float((wanted - model(x))[0].abs().max()) > 1e-3
+    unknown: Any = sparsify.serve(model, {"read": tmp_path / "read"}, budget="1MiB")
+    with pytest.raises(AdapterError, match=r"that was not checked: .* pass example="):
+        unknown(x, adapter_names=["read", BASE])
+    with torch.no_grad():
+        torch.testing.assert_close(unknown(x, adapter_names="read"), trained(x), rtol=1e-5, atol=1e-6)
+        trusting: Any = sparsify.serve(model, {"read": tmp_path / "read"}, budget="1MiB", check=False)
+        torch.testing.assert_close(trusting(x, adapter_names=["read", BASE]), wanted, rtol=1e-5, atol=1e-6)

@@ -10,7 +10,7 @@ from pathlib import Path
 import page_blocks
 
 ROOT = Path(__file__).parents[2]
-QUOTED = re.compile(r"^### `(.+)`$", re.MULTILINE)
+QUOTED = re.compile(r"^#### `(.+)`$", re.MULTILINE)
 GAP = "\0"
 
 
@@ -27,10 +27,21 @@ def messages() -> tuple[str, ...]:
     return tuple(found)
 
 
+def reads_like(message: str, pieces: list[str]) -> bool:
+    """Whether the pieces stand in a message, in this order."""
+    place = 0
+    for piece in pieces:
+        place = message.find(piece, place)
+        if place < 0:
+            return False
+        place += len(piece)
+    return True
+
+
 def in_code(quoted: str) -> bool:
     """Whether some text of the package reads like this, with anything where "…" stands."""
-    pattern = re.compile(".*".join(re.escape(piece) for piece in quoted.split("…")), re.DOTALL)
-    return any(pattern.search(message) for message in messages())
+    pieces = quoted.split("…")
+    return any(reads_like(message, pieces) for message in messages())
 
 
 def test_every_quoted_message_is_in_the_code() -> None:

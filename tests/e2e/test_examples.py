@@ -26,6 +26,16 @@ SCRIPTS: dict[str, tuple[list[str], list[str]]] = {
     "trainer.py": (["--fast", "--out", "{tmp}"], ["before:", "after:", "saved and read back as a plain model"]),
     "chat_trl.py": (["--fast", "--out", "{tmp}"], ["adapter: ", "before: ", "after: "]),
     "inspect_graph.py": (["llama", "--svg", "{tmp}/graph.svg"], ["found      2 attention, 2 ffn", "» %", "drawn in"]),
+    "serve_mixed_batch.py": (
+        [],
+        [
+            "threes    [3, 3, 3, 3, 3]",
+            "fours     [4, 4, 4, 4, 4]",
+            "fives     [5, 5, 5, 5, 5]",
+            "refused: no adapter is called 'sixes'; ",
+            "slots 2 of 2 live, 0 held",
+        ],
+    ),
     "write_a_pass.py": (
         [],
         [

@@ -354,7 +354,7 @@ MISTAKES: tuple[Mistake, ...] = (
         "switch",
         "    for part in handle.parts.values():\n        with whole_parameters(part.module, keep=True):\n            part.reset()\n    for name, base in handle.base_full.items():\n        write_whole(handle.stored(name), base)\n    handle.buffers.reset(handle.host)",
         "    for part in handle.parts.values():\n        with whole_parameters(part.module, keep=True):\n            part.reset()\n    handle.buffers.reset(handle.host)",
-        "api/test_adapters.py: merge or switch or fusing or mix or fully or bit or channels or restore_is",
+        "api/test_adapters.py: merge or switch or fusing or mix or takes_back or in_full or bit or channels or restore_is",
         "lifecycle/test_lifecycle.py: merge or restore_is or switching or training_moves",
     ),
     m(
@@ -363,20 +363,20 @@ MISTAKES: tuple[Mistake, ...] = (
         "            handle.merge_backups[param] = [local(module.weight.data)]",
         "api/test_lora.py",
         "lifecycle/test_lifecycle.py: merge or restore_is or switching or training_moves",
-        "api/test_adapters.py: merge or switch or fusing or mix or fully or bit or channels or restore_is",
+        "api/test_adapters.py: merge or switch or fusing or mix or takes_back or in_full or bit or channels or restore_is",
     ),
     m(
         "restore",
         "            tensor = getattr(module, leaf)\n            if id(tensor) not in done:",
         "            tensor = getattr(module, leaf)\n            if done or id(tensor) not in done:",
-        "api/test_adapters.py: merge or switch or fusing or mix or fully or bit or channels or restore_is",
+        "api/test_adapters.py: merge or switch or fusing or mix or takes_back or in_full or bit or channels or restore_is",
         "property/test_equivalence.py: GPT-2 and permuted",
     ),
     m(
         "switch",
         "            change = float(scale) * delta.scale * (delta.values.to(inner) @ delta.a.to(inner))",
         "            change = float(scale) * (delta.values.to(inner) @ delta.a.to(inner))",
-        "api/test_adapters.py: merge or switch or fusing or mix or fully or bit or channels or restore_is",
+        "api/test_adapters.py: merge or switch or fusing or mix or takes_back or in_full or bit or channels or restore_is",
         "api/test_peft_read.py",
         "api/test_load.py",
     ),
@@ -385,7 +385,7 @@ MISTAKES: tuple[Mistake, ...] = (
         "            alone = first.exact if len(parts) == 1 and parts[0][0] == 1 else None".strip(),
         "alone = first.exact",
         "property/test_exact_reload.py",
-        "api/test_adapters.py: merge or switch or fusing or mix or fully or bit or channels or restore_is",
+        "api/test_adapters.py: merge or switch or fusing or mix or takes_back or in_full or bit or channels or restore_is",
     ),
     m(
         "exact",
@@ -397,7 +397,7 @@ MISTAKES: tuple[Mistake, ...] = (
         "switch",
         "    if set(by_param) - full != set(handle.parts) or full != set(handle.train):\n        return False\n",
         "",
-        "api/test_adapters.py: merge or switch or fusing or mix or fully or bit or channels or restore_is",
+        "api/test_adapters.py: merge or switch or fusing or mix or takes_back or in_full or bit or channels or restore_is",
     ),
     # ---------------------------------------------------------------------------------------------- files and hashes
     m(
@@ -406,7 +406,7 @@ MISTAKES: tuple[Mistake, ...] = (
         "return hashlib.sha256()",
         "api/test_files.py",
         "api/test_sparse_checkpoint.py",
-        "api/test_adapters.py: merge or switch or fusing or mix or fully or bit or channels or restore_is",
+        "api/test_adapters.py: merge or switch or fusing or mix or takes_back or in_full or bit or channels or restore_is",
     ),
     m(
         "files",

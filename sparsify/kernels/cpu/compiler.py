@@ -24,6 +24,7 @@ from sparsify.errors import SparsifyError
 TIMEOUT = 300.0  # seconds for one translation unit
 VERSION_TIMEOUT = 20.0
 OUTPUT = 64 << 10  # bytes of a compiler's output that are kept, its last
+WINDOWS = os.name == "nt"
 hung: set[tuple[str, ...]] = set()  # compilers that did not come back: they are not asked again
 
 
@@ -37,6 +38,8 @@ def find_compiler(named: str | None) -> tuple[tuple[str, ...], str]:
     """The C++ compiler as a command, and the first line of its version. Raises BuildError when there is none.
 
     named: what `CXX` says; None or blank for the usual names."""
+    if WINDOWS:
+        raise BuildError("kernels are built on Linux and macOS, not on Windows; linears stay dense")
     found = look_for_compiler(named or "", os.environ.get("PATH", ""))
     if isinstance(found, str):
         raise BuildError(found)

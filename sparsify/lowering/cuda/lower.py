@@ -194,7 +194,9 @@ def lower_model(
 def notes(host: nn.Module) -> tuple[str, ...]:
     """Where the lowered model will and will not run generated kernels."""
     if not triton_installed():
-        return ("triton is not installed: packed layers are unpacked in every call; pip install 'sparsify-compiler[triton]'",)
+        return (
+            "triton is not installed: packed layers are unpacked in every call; pip install 'sparsify-compiler[triton]'",
+        )
     device = next((t.device for t in [*host.parameters(), *host.buffers()]), torch.device("cpu"))
     if can_launch(device):
         return ()
