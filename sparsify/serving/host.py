@@ -23,13 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from sparsify.console import printable
-from sparsify.errors import AdapterError, Refusal, SparsifyError
+from sparsify.errors import AdapterError, Refusal, SparsifyError, StateError
 from sparsify.host.fuse_adapters import meetings
 from sparsify.host.live_state import OnHost
 from sparsify.host.mix import Conflict
 from sparsify.host.native_forward import NativeForward
-from sparsify.host.serving import check_folder
+from sparsify.host.serving import check_folder, name_folders
 from sparsify.model.fast_paths import close_fast_paths
+from sparsify.model.module_tree import first_line
 from sparsify.modules.rows_of_gated import Gated
 from sparsify.planner.limits import size
 from sparsify.program.capture import unwrap
@@ -44,20 +45,24 @@ from sparsify.serving.store import Counts, Lease, SlotTimeout, Store
 from sparsify.serving.targets import Base, find_targets
 
 if TYPE_CHECKING:
-    from sparsify.host.serving import AdapterPath
+    from sparsify.host.serving import AdapterPath, AdapterPaths
     from sparsify.program.values import Batch
 
 Model = TypeVar("Model", bound=nn.Module)
 
 #: arguments that have a row of the batch on their first axis, the first that is there counts
 ROWS = ("input_ids", "inputs_embeds", "inputs", "input_features", "input_values", "pixel_values", "decoder_input_ids")
+OUTSIDE = (
+    "adapter_names= is looked up outside of a compiled graph, so that one graph serves every layout of names: call host.compile(), "
+    "which does that; or, around what torch.compile(host) returned, with host.sparsify.using(names): …"
+)
 NO_NATIVE = "declined: it computes a token in one call, which has no place for what adapters add per row; PyTorch runs the layers"
 VALUES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def serve(
     model: Model,
-    adapters: Mapping[str, AdapterPath] | None = None,
+    adapters: AdapterPaths | None = None,
     *,
     folder: AdapterPath | None = None,
     slots: int = 32,
@@ -72,7 +77,8 @@ def serve(
     """A host that serves many adapters at once, one a row of the batch, and trains nothing.
 
     model: any `nn.Module` (a Hugging Face model for `generate`), dense or packed. It is not written to; the host shares its tensors.
-    adapters: name → folder, ours (`save_adapter`) or PEFT's LoRA; more with `host.sparsify.add`. They are read when first named.
+    adapters: name → folder, ours (`save_adapter`) or PEFT's LoRA; or a list of folders, called by their last name. They are read when
+        first named; `host.sparsify.add` adds more.
     folder: where adapters are found by name: `folder/<name>`. A name never leads out of it.
     slots: how many adapters are live at once. budget: bytes that they take on the model's device.
     host_budget: bytes of adapters that are kept, packed, in host memory beside that.
@@ -102,7 +108,10 @@ def serve(
     if dtype not in VALUES:
         raise SparsifyError(f"serve: dtype={dtype}: expected one of {', '.join(str(d) for d in VALUES)}")
     places = check_dir(folder) if folder is not None else None
-    tables = Slots(len(base.targets), slots, size(budget, "budget"), dtype, device)
+    try:
+        tables = Slots(len(base.targets), slots, size(budget, "budget"), dtype, device)
+    except (RuntimeError, MemoryError) as error:
+        raise SparsifyError(f"serve: budget={budget!r} cannot be had on {device}: {first_line(error)}") from None
     read = partial(read_image, base, dtype=dtype, strict=strict)
     store = Store(read, tables, size(host_budget, "host_budget"), timeout, places, base.unchecked)
     for target in base.targets.values():
@@ -118,7 +127,9 @@ def serve(
     if callable(getattr(type(host), "generate", None)):
         host.__dict__["generate"] = ServedGenerate(host)
     host.__dict__["compile"] = ServedCompile(host)
-    for name, path in (adapters or {}).items():
+    for module in host.modules():
+        module.register_load_state_dict_pre_hook(refuse_state)
+    for name, path in name_folders(adapters, None).items() if adapters else ():
         handle.add(name, path)
     return host  # type: ignore[return-value]
 
@@ -130,6 +141,14 @@ def bare_host(source: nn.Module) -> tuple[nn.Module, Base]:
     if handle is None:
         return host, find_targets(host, {}, {})
     return host, find_targets(host, handle.program.quantize, handle.hashes)
+
+
+def refuse_state(*_: object) -> None:
+    """Before a module of a serving host loads anything: its tensors are the base's own."""
+    raise StateError(
+        "load_state_dict: a serving host shares its tensors with the model that it was made of, and writes to none: load the state into "
+        "that model, then serve it"
+    )
 
 
 def has_native(source: nn.Module) -> bool:
@@ -185,6 +204,8 @@ class ServingHandle:
         self.store.register(name, self.mix(name, folder) if isinstance(folder, Mapping) else check_folder(folder))
 
     def mix(self, name: str, weights: Mapping[str, float]) -> Mix:
+        """A weighted sum of adapters that are known here, to be served under `name`. Raises AdapterError for weights that are no finite
+        numbers, and for members that are unknown or sums themselves."""
         members = []
         for member, weight in weights.items():
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
@@ -195,6 +216,7 @@ class ServingHandle:
         return Mix(tuple(members))
 
     def folder_of(self, name: str) -> Path:
+        """Where the files of an adapter lie. Raises AdapterError for unknown names, and for a sum of adapters, which has no files."""
         with self.store.changed:
             folder = self.store.find(name).folder
         if not isinstance(folder, Path):
@@ -339,6 +361,8 @@ class Named(OnHost):
     def __call__(self, *args: object, adapter_names: str | Sequence[str] | None = None, **kwargs: object) -> object:
         if adapter_names is None:
             return self.of_class(self.host, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            raise SparsifyError(OUTSIDE)
         handle: ServingHandle = self.host.__dict__["sparsify"]
         with routed(handle, self.of_class, adapter_names, args, kwargs):
             return self.of_class(self.host, *args, **kwargs)

@@ -72,6 +72,8 @@ class Slots:
         start = take(self.free, size)
         assert start is not None
         slot = self.free_slots.pop()
+        if self.memory.is_cuda:
+            torch.cuda.synchronize(self.memory.device)  # what read the last adapter here may still be queued
         first = start // self.values.element_size()
         self.values[first : first + image.values.numel()].copy_(image.values)
         place = (start + values) // 4

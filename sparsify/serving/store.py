@@ -11,6 +11,7 @@ refuses the leases that name it, and no others. A slot is filled while no batch 
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections import OrderedDict, deque
@@ -161,7 +162,7 @@ class Store:
     def names(self) -> list[str]:
         there = listed(self.folder) if self.folder is not None else []
         with self.changed:
-            return sorted({*self.entries, *there})
+            return sorted({*self.entries, *there} - {BASE})
 
     def register(self, name: str, folder: Path | Mix) -> None:
         with self.changed:
@@ -337,7 +338,7 @@ class Store:
         if entry.image is None and not entry.loading and not entry.removed:
             entry.loading = True
             self.to_load.append(entry)
-            if self.loader is None:
+            if self.loader is None or not self.loader.is_alive():  # of a process that was forked it is not
                 self.loader = threading.Thread(target=self.load_all, name="sparsify-adapter-loader", daemon=True)
                 self.loader.start()
             self.changed.notify_all()
@@ -398,6 +399,7 @@ class Lease:
     """Slots that are held: `with handle.lease(names) as lease`. slots: of each name in the order that was asked for, 0 for the base."""
 
     def __init__(self, store: Store, names: Sequence[str], pending: Pending) -> None:
+        self.open = False
         self.store, self.names, self.pending = store, tuple(names), pending
         self.slots = [0 if name == BASE else pending.slots[name] for name in names]
         self.open = True
@@ -415,6 +417,10 @@ class Lease:
         if self.open:
             self.open = False
             self.store.let_go(self.pending)
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():  # a request that forgot it
+            self.close()
 
     def __enter__(self) -> Lease:
         return self

@@ -126,6 +126,23 @@ def test_peft_loads_the_same_function(name, rules, train, tmp_path):
     torch.testing.assert_close(outputs(ours, batch), want, rtol=2e-5, atol=2e-5)
 
 
+def test_a_sum_of_adapters_of_two_kinds_is_one_pair_of_factors(tmp_path):
+    """Columns of one and low-rank factors of another on the same weights, with weights of their own."""
+    hosts = [
+        tiny.lower(build("Llama"), rule, seed=s) for s, rule in enumerate((S2FT(0.2, budget="structure"), LoRA(rank=3)))
+    ]
+    for number, host in enumerate(hosts):
+        tiny.disturb(host, 0.1, seed=number)
+        host.sparsify.save_adapter(tmp_path / "ab"[number])
+    served = sparsify.load(build("Llama"), {n: tmp_path / n for n in "ab"}, active={"a": 0.7, "b": -0.4})
+    kinds = served.sparsify.fuse_adapters({"a": 0.7, "b": -0.4}, "sum").deltas
+    assert len({d.param for d in kinds}) < len(kinds)
+    served.sparsify.export_lora(tmp_path / "peft", "sum")
+    batch = tiny.inputs_of(served)
+    theirs = peft.PeftModel.from_pretrained(build("Llama"), tmp_path / "peft")
+    torch.testing.assert_close(outputs(theirs, batch), outputs(served, batch), rtol=2e-5, atol=2e-5)
+
+
 def test_only_what_trained_is_trained_in_peft(tmp_path):
     """A whole module of its own goes to modules_to_save, so that PEFT can switch it off again; nothing else is written."""
     host = tiny.lower(build("Llama"), Q, train=["lm_head"])

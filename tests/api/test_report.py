@@ -11,7 +11,7 @@ from torch import nn
 import sparsify
 from sparsify import S2FT, CpuOptions, LoRA, PaCA, Plan, Prune, Quantize
 from sparsify.program.structure import Site, Structure
-from sparsify.show.report import human
+from sparsify.show.report import backward_bytes, human
 
 
 def dense_count(model: nn.Module) -> int:
@@ -220,3 +220,14 @@ def test_the_first_line_of_other_models() -> None:
     assert "less for the backward than full fine-tuning at 8 × 1024 tokens" in conv1d.sparsify.report.headline
     pruned: Any = tiny.lower(tiny.llama(), Prune(method="magnitude", sparsity=0.5))
     assert "adapter" not in pruned.sparsify.report.headline
+
+
+def test_an_input_that_several_parts_keep_whole_counts_once() -> None:
+    """q, k and v read one input, gate and up another; each low-rank part needs all of it."""
+    model: Any = tiny.llama()
+    one, three = (
+        backward_bytes(tiny.lower(model, LoRA(rank=2, match=match)).sparsify.program)[0]
+        for match in (["q_proj"], ["q_proj", "k_proj", "v_proj"])
+    )
+    assert one == three > 0
+    assert backward_bytes(tiny.lower(model, LoRA(rank=2, match=["q_proj", "up_proj"])).sparsify.program)[0] > one

@@ -105,6 +105,11 @@ def test_names_that_are_wrong_are_refused_by_what_is_wrong(bench):
         host.sparsify.add("gone", bench.folder / "gone")
     with pytest.raises(SparsifyError, match="is a serving host already"):
         sparsify.serve(host)
+    for wrong, words in (({"slots": 0}, "from 1 to 4096"), ({"timeout": -1}, "expected seconds"), ({"dtype": torch.int8}, "expected one of"),
+                         ({"budget": "much"}, "expected bytes"), ({"folder": "/nowhere"}, "is no folder")):  # fmt: skip
+        with pytest.raises(SparsifyError, match=words):
+            bench.host(**wrong)
+    assert sparsify.serve(bench.model, [bench.folder / "lora"], budget="1MiB").sparsify.names == ["lora"]
     assert host.sparsify.status()["held"] == 0
 
 
@@ -153,6 +158,25 @@ def test_adapters_come_and_go_and_one_graph_serves_every_layout(bench):
             bench.check_rows(host(**batch, adapter_names=names).logits, names, rows)
     assert len(graphs) == 1
     assert host.sparsify.counts.evictions >= 3
+    graphs.clear()
+    torch.compiler.reset()
+    other = bench.host()
+    compiled = torch.compile(other, backend=backend, fullgraph=True, dynamic=False)
+    for names in (["lora", BASE, "lora"], ["s2ft", "rosa", "rosa"]):
+        with torch.no_grad(), other.sparsify.using(names):
+            bench.check_rows(compiled(**batch).logits, names, {"input_ids": batch["input_ids"]})
+    assert len(graphs) == 1
+
+
+def test_nothing_is_loaded_into_tensors_that_are_the_models(bench):
+    host = bench.host()
+    assert list(host.state_dict()) == list(bench.model.state_dict())
+    with pytest.raises(sparsify.StateError, match="load the state into that model, then serve it"):
+        host.load_state_dict(host.state_dict())
+    with pytest.raises(sparsify.StateError, match="shares its tensors"):
+        host.lm_head.load_state_dict(host.lm_head.state_dict())
+    host.half()
+    assert bench.model.lm_head.weight.dtype == torch.float32
 
 
 def test_a_trained_bias_is_an_addend(tmp_path):

@@ -215,6 +215,13 @@ def test_a_scheduler_asks_without_waiting_and_packs_tokens_of_several_requests(b
         pass
 
 
+def test_a_lease_that_is_forgotten_is_given_back(bench):
+    host = bench.host(slots=1)
+    host.sparsify.lease("lora")
+    with host.sparsify.lease("rosa", timeout=PATIENCE) as lease:
+        assert lease.slots == [1]
+
+
 # --- names, files, removal -----------------------------------------------------------------------------------------------------------
 
 

@@ -230,6 +230,20 @@ def test_the_generated_write_refuses_a_position_outside(wrong):
         write_values(weight, torch.ones(4096), index)
 
 
+@needs_compiler
+@pytest.mark.parametrize("wrong", [-1, 16384, 2**31 - 1])
+def test_the_generated_write_itself_touches_nothing_outside(wrong):
+    """Whoever calls it without the look at all positions that `write_values` has before it."""
+    held, index = torch.zeros(64 + 128 * 128 + 64), torch.arange(4096, dtype=torch.int32)
+    weight = held[64:-64].view(128, 128)
+    index[77] = wrong
+    with pytest.raises(IndexError, match="outside the weight of 16384"):
+        sampled.write_by_kernel(weight, torch.ones(4096), index)
+    assert not held[:64].any()
+    assert not held[-64:].any()
+    assert float(weight.sum()) == 4095
+
+
 def test_what_the_generated_write_does_not_take():
     weight, index = torch.zeros(64, 64), torch.arange(4096, dtype=torch.int32)
     assert not sampled.kernel_writes(weight.double(), torch.zeros(4096), index)

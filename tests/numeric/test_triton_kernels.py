@@ -7,6 +7,8 @@ tensor cores are checked on a GPU (`test_on_gpu.py`).
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -17,7 +19,9 @@ pytest.importorskip("triton")
 
 from sparsify.kernels.gpu import launch
 from sparsify.kernels.gpu.build import TritonError
+from sparsify.kernels.gpu.codegen import parameters
 from sparsify.kernels.gpu.formats import pack_blocks, pack_stream, pack_two_four, quantize_int8
+from sparsify.kernels.gpu.spec import KernelSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -119,6 +123,51 @@ def test_epilogue(tokens: int, activation: str, form: str) -> None:
         y = launch.blocks_product(pack_blocks(weight, 16, 16), x, bias, residual, activation)
     exact, magnitude = product(x, weight)
     check(y, activated(exact + bias.double(), activation) + residual.double(), 8 * (magnitude + 8), 48)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu", "silu"])
+def test_what_is_no_number_stays_so(activation: str) -> None:
+    """As in torch: relu(nan) is nan."""
+    weight, x = random_sparse(32, 48, 0.4, torch.float32), torch.randn(1, 48)
+    bias = torch.zeros(32)
+    bias[5] = float("nan")
+    y = launch.stream_product(pack_stream(weight), x, bias, None, activation)
+    assert y[0].isnan().nonzero().flatten().tolist() == [5]
+
+
+POINTEES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "i64": torch.int64, "i32": torch.int32,
+            "i16": torch.int16, "i8": torch.int8, "u8": torch.uint8, "i1": torch.bool}  # fmt: skip
+
+
+def test_tensors_are_of_the_types_that_kernels_are_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter reads whatever it gets; a compiled kernel reads its pointers as its signature says."""
+    seen: dict[str, int] = {}
+
+    def checked(spec: KernelSpec, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+        types = parameters(spec)
+        for name, value in arguments.items():
+            if isinstance(value, Tensor):
+                assert types[name].startswith("*"), name
+                if name != "values_ptr":  # several of them are read as one integer
+                    assert value.dtype is POINTEES[types[name][1:]], (spec.op, name, types[name], value.dtype)
+            else:
+                assert not types[name].startswith("*"), name
+        seen[spec.op] = seen.get(spec.op, 0) + 1
+
+    monkeypatch.setattr(launch, "launch", checked)
+    weight, x = random_sparse(32, 64, 0.4, torch.float16), torch.randn(3, 64).half()
+    launch.stream_product(pack_stream(weight), x)
+    launch.blocks_product(pack_blocks(weight, 16, 16), x)
+    a, b = torch.randn(40, 30).half(), torch.randn(40, 21).half()
+    support = torch.arange(0, 30 * 21, 7)
+    for index in (torch.tensor([3, 7, 0]), torch.tensor([3, 7, 0], dtype=torch.int32)):
+        launch.partial_grad(a, b, index)
+    for flat in (support, support.int()):
+        launch.sampled_entries(a, b, flat)
+        launch.sampled_tile(a, b, launch.support_of(flat, 30, 21))
+        launch.write_values(torch.zeros(30, 21), torch.ones(support.numel()), flat)
+    assert set(seen) >= {"stream", "blocks", "partial_grad"}, seen
+    assert len(seen) >= 5, seen
 
 
 @pytest.mark.parametrize("tokens", [1, 2])
