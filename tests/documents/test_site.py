@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html.parser
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -104,3 +105,11 @@ def test_every_page_is_in_the_navigation() -> None:
     written = {p.relative_to(ROOT / "docs").as_posix() for p in (ROOT / "docs").rglob("*.md")}
     listed = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]))
     assert written == listed
+
+
+@needs_mkdocs
+def test_words_of_pages_and_names_of_the_api_are_found(site: Path) -> None:
+    found = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))["docs"]
+    places = {entry["location"] for entry in found}
+    assert {"choose/", "troubleshooting/", "api/rules/#sparsify.S2FT"} <= places
+    assert any("co-permuting" in entry["text"] for entry in found)
