@@ -9,7 +9,8 @@ place that its unit had in the original model (a smooth ramp means that nothing 
 Hovering shows original unit ids and sites; what was declined stands greyed in its place, with the reason on hover.
 
 Layers of one stack that look alike are one row and "× 30". Where they train different units, the row has a strip for each layer
-below it, with the units at their places in the original model.
+below it, with the units at their places in the original model. What trains is never drawn narrower than one can see: of a model with
+tens of thousands of channels, a mark stands for many, and is the stronger the more of them train.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
 
 from sparsify.console import markup as escape
 from sparsify.files.atomic import write_text as write_atomically
@@ -27,16 +31,23 @@ from sparsify.program.repeats import numbers_text
 from sparsify.program.structure import Declined, Site, Structure
 from sparsify.show.layers import Band, Cell, Looks, View, count_parameters, rows_by_layer, slices_of, split_layer
 
+if TYPE_CHECKING:
+    from jaxtyping import Int
+
 LABEL, GAP, MARGIN = 150, 26, 28
 BOX, BAR, CHIP = 16, 16, 13
 ROW = 58
-STRIP = 5
+STRIP = 7
 WIDTHS = {"attention": 340, "ffn": 400, "other": 260}
 MAX_BINS = 48
+MOST_RUNS = 24
+"""Of ranges that train, each drawn for itself; more are drawn as marks."""
+NARROWEST, LEVELS = 5, 3
+"""Width of a mark in pixels at least, and how many strengths of colour marks have."""
 
 INK, SOFT, FAINT, PAPER = "#1d2733", "#5d6b7a", "#d5dbe2", "#ffffff"
 RAMP = ((0xDD, 0xE5, 0xF0), (0x6D, 0x88, 0xAE))
-CONSUMER, PRODUCER = "#e8590c", "#2f9e44"
+CONSUMER, PRODUCER, SAID = "#e8590c", "#2f9e44", "#b83a05"
 MOVED, EXTRA = "#4c5fb5", "#c2255c"
 
 
@@ -69,7 +80,7 @@ def _document(program: Program, fold: bool) -> list[str]:
     top = 154
     height = top + max(ROW, sum(map(_height, bands))) + MARGIN
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
         'font-family="ui-sans-serif, system-ui, Helvetica, Arial, sans-serif" font-size="11">',
         f"<title>{escape(type(program.host).__name__)}, {program.stage.name.lower()}</title>",
         f'<rect width="{width}" height="{height}" fill="{PAPER}"/>',
@@ -95,6 +106,7 @@ def _document(program: Program, fold: bool) -> list[str]:
             place = f'x="{MARGIN - 12}" y="{y - 6}" width="{width - 2 * MARGIN + 24}" height="{_height(band)}"'
             lines.append(f'<rect {place} fill="#f7f9fb"/>')
         lines.append(_label(band, prefix, y))
+        lines += _numbers(band, y) if band.strips else []
         items = rows[band.rows[0]]
         for at, (key, item) in enumerate(zip(_keys(items), items, strict=True)):
             x, column_width = xs[key]
@@ -111,24 +123,56 @@ def _document(program: Program, fold: bool) -> list[str]:
     return lines
 
 
+def _numbers(band: Band, y: float) -> list[str]:
+    """Numbers of layers in front of their strips, as many as there is room for."""
+    step = 2 if len(band.rows) <= 16 else 5
+    return [
+        _text(MARGIN + LABEL - 8, y + ROW - 2 + at * STRIP, row.rpartition(".")[2], SOFT, 8.5, anchor="end")
+        for at, row in enumerate(band.rows)
+        if at % step == 0
+    ]
+
+
 def _height(band: Band) -> int:
     return ROW + (len(band.rows) * STRIP + 4 if band.strips else 0)
 
 
 def _strip(view: View, x: float, y: float, width: int) -> str:
     """The units of one layer of a band, at their places in the original model, those that train in colour."""
-    cells = sorted(view.cells, key=lambda cell: cell.original)
-    on = [cell.original for cell in cells if cell.consumer or cell.producer]
+    consumers, producers = (view.originals[side] for side in (view.consumers, view.producers))
+    on = torch.cat([consumers, producers]).unique().tolist()
     title = (
         f"{view.structure.name}: original {view.structure.inner_unit}s {ids_text(on, 40)}" if on else "nothing trains"
     )
     parts = [f'<rect x="{x}" y="{y}" width="{width}" height="{STRIP - 1}" fill="{FAINT}"/>']
-    for low, high, consumer, producer in _runs(cells):
-        left, right = x + width * low / len(cells), x + width * high / len(cells)
-        shape = f'x="{left:.1f}" width="{max(right - left, 2):.1f}" y="{y}"'
-        parts += [f'<rect {shape} height="{STRIP - 1}" fill="{CONSUMER}"/>'] if consumer else []
-        parts += [f'<rect {shape} height="{2 if consumer else STRIP - 1}" fill="{PRODUCER}"/>'] if producer else []
+    parts += _marks(consumers, view.count, x, y, width, STRIP - 1, CONSUMER)
+    parts += _marks(producers, view.count, x, y, width, 2 if len(consumers) else STRIP - 1, PRODUCER)
     return f'<g class="strip"><title>{escape(title)}</title>{"".join(parts)}</g>'
+
+
+def _marks(
+    places: Int[torch.Tensor, " k"], count: int, x: float, y: float, width: int, height: int, colour: str
+) -> list[str]:
+    """Some of `count` units in a row, as marks wide enough to see; where units share a mark, the more of them train the stronger it is."""
+    if not len(places):
+        return []
+    bins = max(1, min(count, int(width / NARROWEST)))
+    found = torch.bincount(places * bins // count, minlength=bins)
+    levels = (found * LEVELS + found.max() - 1) // found.max()
+    lines = []
+    for level in range(1, LEVELS + 1):
+        path, start = "", None
+        for at, on in enumerate([*(levels == level).tolist(), False]):
+            if on and start is None:
+                start = at
+            elif not on and start is not None:
+                left, right = x + width * start / bins, x + width * at / bins
+                path += f"M{left:.1f} {y}H{right:.1f}v{height}H{left:.1f}z"
+                start = None
+        if path:
+            strength = "" if level == LEVELS else f' fill-opacity="{level / LEVELS:.2f}"'
+            lines.append(f'<path d="{path}" fill="{colour}"{strength}/>')
+    return lines
 
 
 def _keys(items: list[Structure | Declined]) -> list[tuple[str, int]]:
@@ -257,8 +301,16 @@ def _bar(view: View, x: float, y: float, width: int) -> list[str]:
             f'<rect x="{left:.1f}" y="{y}" width="{right - left + 0.3:.1f}" height="{BAR}" fill="{shade}">'
             f"<title>{escape(note)}</title></rect>"
         )
-    for low, high, consumer, producer in runs:
-        left, right = x + width * low / count, max(x + width * high / count, x + width * low / count + 2.5)
+    if len(runs) > MOST_RUNS:
+        on = (view.consumers | view.producers).nonzero().flatten()
+        ids = view.originals[on].tolist()
+        lines.append(f"<g><title>{escape(f'{len(ids)} channels train: original {ids_text(ids, 40)}')}</title>")
+        lines += _marks(view.consumers.nonzero().flatten(), count, x, y, width, BAR, CONSUMER)
+        tall = 5 if bool(view.consumers.any()) else BAR
+        lines += _marks(view.producers.nonzero().flatten(), count, x, y, width, tall, PRODUCER)
+        lines.append("</g>")
+    for low, high, consumer, producer in runs if len(runs) <= MOST_RUNS else ():
+        left, right = _span(low, high, count, x, width)
         ids = [cell.original for cell in cells[low:high]]
         what = " and ".join(name for name, on in (("columns of Down", consumer), ("rows of Up", producer)) if on)
         note = f"places {low}–{high - 1} train ({what}): original channels {ids_text(ids, 40)}"
@@ -274,6 +326,15 @@ def _bar(view: View, x: float, y: float, width: int) -> list[str]:
         'pointer-events="none"/>'
     )
     return lines
+
+
+def _span(low: int, high: int, count: int, x: float, width: int) -> tuple[float, float]:
+    """Left and right end of places [low, high) of a bar, wide enough to see and inside the bar."""
+    left, right = x + width * low / count, x + width * high / count
+    if right - left < NARROWEST:
+        left = min(left, x + width - NARROWEST)
+        right = left + NARROWEST
+    return left, right
 
 
 def _runs(cells: list[Cell]) -> list[tuple[int, int, bool, bool]]:
@@ -292,7 +353,9 @@ def _runs(cells: list[Cell]) -> list[tuple[int, int, bool, bool]]:
 def _bracket(view: View, x: float, y: float, width: int, wide: bool) -> list[str]:
     """A line under the range that trains, so that one sees that it is contiguous."""
     cells = view.cells
-    lines = []
+    lines: list[str] = []
+    if wide and len(_runs(cells)) > MOST_RUNS:
+        return lines
     boxes = {} if wide else {number: (left, left + w) for left, w, number, _ in _cell_boxes(view, x, width)}
     for side, colour, drop in (("consumer", CONSUMER, 0.0), ("producer", PRODUCER, 3.0)):
         low = None
@@ -301,9 +364,7 @@ def _bracket(view: View, x: float, y: float, width: int, wide: bool) -> list[str
             if on and low is None:
                 low = place
             elif not on and low is not None:
-                left = x + width * low / len(cells) if wide else boxes[low][0]
-                right = x + width * place / len(cells) if wide else boxes[place - 1][1]
-                right = max(right, left + 2.5)
+                left, right = _span(low, place, len(cells), x, width) if wide else (boxes[low][0], boxes[place - 1][1])
                 lines.append(
                     f'<path d="M{left:.1f} {y + drop + 1:.1f}H{right:.1f}" stroke="{colour}" stroke-width="2"/>'
                 )
@@ -331,7 +392,7 @@ def _chips(looks: Looks, structure: Structure, x: float, y: float, width: int) -
         left += size + 4
     if words:
         note = "\n".join(slice_text(s, looks.program.tensor(s.param).dim()) for s in trained)
-        text = _text(x + width, y + 10, words, CONSUMER, 10, anchor="end")
+        text = _text(x + width, y + 10, words, SAID, 10, anchor="end")
         lines.append(f"<g><title>{escape(note or words)}</title>{text}</g>")
     return lines
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 import zoo
 
 import sparsify
@@ -16,6 +17,7 @@ from sparsify.api import PIPELINE
 from sparsify.passes.base import Context, run_passes
 from sparsify.program.capture import capture
 from sparsify.program.structure import Declined
+from sparsify.show import drawing
 from sparsify.show.drawing import View, count_parameters, draw_program, shared_parts, split_layer, write_atomically
 
 PLAN = Plan([S2FT(structure="ffn", fraction=0.1), S2FT(structure="attention", fraction=0.3, producer_fraction=0.5)])
@@ -117,6 +119,33 @@ def test_a_folded_row_shows_what_every_layer_trains() -> None:
         assert set(choice.consumers) <= ids
     assert 'class="strip"' not in program.svg(fold=False)
     assert 'class="strip"' not in sparsify.analyse(tiny.llama(num_hidden_layers=5)).svg(), "nothing differs, no strips"
+
+
+@pytest.mark.parametrize("rule", [S2FT(structure="ffn", fraction=0.01), S2FT(structure="ffn", fraction=0.2)])
+def test_chosen_channels_are_wide_enough_to_see(rule: S2FT) -> None:
+    host = sparsify.compile(tiny.llama(num_hidden_layers=5, intermediate_size=2500), Plan([rule]), progress=False)
+    program = host.sparsify.program
+    text = program.svg()
+    paths = re.findall(r'<path d="((?:M[\d.]+ [\d.]+H[\d.]+v[\d.]+H[\d.]+z)+)"', text)
+    marks = [(float(left), float(right)) for d in paths for left, right in re.findall(r"M([\d.]+) [\d.]+H([\d.]+)v", d)]
+    assert len(marks) > 50
+    assert min(right - left for left, right in marks) > 4.8
+    block = re.findall(r'<rect x="([\d.]+)" width="([\d.]+)" y="\d+" height="16" fill="#e8590c"', text)
+    assert block
+    assert min(float(width) for _, width in block) >= 5
+    assert len(text) < 40_000, "as many marks as fit, not one for each of 500 channels"
+
+
+def test_scattered_channels_stay_inside_their_bar() -> None:
+    ids = torch.randperm(900, generator=torch.Generator().manual_seed(1))[:300]
+    marks = drawing._marks(ids, 900, 10.0, 0.0, 400, 16, "red")
+    spans = [tuple(map(float, span)) for line in marks for span in re.findall(r"M([\d.]+) [\d.]+H([\d.]+)v", line)]
+    assert min(left for left, _ in spans) >= 10
+    assert max(right for _, right in spans) <= 410
+    covered = {int((place * 80) // 900) for place in ids.tolist()}
+    assert sum(round((right - left) / 5) for left, right in spans) == len(covered)
+    assert drawing._marks(ids[:0], 900, 10.0, 0.0, 400, 16, "red") == []
+    assert "fill-opacity" not in drawing._marks(ids[:1], 900, 10.0, 0.0, 400, 16, "red")[0]
 
 
 def test_a_layer_that_looks_different_has_its_own_row() -> None:

@@ -50,9 +50,12 @@ function strip(units, consumers, producers, label) {
   return svg;
 }
 
+const BINS = 150;
+const binText = (units) => (units > BINS ? `; a mark stands for ${Math.ceil(units / BINS)} of them, and is the stronger the more of these train` : "");
+
 // Units by the hundred share a bin of the picture: the more of a bin train, the stronger its colour, and the least is seen.
 function paint(svg, units, text, kind, width, y, height) {
-  const bins = Math.min(units, 150), found = new Float64Array(bins);
+  const bins = Math.min(units, BINS), found = new Float64Array(bins);
   for (const [a, b] of ranges(text)) {
     for (let u = a; u <= b && u < units; u++) found[Math.floor((u * bins) / units)] += 1;
   }
@@ -61,9 +64,8 @@ function paint(svg, units, text, kind, width, y, height) {
     if (!found[bin]) continue;
     let end = bin;
     while (end + 1 < bins && found[end + 1] === found[bin]) end += 1;
-    const gap = units <= 80 ? 1 : 0;
-    const options = { class: kind, y, height, opacity: (0.35 + (0.65 * found[bin]) / most).toFixed(2) };
-    if (gap) for (let one = bin; one <= end; one++) svg.append(shape("rect", { ...options, x: one * step + 1, width: Math.max(1, step - 2) }));
+    const options = { class: kind, y, height, opacity: (0.2 + (0.8 * found[bin]) / most).toFixed(2) };
+    if (units <= 80) for (let one = bin; one <= end; one++) svg.append(shape("rect", { ...options, x: one * step + 1, width: Math.max(1, step - 2) }));
     else svg.append(shape("rect", { ...options, x: bin * step, width: Math.max((end - bin + 1) * step, 8) }));
     bin = end;
   }
@@ -329,7 +331,7 @@ function structureDetails(s) {
   return [
     el("h2", {}, s.name), el("p", { class: "grey" }, `${s.kind === "ffn" ? "feed-forward" : s.kind}, ${s.size}`),
     s.trained ? el("p", { class: "trains" }, `trains ${s.trained}`) : el("p", {}, "No whole channels train here."),
-    el("div", { class: "big" }, el("p", { class: "caption" }, "before: at their places in the model"), before, el("p", { class: "caption" }, "after: where they stand now"), after),
+    el("div", { class: "big" }, el("p", { class: "caption" }, `before: at their places in the model${binText(s.units)}`), before, el("p", { class: "caption" }, "after: where they stand now"), after),
     (s.choices || []).map(([rule, method, why]) => el("p", {}, `chosen by rule ${rule} (${method})${why ? `; in place: ${why}` : ""}`)),
     s.unproven ? el("p", {}, `not moved: ${s.unproven}`) : "",
     el("h3", {}, "Sites"), table,
