@@ -13,7 +13,7 @@ from serving_bench import BASE, GREEDY, PLANS, Bench, shared, write_random
 from torch import Tensor, nn
 
 import sparsify
-from sparsify import S2FT, AdapterError, LoRA, Plan, Prune, Quantize, SparsifyError
+from sparsify import AdapterError, LoRA, Plan, Prune, Quantize, SparsifyError
 
 
 @pytest.fixture(scope="module")
@@ -235,19 +235,19 @@ def test_a_plan_host_is_refused_with_what_to_pass_instead(bench):
 
 
 def check_over(base: nn.Module, served: nn.Module, folder: Path, rules: Any = (), **settings: Any) -> Any:
-    """Rows of adapters that were trained over `base` (with `rules` beside them) against a host over `served`."""
-    names = ["rosa", BASE, "columns", "lora"]
-    alone = {}
-    for name, own in (
-        ("rosa", PLANS["rosa"]),
-        ("columns", [S2FT(0.2, budget="structure", permute=False)]),
-        ("lora", PLANS["lora"]),
-    ):
-        alone[name] = trained = tiny.lower(copy.deepcopy(base), *own, *rules)
-        tiny.disturb(trained)
-        trained.sparsify.save_adapter(folder / name)
+    """Rows of adapters over `base` against a host over `served`: with `rules`, trained beside them, else random ones."""
+    alone: dict[str, Any] = {}
+    if rules:
+        for name in ("rosa", "lora"):
+            alone[name] = trained = tiny.lower(copy.deepcopy(base), *PLANS[name], *rules)
+            tiny.disturb(trained)
+            trained.sparsify.save_adapter(folder / name)
+    else:
+        for seed, name in enumerate(("column", "row", "sparse", "lora")):
+            alone[name] = write_random(base, folder / name, name, seed)
+    names = [next(iter(alone)), BASE, *list(alone)[1:]]
     host: Any = sparsify.serve(served, {name: folder / name for name in alone}, slots=4, budget="8MiB", **settings)
-    batch = {"input_ids": tiny.tokens(4, 7)}
+    batch = {"input_ids": tiny.tokens(len(names), 7)}
     with torch.no_grad():
         found, plain = host(**batch, adapter_names=names).logits, served(**batch).logits
         assert torch.equal(host(**batch).logits, plain)
