@@ -17,6 +17,8 @@ import sparsify
 from sparsify import S2FT, LoRA, PaCA, RoSA
 from sparsify.adapters import adapter as files
 from sparsify.adapters.adapter import Adapter
+from sparsify.model.linears import is_conv1d, is_plain_linear, logical_weight
+from sparsify.program import canonical_names
 
 BASE = "__base__"
 PLANS: dict[str, list[Any]] = {
@@ -57,6 +59,31 @@ class Bench:
                 wanted, base = self.alone[name](**own).logits[0], self.model(**own).logits[0]
             torch.testing.assert_close(logits[row], wanted, rtol=2e-6, atol=2e-6)
             assert (name == BASE) == bool(float((wanted - base).abs().max()) < 1e-4)
+
+
+def write_random(model: nn.Module, folder: Path, kind: str, seed: int) -> nn.Module:
+    """An adapter of one kind of change over every linear, without a trace, and the model that `sparsify.load` makes of it."""
+    generator = torch.Generator().manual_seed(seed)
+    random = lambda *shape: 0.1 * torch.randn(shape, generator=generator)  # noqa: E731
+    names = canonical_names(model)
+    looked_up = {names[f"{n}.weight"] for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    deltas, bases = [], {}
+    for path, module in model.named_modules():
+        param = f"{path}.weight"
+        if not is_plain_linear(module) or names[param] != param or param in looked_up:
+            continue
+        turned = is_conv1d(module)
+        n, m = logical_weight(module).shape
+        places = torch.randperm({"column": m, "row": n, "sparse": n * m, "lora": 1}[kind], generator=generator)[:3]
+        shape = {"column": (n, places.numel()), "row": (places.numel(), m), "sparse": places.shape, "lora": (n, 2)}[
+            kind
+        ]
+        a = random(2, m) if kind == "lora" else None
+        channels = torch.empty(0, dtype=torch.int64) if kind == "lora" else places.sort().values
+        deltas.append(files.Delta(param, kind, channels, random(*shape), turned, a, 1.5 if kind == "lora" else 1.0))
+        bases[param] = files.tensor_hash(module.get_parameter("weight"))
+    files.save(Adapter(tuple(deltas), bases), folder)
+    return sparsify.load(model, folder)
 
 
 def shared(factory: pytest.TempPathFactory) -> Bench:

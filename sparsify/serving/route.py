@@ -23,11 +23,11 @@ class Route:
     """Rows sorted by slot (`sparsify.ops.adapter_tables`). bits: which kinds of addends some row needs at which weight (`Image.bits`)."""
 
     def __init__(self, slots: Sequence[int] | Tensor, count: int, bits: int, device: torch.device) -> None:
-        slot = torch.as_tensor(slots, dtype=torch.int64).to(device)
+        slot = torch.as_tensor(slots, dtype=torch.int64).cpu()
         self.uniform = bool((slot == slot[:1]).all())
-        self.order = slot.argsort(stable=True)
-        self.offs = torch.zeros(count + 2, dtype=torch.int64, device=device)
-        self.offs[1:] = torch.bincount(slot, minlength=count + 1).cumsum(0)
+        offs = torch.zeros(count + 2, dtype=torch.int64)
+        offs[1:] = torch.bincount(slot, minlength=count + 1).cumsum(0)
+        self.order, self.offs = slot.argsort(stable=True).to(device), offs.to(device)
         self.bits = bits
 
     def kinds(self, number: int) -> tuple[str, ...]:

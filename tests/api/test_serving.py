@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from serving_bench import BASE, GREEDY, PLANS, Bench, shared
+from serving_bench import BASE, GREEDY, PLANS, Bench, shared, write_random
 from torch import Tensor, nn
 
 import sparsify
-from sparsify import S2FT, AdapterError, LoRA, Plan, Prune, Quantize, SparsifyError
+from sparsify import AdapterError, LoRA, Plan, Prune, Quantize, SparsifyError
 
 
 @pytest.fixture(scope="module")
@@ -158,8 +158,17 @@ def test_adapters_come_and_go_and_one_graph_serves_every_layout(bench):
             bench.check_rows(host(**batch, adapter_names=names).logits, names, rows)
     assert len(graphs) == 1
     assert host.sparsify.counts.evictions >= 3
-    graphs.clear()
-    torch.compiler.reset()
+
+
+@pytest.mark.slow  # the graph is the one of the test before
+def test_a_graph_around_the_host_follows_the_names_outside(bench):
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: object) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    batch = {"input_ids": tiny.tokens(3, 6), "use_cache": False}
     other = bench.host()
     compiled = torch.compile(other, backend=backend, fullgraph=True, dynamic=False)
     for names in (["lora", BASE, "lora"], ["s2ft", "rosa", "rosa"]):
@@ -195,18 +204,28 @@ def test_a_trained_bias_is_an_addend(tmp_path):
 # the others repeat what GPT-2 and T5 say of packed projections
 @pytest.mark.parametrize(
     "family",
-    ["GPT-2", "T5 (gated)", *(pytest.param(family, marks=pytest.mark.slow) for family in ("Phi-3", "GPT-NeoX"))],
+    [
+        "GPT-2",
+        "T5 (gated)",
+        *(pytest.param(family, marks=pytest.mark.slow) for family in ("Phi-3", "GPT-NeoX", "Qwen2")),
+    ],
 )
 def test_packed_projections_conv1d_and_encoder_decoders(family, tmp_path):
-    plans = {name: PLANS[name] for name in (("rosa",) if family == "T5 (gated)" else ("rosa", "s2ft"))}
-    bench = Bench(tmp_path, family, plans)
-    host = bench.host()
-    names = ["rosa", BASE, list(plans)[-1]]
-    ids = tiny.tokens(3, 6)
+    model: Any = tiny.build(family)
+    kinds = ("column", "row", "sparse", "lora")
+    alone: dict[str, Any] = {kind: write_random(model, tmp_path / kind, kind, seed) for seed, kind in enumerate(kinds)}
+    host: Any = sparsify.serve(model, {kind: tmp_path / kind for kind in kinds}, budget="4MiB")
+    alone[BASE] = model
+    names = ["sparse", BASE, "column", "row", "lora"]
+    ids = tiny.tokens(5, 6)
     found = host.generate(input_ids=ids, adapter_names=names, num_beams=2, **GREEDY)
     for row, name in enumerate(names):
-        wanted = bench.alone[name].generate(input_ids=ids[row : row + 1], num_beams=2, **GREEDY)
+        wanted = alone[name].generate(input_ids=ids[row : row + 1], num_beams=2, **GREEDY)
         assert torch.equal(found[row], wanted[0]), name
+        if name != BASE:
+            own = tiny.inputs_of(model, family)
+            with torch.no_grad():
+                assert float((alone[name](**own).logits - model(**own).logits).abs().max()) > 1e-3
 
 
 def test_a_plan_host_is_refused_with_what_to_pass_instead(bench):
@@ -216,19 +235,19 @@ def test_a_plan_host_is_refused_with_what_to_pass_instead(bench):
 
 
 def check_over(base: nn.Module, served: nn.Module, folder: Path, rules: Any = (), **settings: Any) -> Any:
-    """Rows of adapters that were trained over `base` (with `rules` beside them) against a host over `served`."""
-    names = ["rosa", BASE, "columns", "lora"]
-    alone = {}
-    for name, own in (
-        ("rosa", PLANS["rosa"]),
-        ("columns", [S2FT(0.2, budget="structure", permute=False)]),
-        ("lora", PLANS["lora"]),
-    ):
-        alone[name] = trained = tiny.lower(copy.deepcopy(base), *own, *rules)
-        tiny.disturb(trained)
-        trained.sparsify.save_adapter(folder / name)
+    """Rows of adapters over `base` against a host over `served`: with `rules`, trained beside them, else random ones."""
+    alone: dict[str, Any] = {}
+    if rules:
+        for name in ("rosa", "lora"):
+            alone[name] = trained = tiny.lower(copy.deepcopy(base), *PLANS[name], *rules)
+            tiny.disturb(trained)
+            trained.sparsify.save_adapter(folder / name)
+    else:
+        for seed, name in enumerate(("column", "row", "sparse", "lora")):
+            alone[name] = write_random(base, folder / name, name, seed)
+    names = [next(iter(alone)), BASE, *list(alone)[1:]]
     host: Any = sparsify.serve(served, {name: folder / name for name in alone}, slots=4, budget="8MiB", **settings)
-    batch = {"input_ids": tiny.tokens(4, 7)}
+    batch = {"input_ids": tiny.tokens(len(names), 7)}
     with torch.no_grad():
         found, plain = host(**batch, adapter_names=names).logits, served(**batch).logits
         assert torch.equal(host(**batch).logits, plain)

@@ -47,7 +47,7 @@ def until(holds: Callable[[], Any]) -> Any:
 # --- exactness -------------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_any_layout_of_names_and_lengths(bench, data):
     names = data.draw(st.lists(st.sampled_from(sorted(bench.alone)), min_size=1, max_size=6))

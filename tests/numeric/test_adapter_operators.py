@@ -206,11 +206,12 @@ def test_a_table_that_points_outside_reads_nothing(kind, compiled, monkeypatch):
             operator(kind)(*arguments[:4], table, torch.tensor(broken), arguments[6])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+# in 16 bits the same kernels
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ORACLES)
 def test_the_gpu_kernel_answers_to_the_oracle_in_the_interpreter(kind, dtype, monkeypatch, tmp_path):
     launches = count_launches(monkeypatch, tmp_path)
-    for m, n, each, slots in ((37, 70, 1, [2, 0, 3, 2, 1]), (70, 19, 9, [1, 3, 0, 1, 1])):
+    for m, n, each, slots in ((37, 70, 1, [2, 0, 3, 2]), (70, 19, 9, [1, 0, 1, 1])):
         arguments, _ = case(kind, m, n, slots, each, dtype)
         wanted = ORACLES[kind](*arguments)
         found = operator(kind)(*arguments)
