@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,54 @@ def test_the_words_of_a_chat_that_cannot_be(server: Served) -> None:
         server.call("/v1/chat/completions", {"model": "base", "messages": [{"role": "user", "content": "the"}]})[0]
         == 200
     )
+
+
+@pytest.mark.slow  # the same on the engine: test_serving_engine.py, equal prompts under many adapters
+def test_load_of_mixed_adapters_loses_nothing_and_mixes_nothing_up(given: Path) -> None:
+    host: Any = sparsify.serve(served.model_of(given), folder=given / "adapters", slots=4, budget="1MiB")
+    prompts = [[1, *(6 + (3 * row + n) % 17 for n in range(3 + 5 * row))] for row in range(6)]
+    names = dict(zip(("base", *NAMES[1:]), NAMES, strict=True))
+    alone_ids = {
+        (label, row): alone(host, names[label], prompts[row], 12) for label in names for row in range(len(prompts))
+    }
+    expected = {key: TOKENIZER.decode(ids, skip_special_tokens=True) for key, ids in alone_ids.items()}
+    asked = [
+        (label, row, stream)
+        for _ in range(6)
+        for label in names
+        for row in range(len(prompts))
+        for stream in (False, True)
+    ]
+    found: list[tuple[str, int, str]] = []
+    with http_server.serving(served.model_of(given), given / "adapters", slots=2, queue=24) as made:
+
+        def ask(mine: list[tuple[str, int, bool]]) -> None:
+            for label, row, stream in mine:
+                document = {
+                    "model": label,
+                    "prompt": prompts[row],
+                    "max_tokens": 12,
+                    "temperature": 0,
+                    "ignore_eos": True,
+                    "stream": stream,
+                }
+                status, answer = made.call("/v1/completions", document)
+                assert status == 200, answer
+                if stream:
+                    events = [json.loads(line[6:]) for line in answer.split("\n\n") if line.startswith("data: {")]
+                    assert answer.endswith("data: [DONE]\n\n")
+                    found.append((label, row, "".join(event["choices"][0]["text"] for event in events)))
+                else:
+                    found.append((label, row, answer["choices"][0]["text"]))
+
+        threads = [threading.Thread(target=ask, args=(asked[number::20],)) for number in range(20)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        made.idle()
+    assert len(found) == len(asked) == 360
+    assert [(label, row) for label, row, text in found if text != expected[label, row]] == []
 
 
 # --- adapters that come and go ---

@@ -90,7 +90,10 @@ def run(script: str, *arguments: str, fresh: bool = False) -> str:
 
 
 def test_every_example_is_tested() -> None:
-    assert {p.name for p in EXAMPLES.glob("*.py")} == set(SCRIPTS) | {"ray_train.py"}  # which test_ray.py starts
+    assert {p.name for p in EXAMPLES.glob("*.py")} == set(SCRIPTS) | {
+        "ray_train.py",
+        "ray_serve.py",
+    }  # which test_ray.py starts
 
 
 def check(script: str, folder: Path, fresh: bool) -> None:
