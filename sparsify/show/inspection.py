@@ -9,11 +9,13 @@ once: structures say the number of theirs in `ids`, so that eighty layers of 28,
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from sparsify.console import one_line, visible
-from sparsify.files.strict_json import Json
+from sparsify.files.strict_json import Json, is_objects
 from sparsify.model.sharded import class_name
 from sparsify.program import Program, Stage
 from sparsify.program.permutation import Permutation
@@ -54,13 +56,54 @@ def inspect_program(program: Program) -> dict[str, Json]:
             for p in program.packings
         ],
         "operations": Operations(program).tree(),
-        "kernels": kernels(program),
+        "kernels": kernel_sources(program),
         "ids": list(ids.texts),
         "left_out": [],
     }
     clean = spelled_out(document)
     assert isinstance(clean, dict)
-    return clean
+    return within(clean, MOST_BYTES)
+
+
+def within(document: dict[str, Json], most: int) -> dict[str, Json]:
+    """The document in at most about `most` bytes: what takes most room and is least missed goes first, and `left_out` says so."""
+
+    def size(value: Json) -> int:
+        return len(json.dumps(value, separators=(",", ":")))
+
+    document = dict(document)
+    left_out: list[Json] = []
+    rest = size(document) - most
+    kernels = document["kernels"]
+    if rest > 0 and is_objects(kernels) and kernels:
+        sources: list[Json] = [kernel | {"source": ""} for kernel in kernels]
+        rest -= size(document["kernels"]) - size(sources)
+        document["kernels"] = sources
+        left_out.append("sources of kernels: program.text(kernels=True) prints them")
+    found = document["operations"]
+    if rest > 0 and isinstance(found, list):
+        layers = [item for item in found if isinstance(item, dict) and item.get("count") == 1]
+        gone: list[str] = []
+        while rest > 0 and layers:
+            layer = layers.pop()
+            rest -= size(layer["items"])
+            gone.append(str(layer["run"]))
+            layer["items"] = []
+        left_out += [f"operations of {len(gone)} layers from {gone[-1]} on: print(program) shows them"] if gone else []
+    texts = document["ids"]
+    if rest > 0 and isinstance(texts, list):
+        longest = sorted(range(len(texts)), key=lambda place: -len(str(texts[place])))
+        kept: list[Json] = list(texts)
+        while rest > 0 and longest:
+            place = longest.pop(0)
+            rest -= len(str(kept[place]))
+            kept[place] = None
+        document["ids"] = kept
+        left_out.append(
+            f"ids of units, {sum(t is None for t in kept)} lists: program.choices and program.permutations have them"
+        )
+    document["left_out"] = left_out
+    return document
 
 
 class Ids:
@@ -78,7 +121,9 @@ class Ids:
 
 
 def spelled_out(value: Json) -> Json:
-    """All texts with control characters and the like as escapes."""
+    """All texts with control characters and the like as escapes; numbers that JSON has no word for as null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     if isinstance(value, str):
         return visible(value)
     if isinstance(value, list):
@@ -203,7 +248,7 @@ def pruned_row(pruned: object) -> Json:
     }
 
 
-def kernels(program: Program) -> Json:
+def kernel_sources(program: Program) -> Json:
     """Generated kernels of a lowered program, each source once."""
     found = program.kernels() if program.stage is Stage.LOWERED else ()
     return [{"name": k.name, "lines": k.lines, "nodes": list(k.nodes), "source": k.source} for k in found]

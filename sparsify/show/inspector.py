@@ -13,13 +13,21 @@ import base64
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from importlib import resources
+from pathlib import Path
 
+from sparsify.errors import InputError
+from sparsify.files.atomic import shown
 from sparsify.files.atomic import write_text as write_atomically
-from sparsify.files.strict_json import Json
+from sparsify.files.regular import read_file
+from sparsify.files.strict_json import Json, parse
 from sparsify.program import Program
-from sparsify.show.inspection import inspect_program
+from sparsify.show.inspection import FORMAT, VERSION, inspect_program
+
+LARGEST, DEEPEST = 64 << 20, 60
+"""Bytes and levels of nesting of a page that is read."""
 
 
 def inspector_page(program: Program, path: str | os.PathLike[str] | None = None) -> str:
@@ -48,6 +56,22 @@ def render_inspector(data: Mapping[str, Json]) -> str:
     )
 
 
+def read_inspector(path: str | os.PathLike[str]) -> dict[str, Json]:
+    """The data of a page that `inspector_page` wrote. Raises InputError for any other file."""
+    text = read_file(path, LARGEST, InputError)
+    found = re.search(rb'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    data = parse(found[1], shown(Path(path)), InputError, depth=DEEPEST) if found is not None else None
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise InputError(
+            f"{shown(Path(path))}: not a page of sparsify's inspector (`sparsify inspect MODEL --html FILE`)"
+        )
+    if data.get("version") != VERSION:
+        raise InputError(
+            f"{shown(Path(path))}: a page of version {data.get('version')!r}; this sparsify reads {VERSION}"
+        )
+    return data
+
+
 def data_block(data: Mapping[str, Json]) -> str:
     """JSON that can stand in a `<script>`, whatever its texts hold: ASCII, and no character that HTML knows."""
     text = json.dumps(data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
@@ -63,4 +87,4 @@ def digest(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-__all__ = ["inspector_page", "render_inspector"]
+__all__ = ["inspector_page", "read_inspector", "render_inspector"]

@@ -69,6 +69,7 @@ class Operations(GraphText):
             "count": run.count,
             "stack": run.stack,
             "period": run.period,
+            "indices": [numbers_text(run.indices(place)) for place in range(run.period)],
             "layers": [block.index for block in run.blocks],
             "reads": [[outside.name, inside.name] for outside, inside in run.carried],
             "left": [[node.name, first.name, where[node]] for node, _, first in run.outside],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html.parser
 import json
 import re
@@ -14,11 +15,11 @@ import torch
 from torch import nn
 
 import sparsify
-from sparsify import S2FT, Plan, RoSA
+from sparsify import S2FT, LoRA, Plan, Prune, Quantize, RoSA
 from sparsify.cli import app
 from sparsify.program.printer import op_name, slice_text
 from sparsify.program.structure import Declined
-from sparsify.show.inspection import FORMAT, inspect_program
+from sparsify.show.inspection import FORMAT, inspect_program, within
 from sparsify.show.inspector import digest, render_inspector
 
 PLAN = Plan(
@@ -210,6 +211,39 @@ def test_names_are_text_and_never_markup() -> None:
 def test_a_hostile_title_is_escaped(data: Any) -> None:
     page = Page(render_inspector({**data, "model": "</title><script>alert(1)</script>"}))
     assert [tag for tag, _ in page.tags].count("script") == 2
+
+
+def test_pruned_and_packed_weights_are_listed_and_what_is_no_number_is_null() -> None:
+    plan = Plan(
+        [
+            Prune(sparsity=0.5, method="magnitude"),
+            Quantize(match="*.up_proj", format="int8"),
+            LoRA(match="*.q_proj", rank=2),
+        ]
+    )
+    program = sparsify.compile(tiny.llama(), plan, calibration=[tiny.tokens()], progress=False).sparsify.program
+    lost = dataclasses.replace(program.pruned[0], error=float("nan"))
+    said: Any = inspect_program(program.replaced(pruned=(lost, *program.pruned[1:])))
+    assert [p["name"] for p in said["pruned"]] == [p.name for p in program.pruned]
+    assert said["pruned"][0]["error"] is None
+    assert said["pruned"][1]["error"] == program.pruned[1].error
+    assert [p["param"] for p in said["packed"]] == [p.param for p in program.packings]
+    assert Page(render_inspector(said)).inside("script")
+    assert {s["more"] for one in said["structures"] for s in one["sites"] if s["role"] == "up"} == {"stored as int8"}
+
+
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.1])
+def test_what_does_not_fit_is_left_out_and_said(data: Any, share: float) -> None:
+    unfolded = [{"run": f"model.layers.{i}", "count": 1, "items": data["operations"][-4:]} for i in range(30)]
+    full = {**data, "operations": unfolded, "kernels": [{"name": "k", "lines": 1, "nodes": [], "source": "x" * 9000}]}
+    most = int(share * len(json.dumps(full)))
+    cut: Any = within(json.loads(json.dumps(full)), most)
+    size = len(json.dumps({**cut, "left_out": []}, separators=(",", ":")))
+    assert size <= most or not any(cut["ids"])
+    assert len(cut["left_out"]) == {0.9: 1, 0.5: 2, 0.1: 3}[share]
+    assert cut["kernels"][0]["source"] == ""
+    assert within(dict(full), 10**9) == {**full, "left_out": []}
+    assert cut["structures"] == data["structures"]
 
 
 def test_the_shell_writes_it(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ function el(tag, options, ...children) {
 const button = (options, ...children) => el("button", { type: "button", ...options }, ...children);
 const count = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "s"}`;
 const ids = (place) => data.ids[place] || "";
+const leftOut = (s) => ["consumers", "producers", "consumers_now", "producers_now"].some((side) => data.ids[s[side]] === null);
 
 // "5, 14, 18…20" → [[5, 5], [14, 14], [18, 20]]
 function ranges(text) {
@@ -72,6 +73,7 @@ function paint(svg, units, text, kind, width, y, height) {
 }
 
 function strips(s) {
+  if (leftOut(s)) return [el("span", { class: "caption" }, "ids left out of this page"), el("span", {})];
   const trains = ids(s.consumers) || ids(s.producers);
   const what = `${count(s.units, s.unit)}; ${trains ? `${s.trained || "some"} train` : "nothing trains"}`;
   return [
@@ -279,7 +281,7 @@ function kernelsTab() {
 }
 
 function kernelBody(k) {
-  return [el("p", { class: "caption" }, k.nodes.slice(0, 40).join(", ") + (k.nodes.length > 40 ? `, … ${k.nodes.length - 40} more` : "")), el("pre", { tabindex: "0" }, k.source)];
+  return [k.source ? "" : el("p", {}, "Its source was left out of this page."), el("p", { class: "caption" }, k.nodes.slice(0, 40).join(", ") + (k.nodes.length > 40 ? `, … ${k.nodes.length - 40} more` : "")), el("pre", { tabindex: "0" }, k.source)];
 }
 
 function numbersTable(columns, rows) {
@@ -288,11 +290,11 @@ function numbersTable(columns, rows) {
 }
 
 function passesTab() {
-  const percent = (x) => `${(100 * x).toFixed(1)} %`;
+  const percent = (x) => (x === null ? "not known" : `${(100 * x).toFixed(1)} %`);
   return [
     el("h3", {}, "What every pass did"), el("ol", {}, data.history.map((note) => el("li", {}, note))),
     data.pruned.length ? [el("h3", {}, "Pruned weights"), numbersTable(["weight", "zeros", "pattern", "method", "error"],
-      data.pruned.map((p) => [p.name, percent(p.sparsity), p.pattern, p.method, p.error === null ? "" : p.error.toExponential(2)]))] : "",
+      data.pruned.map((p) => [p.name, percent(p.sparsity), p.pattern, p.method, p.error === null ? "not known" : p.error.toExponential(2)]))] : "",
     data.packed.length ? [el("h3", {}, "Packed weights"), numbersTable(["weight", "format", "bytes before", "after", "error"],
       data.packed.map((p) => [p.param, p.format, p.before.toLocaleString("en"), p.after.toLocaleString("en"), percent(p.error)]))] : "",
     data.left_out.length ? [el("h3", {}, "Left out of this page"), el("ul", {}, data.left_out.map((text) => el("li", {}, text)))] : "",
@@ -327,7 +329,7 @@ function structureDetails(s) {
   const table = el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, ["role", "tensor", "axis, block"].map((t) => el("th", { scope: "col" }, t)))),
     el("tbody", {}, s.sites.map((site) => el("tr", {}, el("td", { class: "role" }, site.role), el("td", {}, el("code", {}, short(site.param, s.name)),
       el("div", { class: "caption" }, `${site.tensor}${site.moved ? ", reordered" : ""}`), site.more ? el("div", { class: "trains" }, site.more) : ""), el("td", {}, el("code", {}, site.where)))))));
-  const order = (o) => o.count ? `${ids(o.front)}, then the others of ${o.units} as they stood` : "as it was";
+  const order = (o) => data.ids[o.front] === null ? "left out of this page" : o.count ? `${ids(o.front)}, then the others of ${o.units} as they stood` : "as it was";
   return [
     el("h2", {}, s.name), el("p", { class: "grey" }, `${s.kind === "ffn" ? "feed-forward" : s.kind}, ${s.size}`),
     s.trained ? el("p", { class: "trains" }, `trains ${s.trained}`) : el("p", {}, "No whole channels train here."),
@@ -341,7 +343,7 @@ function structureDetails(s) {
     s.order ? [el("h3", {}, "Permutation"), el("p", { class: "caption" }, "which unit stands at place 0, 1, 2, …"), idsBlock(order(s.order)),
       s.inner_order ? [el("p", { class: "caption" }, "inside the groups"), s.inner_order.map((o) => idsBlock(order(o)))] : ""] : "",
     s.slices.length ? [el("h3", {}, "Trained slices"), s.slices.map((piece) => [el("p", {}, el("code", {}, piece.text)),
-      el("p", { class: "caption" }, `${piece.side} block of ${piece.count}: channels`), idsBlock(ids(piece.channels))])] : "",
+      el("p", { class: "caption" }, `${piece.side} block of ${piece.count}: channels`), data.ids[piece.channels] === null ? "left out of this page" : idsBlock(ids(piece.channels))])] : "",
     ops.length ? [el("h3", {}, "Its operations, before and after"), ops.map((op) => opDetails(op, false))] : "",
     el("p", {}, button({ class: "link", onclick: () => { setSearch(s.name); } }, "everything with this name")),
   ];
