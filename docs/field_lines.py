@@ -19,7 +19,7 @@ FIELD = re.compile(r"^([a-z_][\w, ]*): (?=\S)")
 
 
 def as_list(text: str) -> str:
-    """A docstring with its field lines as a Markdown list; what is indented below a field belongs to it."""
+    """A docstring with its field lines as a Markdown list; what follows a field up to an empty line belongs to it."""
     lines: list[str] = []
     inside = False  # a list is open
     for line in text.splitlines():
@@ -30,12 +30,10 @@ def as_list(text: str) -> str:
             names = ", ".join(f"**{name.strip()}**" for name in field[1].split(","))
             lines.append(f"- {names}: {line[field.end() :]}")
             inside = True
-        elif inside and line.startswith("    "):
-            lines.append(line)
+        elif inside and line.strip() and lines[-1].strip():  # goes on, indented or not
+            lines.append(line if line.startswith("    ") else f"    {line}")
         else:
-            if inside and line:
-                lines.append("")
-            inside = False if line or not inside else inside
+            inside = inside and not line.strip()
             lines.append(line)
     return "\n".join(lines)
 

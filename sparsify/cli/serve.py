@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from sparsify.cli.text_model import load_text_model, named_folders, note
+from sparsify.console import stage
 from sparsify.errors import InputError
 
 KEY = "SPARSIFY_API_KEY"
@@ -83,10 +84,12 @@ def serve(
         raise InputError(f"the base and an adapter would both be called {base!r}: give --served-model-name")
     if api_key is not None and not api_key.strip():
         raise InputError("--api-key: the key is empty")
-    loaded, tokenizer = load_text_model(model, dtype)
-    served = sparsify.serve(
-        loaded, folders, folder=adapter_dir, slots=slots, budget=budget, host_budget=host_budget, timeout=timeout
-    )  # fmt: skip
+    with stage("loading the model", True):
+        loaded, tokenizer = load_text_model(model, dtype)
+    with stage("looking where adapters can be added", True):
+        served = sparsify.serve(
+            loaded, folders, folder=adapter_dir, slots=slots, budget=budget, host_budget=host_budget, timeout=timeout
+        )
     positions = getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or 4096
     context = min(max_context or positions, positions)
     cache = min(max_running * context, max(context, 16384))

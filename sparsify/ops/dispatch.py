@@ -6,7 +6,7 @@
     sampled_product                      the gradient on a support              Triton, generated C++
     quantized_serves, quantized_product  the product with a packed weight       Triton
     channel_grad_serves, channel_gradient  the gradient of some channels        Triton, cuBLAS
-    add_adapters                         y += what each token's adapter adds    generated C++
+    add_adapters                         y += what each token's adapter adds    Triton, generated C++
 
 What no kernel serves is computed by the operator's own file. `SPARSIFY_KERNELS=off` leaves everything to them.
 """
@@ -23,6 +23,7 @@ from sparsify.kernels.cpu.adapters import add_by_kernel, kernel_adds
 from sparsify.kernels.cpu.sampled import kernel_serves, kernel_writes, sampled_by_kernel, write_by_kernel
 from sparsify.kernels.cpu.skinny import skinny_by_kernel, skinny_serves, update_by_kernel, update_serves
 from sparsify.kernels.gpu import launch
+from sparsify.kernels.gpu.adapters import LIMIT, add_on_gpu
 from sparsify.kernels.gpu.build import can_launch, kernels_take
 from sparsify.ops.checks import ascending
 
@@ -133,6 +134,9 @@ def add_adapters(
     offs: Int[Tensor, " S1"],
 ) -> bool:
     """Add to a contiguous y what each token's adapter adds, in place (`sparsify.ops.adapter_tables`); False where no kernel serves."""
+    if kernels_take(y, x, values) and y.dtype == x.dtype == values.dtype:
+        add_on_gpu(kind, y, x, values, places, table, order, offs)
+        return True
     if not kernel_adds(y, x, values):
         return False
     add_by_kernel(kind, y, x, values, places, table, order, offs)
@@ -142,6 +146,7 @@ def add_adapters(
 __all__ = [
     "CSR_DENSITY",
     "KERNEL_DENSITY",
+    "LIMIT",
     "ONE_PASS_DENSITY",
     "PER_ENTRY_DENSITY",
     "add_adapters",

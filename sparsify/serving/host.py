@@ -204,6 +204,8 @@ class ServingHandle:
         self.store.register(name, self.mix(name, folder) if isinstance(folder, Mapping) else check_folder(folder))
 
     def mix(self, name: str, weights: Mapping[str, float]) -> Mix:
+        """A weighted sum of adapters that are known here, to be served under `name`. Raises AdapterError for weights that are no finite
+        numbers, and for members that are unknown or sums themselves."""
         members = []
         for member, weight in weights.items():
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
@@ -214,6 +216,7 @@ class ServingHandle:
         return Mix(tuple(members))
 
     def folder_of(self, name: str) -> Path:
+        """Where the files of an adapter lie. Raises AdapterError for unknown names, and for a sum of adapters, which has no files."""
         with self.store.changed:
             folder = self.store.find(name).folder
         if not isinstance(folder, Path):

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 
+COLDEST = 1e-30
+"""A lower temperature is none in fp32; here already only scores that are equal share anything."""
+
+
 class SamplingError(SparsifyError, ValueError):
     """No token can be drawn: the scores of a request are not finite, or everything is excluded."""
 
@@ -94,7 +98,9 @@ class Sampler:
         asked = self.sampling
         if asked.temperature == 0:
             return int(scores.argmax())
-        scores = (scores - scores.max()) / asked.temperature  # the largest is 0, so that no temperature overflows
+        scores = (scores - scores.max()) / max(
+            asked.temperature, COLDEST
+        )  # the largest is 0, so that no temperature overflows
         if 0 < asked.top_k < len(scores):
             scores[scores < scores.topk(asked.top_k).values[-1]] = -torch.inf
         if asked.top_p < 1:

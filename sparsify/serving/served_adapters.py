@@ -105,7 +105,8 @@ class ServedAdapters:
                 raise refused
             with os.scandir(found) as entries:
                 for place, entry in enumerate(entries):
-                    if place >= FILES or entry.is_symlink():
+                    plain = entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False)
+                    if place >= FILES or not plain:
                         raise AdapterError(
                             f"{short(path)}: an adapter's folder holds files of its own, no links and at most {FILES}"
                         )

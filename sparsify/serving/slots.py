@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsify.errors import AdapterError
+from sparsify.ops.dispatch import LIMIT
 from sparsify.serving.addends import KINDS, Image
 
 ALIGN = 64  # bytes
@@ -54,6 +55,10 @@ class Slots:
             raise AdapterError(
                 f"{name} takes {needed:,} bytes, and the budget of the slots is {self.nbytes:,}: raise budget=…"
             )
+
+        ranks = [count for (_, kind), (_, count, _) in image.entries.items() if kind == "lowrank"]
+        if self.memory.is_cuda and max(ranks, default=0) > LIMIT:
+            raise AdapterError(f"{name} has factors of rank {max(ranks)}; on a GPU they may have {LIMIT} at most")
 
     def fits(self, images: list[Image], without: list[int]) -> bool:
         """Whether these fit once the slots in `without` are given back."""

@@ -74,9 +74,9 @@ def batches(count: int = 2, rows: int = 2, length: int = 12) -> list[dict[str, t
     ("family", "rules", "checkpointing"),
     [
         ("neox", [S2FT(0.1)], True),
-        # other families, methods and bases: the case above goes the same way
+        ("bf16", [S2FT(0.1)], False),
+        # other families, methods and bases: the cases above go the same way
         pytest.param("gpt2", [LoRA(4), Quantize("int8")], False, marks=pytest.mark.slow),
-        pytest.param("bf16", [S2FT(0.1)], False, marks=pytest.mark.slow),
         pytest.param("llama", [S2FT(0.1)], False, marks=pytest.mark.slow),
         pytest.param("llama", [RoSA(3, density=0.02, mask="random")], False, marks=pytest.mark.slow),
         pytest.param("neox", [PaCA(6)], False, marks=pytest.mark.slow),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 from collections.abc import Iterator
@@ -183,11 +184,14 @@ def test_nothing_outside_of_the_folder_is_an_adapter(given: Path, tmp_path: Path
     (folder / "inside").mkdir()
     for file in outside.iterdir():
         (folder / "inside" / file.name).symlink_to(file)
+    shutil.copytree(given / "adapters" / "lora", folder / "pipe")
+    (folder / "pipe" / "adapter.json").unlink(missing_ok=True)
+    os.mkfifo(folder / "pipe" / "adapter.json")
     (folder / ".hidden").mkdir()
     (folder / "empty").mkdir()
     (folder / "file").write_text("x")
     with http_server.serving(served.model_of(given), folder) as made:
-        paths = ["../outside", str(outside), "link", "inside", "", ".", "/", "/etc", "fine/../../outside", "a\0b", "nowhere", "file", "x" * 5000, "~", "empty",
+        paths = ["../outside", str(outside), "link", "inside", "pipe", "", ".", "/", "/etc", "fine/../../outside", "a\0b", "nowhere", "file", "x" * 5000, "~", "empty",
                  "fine\n", "..", "//", "fine/adapter.safetensors", "\\..\\outside", "%2e%2e/outside", "https://example.com/x"]  # fmt: skip
         for path in paths:
             status, said = reason(made.call("/v1/load_lora_adapter", {"lora_name": "new", "lora_path": path}))
@@ -205,7 +209,7 @@ def test_nothing_outside_of_the_folder_is_an_adapter(given: Path, tmp_path: Path
             assert reason(made.call("/v1/load_lora_adapter", document))[0] == 400
         for name in ("link", "inside/..", "../outside", "__base__", ".hidden", "a\0", "x" * 200):
             assert reason(complete(made, name))[0] == 404, name
-        assert [card["id"] for card in made.call("/v1/models")[1]["data"]] == ["base", "fine", "inside"]
+        assert [card["id"] for card in made.call("/v1/models")[1]["data"]] == ["base", "fine", "inside", "pipe"]
         assert made.call("/v1/load_lora_adapter", {"lora_name": "new", "lora_path": "fine"})[0] == 200
     with http_server.serving(served.model_of(given), None) as made:
         status, said = reason(made.call("/v1/load_lora_adapter", {"lora_name": "new", "lora_path": str(outside)}))

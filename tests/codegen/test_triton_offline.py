@@ -131,6 +131,11 @@ def others(target: str) -> dict[str, KernelSpec]:
         "sampled_tile fp32": spec("sampled_tile", x="fp32", out="fp32"),
         "sampled_entries": spec("sampled_entries", out="fp32"),
         "write_values": spec("write_values", x="fp32", out="bf16"),
+        **{f"adapter {f}": spec("adapter_axpys", format=f, group=64) for f in ("columns", "lowrank", "bias")},
+        "adapter columns fp32": spec("adapter_axpys", x="fp32", value="fp32", out="fp32", format="columns", group=64),
+        **{f"adapter dots {f}": spec("adapter_dots", format=f, group=64) for f in ("rows", "lowrank")},
+        "adapter dots fp32": spec("adapter_dots", x="fp32", value="fp32", out="fp32", format="rows", group=64),
+        "adapter sparse": spec("adapter_sparse", group=64),
     }
 
 
@@ -189,7 +194,8 @@ def test_quantized_bases_everywhere(target: str, tokens: int, format: str, x: st
 MOST_REGISTERS = 208
 MANY_REGISTERS = {"sm_80": 96, "sm_100": 96, "sm_120": 96, "gfx942": 160}  # of streams; gfx942 has 512 per lane
 TENSOR_CORES = {"sm_80": ("HMMA",), "sm_90": ("HMMA", "HGMMA"), "sm_100": ("HMMA", "UTCHMMA")}
-QUICK = ("expand", "blocks 16", "blocks 64 batch", "partial_grad", "sampled_tile", "sampled_entries", "write_values")
+QUICK = ("expand", "blocks 16", "blocks 64 batch", "partial_grad", "sampled_tile", "sampled_entries", "write_values",
+         "adapter columns", "adapter dots rows", "adapter sparse")  # fmt: skip
 
 
 def check_other(name: str, target: str) -> Compiled:

@@ -24,7 +24,8 @@ from sparsify.kernels.source import strict_environment, write_once
 
 
 def spec_of(op: str, **changes: object) -> KernelSpec:
-    form = {"stream": "gaps", "expand": "gaps", "quantized": "nf4"}.get(op, "")
+    forms = {"stream": "gaps", "expand": "gaps", "quantized": "nf4", "adapter_axpys": "columns", "adapter_dots": "rows"}
+    form = forms.get(op, "")
     fields = {"op": op, "target": "sm_90", "tile": choose_tile(op, 1, "sm_90"), "format": form, **changes}
     return KernelSpec(**fields)  # type: ignore[arg-type]
 
@@ -192,7 +193,7 @@ def test_without_triton_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(build, "loaded", {})
     assert not build.can_launch(torch.device("cuda"))
     assert not build.can_launch(torch.device("cpu"))
-    with pytest.raises(build.TritonError, match=r"pip install 'sparsify\[triton\]'"):
+    with pytest.raises(build.TritonError, match=r"pip install 'sparsify-compiler\[triton\]'"):
         build.load_kernel(spec_of("stream"))
 
 

@@ -190,4 +190,4 @@ def test_without_the_extra_it_says_what_to_install(given: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "fastapi", None)
     done = RUNNER.invoke(app, ["serve", str(given / "model")])
     assert done.exit_code == 1
-    assert "pip install 'sparsify[serve]'" in done.stderr
+    assert "pip install 'sparsify-compiler[serve]'" in done.stderr

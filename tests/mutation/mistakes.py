@@ -651,6 +651,7 @@ MISTAKES: tuple[Mistake, ...] = (
         '    found = {"a_ptr": POINTERS[spec.x], "b_ptr": POINTERS[spec.x]}\n    if spec.gather:\n        found["index_ptr"] = "*i64"',
         '    found = {"a_ptr": POINTERS[spec.x], "b_ptr": POINTERS[spec.x]}\n    if spec.gather:\n        found["index_ptr"] = "*i32"',
         "codegen/test_triton_offline.py",
+        "numeric/test_triton_kernels.py: compiled_for",
         "codegen/test_triton_source.py",
     ),
     m(

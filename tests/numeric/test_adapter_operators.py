@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from triton_interpreter import count_launches
 
 from sparsify.errors import OperatorError, PositionError
 from sparsify.kernels.cpu.adapters import add_by_kernel, kernel_adds
@@ -203,3 +204,18 @@ def test_a_table_that_points_outside_reads_nothing(kind, compiled, monkeypatch):
         table[1:, 1].clamp_(min=1, max=1)
         with pytest.raises(PositionError, match=f"adapter_{kind}"):
             operator(kind)(*arguments[:4], table, torch.tensor(broken), arguments[6])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("kind", ORACLES)
+def test_the_gpu_kernel_answers_to_the_oracle_in_the_interpreter(kind, dtype, monkeypatch, tmp_path):
+    launches = count_launches(monkeypatch, tmp_path)
+    for m, n, each, slots in ((37, 70, 1, [2, 0, 3, 2, 1]), (70, 19, 9, [1, 3, 0, 1, 1])):
+        arguments, _ = case(kind, m, n, slots, each, dtype)
+        wanted = ORACLES[kind](*arguments)
+        found = operator(kind)(*arguments)
+        atol = tolerance(dtype, m, n, wanted) * (
+            1 if kind != "lowrank" or dtype == torch.float32 else n
+        )  # u is kept in 16 bits
+        torch.testing.assert_close(found.double(), wanted, rtol=0, atol=atol)
+    assert sum(launches.values()) == (4 if kind == "lowrank" else 2)

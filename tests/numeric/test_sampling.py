@@ -51,6 +51,16 @@ def test_the_shares_are_those_of_generate(
     torch.testing.assert_close(found, expected[0].softmax(-1), atol=2e-7, rtol=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-320, 1e-30, 1e-9])
+def test_a_temperature_near_nothing_takes_the_likeliest(temperature: float) -> None:
+    for seed in range(5):
+        assert Sampler(Sampling(tokens=1, temperature=temperature, top_p=0.5, top_k=9)).draw(scores(seed)) == int(
+            scores(seed).argmax()
+        )
+    equal = torch.tensor([1.0, 2.0, 2.0, 0.0])
+    assert {Sampler(Sampling(tokens=1, temperature=temperature, seed=s)).draw(equal) for s in range(30)} == {1, 2}
+
+
 def test_penalties_and_bias() -> None:
     given = torch.tensor([5.0, 4.9, 1.0, 0.0])
     sampler = Sampler(Sampling(tokens=9, temperature=0, presence=0.2, frequency=0.3))

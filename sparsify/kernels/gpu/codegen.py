@@ -114,7 +114,37 @@ def write_values_parameters(spec: KernelSpec) -> dict[str, str]:
     return {**found, "count": "i32"}
 
 
+WHERE = {
+    "table_ptr": "*i64",
+    "order_ptr": "*i64",
+    "offs_ptr": "*i64",
+    **dict.fromkeys(("n", "m", "each", "slots"), "i32"),
+}
+
+
+def adapter_axpys_parameters(spec: KernelSpec) -> dict[str, str]:
+    kind = POINTERS[spec.x]
+    inputs = {"columns": {"x_ptr": kind, "places_ptr": "*i32"}, "lowrank": {"u_ptr": kind}, "bias": {}}
+    limit = {"limit": "i32"} if spec.format == "lowrank" else {}
+    return {**inputs[spec.format], "values_ptr": kind, "y_ptr": kind, **WHERE, **limit}
+
+
+def adapter_dots_parameters(spec: KernelSpec) -> dict[str, str]:
+    kind = POINTERS[spec.x]
+    if spec.format == "lowrank":
+        return {"x_ptr": kind, "values_ptr": kind, "u_ptr": kind, **WHERE, "limit": "i32"}
+    return {"x_ptr": kind, "values_ptr": kind, "places_ptr": "*i32", "y_ptr": kind, **WHERE}
+
+
+def adapter_sparse_parameters(spec: KernelSpec) -> dict[str, str]:
+    kind = POINTERS[spec.x]
+    return {"x_ptr": kind, "values_ptr": kind, "places_ptr": "*i32", "total_ptr": "*fp32", **WHERE, "parts": "i32"}
+
+
 PARAMETERS = {
+    "adapter_axpys": adapter_axpys_parameters,
+    "adapter_dots": adapter_dots_parameters,
+    "adapter_sparse": adapter_sparse_parameters,
     "stream": stream_parameters,
     "expand": expand_parameters,
     "blocks": blocks_parameters,

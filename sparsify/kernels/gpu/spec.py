@@ -6,13 +6,25 @@ from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
 Op = Literal[
-    "stream", "expand", "blocks", "quantized", "partial_grad", "sampled_tile", "sampled_entries", "write_values"
+    "stream",
+    "expand",
+    "blocks",
+    "quantized",
+    "partial_grad",
+    "sampled_tile",
+    "sampled_entries",
+    "write_values",
+    "adapter_axpys",
+    "adapter_dots",
+    "adapter_sparse",
 ]
 OPS: tuple[Op, ...] = get_args(Op)
 FORMATS = {
     "stream": ("gaps", "two_four"),
     "expand": ("gaps", "two_four"),
     "quantized": ("nf4", "int8", "int4"),
+    "adapter_axpys": ("columns", "lowrank", "bias"),
+    "adapter_dots": ("rows", "lowrank"),
 }
 DTYPES = ("bf16", "fp16", "fp32", "int8")
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
@@ -75,7 +87,8 @@ class KernelSpec:
     op: which template. target: the architecture, which decides tiles but not meaning.
     value, x, out: types of the stored weight, the other operand, and the result.
     format, width, group: of a packed weight (`formats.Stream`); for blocks, `width` and `group` are a tile's sides; for
-        quantized, `format` is the library's ("nf4", "int8", "int4").
+        quantized, `format` is the library's ("nf4", "int8", "int4"); for adapters it is what is added, and `group` a power of two
+        that no number of slots exceeds.
     tokens: columns of x that one program multiplies, a power of two up to 16 (blocks, quantized: 1, or 16 with tensor cores).
     gather: partial_grad: whether the columns of the first operand are picked by an index.
     sparse, low_rank: quantized: whether entries are replaced at a support, and whether a low-rank product is added.

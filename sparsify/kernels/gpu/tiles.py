@@ -99,6 +99,21 @@ TABLE = (
         tile=Tile(rows=8, depth=256, warps=4, stages=1),
         source="computed: 16 rows spill scalar registers, which hold the masks of the loads",
     ),
+    Choice(
+        op="adapter_axpys",
+        tokens=MANY,
+        targets=EVERY,
+        tile=Tile(rows=16, cols=64, depth=32, warps=4, stages=2),
+        source="computed",
+    ),
+    Choice(
+        op="adapter_dots",
+        tokens=MANY,
+        targets=EVERY,
+        tile=Tile(rows=16, cols=16, depth=64, warps=4, stages=2),
+        source="computed",
+    ),
+    Choice(op="adapter_sparse", tokens=MANY, targets=EVERY, tile=Tile(rows=16, depth=64, warps=4), source="computed"),
     Choice(op="write_values", tokens=MANY, targets=EVERY, tile=Tile(rows=1024, warps=4), source="computed"),
 )
 
