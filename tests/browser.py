@@ -20,6 +20,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+#: texts of less contrast with what they stand on than WCAG 2.2 asks for (1.4.3); text in pictures is not looked at
+CONTRAST = """(() => {
+  const light = (c) => { const [r, g, b] = c.match(/[\\d.]+/g).slice(0, 3).map((v) => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const under = (e) => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor; if (!/, 0\\)$|transparent/.test(c)) return c; } return 'rgb(255, 255, 255)'; };
+  const found = [];
+  for (const e of document.querySelectorAll('body *')) {
+    if (![...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim()) || !e.getClientRects().length || e.tagName === 'SCRIPT' || e.closest('svg')) continue;
+    const [a, b] = [light(getComputedStyle(e).color), light(under(e))].sort((x, y) => y - x);
+    const ratio = (a + 0.05) / (b + 0.05);
+    if (ratio < 4.5) found.push(`${e.tagName} ${e.className} ${e.textContent.slice(0, 30)} ${ratio.toFixed(2)}`);
+  }
+  return found;
+})()"""
+
 PATIENCE = 60.0  # seconds for one answer
 #: chromium reads commands from 3 and answers on 4; what comes in is moved out of their way first
 LAUNCH = """

@@ -109,8 +109,11 @@ def chart_svg(chart: Chart, width: int = 720, height: int = 320) -> str:
     def label(value: float) -> str:
         return f"{value:.0%}" if chart.percent else f"{value:g}"
 
+    ends = "; ".join(f"{s.name} ends at {label(s.points[-1][1])}" for s in chart.series if s.points)
+    spoken = escape(f"{chart.title}: {chart.y_label} over {chart.x_label}; {ends}")
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        f'role="img" aria-label="{spoken}" '
         'font-family="ui-sans-serif, system-ui, Helvetica, Arial, sans-serif" font-size="11" fill="#5d6b7a">',
         f'<text x="{left}" y="18" font-size="13" font-weight="600" fill="#1d2733">{escape(chart.title)}</text>',
     ]

@@ -33,6 +33,7 @@ def pruning_svg(layers: Sequence[LayerStats]) -> str:
     height = TOP + ROW * (len(layers) + len(groups)) + MARGIN
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        f'role="img" aria-label="{escape(title(layers))}" '
         'font-family="ui-sans-serif, system-ui, Helvetica, Arial, sans-serif" font-size="11">',
         f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
         f'<text x="{MARGIN}" y="26" font-size="14" font-weight="600" fill="{INK}">{escape(title(layers))}</text>',

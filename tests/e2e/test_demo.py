@@ -67,6 +67,19 @@ def test_report_escapes_what_it_is_given() -> None:
         ET.fromstring(svg)
 
 
+def test_a_report_can_be_read_without_seeing_it() -> None:
+    """Tables have headers of columns and rows, pictures say what they show, what scrolls can be reached by keys."""
+    table = Table("Methods", ("a", "b"), (("x", "1"), ("y", "2")))
+    chart = Chart("Loss", "step", "loss", (Series("S2FT", ((0.0, 0.5), (1.0, 0.75))),))
+    text = render_html("t", "s", [Section("h", ("p",), (table,), (chart,), text="long")])
+    assert text.count('<th scope="col">') == 2
+    assert re.findall(r'<th scope="row">(\w)</th>', text) == ["x", "y"]
+    assert 'role="img" aria-label="Loss: loss over step; S2FT ends at 75%"' in text
+    assert 'tabindex="0" role="region" aria-label="Methods: table"' in text
+    assert '<pre tabindex="0">' in text
+    assert text.index("<h1>") < text.index('<p class="lead">') < text.index("<h2>")
+
+
 def test_ticks_are_round_and_cover() -> None:
     for low, high in ((0.0, 1.0), (0.61, 0.74), (0.0, 412.0), (3.0, 3.0)):
         marks = ticks(low, high)

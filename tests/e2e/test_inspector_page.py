@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from browser import Browser, Page, find_chromium
+from browser import CONTRAST, Browser, Page, find_chromium
 from torch import nn
 
 import sparsify
@@ -145,21 +145,6 @@ def test_reasons_passes_and_keys(browser: Browser, path: Path) -> None:
     page.key("Enter", "\r")
     assert page.ask("document.activeElement.getAttribute('aria-expanded')") != before
     assert page.complaints() == []
-
-
-#: WCAG 2.2, 1.4.3: contrast of a colour of text and what it stands on
-CONTRAST = """(() => {
-  const light = (c) => { const [r, g, b] = c.match(/[\\d.]+/g).slice(0, 3).map((v) => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-  const under = (e) => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor; if (!/, 0\\)$|transparent/.test(c)) return c; } return 'rgb(255, 255, 255)'; };
-  const found = [];
-  for (const e of document.querySelectorAll('body *')) {
-    if (![...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim()) || !e.getClientRects().length || e.tagName === 'SCRIPT') continue;
-    const [a, b] = [light(getComputedStyle(e).color), light(under(e))].sort((x, y) => y - x);
-    const ratio = (a + 0.05) / (b + 0.05);
-    if (ratio < 4.5) found.push(`${e.tagName} ${e.className} ${e.textContent.slice(0, 30)} ${ratio.toFixed(2)}`);
-  }
-  return found;
-})()"""
 
 
 @pytest.mark.parametrize("dark", [False, True])

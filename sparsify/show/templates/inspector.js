@@ -246,7 +246,7 @@ function declinedTab() {
     if (!groups.has(key)) groups.set(key, []);
     groups.get(key).push(d);
   }
-  if (!groups.size) return el("p", { class: "note" }, "Nothing was declined.");
+  if (!groups.size) return el("p", { class: "note" }, "Nothing was declined, and everything that trains was brought together.");
   let at = 0;
   return [...groups.values()].map((all) => fold(`why:${at}`, at++ < 8, [el("span", {}, all[0].reason), all.length > 1 ? el("span", { class: "times" }, `× ${all.length}`) : ""],
     () => all.map((d) => button({ class: "card", "data-item": `declined:${d.name}`, onclick: () => select(`declined:${d.name}`) },
@@ -450,7 +450,7 @@ function setSearch(text) {
 const TABS = [
   ["layers", "Layers", layersTab],
   ["operations", "Operations", operationsTab],
-  ["declined", `Declined (${declinedItems().length})`, declinedTab],
+  ["declined", `Reasons (${declinedItems().length})`, declinedTab],
   ["kernels", `Kernels (${data.kernels.length})`, kernelsTab],
   ["passes", "Passes", passesTab],
 ];
