@@ -132,8 +132,8 @@ def training_real() -> str:
             else ("yes" if row["checkpointing"] else "no"),
             f"{row['trained']:,}",
             f"{row['time / peft_lora']:.2f}",
-            f"{row['added_MiB']:,} MiB",
-            f"{row['peak_MiB']:,} MiB",
+            f"{row['added_MiB']:,.0f} MiB",
+            f"{row['peak_MiB']:,.0f} MiB",
         ]
         for row in record["rows"]
     ]
