@@ -128,3 +128,13 @@ def test_programs_without_generated_kernels_say_nothing() -> None:
     ):
         assert program.kernels() == ()
         assert "kernels:" not in program.text(kernels=True)
+
+
+@pytest.mark.usefixtures("untimed")
+def test_a_kernel_says_which_operations_it_computes() -> None:
+    """As the inspector shows them side by side: a linear alone, and one with the activation behind it."""
+    host = lowered("cpu", 6)
+    packed = {n.meta["was"] for n in host.sparsify.program.graph.nodes if "packed_linear" in str(n.target)}
+    calls = sorted(tuple(line.partition(" = ")[2].partition("(")[0] for line in was) for was in packed)
+    assert calls == [("aten.linear",)] * 3 + [("aten.linear", "aten.gelu")]
+    assert {line.partition("@")[2].partition(".")[0] for was in packed for line in was[:1]} == {"q", "k", "v", "up"}
