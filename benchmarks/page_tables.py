@@ -442,6 +442,7 @@ ENGINES = {
     "openvino-int4": "OpenVINO int4",
     "llamacpp-Q8_0": "llama.cpp Q8_0",
     "llamacpp-Q4_0": "llama.cpp Q4_0",
+    "llamacpp-Q4_1": "llama.cpp on the file that the model came as (Q4_1, dense)",
 }
 
 
