@@ -817,7 +817,8 @@ def readme() -> str:
         [
             "SmolLM2 at 75 % zeros in int8 on two cores, tokens a second",
             f"{decoding_run['int8']['per_second']:.0f}",
-            f"torch fp32 {decoding_run['dense']['per_second']:.0f}, bf16 {decoding_run['bf16']['per_second']:.0f}",
+            f"torch fp32 {decoding_run['dense']['per_second']:.0f}, bf16 {decoding_run['bf16']['per_second']:.0f}, "
+            f"llama.cpp Q4_1 {decoding_run['llamacpp-Q4_1']['per_second']:.0f}",
         ],
         [
             "SparseGPT of a 4096 × 4096 linear",
