@@ -186,9 +186,11 @@ def choose(
     import sparsify
     from sparsify.planner.candidates import SIZES
 
+    named = [word.strip() for word in method.split(",")] if method else list(SIZES)
     return sparsify.autoplan(
         empty, memory=within.memory, time=within.time, tokens=tokens, batch=file.training.batch, length=file.training.length,
-        methods=method.split(",") if method else list(SIZES), max_lora_rank=rank, goal=within.goal, world=world, sharded=fsdp,
+        methods=named,
+        max_lora_rank=rank, goal=within.goal, world=world, sharded=fsdp,
         seed=file.training.seed,
     )  # fmt: skip
 

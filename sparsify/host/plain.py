@@ -126,15 +126,7 @@ def bare_copy(handle: Handle) -> nn.Module:
 
         restore_modules(bare)
     for module in bare.modules():
-        for table in (
-            module._state_dict_hooks,
-            module._load_state_dict_pre_hooks,
-            module._forward_pre_hooks,
-            module._forward_hooks,
-        ):
-            for key in [k for k, hook in table.items() if is_own_hook(hook)]:
-                del table[key]
-                module._forward_hooks_always_called.pop(key, None)
+        drop_own_hooks(module)
         layout = layout_of(module) or Layout()
         for leaf in set(layout.moves) & module._non_persistent_buffers_set:  # in no state dict
             module._buffers[leaf] = layout.to_original(leaf, module.get_buffer(leaf))
@@ -152,6 +144,19 @@ def let_go(handle: Handle) -> None:
     for hook in handle.host.__dict__.pop("_sparsify_hooks", []):
         hook.remove()
     forget(handle.host)
+
+
+def drop_own_hooks(module: nn.Module) -> None:
+    """Take the hooks of `install` from one module; those of users stay."""
+    for table in (
+        module._state_dict_hooks,
+        module._load_state_dict_pre_hooks,
+        module._forward_pre_hooks,
+        module._forward_hooks,
+    ):
+        for key in [k for k, hook in table.items() if is_own_hook(hook)]:
+            del table[key]
+            module._forward_hooks_always_called.pop(key, None)
 
 
 def is_own_hook(hook: object) -> bool:

@@ -15,7 +15,7 @@ from torch import nn
 
 from sparsify.errors import SparsifyError
 from sparsify.host.handle import Handle
-from sparsify.host.plain import forget, is_own_hook
+from sparsify.host.plain import drop_own_hooks, forget
 from sparsify.host.quantized_bases import check_host
 from sparsify.lowering.cpu.prepacked_linear import PrepackedLinear, alive, handles
 from sparsify.lowering.cpu.sparse_linear import SparseLinear
@@ -59,15 +59,7 @@ def copy_base(source: nn.Module) -> nn.Module:
     memo |= {id(source.__dict__.get(name)): None for name in ("sparsify", "_sparsify_hooks") if name in source.__dict__}
     host = copy_module_tree(source, memo)
     for module in host.modules():
-        for table in (
-            module._state_dict_hooks,
-            module._load_state_dict_pre_hooks,
-            module._forward_pre_hooks,
-            module._forward_hooks,
-        ):
-            for key in [k for k, hook in table.items() if is_own_hook(hook)]:
-                del table[key]
-                module._forward_hooks_always_called.pop(key, None)
+        drop_own_hooks(module)
     forget(host)
     return host.eval()
 

@@ -110,6 +110,8 @@ class ServedAdapters:
                         raise AdapterError(
                             f"{short(path)}: an adapter's folder holds files of its own, no links and at most {FILES}"
                         )
+        except AdapterError:
+            raise
         except (OSError, ValueError, RuntimeError):
             raise refused from None
         return found
