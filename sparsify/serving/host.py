@@ -270,8 +270,10 @@ class ServingHandle:
 
         One name for all rows, or one a row. A batch may have a multiple of the rows that are named (beams next to each other).
         """
-        with self.lease(names, timeout) as lease, self.using_slots(lease.slots, lease):
-            yield lease
+        with self.lease(names, timeout) as lease:
+            route = self.store.route(lease.slots, [lease], packed=False)
+            with following(self.store.routing, route):
+                yield lease
 
     @contextmanager
     def using_slots(self, slots: Sequence[int] | Tensor, *leases: Lease) -> Iterator[None]:
@@ -293,6 +295,7 @@ class ServingHandle:
         """Numbers for a monitor: slots and bytes that are taken, adapters known, in host memory, live and held, and `counts`."""
         store = self.store
         with store.changed:
+            store.take_back()
             entries = store.everyone()
             return {
                 "slots": store.slots.count,
@@ -364,6 +367,9 @@ class Named(OnHost):
         if torch.compiler.is_compiling():
             raise SparsifyError(OUTSIDE)
         handle: ServingHandle = self.host.__dict__["sparsify"]
+        if isinstance(adapter_names, str):  # whatever becomes of the rows on the way
+            with handle.using(adapter_names):
+                return self.of_class(self.host, *args, **kwargs)
         with routed(handle, self.of_class, adapter_names, args, kwargs):
             return self.of_class(self.host, *args, **kwargs)
 

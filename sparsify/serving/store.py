@@ -33,6 +33,8 @@ from sparsify.serving.slots import Slots
 
 #: seconds after which a loader without work ends; the next request starts another
 IDLE = 5.0
+#: seconds after which a request that waits looks for leases that were forgotten
+LOOK = 0.5
 
 
 class SlotTimeout(AdapterError, TimeoutError):
@@ -98,6 +100,7 @@ class Store:
         self.closed = False
         self.counts = Counts()
         self.routing = Routing()
+        self.forgotten: deque[Pending] = deque()  # of leases that the garbage collector found
         self.tables: list[dict[str, Tensor]] = []
         self.open_tables()
 
@@ -119,6 +122,13 @@ class Store:
 
     def add(self, number: int, route: Route, y: Tensor, x: Tensor) -> Tensor:
         """y of one linear plus what the adapters of the route's rows add there. In a compiled graph all kinds are looked at."""
+        rows = route.order.shape[0]
+        if x.dim() > 2 and x.shape[0] % rows and not (route.packed and x.shape[:-1].numel() == rows):
+            raise AdapterError(
+                f"a linear gets {x.shape[0]} rows, and adapters are named for {rows}: rows were dropped or joined on the way (a generate() "
+                "that takes finished rows out of the batch does that), so that nobody can tell whose they are; call it with one row at "
+                "a time, or with one name for all"
+            )
         kinds = KINDS if torch.compiler.is_compiling() else route.kinds(number)
         if kinds and x.dtype != y.dtype:
             x = x.to(y.dtype)
@@ -140,8 +150,11 @@ class Store:
         found = self.entries[name] = Entry(name, folder)
         return found
 
-    def route(self, slots: Sequence[int] | Tensor, leases: Sequence[Lease]) -> Route:
-        """The route of rows with these slots of some leases. Raises AdapterError where one is closed, or a slot is none of theirs."""
+    def route(self, slots: Sequence[int] | Tensor, leases: Sequence[Lease], packed: bool = True) -> Route:
+        """The route of rows with these slots of some leases; packed: they may be tokens of one row.
+
+        Raises AdapterError where a lease is closed, or a slot is none of theirs.
+        """
         if not all(lease.open and lease.store is self for lease in leases):
             raise AdapterError("these slots were given back: the lease is closed, or another host's")
         known = {0}.union(*(lease.slots for lease in leases))
@@ -152,7 +165,7 @@ class Store:
         bits = 0
         for lease in leases:
             bits |= lease.bits
-        route = Route(slots, self.slots.count, bits, self.slots.values.device)
+        route = Route(slots, self.slots.count, bits, self.slots.values.device, packed)
         if self.unmixed and not route.uniform:
             raise AdapterError(
                 f"rows of one batch cannot have different adapters, for that was not checked: {self.unmixed}"
@@ -190,6 +203,7 @@ class Store:
         """Ask for adapters; with `wait`, until they are live. None: not yet (without `wait`). Raises AdapterError."""
         with self.changed:
             self.need_open()
+            self.take_back()
             entries = list({id(e): e for e in (self.find(n) for n in names if n != BASE)}.values())
             if len(entries) > self.slots.count:
                 raise AdapterError(
@@ -218,10 +232,11 @@ class Store:
         end = None if timeout is None else time.monotonic() + timeout
         try:
             while not pending.done and pending.error is None:
-                left = None if end is None else end - time.monotonic()
-                if left is not None and left <= 0:
+                left = LOOK if end is None else min(LOOK, end - time.monotonic())
+                if left <= 0:
                     raise self.too_late(pending, timeout or 0.0)
                 self.changed.wait(left)
+                self.take_back()
         except BaseException:
             if pending.done:
                 self.let_go(pending)
@@ -257,13 +272,24 @@ class Store:
     def let_go(self, pending: Pending) -> None:
         """A lease ends."""
         with self.changed:
-            for entry in pending.entries:
-                entry.held -= 1
-                if entry.removed and not entry.held:
-                    self.empty(entry)
-                    entry.image = None
-            self.trim()
-            self.pump()
+            self.forgotten.append(pending)
+            self.take_back()
+
+    def drop(self, pending: Pending) -> None:
+        for entry in pending.entries:
+            entry.held -= 1
+            if entry.removed and not entry.held:
+                self.empty(entry)
+                entry.image = None
+
+    def take_back(self) -> None:
+        """Let go of what leases that nobody closed still hold. Call it with the lock, where nothing else is under way."""
+        if not self.forgotten:
+            return
+        while self.forgotten:
+            self.drop(self.forgotten.popleft())
+        self.trim()
+        self.pump()
 
     def pump(self) -> None:
         """Serve the requests that can be, in order: the first that needs slots which are not there holds those behind it that need any."""
@@ -419,8 +445,11 @@ class Lease:
             self.store.let_go(self.pending)
 
     def __del__(self) -> None:
-        if not sys.is_finalizing():  # a request that forgot it
-            self.close()
+        # A request that forgot it. The garbage collector may come by in the middle of anything, with the lock held or waited for by
+        # this very thread: so nothing is done here, and whoever asks next (or waits) takes the slots back.
+        if self.open and not sys.is_finalizing():
+            self.open = False
+            self.store.forgotten.append(self.pending)
 
     def __enter__(self) -> Lease:
         return self

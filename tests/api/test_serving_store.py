@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import os
 import threading
@@ -223,6 +224,44 @@ def test_a_lease_that_is_forgotten_is_given_back(bench):
 
 
 # --- names, files, removal -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_garbage_collector_finds_a_forgotten_lease_at_the_worst_moment(bench):
+    """While a slot is filled, with the lock held by the very thread that collects: nothing may be served within that."""
+    host = bench.host(slots=2)
+    store = host.sparsify.store
+    kept, forgotten = host.sparsify.lease("lora"), host.sparsify.lease("rosa")
+    circle: list[Any] = [forgotten]
+    circle.append(circle)
+    del forgotten
+    gc.disable()
+    try:
+        got: list[Any] = []
+        threads = [
+            threading.Thread(target=lambda name=name: got.append(host.sparsify.lease(name, timeout=PATIENCE)))
+            for name in ("s2ft", "paca")
+        ]
+        for thread in threads:
+            thread.start()
+        until(lambda: len(store.queue) == 2 and all(e.image for p in store.queue for e in p.entries))
+        publish = store.slots.publish
+
+        def collecting(image: Any) -> int:
+            gc.collect()
+            return publish(image)
+
+        store.slots.publish = collecting
+        del circle
+        kept.close()
+        for thread in threads:
+            thread.join(PATIENCE)
+    finally:
+        gc.enable()
+    assert sorted(lease.slots[0] for lease in got) == [1, 2]
+    for lease in got:
+        lease.close()
+    assert host.sparsify.status()["held"] == 0
+    assert not store.queue
 
 
 def test_adapters_are_found_in_a_folder_and_names_do_not_lead_out_of_it(bench, tmp_path):
