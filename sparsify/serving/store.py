@@ -33,6 +33,8 @@ from sparsify.serving.slots import Slots
 
 #: seconds after which a loader without work ends; the next request starts another
 IDLE = 5.0
+#: how many polite requests for adapters that are live may be served before one that came earlier and has no slot
+PASSES = 32
 #: seconds after which a request that waits looks for leases that were forgotten
 LOOK = 0.5
 
@@ -68,9 +70,14 @@ class Counts:
 
 @dataclass(eq=False)
 class Pending:
-    """A request for slots. entries: distinct, without the base."""
+    """A request for slots. entries: distinct, without the base. polite: does not pass by one that was passed by often (`PASSES`).
+
+    passed: how many that came later were served before it.
+    """
 
     entries: list[Entry]
+    polite: bool = False
+    passed: int = 0
     done: bool = False
     error: AdapterError | None = None
     slots: dict[str, int] = field(default_factory=dict)
@@ -122,6 +129,9 @@ class Store:
 
     def add(self, number: int, route: Route, y: Tensor, x: Tensor) -> Tensor:
         """y of one linear plus what the adapters of the route's rows add there. In a compiled graph all kinds are looked at."""
+        kinds = KINDS if torch.compiler.is_compiling() else route.kinds(number)
+        if not kinds:
+            return y
         rows = route.order.shape[0]
         if x.dim() > 2 and x.shape[0] % rows and not (route.packed and x.shape[:-1].numel() == rows):
             raise AdapterError(
@@ -129,8 +139,7 @@ class Store:
                 "that takes finished rows out of the batch does that), so that nobody can tell whose they are; call it with one row at "
                 "a time, or with one name for all"
             )
-        kinds = KINDS if torch.compiler.is_compiling() else route.kinds(number)
-        if kinds and x.dtype != y.dtype:
+        if x.dtype != y.dtype:
             x = x.to(y.dtype)
         tables = self.tables[number]
         for kind in kinds:
@@ -184,22 +193,49 @@ class Store:
                 raise AdapterError(f"add: {name!r} is taken; remove it first")
             self.entries[name] = Entry(name, folder)
 
+    def exchange(self, name: str, folder: Path | Mix, taken: bool) -> None:
+        """Read an adapter, and let a name mean it from then on, also to those who wait; where it cannot be read, nothing changes.
+
+        taken: another may have the name; what holds that one goes on. Raises AdapterError.
+        """
+        image = self.load(name, folder)
+        with self.changed:
+            self.need_open()
+            old = self.entries.get(name)
+            if old is not None and not taken:
+                raise AdapterError(f"add: {name!r} is taken; remove it first")
+            new = self.entries[name] = Entry(name, folder, image)
+            self.counts.loads += 1
+            if old is not None:
+                for pending in self.queue:
+                    if old in pending.entries:
+                        pending.entries[pending.entries.index(old)] = new
+                        old.wanted, new.wanted = old.wanted - 1, new.wanted + 1
+                self.retire(old)
+            self.recent[name] = new
+            self.pump()
+            self.trim()
+
     def remove(self, name: str) -> None:
         """Forget a name. What is held goes on until it is let go of; who waits for it is refused."""
         with self.changed:
             entry = self.entries.pop(name, None)
             if entry is None:
                 raise unknown(name, self.names())
-            entry.removed = True
-            self.recent.pop(name, None)
-            if not entry.held:
-                self.empty(entry)
-                entry.image = None
+            self.retire(entry)
             self.pump()
+
+    def retire(self, entry: Entry) -> None:
+        """No name leads to an adapter any more."""
+        entry.removed = True
+        self.recent.pop(entry.name, None)
+        if not entry.held:
+            self.empty(entry)
+            entry.image = None
 
     # --- leases ----------------------------------------------------------------------------------------------------------------
 
-    def ask(self, names: Sequence[str], wait: bool, timeout: float | None) -> Pending | None:
+    def ask(self, names: Sequence[str], wait: bool, timeout: float | None, polite: bool = False) -> Pending | None:
         """Ask for adapters; with `wait`, until they are live. None: not yet (without `wait`). Raises AdapterError."""
         with self.changed:
             self.need_open()
@@ -209,7 +245,7 @@ class Store:
                 raise AdapterError(
                     f"{len(entries)} adapters in one batch, and the host has {self.slots.count} slots: raise slots=…"
                 )
-            pending = Pending(entries)
+            pending = Pending(entries, polite)
             for entry in entries:
                 entry.wanted += 1
                 entry.error = None
@@ -292,8 +328,12 @@ class Store:
         self.pump()
 
     def pump(self) -> None:
-        """Serve the requests that can be, in order: the first that needs slots which are not there holds those behind it that need any."""
-        blocked = False
+        """Serve the requests that can be, in order: the first that needs slots which are not there holds those behind it that need any.
+
+        Those behind it whose adapters are live already go on; the polite among them only so often, for an adapter that is asked for all
+        the time would otherwise never leave its slot.
+        """
+        blocked: list[Pending] = []
         for pending in list(self.queue):
             refused = next((refusal(e) for e in pending.entries if e.error is not None or e.removed), None)
             if refused is not None:
@@ -307,9 +347,13 @@ class Store:
                 for entry in missing:
                     self.want(entry)  # what was dropped from host memory meanwhile is read again
                 continue
-            if missing and (blocked or not self.make_live(missing, pending.entries)):
-                blocked = True
+            if pending.polite and any(other.passed >= PASSES for other in blocked):
                 continue
+            if missing and (blocked or not self.make_live(missing, pending.entries)):
+                blocked.append(pending)
+                continue
+            for other in blocked:
+                other.passed += 1
             self.queue.remove(pending)
             for entry in pending.entries:
                 entry.wanted -= 1
@@ -369,6 +413,17 @@ class Store:
                 self.loader.start()
             self.changed.notify_all()
 
+    def load(self, name: str, folder: Path | Mix) -> Image:
+        """Read, check and pack an adapter. Raises AdapterError: whatever a hostile file brings about refuses it alone."""
+        try:
+            image = self.read(folder)
+            self.slots.check(name, image)
+        except AdapterError:
+            raise
+        except Exception as cause:
+            raise AdapterError(f"{name}: the adapter cannot be read: {type(cause).__name__}: {cause}") from cause
+        return image
+
     def load_all(self) -> None:
         """The loader thread: reads what is wanted, one after another, and ends when nothing was for a while."""
         while True:
@@ -381,13 +436,9 @@ class Store:
                 entry = self.to_load.popleft()
             image, error = None, None
             try:
-                image = self.read(entry.folder)
-                self.slots.check(entry.name, image)
+                image = self.load(entry.name, entry.folder)
             except AdapterError as cause:
-                image, error = None, cause
-            except Exception as cause:  # whatever a hostile file brings about refuses it alone
-                error = AdapterError(f"{entry.name}: the adapter cannot be read: {type(cause).__name__}: {cause}")
-                image = None
+                error = cause
             with self.changed:
                 entry.loading = False
                 entry.image, entry.error = image, error
