@@ -71,6 +71,7 @@ def serve(
     import sparsify
     from sparsify.planner.limits import size
     from sparsify.serving.engine import Engine
+    from sparsify.serving.names import in_folder
     from sparsify.serving.served_adapters import NAME, ServedAdapters
 
     try:
@@ -87,7 +88,7 @@ def serve(
     for word in (base, *folders):
         if not NAME.fullmatch(word):
             raise InputError(f"{word!r} cannot be a name here: letters, digits and . _ : @ + - are taken, at most 128")
-    if base in folders:
+    if base in folders or (adapter_dir is not None and in_folder(adapter_dir, base) is not None):
         raise InputError(f"the base and an adapter would both be called {base!r}: give --served-model-name")
     api_key = None if api_key is None else api_key.strip()  # as HTTP takes spaces off the header, too
     if api_key == "":

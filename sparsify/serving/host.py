@@ -85,7 +85,7 @@ def serve(
     timeout: seconds for which a request waits when all slots are held; None for ever.
     dtype: in which values are kept; that of the model's weights unless given. Sums are in fp32 at least.
     strict: refuse an adapter that was trained on another base (PEFT's files do not say on which).
-    example: a batch of two rows, with which it is checked (three forwards) that every linear sees the rows one after another. Hugging
+    example: a batch of two rows, with which it is checked (five forwards) that every linear sees the rows one after another. Hugging
         Face models need none. Where the model cannot be run so, a batch takes one adapter for all its rows, and no mixture.
     check: False takes that on trust.
 

@@ -144,6 +144,11 @@ class Routes:
     async def text(self, request: Request, form: Form) -> Response:
         began = time.monotonic()
         form.adapter = await asyncio.to_thread(self.served.find, form.asked.model)
+        count = form.asked.count * len(form.asked.prompts or [""])
+        if count > self.engine.queue:  # it would be told to come again for ever
+            raise RequestError(
+                f"{count} answers at once are more than this server has places for ({self.engine.queue})"
+            )
         prompts = await asyncio.to_thread(self.prompts, form.asked)
         self.metrics.prompt.inc(sum(len(p.ids) for p in prompts[:: form.asked.count]))
         run = Run(self.engine, self.metrics, form, prompts, began)

@@ -474,6 +474,8 @@ def test_too_many_requests_are_told_to_come_again(given: Path) -> None:
         made.until(lambda: made.engine.inside == 2)
         status, said = reason(complete(made))
         assert (status, "as many as may wait" in said) == (503, True)
+        status, said = reason(complete(made, n=3))  # it would never come in
+        assert (status, "more than this server has places for (2)" in said) == (400, True)
         first.close()
         made.idle()
         assert complete(made)[0] == 200
