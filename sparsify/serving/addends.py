@@ -169,7 +169,17 @@ def unchanged(base: Base, delta: Delta) -> bool:
 
 
 def check_quantised(base: Base, loaded: Adapter, where: str) -> None:
-    """Raise AdapterError where the plan says that the base was packed otherwise while the adapter trained."""
+    """Raise AdapterError where the file says that the base was packed otherwise while the adapter trained."""
+    moved = loaded.info.get(files.MOVED)
+    other = (
+        next((p for p in moved if isinstance(p, str) and p in base.quantize), None) if isinstance(moved, list) else None
+    )
+    if other is not None:
+        raise AdapterError(
+            f"{where}: {other} was reordered before it was packed ({base.quantize[other]}) when the adapter trained, so that its units lie "
+            "together, and here it is packed as it stands, with slightly other values: train with permute=False, or pass strict=False "
+            "to add it all the same"
+        )
     text = loaded.info.get("plan")
     if not isinstance(text, str):
         return

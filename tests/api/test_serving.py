@@ -13,7 +13,7 @@ from serving_bench import BASE, GREEDY, PLANS, Bench, shared, write_random
 from torch import Tensor, nn
 
 import sparsify
-from sparsify import AdapterError, LoRA, Plan, Prune, Quantize, SparsifyError
+from sparsify import S2FT, AdapterError, LoRA, Plan, Prune, Quantize, SparsifyError
 
 
 @pytest.fixture(scope="module")
@@ -298,6 +298,27 @@ def test_over_a_packed_base(bench, tmp_path):
     dense.sparsify.add("packed", tmp_path / "lora")
     with pytest.raises(AdapterError, match=r"was trained over a packed base \(Quantize.*this one is dense"):
         dense(input_ids=tiny.tokens(1, 4), adapter_names=["packed"])
+
+
+def test_what_was_reordered_before_it_was_packed_is_refused(bench, tmp_path):
+    """S2FT brings its units together, and blocks of other neighbours round to other values: not the base that is served."""
+    packed = sparsify.compile(bench.model, Plan([Quantize("nf4")]))
+    host: Any = sparsify.serve(packed, budget="1MiB")
+    for name, permute in (("moved", True), ("stays", False)):
+        trained = tiny.lower(copy.deepcopy(bench.model), S2FT(0.3, permute=permute), Quantize("nf4"))
+        tiny.disturb(trained)
+        trained.sparsify.save_adapter(tmp_path / name)
+        host.sparsify.add(name, tmp_path / name)
+    batch = {"input_ids": tiny.tokens(2, 5)}
+    with torch.no_grad():
+        found = host(**batch, adapter_names=["stays", BASE]).logits
+        torch.testing.assert_close(found[0], trained.eval()(**batch).logits[0], rtol=2e-6, atol=2e-6)
+    with pytest.raises(
+        AdapterError, match=r"down_proj.weight was reordered before it was packed \(nf4\).* permute=False"
+    ):
+        host(**batch, adapter_names="moved")
+    loose: Any = sparsify.serve(packed, {"moved": tmp_path / "moved"}, budget="1MiB", strict=False)
+    loose(**batch, adapter_names="moved")
 
 
 @pytest.mark.parametrize("family", ["Llama", pytest.param("GPT-2", marks=pytest.mark.slow)])
