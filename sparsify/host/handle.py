@@ -40,7 +40,7 @@ from sparsify.methods.supports import Adopt, open_masks, reset_lowrank, set_mask
 from sparsify.model.linears import owner_name
 from sparsify.model.sharded import Released, back_to_pieces, whole
 from sparsify.modules.adapted import AdaptedMixin
-from sparsify.modules.layout import Layout
+from sparsify.modules.layout import Layout, packed_leaves
 from sparsify.modules.masked import masked_parameters
 from sparsify.plan import Plan
 from sparsify.program import Program
@@ -245,6 +245,8 @@ class Handle:
     def shapes(self) -> dict[str, torch.Size]:
         """Stored shape of every parameter, packed weights included."""
         added = {id(p) for part in self.parts.values() for p in part.parameters()}
+        for module in self.host.modules():
+            added |= {id(getattr(module, leaf)) for leaf in packed_leaves(module)}
         found = {n: p.shape for n, p in self.host.named_parameters() if id(p) not in added}
         packed = {p: self.module(p) for p in self.program.quantize}
         return found | {p: m.shape for p, m in packed.items() if isinstance(m, QuantizedMixin)}

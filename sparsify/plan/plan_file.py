@@ -42,14 +42,19 @@ class Data:
     path: a .jsonl or .parquet file, or a folder that `datasets` saved (`save_to_disk`) or that holds such files. split: which one of a
     folder with several. format: of a row: {"messages": […]}, {"text": …} or {"prompt": …, "completion": …}; "auto" looks at the first.
     eval: rows on which the loss is measured while training: another path, or a share of the rows, which the seed holds out.
+    streaming: read the rows while training, over and over, with a window of 1,000 in memory, within which they are shuffled; needs
+    `training.steps`, and `eval` by a path.
     """
 
     path: str = "train.jsonl"
     split: str | None = None
     format: Literal["auto", "messages", "text", "prompt-completion"] = "auto"
     eval: str | float | None = None
+    streaming: bool = False
 
     def check(self) -> tuple[str, str] | None:
+        if self.streaming and isinstance(self.eval, float | int):
+            return "eval", "rows that are streamed cannot be divided: the path of other rows is needed"
         if isinstance(self.eval, float | int) and not 0 < self.eval < 1:
             return "eval", "a share between 0 and 1, or a path, is needed"
         return ("path", "an empty path") if not self.path else None
@@ -62,7 +67,8 @@ class Training:
     steps: of the optimizer; without them `epochs` passes over the rows. batch: rows of one process and step; accumulate: steps of
     backward before one of the optimizer. sparse_learning_rate: of RoSA's S, lora_learning_rate: of low-rank factors (the paper has 2e-4 and
     7e-4); without them learning_rate, which everything else has.
-    length: tokens at which a row is cut. warmup: steps, or below 1 a share of all. weight_decay: of
+    length: tokens at which a row is cut. packing: put several rows into one of `length` tokens; they do not see each other.
+    warmup: steps, or below 1 a share of all. weight_decay: of
     what holds changes and of what trains in full; values of weights are never decayed. dtype: of the base's weights, "auto" as they are
     stored; what trains over 16 bits is kept in 32. seed: of the plan's random choices and of the order of rows. calibration: batches of
     the rows from which rules with data-driven choices (`select`, RoSA's `mask`) choose. save_every, eval_every, log_every: steps
@@ -74,6 +80,7 @@ class Training:
     batch: int = 8
     accumulate: int = 1
     length: int = 1024
+    packing: bool = False
     learning_rate: float = 1e-4
     sparse_learning_rate: float | None = None
     lora_learning_rate: float | None = None
@@ -180,6 +187,10 @@ def from_document(document: Any, where: str = "the plan") -> PlanFile:
     train = document.get("train") or []
     rules = () if train and not document.get("rules") else read_rules(document.get("rules"), where)
     found = PlanFile(model=model, rules=rules, train=as_tuple(train), **sections)
+    if found.data.streaming and found.training.steps is None:
+        raise PlanError(
+            f"{where}: training.steps: nobody knows how many rows a stream has, so the number of steps is needed"
+        )
     try:
         found.plan  # noqa: B018  (checks what concerns several rules, and `train`)
     except PlanError as error:
@@ -252,6 +263,7 @@ HABITS = {
     "lr_scheduler": "schedule", "warmup_ratio": "warmup", "warmup_steps": "warmup", "save_steps": "save_every",
     "eval_steps": "eval_every", "logging_steps": "log_every", "save_total_limit": "keep", "output_dir": "dir",
     "base_model": "model", "model_name_or_path": "model", "datasets": "data", "dataset": "data", "train_file": "path",
+    "sample_packing": "packing", "neat_packing": "packing", "stream": "streaming",
 }  # fmt: skip
 """Words of transformers, TRL, axolotl and LLaMA-Factory for what stands under another name here."""
 
