@@ -264,8 +264,57 @@ HABITS = {
     "eval_steps": "eval_every", "logging_steps": "log_every", "save_total_limit": "keep", "output_dir": "dir",
     "base_model": "model", "model_name_or_path": "model", "datasets": "data", "dataset": "data", "train_file": "path",
     "sample_packing": "packing", "neat_packing": "packing", "stream": "streaming",
+    "num_epochs": "epochs", "max_epochs": "epochs", "max_train_steps": "steps", "total_steps": "steps", "num_train_steps": "steps",
+    "train_batch_size": "batch", "gradient_clipping": "max_grad_norm", "clip_grad_norm": "max_grad_norm", "bf16": "dtype",
+    "fp16": "dtype", "torch_dtype": "dtype", "precision": "dtype", "val_set_size": "eval", "test_size": "eval", "val_size": "eval",
+    "validation": "eval", "validation_file": "eval", "eval_dataset": "eval", "test_datasets": "eval", "type": "format", "file": "path",
+    "save_strategy": "save_every", "eval_strategy": "eval_every", "evaluation_strategy": "eval_every", "logging_strategy": "log_every",
+    "lora_plus_lr": "lora_learning_rate",
 }  # fmt: skip
 """Words of transformers, TRL, axolotl and LLaMA-Factory for what stands under another name here."""
+
+
+A_RULE = "write it into rules: [{rule: LoRA, r: 8, lora_alpha: 16, target_modules: [q_proj, v_proj]}]"
+NOT_HERE = "leave it out: "
+ANSWERS = {
+    **dict.fromkeys(
+        ("adapter", "method", "plan", "peft_config", "finetuning_type", "lora", "r", "rank", "alpha", "lora_r", "lora_rank",
+         "lora_alpha", "lora_dropout", "lora_target", "lora_target_modules", "lora_target_linear", "target_modules"), A_RULE,
+    ),
+    **dict.fromkeys(
+        ("load_in_4bit", "load_in_8bit", "quantization", "quantization_bit", "quantization_config"),
+        "write a rule beside the others: rules: [{rule: Quantize, format: nf4}, {rule: LoRA, …}]",
+    ),
+    **dict.fromkeys(("lora_modules_to_save", "modules_to_save"), "write train: [lm_head, …] for what trains in full"),
+    **dict.fromkeys(("optimizer", "optim"), NOT_HERE + "AdamW trains, and values of weights are not decayed"),
+    **dict.fromkeys(
+        ("report_to", "wandb_project", "wandb", "use_wandb", "mlflow", "logging_dir"),
+        NOT_HERE + "losses are said on stderr and written to training.json; in Python finetune(…, callbacks=[…]) takes transformers' own",
+    ),
+    **dict.fromkeys(("resume_from_checkpoint", "resume", "auto_resume_from_checkpoints"), "write --resume on the command line"),
+    **dict.fromkeys(
+        ("early_stopping_patience", "load_best_model_at_end", "metric_for_best_model"),
+        NOT_HERE + "in Python finetune(…, callbacks=[…]) takes transformers' EarlyStoppingCallback",
+    ),
+    **dict.fromkeys(
+        ("template", "chat_template", "special_tokens", "tokenizer_type", "tokens"), NOT_HERE + "it is the tokenizer's, in its folder"
+    ),
+    **dict.fromkeys(
+        ("text_field", "dataset_text_field", "field", "columns", "text_column", "prompt_column"),
+        "rows have 'text', 'messages', or 'prompt' and 'completion': rename the column",
+    ),
+    **dict.fromkeys(("max_samples", "shuffle"), NOT_HERE + "all rows are taken, in the order of training.seed"),
+    **dict.fromkeys(("num_workers", "dataloader_num_workers"), NOT_HERE + "rows are tokenised before training, or as they are streamed"),
+    **dict.fromkeys(
+        ("flash_attention", "flash_attn", "attn_implementation", "sdp_attention"), NOT_HERE + "write it into the model's config.json"
+    ),
+    **dict.fromkeys(
+        ("stage", "do_train", "do_eval", "trl", "rl"),
+        NOT_HERE + "this is supervised fine-tuning; TRL's trainers take a host (examples/chat_trl.py)",
+    ),
+    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config"), NOT_HERE + "the launcher says it: accelerate launch, torchrun"),
+}  # fmt: skip
+"""Words of the same tools for what is said otherwise here, or not at all."""
 
 
 def check_keys(found: Mapping[Any, Any], known: Sequence[str], where: str, prefix: str) -> None:
@@ -279,6 +328,8 @@ def check_keys(found: Mapping[Any, Any], known: Sequence[str], where: str, prefi
             (n for n, kind in SECTIONS.items() if (ours or key) in {f.name for f in dataclasses.fields(kind)}), None
         )
         hint = f"; it is {elsewhere}.{ours or key} here" if elsewhere else nearest(str(key), list(known))
+        if not elsewhere and isinstance(key, str) and key in ANSWERS:
+            hint = f"; {ANSWERS[key]}"
         raise PlanError(f"{where}: unknown key {short(key)}{hint}")
 
 
