@@ -218,7 +218,8 @@ def compile_for_cpu(
     from sparsify.lowering.cpu.lower import lower_program
 
     chosen = {f.name: getattr(options, f.name) for f in fields(options)}
-    chosen["compare"] = options.compare and example is not None
+    if example is None:  # numbers of tokens that the user names say what counts, and the dummy example is none of them
+        chosen["compare"] = "dummy" if options.compare and options.tokens is None else False
     lower = partial(lower_program, **chosen)
     return compile_for_inference(source, context, example, lower, pipeline, options.tied == "copy")
 

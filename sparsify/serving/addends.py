@@ -122,7 +122,13 @@ class Hashes(dict[str, str]):
 
 def as_addends(base: Base, loaded: Adapter, where: str) -> Iterator[tuple[Target, Delta]]:
     """The changes with the weights that they change. Raises AdapterError at the first that is no addend."""
+    seen: set[tuple[str, str]] = set()
     for delta in loaded.deltas:
+        if (delta.param, delta.kind) in seen:
+            raise AdapterError(
+                f"{where}: {delta.param} is changed twice ({delta.kind}): the file has it under two of its names in this model"
+            )
+        seen.add((delta.param, delta.kind))
         target = base.targets.get(delta.param)
         if delta.kind == "full" and delta.param in base.by_bias:
             own = base.shapes[delta.param]

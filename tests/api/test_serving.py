@@ -86,6 +86,33 @@ def test_sampled_sequences_follow_their_prompts_adapter(bench):
     assert torch.equal(found, bench.alone["rosa"].generate(input_ids=ids, **sampling))
 
 
+def test_rows_that_get_lost_are_noticed(bench):
+    """Half of four rows has as many tokens as a multiple of four: the wrong adapter for each of them, if nobody looked."""
+    host = bench.host()
+    ids = torch.arange(3, 27).view(4, 6)
+    with torch.no_grad(), host.sparsify.using(["lora", "s2ft", BASE, "rosa"]):
+        for rows in (1, 2, 3, 6):
+            with pytest.raises(
+                AdapterError, match=f"gets {rows} rows, and adapters are named for 4: rows were dropped"
+            ):
+                host(input_ids=ids.repeat(2, 1)[:rows])
+        host(input_ids=ids.repeat_interleave(2, 0))  # beams
+    with torch.no_grad(), host.sparsify.using("lora"):  # one for all: whatever becomes of the rows
+        found = host(input_ids=ids[:3]).logits
+    bench.check_rows(found, ["lora"] * 3, {"input_ids": ids[:3]})
+
+
+def test_tokens_of_one_row_are_told_from_rows_that_were_joined(bench):
+    host = bench.host()
+    ids = torch.arange(3, 9)[None]
+    with host.sparsify.lease(["lora", "rosa"]) as lease, torch.no_grad():
+        with host.sparsify.using_slots([lease.slots[0]] * 6, lease):
+            packed = host(input_ids=ids).logits
+        bench.check_rows(packed, ["lora"], {"input_ids": ids})
+        with host.sparsify.using(["lora", BASE, "rosa", BASE, BASE, BASE]), pytest.raises(AdapterError, match="1 rows"):
+            host(input_ids=ids)
+
+
 def test_names_that_are_wrong_are_refused_by_what_is_wrong(bench):
     host = bench.host()
     batch = {"input_ids": tiny.tokens(2, 4)}
