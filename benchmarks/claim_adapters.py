@@ -31,7 +31,7 @@ from sparsify.plan import Rule
 from sparsify.train import param_groups
 from sparsify.train.rosa import collect_masks
 
-CHANNELS, HEADS, RANK, COLUMNS = 42, 1, 6, 12
+CHANNELS, HEADS, RANK, COLUMNS, LAYERS = 42, 1, 6, 12, 30
 WEIGHTS = 2 * 576 * 576 + 2 * 192 * 576 + 3 * 1536 * 576  # of a layer's seven linears
 TRAINED = RANK * (2 * (576 + 576) + 2 * (192 + 576) + 3 * (1536 + 576))  # per layer: 61,056
 WARM_UP = 10  # RoSA's low-rank steps before its masks are collected (the paper: 64 of an epoch)
@@ -81,6 +81,19 @@ def s2ft(select: str, largest: bool = False) -> Callable[[], Sequence[Rule]]:
     return rules
 
 
+def s2ft_above(layer: int, layers: int = LAYERS) -> Callable[[], Sequence[Rule]]:
+    """S2FT in the layers from `layer` on, as many channels in all; below them nothing is kept for the backward, and nothing computed."""
+
+    def rules() -> Sequence[Rule]:
+        match, times = f"model.layers.{{{layer}-{layers - 1}}}.*", layers // (layers - layer)
+        return (
+            S2FT(structure="ffn", units=times * CHANNELS, select="random", match=match),
+            S2FT(structure="attention", units=times * HEADS, select="random", match=match),
+        )
+
+    return rules
+
+
 def rosa(mask: Any) -> Callable[[], Sequence[Rule]]:
     return lambda: (RoSA(rank=RANK // 2, density=TRAINED / 2 / WEIGHTS, mask=mask),)
 
@@ -99,6 +112,7 @@ METHODS: dict[str, Method] = {
     "s2ft": Method("S2FT, random units", s2ft("random"), "s2ft"),
     "s2ft-small": Method("S2FT, smallest activation", s2ft("activation"), "s2ft", calibrated=True),
     "s2ft-large": Method("S2FT, largest activation", s2ft("activation", True), "s2ft", calibrated=True),
+    "s2ft-upper": Method("S2FT, upper third of the layers", s2ft_above(20), "s2ft"),
     "paca": Method("PaCA r12", paca, "paca"),
     "sparse": Method(
         "sparse alone (|mean dW|)",

@@ -168,6 +168,7 @@ def verdicts(folder: Path) -> list[Verdict]:
         found += [
             equal("S2FT on the units of smallest activation learns no less than on random ones", "s2ft-small", "s2ft"),
             better("… and more than on those of largest activation", "s2ft-small", "s2ft-large"),
+            equal("S2FT in the upper third of the layers learns no less than in all", "s2ft-upper", "s2ft"),
             better("RoSA with the warm-up inside the budget learns more than LoRA", "rosa-inside", "lora"),
             better("A gradient mask is better than a random one (RoSA)", "rosa", "rosa-random"),
             equal("QPaCA learns no less than PaCA", "paca-nf4", "paca"),

@@ -66,6 +66,20 @@ def training() -> Iterator[Comparison]:
                     )  # fmt: skip
 
 
+def vocabularies() -> Iterator[Comparison]:
+    """The loss of a head in chunks beside PyTorch's own, in chunks of as many tokens."""
+    rows = newest("loss_chunks")["rows"]
+    for theirs in (r for r in rows if r["loss"].startswith("torch")):
+        chunk = theirs["loss"].partition(" ")[2]
+        same = ("head", "dtype")
+        ours = next(r for r in rows if r["loss"] == f"ours {chunk}" and all(r[key] == theirs[key] for key in same))
+        for what, key, form in (("time", "seconds", "{:.2f} s"), ("memory", "MiB", "{:.0f} MiB")):
+            yield Comparison(
+                f"{what} of a loss in chunks of {chunk} tokens", f"sparsify {form.format(ours[key])}",
+                f"PyTorch 2.13 {form.format(theirs[key])}", theirs[key] / ours[key], "loss-of-a-large-vocabulary",
+            )  # fmt: skip
+
+
 def demo() -> Iterator[Comparison]:
     """S2FT beside LoRA on SQL, and what one-shot pruning leaves of it."""
     record = newest("demo-smollm2-2threads")
@@ -161,7 +175,7 @@ def layers() -> Iterator[Comparison]:
 
 OURS = ("int8", "fp32", "int8-pytorch", "packed-bf16")
 PEERS = {"deepsparse": "DeepSparse", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
-ALL = (training, demo, decoders, encoders, linears, recoveries, layers)
+ALL = (training, vocabularies, demo, decoders, encoders, linears, recoveries, layers)
 
 
 def plain(label: str) -> str:

@@ -282,6 +282,18 @@ def saved_compiled() -> str:
     return markdown(head, shown) + "\n" + origin(record)
 
 
+@measured
+def loss_chunks() -> str:
+    record = newest("loss_chunks")
+    names = {"plain": "all logits at once", "torch": "PyTorch's `linear_cross_entropy`", "ours": "**sparsify**"}
+    shown = []
+    for r in record["rows"]:
+        who, _, chunk = r["loss"].partition(" ")
+        label = names[who] + (f", {chunk} tokens a chunk" if chunk else "")
+        shown.append([f"{r['head']}, {r['dtype']}: {label}", f"{r['over plain']:.2f} ×", f"{r['MiB']:.0f} MiB"])
+    return markdown(("loss and gradient of a head", "time", "memory beyond inputs"), shown) + "\n" + origin(record)
+
+
 @drawn
 def step_time() -> str:
     rows, short, _ = step_rows()

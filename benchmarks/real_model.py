@@ -2,6 +2,7 @@
 
     full, peft_lora            full fine-tuning; PEFT's LoRA on the seven linears of every layer
     s2ft, paca, rosa, our_lora `sparsify.compile(model, Plan([…]))`, at LoRA's trained size (PaCA 1.9 % more)
+    s2ft_upper                S2FT in the upper third of the layers, at the same trained size
 
 A run is a child process: it loads the model, warms up with one step and times the others (forward, backward, fused AdamW, zero_grad) on blocks
 of the `help()` topics. `peak` is the largest resident memory of the process, `model` what was resident before the first step, so
@@ -36,11 +37,11 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.claim_adapters import METHODS as CLAIMED
-from benchmarks.claim_adapters import RANK
+from benchmarks.claim_adapters import RANK, s2ft_above
 from benchmarks.harness import begin, parser, report
 
-METHODS = ("full", "peft_lora", "our_lora", "s2ft", "paca", "rosa")
-OURS = {"our_lora": "lora", "s2ft": "s2ft", "paca": "paca", "rosa": "rosa-random"}
+METHODS = ("full", "peft_lora", "our_lora", "s2ft", "s2ft_upper", "paca", "rosa")
+OURS = {"our_lora": "lora", "s2ft": "s2ft", "s2ft_upper": "s2ft-upper", "paca": "paca", "rosa": "rosa-random"}
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STEP = 64  # tokens; lengths are multiples of it
@@ -78,7 +79,10 @@ def made(run: Run) -> nn.Module:
         from peft import LoraConfig, get_peft_model
 
         return get_peft_model(base, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=LINEARS))
-    return sparsify.compile(base, sparsify.Plan(list(CLAIMED[OURS[run.method]].rules())), donate=True, progress=False)
+    rules = CLAIMED[OURS[run.method]].rules
+    if run.method == "s2ft_upper" and run.layers:  # the upper third of those
+        rules = s2ft_above(run.layers - max(1, run.layers // 3), run.layers)
+    return sparsify.compile(base, sparsify.Plan(list(rules())), donate=True, progress=False)
 
 
 def resident() -> float:

@@ -339,6 +339,27 @@ def embedding(shape: Shape) -> OperatorCase:
     return OperatorCase(torch.ops.sparsify.partial_embedding.default, arguments, (1, 2), twin)
 
 
+def chunked_loss(shape: Shape, bias: bool, cap: float) -> OperatorCase:
+    """Of which no gradient is made on the way: those are no functions of anything, and tried in test_chunked_loss.py."""
+    tokens = 1
+    for size in shape:
+        tokens *= size
+    target = torch.arange(tokens) % (N + 1) - 1  # -1 counts nothing
+
+    def twin(x, w, b, target, gain, cap, ignore, chunk, d_x, d_weight):  # type: ignore[no-untyped-def]
+        z = gain * linear(x, w, b)
+        z = cap * torch.tanh(z) if cap else z
+        of_class = torch.nn.functional.one_hot(target.clamp(min=0), N) * (target >= 0)[:, None]
+        return (-(of_class * torch.log_softmax(z, 1)).sum(),)
+
+    return OperatorCase(
+        torch.ops.sparsify.chunked_loss.default,
+        [randn(tokens, M), randn(N, M), randn(N) if bias else None, target, 0.7, cap, -1, 2, False, False],
+        (0, 1, 2) if bias else (0, 1),
+        twin,
+    )
+
+
 def low_rank_embedding(shape: Shape) -> OperatorCase:
     ids = torch.randint(0, M, shape or (1,))
 
@@ -418,6 +439,7 @@ def _cases() -> dict[str, Build]:
     found["partial_embedding"] = lambda s, b: embedding(s)
     found["lowrank_embedding"] = lambda s, b: low_rank_embedding(s)
     found["lowrank_conv"], found["partial_conv"] = low_rank_conv, kernel_columns
+    found["chunked_loss"], found["chunked_loss_capped"] = (lambda s, b, c=c: chunked_loss(s, b, c) for c in (0.0, 1.5))
     for product in PRODUCTS:
         found[product] = lambda s, b, n=product: products(s, n)
     return found
@@ -433,6 +455,7 @@ ONE_OF_EACH = [
     "masked_grad", "sampled_product", "channel_grad", "channel_grad_all", "skinny_rows", "skinny_factor", "skinny_both",
     "grouped_partial_columns", "grouped_partial_at_rows_turned", "grouped_sparse_lowrank_sparse+lora_turned", "grouped_linear",
     "grouped_outer", "grouped_sampled", "partial_embedding", "lowrank_embedding", "lowrank_conv", "partial_conv",
+    "chunked_loss_capped",
 ]  # fmt: skip
 
 

@@ -48,6 +48,8 @@ FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
 TENSORS, DOCUMENT = "adapter.safetensors", "adapter.json"
 HASH_SAMPLES = 65536
+#: in `info`, of an adapter over a packed base: weights whose units were brought together before they were packed
+MOVED = "moved_before_packing"
 VALUE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 KINDS = ("column", "row", "sparse", "lora", "full", "buffer")
 

@@ -59,11 +59,19 @@ def serve(
     timeout: Annotated[float, typer.Option(min=0.0, help="Seconds that a request waits for its adapter.")] = 60.0,
     grace: Annotated[float, typer.Option(min=1.0, help="Seconds that running requests get at the end.")] = 30.0,
     dtype: Annotated[str, typer.Option(help="Of the weights: auto (as stored), fp32, bf16 or fp16.")] = "auto",
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict/--no-strict",
+            help="Refuse adapters that were trained on another base, also on this one in another dtype.",
+        ),
+    ] = True,
 ) -> None:
     """Serve a model and its adapters: /v1/completions, /v1/chat/completions, /v1/models; adapters are chosen by `model`."""
     import sparsify
     from sparsify.planner.limits import size
     from sparsify.serving.engine import Engine
+    from sparsify.serving.names import in_folder
     from sparsify.serving.served_adapters import NAME, ServedAdapters
 
     try:
@@ -80,16 +88,18 @@ def serve(
     for word in (base, *folders):
         if not NAME.fullmatch(word):
             raise InputError(f"{word!r} cannot be a name here: letters, digits and . _ : @ + - are taken, at most 128")
-    if base in folders:
+    if base in folders or (adapter_dir is not None and in_folder(adapter_dir, base) is not None):
         raise InputError(f"the base and an adapter would both be called {base!r}: give --served-model-name")
-    if api_key is not None and not api_key.strip():
+    api_key = None if api_key is None else api_key.strip()  # as HTTP takes spaces off the header, too
+    if api_key == "":
         raise InputError("--api-key: the key is empty")
     with stage("loading the model", True):
         loaded, tokenizer = load_text_model(model, dtype)
     with stage("looking where adapters can be added", True):
         served = sparsify.serve(
-            loaded, folders, folder=adapter_dir, slots=slots, budget=budget, host_budget=host_budget, timeout=timeout
-        )
+            loaded, folders, folder=adapter_dir, slots=slots, budget=budget, host_budget=host_budget, timeout=timeout,
+            strict=strict,
+        )  # fmt: skip
     positions = getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or 4096
     context = min(max_context or positions, positions)
     cache = min(max_running * context, max(context, 16384))

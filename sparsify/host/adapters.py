@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparsify.adapters import adapter as files
 from sparsify.adapters import peft_format
-from sparsify.adapters.adapter import Adapter, Delta
+from sparsify.adapters.adapter import MOVED, Adapter, Delta
 from sparsify.errors import AdapterError
 from sparsify.files.hub import is_hub_name
 from sparsify.files.kinds import refuse_two_adapters
@@ -58,11 +58,14 @@ def adapter_from(handle: Handle, parked: Mapping[str, Snapshot] | None) -> Adapt
 
 
 def info(handle: Handle) -> dict[str, Json]:
+    packed = handle.program.quantize
+    moved: list[Json] = [*sorted({move.param for move in handle.program.moves if move.param in packed})]
     return {
         "sparsify": __version__,
         "torch": torch.__version__,
         "model": class_name(handle.host),
         "plan": handle.plan.to_json(),
+        **({MOVED: moved} if packed else {}),
     }
 
 

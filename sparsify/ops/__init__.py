@@ -10,6 +10,7 @@
     lowrank_embedding        y = (W + s B A)[ids]
     lowrank_conv             y = x ∗ (W + s B A) + b
     partial_conv             y = x ∗ W' + b,  some input channels of W replaced
+    chunked_loss             Σ −log softmax(x Wᵀ)[target],  the logits in chunks
     apply_mask               t∘M
     masked_grad              (gᵀ x)∘M                 weight gradients: under a mask,
     sampled_product          (aᵀ b)[index]            on a support,
@@ -48,6 +49,7 @@ from sparsify.ops import (
     adapter_sparse,
     apply_mask,
     channel_grad,
+    chunked_loss,
     grouped_linear,
     lowrank_conv,
     lowrank_embedding,
@@ -71,6 +73,7 @@ __all__ = [
     "adapter_sparse",
     "apply_mask",
     "channel_grad",
+    "chunked_loss",
     "grouped_linear",
     "lowrank_conv",
     "lowrank_embedding",

@@ -254,12 +254,17 @@ def read_bytes(path: Path) -> bytes:
         raise PlanError(f"'{path}' does not exist") from error
     except OSError as error:
         raise PlanError(f"{path.name} cannot be read: {error}") from error
-    for mark, name in WIDE_MARKS.items():
-        if data.startswith(mark):
-            raise PlanError(f"{path.name}: is {name} text; write it as UTF-8")
+    check_encoding(path.name, data)
     if not data.strip():
         raise PlanError(f"{path.name} is empty")
     return data
+
+
+def check_encoding(name: str, data: bytes) -> None:
+    """Raises PlanError for a text that begins as wider encodings than UTF-8 do."""
+    for mark, encoding in WIDE_MARKS.items():
+        if data.startswith(mark):
+            raise PlanError(f"{name}: is {encoding} text; write it as UTF-8")
 
 
 def decoded(where: str, data: bytes) -> str:

@@ -122,7 +122,13 @@ class Hashes(dict[str, str]):
 
 def as_addends(base: Base, loaded: Adapter, where: str) -> Iterator[tuple[Target, Delta]]:
     """The changes with the weights that they change. Raises AdapterError at the first that is no addend."""
+    seen: set[tuple[str, str]] = set()
     for delta in loaded.deltas:
+        if (delta.param, delta.kind) in seen:
+            raise AdapterError(
+                f"{where}: {delta.param} is changed twice ({delta.kind}): the file has it under two of its names in this model"
+            )
+        seen.add((delta.param, delta.kind))
         target = base.targets.get(delta.param)
         if delta.kind == "full" and delta.param in base.by_bias:
             own = base.shapes[delta.param]
@@ -163,7 +169,17 @@ def unchanged(base: Base, delta: Delta) -> bool:
 
 
 def check_quantised(base: Base, loaded: Adapter, where: str) -> None:
-    """Raise AdapterError where the plan says that the base was packed otherwise while the adapter trained."""
+    """Raise AdapterError where the file says that the base was packed otherwise while the adapter trained."""
+    moved = loaded.info.get(files.MOVED)
+    other = (
+        next((p for p in moved if isinstance(p, str) and p in base.quantize), None) if isinstance(moved, list) else None
+    )
+    if other is not None:
+        raise AdapterError(
+            f"{where}: {other} was reordered before it was packed ({base.quantize[other]}) when the adapter trained, so that its units lie "
+            "together, and here it is packed as it stands, with slightly other values: train with permute=False, or pass strict=False "
+            "to add it all the same"
+        )
     text = loaded.info.get("plan")
     if not isinstance(text, str):
         return

@@ -34,6 +34,7 @@ from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.requests import FutureRequestState
 
 from sparsify.errors import SparsifyError
+from sparsify.ops.adapter_tables import KINDS
 from sparsify.serving.sampling import Sampler, Sampling, SamplingError
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def check_installed() -> None:
     needed = {
         ContinuousBatchingManager: ("_create_batch_processor", "add_request", "cancel_request", "start", "stop"),
         ContinuousBatchProcessor: ("_generation_step", "prepare_next_batch", "_handle_request_error"),
-        ModelRunner: ("_sample",),
+        ModelRunner: ("_sample", "supports_logits_to_keep"),
     }
     for kind, names in needed.items():
         for name in names:
@@ -88,6 +89,10 @@ class SamplingRunner(ModelRunner):
     """Draws each row by its own request's parameters."""
 
     processor: RoutedProcessor
+
+    def supports_logits_to_keep(self, model: torch.nn.Module) -> bool:
+        """Whether the head may get the last tokens alone: not where an adapter of this step changes it, for slots are of all."""
+        return super().supports_logits_to_keep(model) and not self.processor.head_changes
 
     def _sample(self, scores: torch.Tensor, output_ids: torch.Tensor) -> None:
         """scores (1, rows, vocabulary): of the requests that get a token in this step, in their order."""
@@ -121,6 +126,8 @@ class RoutedProcessor(ContinuousBatchProcessor):
     leaving: queue.SimpleQueue[str]
     withdraw: Callable[[str], None]
     steps: int
+    heads: int
+    head_changes: bool
 
     def prepare_next_batch(self) -> bool:
         gone = []
@@ -145,6 +152,7 @@ class RoutedProcessor(ContinuousBatchProcessor):
     def _generation_step(self, model: torch.nn.Module) -> None:
         self.steps += 1
         slots, leases = self.slots()
+        self.head_changes = any(lease.bits & self.heads for lease in leases)
         with self.handle.using_slots(slots, *leases) if leases else nullcontext():
             super()._generation_step(model)
 
@@ -183,8 +191,14 @@ class RoutedManager(ContinuousBatchingManager):
         made.__class__, made.model_runner.__class__ = RoutedProcessor, SamplingRunner
         made.model_runner.processor = made
         made.handle, made.tickets, made.leaving, made.withdraw = self.handle, self.tickets, self.leaving, self.withdraw
-        made.steps = 0
+        made.steps, made.heads, made.head_changes = 0, self.heads(), False
         return made
+
+    def heads(self) -> int:
+        """`Image.bits` of all that may be added behind the model's body, where only some tokens may come."""
+        body = f"{self.model.base_model_prefix}."
+        behind = [t.number for param, t in self.handle.base.targets.items() if not param.startswith(body)]
+        return sum((1 << len(KINDS)) - 1 << len(KINDS) * number for number in behind)
 
     @property
     def steps(self) -> int:

@@ -77,6 +77,10 @@ class Engine:
         positions = getattr(host.config.get_text_config(), "max_position_embeddings", None)
         limits = (cache_tokens, longest, positions)
         self.longest = min(each for each in limits if isinstance(each, int) and each > 0)
+        looked_up = getattr(
+            host.get_input_embeddings(), "weight", None
+        )  # a tokenizer may know tokens that the model does not
+        self.vocabulary = min(len(tokenizer), len(tokenizer) if looked_up is None else looked_up.shape[0])
         self.ends = frozenset(ends_of(host))
         self.inside = 0
         self.waiters = ThreadPoolExecutor(max_workers=queue, thread_name_prefix="sparsify-slot")
@@ -154,10 +158,10 @@ class Engine:
 
     async def lease(self, adapter: str) -> Lease:
         """The slot of an adapter, waited for outside of the event loop; given back if nobody waits any more when it comes."""
-        found = self.handle.try_lease([adapter])
+        found = self.handle.try_lease([adapter], polite=True)
         if found is not None:
             return found
-        waiting = self.waiters.submit(self.handle.lease, [adapter], self.timeout)
+        waiting = self.waiters.submit(self.handle.lease, [adapter], self.timeout, polite=True)
         found_later = asyncio.wrap_future(waiting)
         try:
             return await asyncio.shield(found_later)

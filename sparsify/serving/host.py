@@ -85,7 +85,7 @@ def serve(
     timeout: seconds for which a request waits when all slots are held; None for ever.
     dtype: in which values are kept; that of the model's weights unless given. Sums are in fp32 at least.
     strict: refuse an adapter that was trained on another base (PEFT's files do not say on which).
-    example: a batch of two rows, with which it is checked (three forwards) that every linear sees the rows one after another. Hugging
+    example: a batch of two rows, with which it is checked (five forwards) that every linear sees the rows one after another. Hugging
         Face models need none. Where the model cannot be run so, a batch takes one adapter for all its rows, and no mixture.
     check: False takes that on trust.
 
@@ -203,6 +203,16 @@ class ServingHandle:
         check_name(name)
         self.store.register(name, self.mix(name, folder) if isinstance(folder, Mapping) else check_folder(folder))
 
+    def replace(self, name: str, folder: AdapterPath | Mapping[str, float]) -> None:
+        """Let a name mean another adapter, or what its folder holds by now. Read at once; where that fails, nothing changes.
+
+        Requests that hold the old one end with it; those that wait get the new one. Raises AdapterError as `add` does, and for an adapter
+        that cannot be served.
+        """
+        check_name(name)
+        made = self.mix(name, folder) if isinstance(folder, Mapping) else check_folder(folder)
+        self.store.exchange(name, made, taken=True)
+
     def mix(self, name: str, weights: Mapping[str, float]) -> Mix:
         """A weighted sum of adapters that are known here, to be served under `name`. Raises AdapterError for weights that are no finite
         numbers, and for members that are unknown or sums themselves."""
@@ -247,21 +257,23 @@ class ServingHandle:
 
     # --- requests ----------------------------------------------------------------------------------------------------------------
 
-    def lease(self, names: str | Sequence[str], timeout: float | None = None) -> Lease:
+    def lease(self, names: str | Sequence[str], timeout: float | None = None, *, polite: bool = False) -> Lease:
         """Hold the slots of these adapters until `close()` (or the end of a `with` block), after waiting for them if need be.
 
-        timeout: seconds, `serve`'s unless given. Raises AdapterError for names that are unknown or cannot be served, SlotTimeout when
-        all slots are held for too long.
+        timeout: seconds, `serve`'s unless given. polite: of many requests that come all the time, so that an adapter which is always asked
+        for does not keep its slot from others for ever.
+
+        Raises AdapterError for names that are unknown or cannot be served, SlotTimeout when all slots are held for too long.
         """
         names = check_names(names)
-        pending = self.store.ask(names, True, timeout)
+        pending = self.store.ask(names, True, timeout, polite)
         assert pending is not None
         return Lease(self.store, names, pending)
 
-    def try_lease(self, names: str | Sequence[str]) -> Lease | None:
+    def try_lease(self, names: str | Sequence[str], *, polite: bool = False) -> Lease | None:
         """The same without waiting: None while an adapter is not read yet (the loader begins), or no slot is free for it."""
         names = check_names(names)
-        pending = self.store.ask(names, False, None)
+        pending = self.store.ask(names, False, None, polite)
         return None if pending is None else Lease(self.store, names, pending)
 
     @contextmanager
@@ -270,8 +282,10 @@ class ServingHandle:
 
         One name for all rows, or one a row. A batch may have a multiple of the rows that are named (beams next to each other).
         """
-        with self.lease(names, timeout) as lease, self.using_slots(lease.slots, lease):
-            yield lease
+        with self.lease(names, timeout) as lease:
+            route = self.store.route(lease.slots, [lease], packed=False)
+            with following(self.store.routing, route):
+                yield lease
 
     @contextmanager
     def using_slots(self, slots: Sequence[int] | Tensor, *leases: Lease) -> Iterator[None]:
@@ -293,6 +307,7 @@ class ServingHandle:
         """Numbers for a monitor: slots and bytes that are taken, adapters known, in host memory, live and held, and `counts`."""
         store = self.store
         with store.changed:
+            store.take_back()
             entries = store.everyone()
             return {
                 "slots": store.slots.count,
@@ -364,6 +379,9 @@ class Named(OnHost):
         if torch.compiler.is_compiling():
             raise SparsifyError(OUTSIDE)
         handle: ServingHandle = self.host.__dict__["sparsify"]
+        if isinstance(adapter_names, str):  # whatever becomes of the rows on the way
+            with handle.using(adapter_names):
+                return self.of_class(self.host, *args, **kwargs)
         with routed(handle, self.of_class, adapter_names, args, kwargs):
             return self.of_class(self.host, *args, **kwargs)
 

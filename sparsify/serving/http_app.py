@@ -21,15 +21,14 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from sparsify.errors import AdapterError, SparsifyError
+from sparsify.errors import SparsifyError
 from sparsify.files.strict_json import short
 from sparsify.serving.engine import Engine
 from sparsify.serving.http_answers import Chat, Completion, Events, Form, Prompt, Run, failure
 from sparsify.serving.http_limits import Guard, Limits
 from sparsify.serving.http_metrics import Metrics
 from sparsify.serving.http_requests import Asked, RequestError, body_object, read_chat, read_completion
-from sparsify.serving.served_adapters import ServedAdapters, Unknown
-from sparsify.serving.store import SlotTimeout
+from sparsify.serving.served_adapters import ServedAdapters
 
 RETRY = {"Retry-After": "1"}
 
@@ -85,8 +84,7 @@ class Routes:
 
     async def failure(self, _: Request, error: Exception) -> Response:
         status, body = failure(error)
-        if self.served.folder is not None:  # where it lies is nobody's business
-            body["error"]["message"] = body["error"]["message"].replace(f"{self.served.folder.resolve()}/", "")
+        body["error"]["message"] = self.served.without_paths(body["error"]["message"])
         return JSONResponse(body, status, headers=RETRY if status == 503 else None)
 
     # --- looking -----------------------------------------------------------------------------------------------------------------
@@ -122,15 +120,8 @@ class Routes:
         name, path, again = given.pop("lora_name", None), given.pop("lora_path", None), given.pop("load_inplace", False)
         if not isinstance(name, str) or not isinstance(path, str) or not isinstance(again, bool) or given:
             raise RequestError("expected 'lora_name' and 'lora_path', which are texts, and at most 'load_inplace'")
-        await asyncio.to_thread(self.served.add, name, path, again)
-        try:
-            (await self.engine.lease(name)).close()  # read and checked now, not by the first request
-        except SlotTimeout:
-            pass  # all slots are held: it is read when one is free
-        except AdapterError:
-            with contextlib.suppress(Unknown):
-                await asyncio.to_thread(self.served.remove, name)
-            raise
+        loop = asyncio.get_running_loop()  # not among the threads that requests for text need: a disk may be slow
+        await loop.run_in_executor(self.engine.waiters, self.served.add, name, path, again)
         return JSONResponse({"status": "ok", "message": f"{name} is served"})
 
     async def unload(self, request: Request) -> Response:
@@ -153,6 +144,11 @@ class Routes:
     async def text(self, request: Request, form: Form) -> Response:
         began = time.monotonic()
         form.adapter = await asyncio.to_thread(self.served.find, form.asked.model)
+        count = form.asked.count * len(form.asked.prompts or [""])
+        if count > self.engine.queue:  # it would be told to come again for ever
+            raise RequestError(
+                f"{count} answers at once are more than this server has places for ({self.engine.queue})"
+            )
         prompts = await asyncio.to_thread(self.prompts, form.asked)
         self.metrics.prompt.inc(sum(len(p.ids) for p in prompts[:: form.asked.count]))
         run = Run(self.engine, self.metrics, form, prompts, began)
@@ -172,7 +168,17 @@ class Routes:
     def prompts(self, asked: Asked) -> list[Prompt]:
         """Tokens of every prompt, checked; `n` times each, with seeds of their own. Raises RequestError."""
         found = []
+        for token in asked.sampling.bias:
+            if token >= self.engine.vocabulary:
+                raise RequestError(
+                    f"'logit_bias': {token} is no token; the vocabulary has {self.engine.vocabulary}",
+                    field="logit_bias",
+                )
         for ids in self.encoded(asked):
+            if ids and max(ids) >= self.engine.vocabulary:  # a tokenizer may know more tokens than the model was given
+                raise RequestError(
+                    f"'prompt': {max(ids)} is no token; the vocabulary has {self.engine.vocabulary}", field="prompt"
+                )
             room = self.engine.longest - len(ids)
             if not ids or room < 1:
                 raise RequestError(
@@ -195,7 +201,7 @@ class Routes:
         return found
 
     def encoded(self, asked: Asked) -> list[list[int]]:
-        tokenizer, size = self.engine.tokenizer, len(self.engine.tokenizer)
+        tokenizer = self.engine.tokenizer
         if asked.messages is not None:
             if getattr(tokenizer, "chat_template", None) is None:
                 raise RequestError("the model's tokenizer has no chat template: use /v1/completions", field="messages")
@@ -209,8 +215,6 @@ class Routes:
         found = []
         for prompt in asked.prompts or []:
             ids = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
-            if not isinstance(prompt, str) and max(ids) >= size:
-                raise RequestError(f"'prompt': {max(ids)} is no token; the vocabulary has {size}", field="prompt")
             found.append(list(ids))
         return found
 

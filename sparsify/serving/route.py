@@ -20,9 +20,15 @@ COMBINED = tuple(tuple(kind for k, kind in enumerate(KINDS) if bits >> k & 1) fo
 
 
 class Route:
-    """Rows sorted by slot (`sparsify.ops.adapter_tables`). bits: which kinds of addends some row needs at which weight (`Image.bits`)."""
+    """Rows sorted by slot (`sparsify.ops.adapter_tables`). bits: which kinds of addends some row needs at which weight (`Image.bits`).
 
-    def __init__(self, slots: Sequence[int] | Tensor, count: int, bits: int, device: torch.device) -> None:
+    packed: the rows may be the tokens of a batch `(1, T)`.
+    """
+
+    def __init__(
+        self, slots: Sequence[int] | Tensor, count: int, bits: int, device: torch.device, packed: bool
+    ) -> None:
+        self.packed = packed
         slot = torch.as_tensor(slots, dtype=torch.int64).cpu()
         self.uniform = bool((slot == slot[:1]).all())
         offs = torch.zeros(count + 2, dtype=torch.int64)

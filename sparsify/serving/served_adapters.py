@@ -65,17 +65,19 @@ class ServedAdapters:
         return self.folder is not None and in_folder(self.folder, name) is not None
 
     def add(self, name: str, path: str, again: bool = False) -> None:
-        """Serve an adapter of the folder under a name. again: exchange what has the name. Raises Forbidden, AdapterError."""
+        """Read an adapter of the folder and serve it under a name. again: exchange what has the name, which stays where that fails.
+
+        Raises Forbidden, AdapterError.
+        """
         place = self.inside(path)
         if not NAME.fullmatch(name) or name in (self.base, BASE):
             raise AdapterError(
                 f"{short(name)} cannot be the name of an adapter: letters, digits and . _ : @ + - are taken, at most 128"
             )
+        if self.known(name) and not again:
+            raise AdapterError(f"an adapter is called {name!r} already; unload it first, or give load_inplace")
+        self.handle.store.exchange(name, place, taken=again)
         with self.lock:
-            if self.known(name) and not again:
-                raise AdapterError(f"an adapter is called {name!r} already; unload it first, or give load_inplace")
-            self.forget(name)
-            self.handle.add(name, place)
             self.hidden.discard(name)
 
     def remove(self, name: str) -> None:
@@ -90,6 +92,17 @@ class ServedAdapters:
     def forget(self, name: str) -> None:
         with contextlib.suppress(AdapterError):  # it lies in the folder and was never asked for
             self.handle.remove(name)
+
+    def without_paths(self, reason: str) -> str:
+        """A reason with names for folders: where they lie is nobody's business."""
+        with self.handle.store.changed:
+            places = {name: entry.folder for name, entry in self.handle.store.entries.items()}
+        lying = {str(place): name for name, place in places.items() if isinstance(place, Path) and place.is_absolute()}
+        if self.folder is not None:
+            reason = reason.replace(f"{self.folder.resolve()}/", "")
+        for folder in sorted(lying, key=len, reverse=True):
+            reason = reason.replace(folder, lying[folder])
+        return reason
 
     def inside(self, path: str) -> Path:
         """The folder that a client's path means, all links followed. Raises Forbidden without a folder, AdapterError outside of it."""

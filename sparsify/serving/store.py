@@ -33,6 +33,10 @@ from sparsify.serving.slots import Slots
 
 #: seconds after which a loader without work ends; the next request starts another
 IDLE = 5.0
+#: how many polite requests for adapters that are live may be served before one that came earlier and has no slot
+PASSES = 32
+#: seconds after which a request that waits looks for leases that were forgotten
+LOOK = 0.5
 
 
 class SlotTimeout(AdapterError, TimeoutError):
@@ -66,9 +70,14 @@ class Counts:
 
 @dataclass(eq=False)
 class Pending:
-    """A request for slots. entries: distinct, without the base."""
+    """A request for slots. entries: distinct, without the base. polite: does not pass by one that was passed by often (`PASSES`).
+
+    passed: how many that came later were served before it.
+    """
 
     entries: list[Entry]
+    polite: bool = False
+    passed: int = 0
     done: bool = False
     error: AdapterError | None = None
     slots: dict[str, int] = field(default_factory=dict)
@@ -98,6 +107,7 @@ class Store:
         self.closed = False
         self.counts = Counts()
         self.routing = Routing()
+        self.forgotten: deque[Pending] = deque()  # of leases that the garbage collector found
         self.tables: list[dict[str, Tensor]] = []
         self.open_tables()
 
@@ -120,7 +130,16 @@ class Store:
     def add(self, number: int, route: Route, y: Tensor, x: Tensor) -> Tensor:
         """y of one linear plus what the adapters of the route's rows add there. In a compiled graph all kinds are looked at."""
         kinds = KINDS if torch.compiler.is_compiling() else route.kinds(number)
-        if kinds and x.dtype != y.dtype:
+        if not kinds:
+            return y
+        rows = route.order.shape[0]
+        if x.dim() > 2 and x.shape[0] % rows and not (route.packed and x.shape[:-1].numel() == rows):
+            raise AdapterError(
+                f"a linear gets {x.shape[0]} rows, and adapters are named for {rows}: rows were dropped or joined on the way (a generate() "
+                "that takes finished rows out of the batch does that), so that nobody can tell whose they are; call it with one row at "
+                "a time, or with one name for all"
+            )
+        if x.dtype != y.dtype:
             x = x.to(y.dtype)
         tables = self.tables[number]
         for kind in kinds:
@@ -140,8 +159,11 @@ class Store:
         found = self.entries[name] = Entry(name, folder)
         return found
 
-    def route(self, slots: Sequence[int] | Tensor, leases: Sequence[Lease]) -> Route:
-        """The route of rows with these slots of some leases. Raises AdapterError where one is closed, or a slot is none of theirs."""
+    def route(self, slots: Sequence[int] | Tensor, leases: Sequence[Lease], packed: bool = True) -> Route:
+        """The route of rows with these slots of some leases; packed: they may be tokens of one row.
+
+        Raises AdapterError where a lease is closed, or a slot is none of theirs.
+        """
         if not all(lease.open and lease.store is self for lease in leases):
             raise AdapterError("these slots were given back: the lease is closed, or another host's")
         known = {0}.union(*(lease.slots for lease in leases))
@@ -152,7 +174,7 @@ class Store:
         bits = 0
         for lease in leases:
             bits |= lease.bits
-        route = Route(slots, self.slots.count, bits, self.slots.values.device)
+        route = Route(slots, self.slots.count, bits, self.slots.values.device, packed)
         if self.unmixed and not route.uniform:
             raise AdapterError(
                 f"rows of one batch cannot have different adapters, for that was not checked: {self.unmixed}"
@@ -171,31 +193,59 @@ class Store:
                 raise AdapterError(f"add: {name!r} is taken; remove it first")
             self.entries[name] = Entry(name, folder)
 
+    def exchange(self, name: str, folder: Path | Mix, taken: bool) -> None:
+        """Read an adapter, and let a name mean it from then on, also to those who wait; where it cannot be read, nothing changes.
+
+        taken: another may have the name; what holds that one goes on. Raises AdapterError.
+        """
+        image = self.load(name, folder)
+        with self.changed:
+            self.need_open()
+            old = self.entries.get(name)
+            if old is not None and not taken:
+                raise AdapterError(f"add: {name!r} is taken; remove it first")
+            new = self.entries[name] = Entry(name, folder, image)
+            self.counts.loads += 1
+            if old is not None:
+                for pending in self.queue:
+                    if old in pending.entries:
+                        pending.entries[pending.entries.index(old)] = new
+                        old.wanted, new.wanted = old.wanted - 1, new.wanted + 1
+                self.retire(old)
+            self.recent[name] = new
+            self.pump()
+            self.trim()
+
     def remove(self, name: str) -> None:
         """Forget a name. What is held goes on until it is let go of; who waits for it is refused."""
         with self.changed:
             entry = self.entries.pop(name, None)
             if entry is None:
                 raise unknown(name, self.names())
-            entry.removed = True
-            self.recent.pop(name, None)
-            if not entry.held:
-                self.empty(entry)
-                entry.image = None
+            self.retire(entry)
             self.pump()
+
+    def retire(self, entry: Entry) -> None:
+        """No name leads to an adapter any more."""
+        entry.removed = True
+        self.recent.pop(entry.name, None)
+        if not entry.held:
+            self.empty(entry)
+            entry.image = None
 
     # --- leases ----------------------------------------------------------------------------------------------------------------
 
-    def ask(self, names: Sequence[str], wait: bool, timeout: float | None) -> Pending | None:
+    def ask(self, names: Sequence[str], wait: bool, timeout: float | None, polite: bool = False) -> Pending | None:
         """Ask for adapters; with `wait`, until they are live. None: not yet (without `wait`). Raises AdapterError."""
         with self.changed:
             self.need_open()
+            self.take_back()
             entries = list({id(e): e for e in (self.find(n) for n in names if n != BASE)}.values())
             if len(entries) > self.slots.count:
                 raise AdapterError(
                     f"{len(entries)} adapters in one batch, and the host has {self.slots.count} slots: raise slots=…"
                 )
-            pending = Pending(entries)
+            pending = Pending(entries, polite)
             for entry in entries:
                 entry.wanted += 1
                 entry.error = None
@@ -218,10 +268,11 @@ class Store:
         end = None if timeout is None else time.monotonic() + timeout
         try:
             while not pending.done and pending.error is None:
-                left = None if end is None else end - time.monotonic()
-                if left is not None and left <= 0:
+                left = LOOK if end is None else min(LOOK, end - time.monotonic())
+                if left <= 0:
                     raise self.too_late(pending, timeout or 0.0)
                 self.changed.wait(left)
+                self.take_back()
         except BaseException:
             if pending.done:
                 self.let_go(pending)
@@ -257,17 +308,32 @@ class Store:
     def let_go(self, pending: Pending) -> None:
         """A lease ends."""
         with self.changed:
-            for entry in pending.entries:
-                entry.held -= 1
-                if entry.removed and not entry.held:
-                    self.empty(entry)
-                    entry.image = None
-            self.trim()
-            self.pump()
+            self.forgotten.append(pending)
+            self.take_back()
+
+    def drop(self, pending: Pending) -> None:
+        for entry in pending.entries:
+            entry.held -= 1
+            if entry.removed and not entry.held:
+                self.empty(entry)
+                entry.image = None
+
+    def take_back(self) -> None:
+        """Let go of what leases that nobody closed still hold. Call it with the lock, where nothing else is under way."""
+        if not self.forgotten:
+            return
+        while self.forgotten:
+            self.drop(self.forgotten.popleft())
+        self.trim()
+        self.pump()
 
     def pump(self) -> None:
-        """Serve the requests that can be, in order: the first that needs slots which are not there holds those behind it that need any."""
-        blocked = False
+        """Serve the requests that can be, in order: the first that needs slots which are not there holds those behind it that need any.
+
+        Those behind it whose adapters are live already go on; the polite among them only so often, for an adapter that is asked for all
+        the time would otherwise never leave its slot.
+        """
+        blocked: list[Pending] = []
         for pending in list(self.queue):
             refused = next((refusal(e) for e in pending.entries if e.error is not None or e.removed), None)
             if refused is not None:
@@ -281,9 +347,13 @@ class Store:
                 for entry in missing:
                     self.want(entry)  # what was dropped from host memory meanwhile is read again
                 continue
-            if missing and (blocked or not self.make_live(missing, pending.entries)):
-                blocked = True
+            if pending.polite and any(other.passed >= PASSES for other in blocked):
                 continue
+            if missing and (blocked or not self.make_live(missing, pending.entries)):
+                blocked.append(pending)
+                continue
+            for other in blocked:
+                other.passed += 1
             self.queue.remove(pending)
             for entry in pending.entries:
                 entry.wanted -= 1
@@ -343,6 +413,17 @@ class Store:
                 self.loader.start()
             self.changed.notify_all()
 
+    def load(self, name: str, folder: Path | Mix) -> Image:
+        """Read, check and pack an adapter. Raises AdapterError: whatever a hostile file brings about refuses it alone."""
+        try:
+            image = self.read(folder)
+            self.slots.check(name, image)
+        except AdapterError:
+            raise
+        except Exception as cause:
+            raise AdapterError(f"{name}: the adapter cannot be read: {type(cause).__name__}: {cause}") from cause
+        return image
+
     def load_all(self) -> None:
         """The loader thread: reads what is wanted, one after another, and ends when nothing was for a while."""
         while True:
@@ -355,13 +436,9 @@ class Store:
                 entry = self.to_load.popleft()
             image, error = None, None
             try:
-                image = self.read(entry.folder)
-                self.slots.check(entry.name, image)
+                image = self.load(entry.name, entry.folder)
             except AdapterError as cause:
-                image, error = None, cause
-            except Exception as cause:  # whatever a hostile file brings about refuses it alone
-                error = AdapterError(f"{entry.name}: the adapter cannot be read: {type(cause).__name__}: {cause}")
-                image = None
+                error = cause
             with self.changed:
                 entry.loading = False
                 entry.image, entry.error = image, error
@@ -419,8 +496,11 @@ class Lease:
             self.store.let_go(self.pending)
 
     def __del__(self) -> None:
-        if not sys.is_finalizing():  # a request that forgot it
-            self.close()
+        # A request that forgot it. The garbage collector may come by in the middle of anything, with the lock held or waited for by
+        # this very thread: so nothing is done here, and whoever asks next (or waits) takes the slots back.
+        if self.open and not sys.is_finalizing():
+            self.open = False
+            self.store.forgotten.append(self.pending)
 
     def __enter__(self) -> Lease:
         return self

@@ -207,6 +207,11 @@ def test_adapters_are_loaded_and_unloaded(given: Path, tmp_path: Path, wanted: d
         )  # fmt: skip
         assert made.call(load, {"lora_name": "one", "lora_path": str(folder / "two"), "load_inplace": True})[0] == 200
         assert complete(made, "one")[1]["choices"][0]["text"] == wanted["paca"]
+        again = made.call(load, {"lora_name": "one", "lora_path": "damaged", "load_inplace": True})
+        assert again[0] == 400
+        assert (
+            complete(made, "one")[1]["choices"][0]["text"] == wanted["paca"]
+        )  # what cannot be read takes nothing away
         assert [card["id"] for card in made.call("/v1/models")[1]["data"]] == ["base", "damaged", "one", "two"]
         assert made.call(unload, {"lora_name": "one"})[0] == 200
         assert reason(complete(made, "one"))[0] == 404
@@ -222,6 +227,10 @@ def test_adapters_are_loaded_and_unloaded(given: Path, tmp_path: Path, wanted: d
         assert reason(complete(made, "bad"))[0] == 404
         status, said = reason(complete(made, "damaged"))
         assert (status, str(tmp_path) in said) == (400, False)
+        elsewhere = shutil.copytree(folder / "damaged", tmp_path / "elsewhere")
+        made.engine.handle.add("elsewhere", elsewhere)  # as --adapter does
+        status, said = reason(complete(made, "elsewhere"))
+        assert (status, str(tmp_path) in said, said.startswith("elsewhere/")) == (400, False, True)
         assert complete(made, "base")[1]["choices"][0]["text"] == wanted["base"]
 
 
@@ -372,6 +381,24 @@ def test_paths_methods_and_json_that_are_none(server: Served) -> None:
     assert reason(complete(server, max_tokens=60))[0] == 400
 
 
+def test_tokens_that_the_model_does_not_have_are_refused(given: Path) -> None:
+    """A tokenizer may know more than the model: looking one up would end the steps of everybody."""
+    with http_server.serving(served.model_of(given)) as made:
+        assert made.engine.tokenizer.add_tokens(["<more>"]) == 1
+        assert made.engine.vocabulary == len(made.engine.tokenizer) - 1
+        chat = {"model": "base", "messages": [{"role": "user", "content": "the <more>"}]}
+        for answer in (
+            complete(made, prompt="the <more>"),
+            complete(made, prompt=[3, 24]),
+            made.call("/v1/chat/completions", chat),
+            complete(made, logit_bias={"24": 5}),
+        ):
+            status, said = reason(answer)
+            assert status == 400
+            assert "24 is no token; the vocabulary has 24" in said
+        assert complete(made)[0] == 200
+
+
 def test_numbers_for_prometheus(server: Served) -> None:
     from prometheus_client.parser import text_string_to_metric_families
 
@@ -447,6 +474,8 @@ def test_too_many_requests_are_told_to_come_again(given: Path) -> None:
         made.until(lambda: made.engine.inside == 2)
         status, said = reason(complete(made))
         assert (status, "as many as may wait" in said) == (503, True)
+        status, said = reason(complete(made, n=3))  # it would never come in
+        assert (status, "more than this server has places for (2)" in said) == (400, True)
         first.close()
         made.idle()
         assert complete(made)[0] == 200

@@ -13,7 +13,7 @@ from serving_bench import BASE, GREEDY, PLANS, Bench, shared, write_random
 from torch import Tensor, nn
 
 import sparsify
-from sparsify import AdapterError, LoRA, Plan, Prune, Quantize, SparsifyError
+from sparsify import S2FT, AdapterError, LoRA, Plan, Prune, Quantize, SparsifyError
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +84,33 @@ def test_sampled_sequences_follow_their_prompts_adapter(bench):
     found = host.generate(input_ids=ids, adapter_names=["rosa", "rosa"], **sampling)
     torch.manual_seed(3)
     assert torch.equal(found, bench.alone["rosa"].generate(input_ids=ids, **sampling))
+
+
+def test_rows_that_get_lost_are_noticed(bench):
+    """Half of four rows has as many tokens as a multiple of four: the wrong adapter for each of them, if nobody looked."""
+    host = bench.host()
+    ids = torch.arange(3, 27).view(4, 6)
+    with torch.no_grad(), host.sparsify.using(["lora", "s2ft", BASE, "rosa"]):
+        for rows in (1, 2, 3, 6):
+            with pytest.raises(
+                AdapterError, match=f"gets {rows} rows, and adapters are named for 4: rows were dropped"
+            ):
+                host(input_ids=ids.repeat(2, 1)[:rows])
+        host(input_ids=ids.repeat_interleave(2, 0))  # beams
+    with torch.no_grad(), host.sparsify.using("lora"):  # one for all: whatever becomes of the rows
+        found = host(input_ids=ids[:3]).logits
+    bench.check_rows(found, ["lora"] * 3, {"input_ids": ids[:3]})
+
+
+def test_tokens_of_one_row_are_told_from_rows_that_were_joined(bench):
+    host = bench.host()
+    ids = torch.arange(3, 9)[None]
+    with host.sparsify.lease(["lora", "rosa"]) as lease, torch.no_grad():
+        with host.sparsify.using_slots([lease.slots[0]] * 6, lease):
+            packed = host(input_ids=ids).logits
+        bench.check_rows(packed, ["lora"], {"input_ids": ids})
+        with host.sparsify.using(["lora", BASE, "rosa", BASE, BASE, BASE]), pytest.raises(AdapterError, match="1 rows"):
+            host(input_ids=ids)
 
 
 def test_names_that_are_wrong_are_refused_by_what_is_wrong(bench):
@@ -271,6 +298,27 @@ def test_over_a_packed_base(bench, tmp_path):
     dense.sparsify.add("packed", tmp_path / "lora")
     with pytest.raises(AdapterError, match=r"was trained over a packed base \(Quantize.*this one is dense"):
         dense(input_ids=tiny.tokens(1, 4), adapter_names=["packed"])
+
+
+def test_what_was_reordered_before_it_was_packed_is_refused(bench, tmp_path):
+    """S2FT brings its units together, and blocks of other neighbours round to other values: not the base that is served."""
+    packed = sparsify.compile(bench.model, Plan([Quantize("nf4")]))
+    host: Any = sparsify.serve(packed, budget="1MiB")
+    for name, permute in (("moved", True), ("stays", False)):
+        trained = tiny.lower(copy.deepcopy(bench.model), S2FT(0.3, permute=permute), Quantize("nf4"))
+        tiny.disturb(trained)
+        trained.sparsify.save_adapter(tmp_path / name)
+        host.sparsify.add(name, tmp_path / name)
+    batch = {"input_ids": tiny.tokens(2, 5)}
+    with torch.no_grad():
+        found = host(**batch, adapter_names=["stays", BASE]).logits
+        torch.testing.assert_close(found[0], trained.eval()(**batch).logits[0], rtol=2e-6, atol=2e-6)
+    with pytest.raises(
+        AdapterError, match=r"down_proj.weight was reordered before it was packed \(nf4\).* permute=False"
+    ):
+        host(**batch, adapter_names="moved")
+    loose: Any = sparsify.serve(packed, {"moved": tmp_path / "moved"}, budget="1MiB", strict=False)
+    loose(**batch, adapter_names="moved")
 
 
 @pytest.mark.parametrize("family", ["Llama", pytest.param("GPT-2", marks=pytest.mark.slow)])

@@ -16,6 +16,7 @@ import torch
 from served import BASE, LONG, NAMES, alone
 
 import sparsify
+from sparsify.adapters.adapter import Adapter, Delta, save, tensor_hash
 from sparsify.errors import AdapterError, SparsifyError
 from sparsify.serving import continuous
 from sparsify.serving.engine import Busy, Engine, Failed, Piece
@@ -110,6 +111,33 @@ def test_equal_prompts_under_many_adapters_are_each_what_they_are_alone(
         run(settled(made))
         assert made.manager.steps < 2 * len(wanted) * 12  # they did run together
     assert host.sparsify.counts.evictions > 0
+
+
+def test_an_adapter_of_the_head_is_each_request_s_own(given: Path, wanted: Wanted, tmp_path: Path) -> None:
+    """The head is given the last tokens alone where nobody changes it, and slots are of all tokens."""
+    weight = served.model_of(given).lm_head.weight
+    values = torch.randn(len(weight), 3, generator=torch.Generator().manual_seed(4))
+    change = Delta("lm_head.weight", "column", torch.tensor([1, 5, 8]), values)
+    host = host_of(given, slots=3)
+    host.sparsify.add("head", save(Adapter((change,), {"lm_head.weight": tensor_hash(weight)}), tmp_path / "head"))
+    changed = {
+        place: TOKENIZER.decode(alone(host, "head", ids, 12), skip_special_tokens=True)
+        for place, ids in enumerate(PROMPTS)
+    }
+    assert all(changed[place] != wanted[BASE, place] for place in changed)
+
+    async def together(made: Engine) -> list[str]:
+        asked = [text(made, name, ids) for ids in PROMPTS for name in ("head", BASE, "lora")]
+        return list(await asyncio.gather(*asked))
+
+    with engine(host) as made:
+        found = run(together(made))
+        assert found == [
+            each
+            for place in range(len(PROMPTS))
+            for each in (changed[place], wanted[BASE, place], wanted["lora", place])
+        ]
+        assert made.alive
 
 
 @pytest.mark.slow

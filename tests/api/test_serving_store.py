@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import os
 import threading
@@ -21,7 +22,7 @@ from torch.func import functional_call, stack_module_state, vmap
 
 import sparsify
 from sparsify import AdapterError, LoRA, Plan, SparsifyError
-from sparsify.serving.store import SlotTimeout
+from sparsify.serving.store import PASSES, SlotTimeout
 
 PATIENCE = 30.0  # seconds until a test that hangs fails
 
@@ -222,6 +223,65 @@ def test_a_lease_that_is_forgotten_is_given_back(bench):
         assert lease.slots == [1]
 
 
+def test_the_garbage_collector_finds_a_forgotten_lease_at_the_worst_moment(bench):
+    """While a slot is filled, with the lock held by the very thread that collects: nothing may be served within that."""
+    host = bench.host(slots=2)
+    store = host.sparsify.store
+    kept, forgotten = host.sparsify.lease("lora"), host.sparsify.lease("rosa")
+    circle: list[Any] = [forgotten]
+    circle.append(circle)
+    del forgotten
+    gc.disable()
+    try:
+        got: list[Any] = []
+        threads = [
+            threading.Thread(target=lambda name=name: got.append(host.sparsify.lease(name, timeout=PATIENCE)))
+            for name in ("s2ft", "paca")
+        ]
+        for thread in threads:
+            thread.start()
+        until(lambda: len(store.queue) == 2 and all(e.image for p in store.queue for e in p.entries))
+        publish = store.slots.publish
+
+        def collecting(image: Any) -> int:
+            gc.collect()
+            return publish(image)
+
+        store.slots.publish = collecting
+        del circle
+        kept.close()
+        for thread in threads:
+            thread.join(PATIENCE)
+    finally:
+        gc.enable()
+    assert sorted(lease.slots[0] for lease in got) == [1, 2]
+    for lease in got:
+        lease.close()
+    assert host.sparsify.status()["held"] == 0
+    assert not store.queue
+
+
+def test_an_adapter_that_is_always_asked_for_does_not_keep_its_slot_for_ever(bench):
+    host = bench.host(slots=1)
+    handle, store = host.sparsify, host.sparsify.store
+    held = [handle.lease("lora", polite=True)]
+    got: list[Any] = []
+    waiting = threading.Thread(target=lambda: got.append(handle.lease("s2ft", timeout=PATIENCE)))
+    waiting.start()
+    until(lambda: any(e.image for p in store.queue for e in p.entries))
+    while (another := handle.try_lease("lora", polite=True)) is not None:
+        held.append(another)
+        assert len(held) <= PASSES + 1
+    assert len(held) == PASSES + 1
+    with handle.using("lora"):  # within a call that holds it already, nobody has to be polite
+        assert not got
+    for lease in held:
+        lease.close()
+    waiting.join(PATIENCE)
+    assert got[0].slots == [1]
+    got[0].close()
+
+
 # --- names, files, removal -----------------------------------------------------------------------------------------------------------
 
 
@@ -277,6 +337,29 @@ def test_one_adapter_under_two_names_and_a_name_again(bench):
     assert host.sparsify.status()["live"] == 1
     host.sparsify.add("twin", bench.folder / "s2ft")
     bench.check_rows(logits(host, ids[:1], "twin"), ["s2ft"], {"input_ids": ids})
+
+
+def test_a_name_means_another_adapter_at_once_or_stays_what_it_was(bench, tmp_path):
+    host = bench.host(slots=1)
+    handle, ids = host.sparsify, tiny.tokens(1, 4)
+    (tmp_path / "adapter.safetensors").write_bytes(b"\0" * 100)
+    found: list[torch.Tensor] = []
+    with handle.using("lora"):
+        waiting = threading.Thread(target=lambda: found.append(logits(host, ids, "s2ft")))
+        waiting.start()
+        until(lambda: any(e.image for p in handle.store.queue for e in p.entries))
+        handle.replace("s2ft", bench.folder / "rosa")  # while a request waits for it
+        handle.replace("lora", bench.folder / "paca")  # while one holds it
+        bench.check_rows(logits(host, ids), ["lora"], {"input_ids": ids})
+        with pytest.raises(AdapterError, match="adapter.safetensors"):
+            handle.replace("lora", tmp_path)
+    waiting.join(PATIENCE)
+    bench.check_rows(found[0], ["rosa"], {"input_ids": ids})
+    bench.check_rows(logits(host, ids, "lora"), ["paca"], {"input_ids": ids})
+    handle.replace("new", bench.folder / "lora")
+    bench.check_rows(logits(host, ids, "new"), ["lora"], {"input_ids": ids})
+    assert handle.status()["held"] == 0
+    assert handle.status()["live"] == 1
 
 
 def test_removed_or_deleted_while_it_is_read(bench, tmp_path):

@@ -155,6 +155,7 @@ def test_a_full_disk_under_its_log_does_not_stop_it(given: Path) -> None:
         (["nowhere"], "'nowhere' does not exist"),
         (["MODEL", "-a", "a/b=ADAPTER"], "'a/b' cannot be a name here"),
         (["MODEL", "-a", "model=ADAPTER"], "would both be called 'model': give --served-model-name"),
+        (["MODEL", "--adapter-dir", "ADAPTERS", "--served-model-name", "lora"], "would both be called 'lora'"),
         (["MODEL", "-a", "x=ADAPTER", "-a", "x=ADAPTER"], "two adapters would be called 'x'"),
         (["MODEL", "-a", "x=MODEL"], "holds no adapter"),
         (["MODEL", "--adapter-dir", "nowhere"], "is no folder on this machine"),
@@ -167,7 +168,11 @@ def test_a_full_disk_under_its_log_does_not_stop_it(given: Path) -> None:
     ],
 )  # fmt: skip
 def test_words_that_cannot_be_served(given: Path, arguments: list[str], words: str) -> None:
-    places = {"MODEL": str(given / "model"), "ADAPTER": str(given / "adapters" / "lora")}
+    places = {
+        "MODEL": str(given / "model"),
+        "ADAPTER": str(given / "adapters" / "lora"),
+        "ADAPTERS": str(given / "adapters"),
+    }
     done = RUNNER.invoke(app, ["serve", *("=".join(places.get(p, p) for p in word.split("=")) for word in arguments)])
     assert done.exit_code == 2, done.output
     line = done.stderr.splitlines()[-1]

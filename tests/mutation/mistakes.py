@@ -859,4 +859,35 @@ MISTAKES: tuple[Mistake, ...] = (
         "added.get(phase, 0)",
         "api/test_autoplan.py: three_blocks",
     ),
+    # ------------------------------------------------------------------------------------------------------- serving
+    m(
+        "serving",
+        "if not apart(seen[param], other.get(param, []), row, changed=False):",
+        "if param not in seen:",
+        "api/test_serving_rows.py: by_chance",
+    ),
+    m(
+        "serving",
+        "if not self.inside[param] and first <= leaf.data_ptr() < end:",
+        "if not self.inside[param] and first == leaf.data_ptr() == end:",
+        "api/test_serving_rows.py: something_else",
+    ),
+    m(
+        "serving",
+        "super().supports_logits_to_keep(model) and not self.processor.head_changes",
+        "super().supports_logits_to_keep(model)",
+        "api/test_serving_engine.py: of_the_head",
+    ),
+    m(
+        "serving",
+        "                other.passed += 1\n",
+        "                other.passed += 0\n",
+        "api/test_serving_store.py: always_asked",
+    ),
+    m(
+        "serving",
+        "            self.store.forgotten.append(self.pending)\n",
+        "            self.store.let_go(self.pending)\n",
+        "api/test_serving_store.py: worst_moment",
+    ),
 )

@@ -9,6 +9,7 @@ that of SwiGLU only gate and up are kept and of Down's input at most the trained
     torch.compile(model, backend="sparsify")                                  over Inductor
     torch.compile(model, backend="sparsify", mode="max-autotune")             Inductor's modes and options pass through
     torch.compile(model, backend=sparsify.backend("aot_eager"))               over another backend
+    torch.compile(step, backend=sparsify.backend(loss_chunk=512))             a large vocabulary's logits never as a whole
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import fx
 
 from sparsify.errors import PlanError
+from sparsify.lowering.torch_compile.chunk_losses import Returned, chunk_losses
 from sparsify.lowering.torch_compile.joint_passes import fuse_gradients, recompute_cheap, share_copies
 
 
@@ -117,8 +119,23 @@ def find_compiler(name: str) -> Callable[..., object]:
 class Backend:
     """A Dynamo backend: our passes over `inner`, which is "inductor", a registered backend's name, or a graph compiler."""
 
-    def __init__(self, inner: str | Callable[..., object], mode: str | None, options: Mapping[str, object]) -> None:
+    def __init__(
+        self,
+        inner: str | Callable[..., object],
+        mode: str | None,
+        options: Mapping[str, object],
+        loss_chunk: int | None = None,
+        returned_logits: Returned = "keep",
+    ) -> None:
         self.inner, self.mode, self.options = inner, mode, dict(options)
+        self.loss_chunk = loss_chunk
+        self.returned_logits: Returned = returned_logits
+        if loss_chunk is not None and (
+            isinstance(loss_chunk, bool) or not isinstance(loss_chunk, int) or loss_chunk < 1
+        ):
+            raise PlanError(f"backend: loss_chunk={loss_chunk!r}, expected a positive number of tokens")
+        if returned_logits not in get_args(Returned):
+            raise PlanError(f"backend: returned_logits={returned_logits!r}, expected 'keep' or 'nan'")
         self.__name__ = "sparsify"
         if inner != "inductor" and (mode or options):
             raise PlanError(f"backend: mode and options belong to Inductor, not to {inner!r}")
@@ -132,6 +149,8 @@ class Backend:
         mode: str | None = None,
         options: Mapping[str, object] | None = None,
     ) -> Callable[..., object]:
+        if self.loss_chunk is not None:
+            chunk_losses(gm, self.loss_chunk, self.returned_logits)
         if self.compiler is not None:
             if mode or options:
                 raise PlanError(f"backend: mode and options belong to Inductor, not to {self.inner!r}")
@@ -144,14 +163,21 @@ def backend(
     *,
     mode: str | None = None,
     options: Mapping[str, object] | None = None,
+    loss_chunk: int | None = None,
+    returned_logits: Returned = "keep",
 ) -> Backend:
     """A backend for `torch.compile(model, backend=sparsify.backend(…))`.
 
     inner: what compiles the two graphs after our passes: "inductor", "aot_eager" or another registered name, or a function
         `(graph, inputs) → callable`. mode, options: Inductor's.
-    Raises PlanError for an unknown inner backend.
+    loss_chunk: compute the loss of a head in chunks of so many tokens while training, so that of the logits `(tokens, vocabulary)`
+        and of their gradient at most one chunk exists. The loss must be computed inside of what is compiled, as `cross_entropy` of
+        a plain linear head; where it is not, the logits stay and a warning says why.
+    returned_logits: what a graph that returns its logits beside the loss does, as transformers' models do: "keep" them, and with
+        them their memory, or return "nan" of their shape, so that whatever is computed from them says so.
+    Raises PlanError for an unknown inner backend and for values that are none of these.
     """
-    return Backend(inner, mode, options or {})
+    return Backend(inner, mode, options or {}, loss_chunk, returned_logits)
 
 
 def sparsify_backend(
