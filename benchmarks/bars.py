@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, LEFT, ROW, TOP = 720, 270, 30, 44
+LABEL = 40
+"""Characters that fit to the left of the bars."""
 OURS, THEIRS, NEUTRAL = "#3f51b5", "#b0703c", "#8a8f98"
 
 
@@ -21,7 +23,12 @@ class Bar:
 
 
 def chart(title: str, bars: Sequence[Bar], note: str = "") -> str:
-    """An SVG of `bars`, the longest as wide as the card allows; `title` is its headline and its alternative text."""
+    """An SVG of `bars`, the longest as wide as the card allows; `title` is its headline and its alternative text.
+
+    Raises ValueError for a label that would be cut at the card's edge.
+    """
+    if cut := [bar.label for bar in bars if len(bar.label) > LABEL]:
+        raise ValueError(f"at most {LABEL} characters fit beside a bar: {cut[0]!r}")
     longest = max(bar.value for bar in bars)
     height = TOP + ROW * len(bars) + (34 if note else 12)
     lines = [

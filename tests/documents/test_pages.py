@@ -17,7 +17,7 @@ from page_blocks import DOCS, GIVEN, Block, blocks, compiled
 ROOT = DOCS.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import losses, page_tables, pages  # noqa: E402
+from benchmarks import bars, losses, page_tables, pages  # noqa: E402
 
 PAGES = [p for p in (ROOT / "README.md", *sorted(DOCS.rglob("*.md"))) if any(blocks(p.read_text(encoding="utf-8")))]
 
@@ -153,6 +153,12 @@ def test_a_row_that_a_record_lacks_is_named_with_page_and_record(records: Path) 
         path.unlink()
     with pytest.raises(pages.PageError, match=r"docs/a\.md: table 'in_place': no record in_place-DATE\.json"):
         pages.filled("<!-- measured: in_place -->\n<!-- /measured -->", "docs/a.md")
+
+
+def test_a_label_that_would_be_cut_is_refused() -> None:
+    assert "a label" in bars.chart("title", [bars.Bar("a label", 1.0, "1 s")])
+    with pytest.raises(ValueError, match="at most 40 characters fit beside a bar: 'llama.cpp on the file"):
+        bars.chart("title", [bars.Bar("llama.cpp on the file that the model came as", 1.0, "1 s")])
 
 
 def test_every_name_that_pages_are_given_is_used() -> None:

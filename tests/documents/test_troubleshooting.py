@@ -50,6 +50,18 @@ def test_every_quoted_message_is_in_the_code() -> None:
     assert [text for text in quoted if not in_code(text)] == []
 
 
+def test_every_message_has_its_cure_below() -> None:
+    lines = [
+        line for line in (page_blocks.DOCS / "troubleshooting.md").read_text(encoding="utf-8").splitlines() if line
+    ]
+    bare = [
+        line
+        for line, below in zip(lines, [*lines[1:], "#"], strict=True)
+        if line.startswith("####") and below[0] == "#"
+    ]
+    assert bare == []
+
+
 def test_a_message_that_nothing_says_is_noticed() -> None:
     assert in_code("compile: this model is compiled already; compile the …")
     assert not in_code("compile: this model was compiled already")
