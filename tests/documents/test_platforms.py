@@ -12,9 +12,9 @@ import tiny
 import torch
 
 import sparsify
-from sparsify import LoRA, Plan, Prune
+from sparsify import CpuOptions, LoRA, Plan, Prune
 from sparsify.kernels import cache
-from sparsify.kernels.cpu import build, compiler
+from sparsify.kernels.cpu import build, compiler, dispatch, huge_pages
 from sparsify.kernels.cpu.build import BuildError
 
 POSIX = (
@@ -54,6 +54,32 @@ def test_on_windows_linears_stay_dense_and_the_report_says_why(tmp_path: Path, m
         host = sparsify.compile(model, plan, progress=False)
     assert "not on Windows" in str(host.sparsify.report)
     assert host(**batch).logits.isfinite().all()
+
+
+@pytest.mark.slow  # covered by the tests above, and by codegen/ for the portable instruction set
+def test_as_on_macos_portable_kernels_are_built_loaded_from_their_file_and_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No files in memory, no /proc, no huge pages, an instruction set that nobody knows, no OpenMP of GCC's."""
+    batch, rule = {"input_ids": tiny.tokens()}, Prune(sparsity=0.75, method="magnitude")
+    pruned = sparsify.compile(tiny.llama(), Plan([rule]), progress=False).eval()
+    monkeypatch.delattr(os, "memfd_create", raising=False)
+    monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SPARSIFY_ISA", "portable")
+    monkeypatch.setattr(huge_pages, "ADVICE", None)
+    monkeypatch.setattr(build, "openmp_library", lambda: None)
+    dispatch.best_isa.cache_clear()
+    opened: list[Path] = []
+    load = build.open_library
+    monkeypatch.setattr(build, "open_library", lambda content, place: opened.append(place) or load(content, place))
+    try:
+        plan = Plan([rule], target="cpu")
+        host = sparsify.compile(tiny.llama(), plan, cpu=CpuOptions(mode="small"), progress=False)
+        torch.testing.assert_close(host(**batch).logits, pruned(**batch).logits, rtol=1e-4, atol=1e-4)
+    finally:
+        dispatch.best_isa.cache_clear()
+    assert opened, "a kernel was built and loaded"
+    assert "packed" in str(host.sparsify.report)
 
 
 ROOT = Path(__file__).parents[2]
