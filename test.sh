@@ -6,6 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 . ./setup.sh dev
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+python -m compileall -q -j 2 sparsify # once, not in each of the processes that tests start, where writing bytecode is forbidden
 ruff format --check .
 ruff check .
 pyright

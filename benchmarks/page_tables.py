@@ -18,6 +18,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 Row = Mapping[str, Any]
 TABLES: dict[str, Callable[[], str]] = {}
 CHARTS: dict[str, Callable[[], str]] = {}
+READ: list[Path] = []
+"""Records in the order in which tables and charts asked for them; `pages.py` names them where one has a row that no table knows."""
 
 
 def measured(make: Callable[[], str]) -> Callable[[], str]:
@@ -38,6 +40,7 @@ def newest(name: str) -> Any:
     if not dated:
         raise FileNotFoundError(f"no record {name}-DATE.json in {RESULTS}")
     path = max(dated)
+    READ.append(path)
     return {**json.loads(path.read_text(encoding="utf-8")), "file": path.name}
 
 
@@ -53,9 +56,9 @@ def cell(text: str) -> str:
     return text.replace(" ", "\N{NO-BREAK SPACE}") if len(text) <= NUMBER else text
 
 
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; the first column is left-aligned, the others right."""
-    lines = ["| " + " | ".join(head) + " |", "|" + "|".join([" --- ", *[" ---: "] * (len(head) - 1)]) + "|"]
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A table; the first `left` columns are left-aligned, the others right."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "|".join([" --- "] * left + [" ---: "] * (len(head) - left)) + "|"]
     return "\n".join([*lines, *("| " + " | ".join([row[0], *map(cell, row[1:])]) + " |" for row in rows)])
 
 
@@ -279,6 +282,18 @@ def saved_compiled() -> str:
     return markdown(head, shown) + "\n" + origin(record)
 
 
+@measured
+def loss_chunks() -> str:
+    record = newest("loss_chunks")
+    names = {"plain": "all logits at once", "torch": "PyTorch's `linear_cross_entropy`", "ours": "**sparsify**"}
+    shown = []
+    for r in record["rows"]:
+        who, _, chunk = r["loss"].partition(" ")
+        label = names[who] + (f", {chunk} tokens a chunk" if chunk else "")
+        shown.append([f"{r['head']}, {r['dtype']}: {label}", f"{r['over plain']:.2f} ×", f"{r['MiB']:.0f} MiB"])
+    return markdown(("loss and gradient of a head", "time", "memory beyond inputs"), shown) + "\n" + origin(record)
+
+
 @drawn
 def step_time() -> str:
     rows, short, _ = step_rows()
@@ -444,6 +459,7 @@ ENGINES = {
     "llamacpp-Q4_0": "llama.cpp Q4_0",
     "llamacpp-Q4_1": "llama.cpp on the file that the model came as (Q4_1, dense)",
 }
+ENCODERS = ENGINES | {"packed-bf16": "**sparsify** bf16, 75 % zeros"}
 
 
 def memory_of(row: Row) -> str:
@@ -496,9 +512,9 @@ def decode_7b() -> str:
 @measured
 def encoder() -> str:
     record = newest("cpu_decode-minilm-2threads")
-    names = ENGINES | {"packed-bf16": "**sparsify** bf16, 75 % zeros"}
     rows = [
-        [names[r["variant"]], f"{r['speedup']:.2f} ×"] for r in sorted(record["results"], key=lambda r: -r["speedup"])
+        [ENCODERS[r["variant"]], f"{r['speedup']:.2f} ×"]
+        for r in sorted(record["results"], key=lambda r: -r["speedup"])
     ]
     note = f"; {record['batch']} × {record['seq']} tokens"
     return markdown(("MiniLM's shape", "over dense fp32"), rows) + "\n" + origin(record, more=note)
@@ -778,10 +794,26 @@ def linear_cpu() -> str:
             f"{r['peers']['deepsparse ' + r['dtype']]['ratio']:.2f} ×",
         ]
         for r in record["results"]
-        if r["sparsity"] in (0.5, 0.75)
     ]
     head = ("4096 × 4096", "faster than dense fp32 torch", "than DeepSparse in the same type")
     return markdown(head, rows) + "\n" + origin(record, more="; DeepSparse " + record["peers"]["deepsparse"])
+
+
+@measured
+def linear_engines() -> str:
+    record = newest("cpu_linear-onnxruntime-openvino-75-2threads")
+    columns = [(engine, kind) for engine in ("onnxruntime", "openvino") for kind in ("", "int4-weight-only")]
+    shown = [
+        [
+            f"{r['dtype']}, batch {r['batch']}",
+            *(f"{r['peers'][engine + ' ' + (kind or r['dtype'])]['ratio']:.2f} ×" for engine, kind in columns),
+        ]
+        for r in record["results"]
+    ]
+    head = ("4096 × 4096, 75 % zeros, faster than", "ONNX Runtime", "its int4 weights", "OpenVINO", "its int4 weights")
+    versions = ", ".join(record["peers"].values())
+    more = f"; the same type on both sides, or four bits where the column says so; versions {versions}"
+    return markdown(head, shown) + "\n" + origin(record, more=more)
 
 
 @measured

@@ -1,6 +1,7 @@
 """sparsify: a compiler for sparse fine-tuning and sparse inference of PyTorch models."""
 
 import warnings
+from typing import TYPE_CHECKING
 
 from sparsify.api import analyse, compile, load
 from sparsify.errors import (
@@ -57,3 +58,10 @@ __all__ = [
     "package",
     "serve",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(word: str) -> object:
+        from sparsify.plan.habits import at_the_door
+
+        raise AttributeError(at_the_door(word))

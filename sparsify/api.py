@@ -13,6 +13,7 @@ from torch import nn
 from sparsify.calibration.statistics import repeatable
 from sparsify.console import stage
 from sparsify.errors import AdapterError, PlanError
+from sparsify.host.habits import peft_words
 from sparsify.host.handle import Handle, Mix
 from sparsify.host.install import install
 from sparsify.host.native_forward import install_native
@@ -30,6 +31,7 @@ from sparsify.passes.select_units import select_units
 from sparsify.passes.train_experts import write_out_experts
 from sparsify.passes.train_in_full import trained_in_full
 from sparsify.plan import Plan, Quantize, Rule
+from sparsify.plan.habits import FROM_PEFT, is_peft_config
 from sparsify.program import Program, Stage
 from sparsify.program.capture import capture, unwrap
 
@@ -100,7 +102,8 @@ def compile(
     Raises PlanError (a rule matches nothing), RefusedError (a named target cannot serve), CaptureError (the model cannot be traced).
     """
     if not isinstance(plan, Plan):
-        raise PlanError(f"compile: expected a Plan, got {type(plan).__name__}; write Plan([…rules…])")
+        advice = FROM_PEFT if is_peft_config(plan) else "write Plan([…rules…])"
+        raise PlanError(f"compile: expected a Plan, got {type(plan).__name__}; {advice}")
     source = unwrap(model)
     if "sparsify" in source.__dict__:
         if not plan.for_inference:
@@ -149,6 +152,7 @@ def compile_for_training(
     return host
 
 
+@peft_words
 def load(
     model: Model,
     adapters: AdapterPaths,
@@ -214,7 +218,8 @@ def compile_for_cpu(
     from sparsify.lowering.cpu.lower import lower_program
 
     chosen = {f.name: getattr(options, f.name) for f in fields(options)}
-    chosen["compare"] = options.compare and example is not None
+    if example is None:  # numbers of tokens that the user names say what counts, and the dummy example is none of them
+        chosen["compare"] = "dummy" if options.compare and options.tokens is None else False
     lower = partial(lower_program, **chosen)
     return compile_for_inference(source, context, example, lower, pipeline, options.tied == "copy")
 

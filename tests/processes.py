@@ -46,14 +46,23 @@ def start(function: Callable[..., None], *args: Any) -> Any:
 
 
 def run_python(
-    *arguments: str, env: Mapping[str, str] | None = None, cwd: Path | None = None, timeout: float = 900
+    *arguments: str,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    timeout: float = 900,
+    input: str = "",
 ) -> subprocess.CompletedProcess[str]:
     """What `subprocess.run([sys.executable, *arguments], capture_output=True, text=True)` gives, for `-m module …`, `-c code …` and
     `script.py …`. Raises TimeoutExpired."""
     with tempfile.TemporaryDirectory() as folder:
-        places = Path(folder) / "out", Path(folder) / "err"
+        given, *places = (Path(folder) / name for name in ("in", "out", "err"))
+        given.write_text(input, encoding="utf-8")
         process = start(
-            as_main, arguments, dict(os.environ if env is None else env), str(cwd or Path.cwd()), *map(str, places)
+            as_main,
+            arguments,
+            dict(os.environ if env is None else env),
+            str(cwd or Path.cwd()),
+            *map(str, (*places, given)),
         )
         process.join(timeout)
         if process.is_alive():
@@ -64,8 +73,14 @@ def run_python(
         return subprocess.CompletedProcess(arguments, process.exitcode, *texts)
 
 
-def as_main(arguments: Sequence[str], env: Mapping[str, str], cwd: str, out: str, err: str) -> None:
-    """In the forked process: be `python *arguments`."""
+def as_main(
+    arguments: Sequence[str], env: Mapping[str, str], cwd: str, out: str, err: str, given: str = os.devnull
+) -> None:
+    """In the forked process: be `python *arguments`, with `given` as its standard input."""
+    descriptor = os.open(given, os.O_RDONLY)
+    os.dup2(descriptor, 0)
+    os.close(descriptor)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  (multiprocessing had closed it)
     for number, place in ((1, out), (2, err)):
         descriptor = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, number)

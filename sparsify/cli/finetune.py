@@ -29,6 +29,16 @@ def finetune(
             help="Over what the file says: training.steps=20, rules.0.fraction=0.1. Repeatable.",
         ),
     ] = None,
+    packing: Annotated[
+        bool,
+        typer.Option(
+            "--packing", help="Put several rows into one of training.length tokens; as training.packing in the file."
+        ),
+    ] = False,
+    streaming: Annotated[
+        bool,
+        typer.Option("--streaming", help="Read the rows while training; as data.streaming in the file."),
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last complete checkpoint in the output.")
     ] = False,
@@ -42,7 +52,8 @@ def finetune(
     from sparsify.finetune.run import finetune as train
     from sparsify.plan import plan_file
 
-    file = plan_file.read(plan, changes or [])
+    flags = [("training.packing=true", packing), ("data.streaming=true", streaming)]
+    file = plan_file.read(plan, [*(changes or []), *(change for change, given in flags if given)])
     folder, processes = Path(file.model), int(os.environ.get("WORLD_SIZE", "1") or 1)
     check_text_model(folder)
     if os.environ.get("RANK", "0") == "0":
@@ -54,8 +65,10 @@ def finetune(
     held = f"; held out: {prepared.held_out}" if prepared.held_out is not None else ""
     note(f"data: {prepared.rows}{held}")
     if dry_run:
+        read = prepared.read
+        rows, tokens, learned = (None,) * 3 if read is None else (len(read), read.tokens, read.learned)
         would = {
-            "plan": file.to_dict(), "rows": len(prepared.rows), "tokens": prepared.rows.tokens, "learned_tokens": prepared.rows.learned,
+            "plan": file.to_dict(), "rows": rows, "tokens": tokens, "learned_tokens": learned,
             "held_out": len(prepared.held_out or ()), "steps": prepared.total_steps, "processes": processes,
         }  # fmt: skip
         typer.echo(

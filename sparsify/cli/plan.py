@@ -15,6 +15,19 @@ import typer
 from sparsify.cli.model_folder import CONFIG, check_folder, load_config
 from sparsify.cli.prune import model_class, torch_dtype
 from sparsify.cli.rule import reading
+from sparsify.cli.rule_options import (
+    Alpha,
+    Density,
+    Fraction,
+    Match,
+    Rank,
+    Select,
+    Units,
+    Where,
+    given_options,
+    is_plan_file,
+    written,
+)
 from sparsify.cli.tables import show
 from sparsify.cli.text_model import note
 from sparsify.console import one_line
@@ -28,7 +41,6 @@ if TYPE_CHECKING:
     from sparsify.planner.limits import Limits
 
 DECLINED_SHOWN = 4
-RULE_OPTIONS = ("fraction", "rank", "units", "density", "alpha", "structure", "select")
 
 
 def print_schema(asked: bool) -> None:
@@ -49,22 +61,14 @@ def plan(
             help="s2ft (default), paca, rosa, lora, or a rule of an installed package; with --budget those to choose among: s2ft,lora.",
         ),
     ] = None,
-    fraction: Annotated[
-        float | None, typer.Option(help="S2FT: trained share of the parameters of O and Down. Default: 0.03.")
-    ] = None,
-    rank: Annotated[int | None, typer.Option(help="LoRA, RoSA, PaCA.")] = None,
-    units: Annotated[
-        int | None, typer.Option(help="S2FT: heads or channels of each structure instead of a fraction.")
-    ] = None,
-    density: Annotated[float | None, typer.Option(help="RoSA: share of scattered entries.")] = None,
-    alpha: Annotated[
-        float | None, typer.Option(help="LoRA, RoSA: the low-rank part is scaled by alpha / rank.")
-    ] = None,
-    structure: Annotated[str | None, typer.Option(help="S2FT: ffn, attention or both.")] = None,
-    select: Annotated[str | None, typer.Option(help="S2FT, PaCA: how units are scored.")] = None,
-    match: Annotated[
-        list[str] | None, typer.Option(help="Where: q_proj, '*.mlp', 'model.layers.{0-15}.*', 're:…'. Repeatable.")
-    ] = None,
+    fraction: Fraction = None,
+    rank: Rank = None,
+    units: Units = None,
+    density: Density = None,
+    alpha: Alpha = None,
+    structure: Where = None,
+    select: Select = None,
+    match: Match = None,
     batch: Annotated[
         int | None, typer.Option("--batch", "-b", min=1, help="Rows of one process and step. Default: 8.")
     ] = None,
@@ -107,10 +111,16 @@ def plan(
     from sparsify.planner.estimate import estimate
     from sparsify.planner.limits import limits
 
-    given = dict(zip(RULE_OPTIONS, (fraction, rank, units, density, alpha, structure, select), strict=True))
-    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    if match:
-        options["match"] = match[0] if len(match) == 1 else match
+    options = given_options(
+        match,
+        fraction=fraction,
+        rank=rank,
+        units=units,
+        density=density,
+        alpha=alpha,
+        structure=structure,
+        select=select,
+    )
     training: dict[str, Any] = {
         name: value for name, value in (("batch", batch), ("length", length)) if value is not None
     }
@@ -118,20 +128,22 @@ def plan(
         training["dtype"] = dtype
     if tokens is not None and not budget:
         raise InputError("--tokens belongs to a budget of time: --budget time=2h")
-    if budget and (options or model.suffix in (".yaml", ".yml")):
+    if budget and (options or is_plan_file(model)):
         raise InputError("--budget chooses what trains: give the folder of a model, and no options of a rule")
     within = limits(budget) if budget else None
-    if model.suffix in (".yaml", ".yml") and not model.is_dir():
-        if options:
-            raise InputError(f"{model} says what trains: change it with --set rules.0.{next(iter(options))}=…")
+    if is_plan_file(model):
+        if options or method is not None:
+            raise InputError(f"{model} says what trains: change it with --set rules.0.{next(iter(options), 'rule')}=…")
         overs = [f"training.{name}={value}" for name, value in training.items()] + (
             [f"data.path={data}"] if data else []
         )
         file = plan_file.read(model, [*overs, *(changes or [])])
     else:
-        file = written(model, "s2ft" if method is None or budget else method, options, training, data, changes or [])
+        file = written(
+            str(model), "s2ft" if method is None or budget else method, options, training, data, changes or []
+        )
     if out is not None:
-        from sparsify.cli.commands import check_target
+        from sparsify.cli.inspection import check_target
 
         check_target(out)
         if out.exists():
@@ -216,19 +228,6 @@ def finish(file: PlanFile, out: Path | None, dry_run: bool) -> None:
         from sparsify.files.atomic import write_text
 
         write_text(out, file.to_yaml())
-
-
-def written(
-    model: Path, method: str, options: dict[str, Any], training: dict[str, Any], data: str | None, changes: list[str]
-) -> PlanFile:
-    """The plan file that the options say."""
-    rule = plan_file.rule_named(method, "--method").__name__
-    if rule == "S2FT" and not {"fraction", "units"} & set(options):
-        options = {"fraction": 0.03, **options}
-    document: dict[str, Any] = {"model": str(model), "rules": [{"rule": rule, **options}], "training": training}
-    if data:
-        document["data"] = {"path": data}
-    return plan_file.from_document(plan_file.changed(document, changes, "the options"), "the options")
 
 
 def on_meta(folder: Path, dtype: str) -> tuple[Any, Any]:

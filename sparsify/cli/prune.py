@@ -63,8 +63,8 @@ def prune(
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help="A .txt file (one text, cut into windows) or a .jsonl file (lines with text, messages or input_ids; and target "
-            "or labels for encoder–decoders)."
+            help="A .txt file (one text, cut into windows) or a .jsonl file (lines with text, messages, input_ids, or prompt "
+            "and completion; for encoder–decoders also with target or labels)."
         ),
     ] = None,
     samples: Annotated[

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from sparsify.console import printable
 from sparsify.errors import PlanError
-from sparsify.files.regular import check_regular
+from sparsify.files.regular import check_regular, open_regular
 from sparsify.plan import nearest
 from sparsify.pruning.collect import IGNORED
-from sparsify.pruning.texts import chat_text, decoded, encode, read_bytes, read_record
+from sparsify.pruning.texts import chat_text, check_encoding, decoded, encode, read_record
 
 Format = Literal["messages", "text", "prompt-completion"]
 KEYS: dict[Format, tuple[str, ...]] = {
@@ -101,10 +101,9 @@ def read_rows(path: str | Path, tokenizer: Any, *, length: int, format: str = "a
     for where, record in records(Path(path), split):
         if format == "auto":
             format = format_of(where, record)
-        sample = sample_of(where, record, format, tokenizer)
-        if len(sample.ids) > length:
-            cut += 1
-            sample = Sample(sample.ids[:length], sample.labels[:length], sample.prompt, sample.reference)
+        whole = sample_of(where, record, format, tokenizer)
+        sample = cut_to(whole, length)
+        cut += sample is not whole
         if sample.learned:
             samples.append(sample)
         else:
@@ -115,6 +114,13 @@ def read_rows(path: str | Path, tokenizer: Any, *, length: int, format: str = "a
     return Rows(samples, format, skipped, cut)  # type: ignore[arg-type]
 
 
+def cut_to(sample: Sample, length: int) -> Sample:
+    """The sample itself where it is short enough."""
+    if len(sample.ids) <= length:
+        return sample
+    return Sample(sample.ids[:length], sample.labels[:length], sample.prompt, sample.reference)
+
+
 # --- from files to records ---
 
 
@@ -123,12 +129,34 @@ def records(path: Path, split: str | None) -> Iterator[tuple[str, Mapping[str, A
     for file in files_of(path, split):
         check_regular(file, PlanError)
         if file.suffix == ".jsonl":
-            for number, line in enumerate(read_bytes(file).removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
-                if line.strip():
-                    where = f"{file.name}, line {number}"
-                    yield where, read_record(where, decoded(where, line))
+            for number, line in lines_of(file):
+                where = f"{file.name}, line {number}"
+                yield where, read_record(where, decoded(where, line))
         else:
             yield from table_rows(file)
+
+
+def lines_of(file: Path) -> Iterator[tuple[int, bytes]]:
+    """(number, line) of every line that is not blank, read one after another. Raises PlanError for what is no UTF-8, or empty."""
+    empty = True
+    with open_regular(file, PlanError) as opened:
+        number = 0
+        while True:
+            try:
+                line = opened.readline()
+            except OSError as error:
+                raise PlanError(f"{file.name} cannot be read: {error}") from error
+            if not line:
+                break
+            if not number:
+                check_encoding(file.name, line)
+                line = line.removeprefix(codecs.BOM_UTF8)
+            number += 1
+            if line.strip():
+                empty = False
+                yield number, line
+    if empty:
+        raise PlanError(f"{file.name} is empty")
 
 
 def files_of(path: Path, split: str | None) -> list[Path]:
@@ -319,7 +347,8 @@ def prompt_text(where: str, tokenizer: Any, messages: Sequence[Any]) -> str:
 
 @dataclass(frozen=True)
 class Collator:
-    """Rows padded to the longest of their batch: `input_ids`, `attention_mask`, `labels`, each (rows, tokens)."""
+    """Rows padded to the longest of their batch: `input_ids`, `attention_mask`, `labels`, each (rows, tokens). Packed rows have
+    `position_ids` instead of a mask; their padding is a row of its own."""
 
     pad: int
     left: bool = False
@@ -334,6 +363,15 @@ class Collator:
                 out[place, slice(width - len(values), None) if self.left else slice(len(values))] = values
             return out
 
+        if "position_ids" in rows[0]:
+            positions = padded("position_ids", -1)
+            counted = torch.arange(width) - torch.tensor([[len(row["input_ids"])] for row in rows])
+            positions = torch.where(positions < 0, counted, positions)
+            return {
+                "input_ids": padded("input_ids", self.pad),
+                "position_ids": positions,
+                "labels": padded("labels", IGNORED),
+            }
         ones = [{"ones": [1] * len(row["input_ids"]), **row} for row in rows]
         rows = ones
         return {

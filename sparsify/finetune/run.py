@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 from sparsify.errors import SparsifyError
 from sparsify.files.atomic import write_text
 from sparsify.finetune.model_card import model_card
-from sparsify.finetune.rows import Collator, Rows, pad_token, read_rows
+from sparsify.finetune.packing import PackedRows, check_packing, pack_rows
+from sparsify.finetune.rows import Collator, Rows, Sample, pad_token, read_rows
+from sparsify.finetune.stream import Stream
 from sparsify.plan import DATA_DRIVEN, Plan
 from sparsify.plan import plan_file as files
 from sparsify.plan.plan_file import PlanFile, Training
@@ -39,15 +41,33 @@ FREE = {"training": ("save_every", "eval_every", "log_every"), "output": ("dir",
 class Prepared:
     """Rows of one run. total_steps: of the optimizer, on `processes` processes."""
 
-    rows: Rows
+    rows: Rows | PackedRows | Stream
     held_out: Rows | None
     total_steps: int
+
+    @property
+    def read(self) -> Rows | None:
+        """The rows as they were read; None of a stream."""
+        return (
+            None
+            if isinstance(self.rows, Stream)
+            else self.rows.rows
+            if isinstance(self.rows, PackedRows)
+            else self.rows
+        )
+
+    def first(self, count: int) -> list[Sample]:
+        """The first rows, each by itself."""
+        return (
+            self.rows.first(count) if isinstance(self.rows, Stream) else (self.read or Rows([], "text")).samples[:count]
+        )
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What a run did. losses: (step, mean training loss since the one before); evaluations: (step, loss on held-out rows).
-    trainable, total: parameters. resumed_from: the step at which it began."""
+    trainable, total: parameters. rows, learned_tokens: of one pass; of a stream what was read in the run, perhaps a batch more than was
+    learned. resumed_from: the step at which it began."""
 
     folder: Path
     steps: int
@@ -66,12 +86,20 @@ class Outcome:
 def prepare(file: PlanFile, tokenizer: Any, *, processes: int = 1) -> Prepared:
     """Read the rows and count the steps. Raises PlanError for data that cannot be used."""
     data, training = file.data, file.training
-    rows = read_rows(data.path, tokenizer, length=training.length, format=data.format, split=data.split)
     held_out = None
     if isinstance(data.eval, str):
         held_out = read_rows(data.eval, tokenizer, length=training.length, format=data.format)
-    elif data.eval is not None:
+    if data.streaming:
+        stream = Stream(data.path, tokenizer, training.length, data.format, data.split, training.packing, training.seed)
+        stream.first()  # says what cannot be used before a model is loaded
+        return Prepared(stream, held_out, training.steps or 1)
+    rows: Rows | PackedRows = read_rows(
+        data.path, tokenizer, length=training.length, format=data.format, split=data.split
+    )
+    if isinstance(data.eval, float | int):
         rows, held_out = rows.split(float(data.eval), training.seed)
+    if training.packing:
+        rows = pack_rows(rows, training.length)
     batches = math.ceil(len(rows) / (training.batch * processes))
     steps = training.steps or max(1, math.ceil(math.ceil(batches / training.accumulate) * training.epochs))
     return Prepared(rows, held_out, steps)
@@ -145,9 +173,9 @@ def finetune(
     folder, pad = Path(file.output.dir), pad_token(model, tokenizer)
     collate = Collator(pad)
     transformers.set_seed(file.training.seed)
-    host: Any = sparsify.compile(
-        model, file.plan, calibration=calibration(file, prepared.rows, collate), progress=first
-    )
+    if file.training.packing:
+        check_packing(model, prepared.first(2), collate)
+    host: Any = sparsify.compile(model, file.plan, calibration=calibration(file, prepared, collate), progress=first)
     if first:
         write_text(folder / PLAN, file.to_yaml())
     trainer: Any = transformers.Trainer(
@@ -167,12 +195,21 @@ def finetune(
     trainable, total = host.sparsify.count_parameters()
     outcome = Outcome(
         folder, trainer.state.global_step, history(trainer.state, "loss"), history(trainer.state, "eval_loss"), trainable, total,
-        len(prepared.rows), prepared.rows.learned, int(begun.name.rpartition("-")[2]) if begun else 0,
+        *rows_and_tokens(prepared), int(begun.name.rpartition("-")[2]) if begun else 0,
     )  # fmt: skip
     if first:
         finish(host, file, outcome)
     wait(arguments)
     return outcome
+
+
+def rows_and_tokens(prepared: Prepared) -> tuple[int, int]:
+    """Rows and learned tokens, as `Outcome` has them."""
+    if isinstance(prepared.rows, Stream):
+        return prepared.rows.taken, prepared.rows.learned
+    read = prepared.read
+    assert read is not None
+    return len(read), read.learned
 
 
 def sparsify_train(trainer: Any, training: Training) -> None:
@@ -220,16 +257,19 @@ def trainer_arguments(file: PlanFile) -> Any:
         remove_unused_columns=False,
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
+        accelerator_config={
+            "dispatch_batches": False
+        },  # every process reads a stream: batches of the first one differ in width
     )
 
 
-def calibration(file: PlanFile, rows: Rows, collate: Collator) -> list[dict[str, Any]] | None:
-    """The first batches of the rows, where a rule chooses by data; None where none does."""
+def calibration(file: PlanFile, prepared: Prepared, collate: Collator) -> list[dict[str, Any]] | None:
+    """The first batches of the rows, each row by itself, where a rule chooses by data; None where none does."""
     if not needs_data(file.plan):
         return None
     size = file.training.batch
-    starts = range(0, min(len(rows), file.training.calibration * size), size)
-    return [collate([rows[i] for i in range(start, min(start + size, len(rows)))]) for start in starts]
+    rows = [{"input_ids": s.ids, "labels": s.labels} for s in prepared.first(file.training.calibration * size)]
+    return [collate(rows[start : start + size]) for start in range(0, len(rows), size)]
 
 
 def needs_data(plan: Plan) -> bool:

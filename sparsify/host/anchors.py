@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparsify.errors import SparsifyError
 from sparsify.model.linears import owner_name
-from sparsify.model.sharded import is_sharded
+from sparsify.model.sharded import is_sharded, zero_pieces
 from sparsify.modules.adapted import AdaptedMixin
 
 
@@ -47,6 +47,11 @@ class Anchor:
         for leaf, shape in self.shapes.items():
             tensor = getattr(found, leaf, None)
             name = f"{path}.{leaf}" if path else leaf
+            if zero_pieces(tensor):
+                raise SparsifyError(
+                    f"{verb}: {name} lies in pieces of DeepSpeed's ZeRO-3: call it on every rank inside `with "
+                    "deepspeed.zero.GatheredParameters(list(model.parameters())): …` (modifier_rank=0 where it changes them)"
+                )
             if not isinstance(tensor, Tensor) or tensor.shape != shape:
                 now = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
                 raise SparsifyError(

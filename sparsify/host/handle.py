@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from sparsify.host.adapters import DEFAULT, adapter_from, get, load_adapter, sav
 from sparsify.host.anchors import Anchor, anchors_of
 from sparsify.host.export_lora import export_lora
 from sparsify.host.fuse_adapters import fuse_adapters, overlap
-from sparsify.host.habits import answer
+from sparsify.host.habits import answer, peft_words, take_words
 from sparsify.host.install import twins_of
 from sparsify.host.layer_status import LayerStatus, layer_status
 from sparsify.host.live_state import original as in_original_names
@@ -40,7 +40,7 @@ from sparsify.methods.supports import Adopt, open_masks, reset_lowrank, set_mask
 from sparsify.model.linears import owner_name
 from sparsify.model.sharded import Released, back_to_pieces, whole
 from sparsify.modules.adapted import AdaptedMixin
-from sparsify.modules.layout import Layout
+from sparsify.modules.layout import Layout, packed_leaves
 from sparsify.modules.masked import masked_parameters
 from sparsify.plan import Plan
 from sparsify.program import Program
@@ -128,6 +128,7 @@ class Handle:
         touched = [*self.parts, *self.train, *(m.param for m in self.program.moves), *self.program.quantize]
         self.anchors = anchors_of(self.host, touched)
         self.lock, hooks = guard(self.host)
+        take_words(self.host)
         self.host.__dict__.setdefault("_sparsify_hooks", []).extend(hooks)
 
     def reading(self) -> AbstractContextManager[None]:
@@ -245,6 +246,8 @@ class Handle:
     def shapes(self) -> dict[str, torch.Size]:
         """Stored shape of every parameter, packed weights included."""
         added = {id(p) for part in self.parts.values() for p in part.parameters()}
+        for module in self.host.modules():
+            added |= {id(getattr(module, leaf)) for leaf in packed_leaves(module)}
         found = {n: p.shape for n, p in self.host.named_parameters() if id(p) not in added}
         packed = {p: self.module(p) for p in self.program.quantize}
         return found | {p: m.shape for p, m in packed.items() if isinstance(m, QuantizedMixin)}
@@ -285,6 +288,7 @@ class Handle:
         """An adapter by name, trained here or loaded."""
         return get(self, name)
 
+    @peft_words
     @reads
     def save_adapter(self, directory: str | os.PathLike[str], name: str | None = None) -> Path:
         """Write an adapter (the active one unless named) as safetensors + JSON, in original coordinates, atomically.
@@ -293,6 +297,7 @@ class Handle:
         """
         return save_adapter(self, directory, name)
 
+    @peft_words
     @writes
     def load_adapter(self, directory: str | os.PathLike[str], name: str = DEFAULT, *, strict: bool = True) -> None:
         """Read an adapter and keep it under `name`; `set_adapter(name)` makes it active.
@@ -302,9 +307,11 @@ class Handle:
         """
         load_adapter(self, directory, name, strict=strict)
 
+    @peft_words
     @writes
-    def set_adapter(self, spec: str | Mapping[str, float] | None) -> Mix:
-        """Make an adapter active (a name), none (None: the base, bit for bit), or a weighted mix (`{"a": .5, "b": .5}`).
+    def set_adapter(self, spec: str | Mapping[str, float] | Sequence[str] | None) -> Mix:
+        """Make an adapter active (a name), none (None: the base, bit for bit), or a weighted mix (`{"a": .5, "b": .5}`; a list of names
+        is their sum).
 
         One adapter over the compiled selection goes on training; a mix, or an adapter of another selection, is for inference.
         Returns what is active and where mixed adapters overlap. A switch writes the trained channels or entries of each
@@ -312,6 +319,7 @@ class Handle:
         """
         return set_adapter(self, spec)
 
+    @peft_words
     @writes
     def fuse_adapters(self, weights: Mapping[str, float], name: str) -> Adapter:
         """Keep the weighted sum of some adapters under a new name: `save_adapter(folder, name)` writes it as one, `set_adapter(name)` is
@@ -336,6 +344,7 @@ class Handle:
                 "model trains is not known; compile that base with the same plan, then load the state dict there"
             )
 
+    @peft_words
     @writes
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter; if it is active, the base becomes active."""
@@ -345,6 +354,7 @@ class Handle:
         self.parked.pop(name, None)
         self.adapters.pop(name, None)
 
+    @peft_words
     @writes
     def add_adapter(self, name: str) -> None:
         """Begin another adapter over the plan's selection: the active one is kept as it is, and the new one starts at the base and trains.
@@ -353,6 +363,7 @@ class Handle:
         """
         add_adapter(self, name)
 
+    @peft_words
     def delete_adapter(self, name: str) -> None:
         """`remove_adapter`, by PEFT's name."""
         self.remove_adapter(name)
@@ -375,6 +386,7 @@ class Handle:
         finally:
             self.set_adapter(before)
 
+    @peft_words
     def merge_and_unload(self) -> nn.Module:
         """`plain`, by PEFT's name: a plain model with what is active folded in. The host stays as it is."""
         return self.plain()
@@ -431,6 +443,7 @@ class Handle:
         if self.merged:
             raise SparsifyError(f"{verb}: the adapter is merged into the weights; call unmerge() first")
 
+    @peft_words
     @writes
     def merge(self) -> nn.Module:
         """Fold what is active into plain weights, served at the base's speed. `unmerge` takes it back bit for bit.
@@ -485,6 +498,7 @@ class Handle:
         """A mask of a stored weight in original coordinates."""
         return self.layout(name).to_original(name.rpartition(".")[2], mask)
 
+    @peft_words
     @writes
     def unmerge(self) -> nn.Module:
         """Undo `merge`: the same Parameter objects come back, so an optimizer goes on."""

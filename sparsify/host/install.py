@@ -91,10 +91,8 @@ def swap_modules(program: Program, host: nn.Module) -> list[str]:
             module.format, module.shape = program.quantize[param], shapes[param]
             if casts:
                 module.compute_dtype = program.bases[param].dtype
-            module.packed_names = tuple(f"packed_{i}" for i in range(len(packed)))
-            for name, tensor in zip(module.packed_names, packed, strict=True):
-                module.register_buffer(name, tensor)
-                fixed.append(beside(param, name))
+            module.hold(packed)
+            fixed += [beside(param, name) for name in module.packed_names]
             module.without_part()
         if part is not None:
             if packed is None:

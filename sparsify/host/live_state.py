@@ -27,7 +27,7 @@ from sparsify.methods.packed import QuantizedMixin
 from sparsify.model.packed_experts import GroupedLinear, plain_names, renamed
 from sparsify.model.sharded import cut_like, is_sharded, local, replicated, whole, whole_parameters
 from sparsify.modules.adapted import AdaptedMixin
-from sparsify.modules.layout import MARKER, Layout, added_leaves, fold, layout_of
+from sparsify.modules.layout import MARKER, Layout, added_leaves, fold, layout_of, packed_leaves
 
 State = dict[str, object]
 
@@ -48,7 +48,7 @@ class SaveHook:
         self.layout.mark(module)
         reference = next((p for p in module._parameters.values() if is_sharded(p)), None)
         if reference is not None:
-            own = (*added_leaves(module), *getattr(module, "packed_names", ()))
+            own = (*added_leaves(module), *packed_leaves(module))
             for name in (prefix + leaf for leaf in own):
                 value = state.get(name)
                 if name.rpartition(".")[2] in module._buffers and isinstance(value, Tensor):
@@ -101,7 +101,7 @@ def original(
                     if gather_to is not None and is_sharded(value):
                         done[key] = done[key].to(gather_to)
                 found[prefix + leaf] = done[key]
-        added = (*added_leaves(module), *getattr(module, "packed_names", ()))
+        added = (*added_leaves(module), *packed_leaves(module))
         kept = set(module.added_leaves()) if with_parts and isinstance(module, AdaptedMixin) else set()
         for leaf in set(leaves) & set(added) - kept:
             del found[prefix + leaf]
@@ -234,8 +234,8 @@ class LoadHook:
             if is_sharded(value := state.get(prefix + leaf)):
                 state[prefix + leaf] = whole(value)
         state[prefix + MARKER] = torch.tensor(list(layout.digest(module)), dtype=torch.uint8, device=own_device(module))
-        for leaf in getattr(module, "packed_names", ()):
-            state.setdefault(prefix + leaf, module._buffers[leaf])
+        for leaf in packed_leaves(module):
+            state.setdefault(prefix + leaf, getattr(module, leaf))
 
 
 def own_device(module: nn.Module) -> torch.device:
@@ -258,7 +258,7 @@ def holds_originals(host: nn.Module, state: State, prefix: str) -> bool:
     present: dict[tuple[int, str], bool] = {}
     for path, module, _ in modules_with_layout(host):
         for leaf, parameter in module._parameters.items():
-            if parameter is not None and leaf not in added_leaves(module):
+            if parameter is not None and leaf not in (*added_leaves(module), *packed_leaves(module)):
                 name = prefix + path + leaf
                 present[id(parameter), leaf] = present.get((id(parameter), leaf), False) or name in state
     return all(present.values())
@@ -437,7 +437,14 @@ def check_parts(module: AdaptedMixin, state: State, prefix: str, current: Tensor
             "part folded in, from which the base does not follow exactly; load it into a model that has its base "
             "(accelerate: fsdp_cpu_ram_efficient_loading: false)"
         )
-    held = (module.weight, *held_parts.values(), *parts.values(), *module._buffers.values(), current)
+    held = (
+        module.weight,
+        *held_parts.values(),
+        *parts.values(),
+        *module._parameters.values(),
+        *module._buffers.values(),
+        current,
+    )
     if any(t is not None and t.is_meta for t in held):
         return
     leaf, own_index = module.support_leaf, module._buffers.get(module.support_leaf)
@@ -459,7 +466,7 @@ def note_base(module: nn.Module, layout: Layout, state: State, prefix: str, live
         return
     if isinstance(module, QuantizedMixin):
         for leaf in module.packed_names:
-            incoming, own = state.get(prefix + leaf), module.get_buffer(leaf)
+            incoming, own = state.get(prefix + leaf), getattr(module, leaf)
             if not isinstance(incoming, Tensor) or incoming.is_meta or own.is_meta:
                 continue
             if not torch.equal(whole(incoming).to(own), own):

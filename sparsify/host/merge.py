@@ -77,9 +77,8 @@ def merge(handle: Handle) -> nn.Module:
             fresh = pack(dense, module.format)
             back = unpack(fresh, module.format, tuple(module.shape), dense.dtype)
             moved[param] = float((back.float() - exact).norm() / exact.norm().clamp_min(1e-30))
-            handle.merge_backups[param] = [b.clone() for b in module.packed()]
-            for name, tensor in zip(module.packed_names, fresh, strict=True):
-                setattr(module, name, tensor)
+            handle.merge_backups[param] = [local(tensor).clone() for tensor in module.packed()]
+            module.hold(fresh)
             part.detach()
             module.without_part()
             continue
@@ -151,8 +150,7 @@ def unmerge(handle: Handle) -> nn.Module:
         kept = handle.merge_backups.pop(param, None)
         if isinstance(part.module, QuantizedMixin):
             assert kept is not None
-            for name, tensor in zip(part.module.packed_names, kept, strict=True):
-                setattr(part.module, name, tensor)
+            part.module.hold(kept, pieces=True)
         elif kept is not None:
             local(part.module.weight.data).copy_(kept[0])
         part.attach()

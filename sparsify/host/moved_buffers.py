@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparsify.modules.layout import added_leaves
+from sparsify.modules.layout import added_leaves, packed_leaves
 from sparsify.modules.masked import MaskedModule, bits_name
 
 #: what modules keep in non-persistent buffers and compute anew
@@ -44,7 +44,7 @@ def user_buffers(host: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]
     """`(qualified name, module, leaf, buffer)` of the buffers that may move with training, each tensor once."""
     seen: set[int] = set()
     for path, module in host.named_modules():
-        own = {*added_leaves(module), *getattr(module, "packed_names", ())}
+        own = {*added_leaves(module), *packed_leaves(module)}
         if isinstance(module, MaskedModule):
             own |= {bits_name(leaf) for leaf in module.masked_leaves}
         for leaf, buffer in module._buffers.items():

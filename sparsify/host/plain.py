@@ -181,7 +181,8 @@ def strip(module: AdaptedMixin) -> None:
     shape, dtype = module.stored_shape(), module.weight.dtype
     module._buffers.pop(MARKER, None)
     for leaf in module.__dict__.pop("packed_names", ()):
-        module._buffers.pop(leaf, None)
+        for table in (module._parameters, module._buffers):
+            table.pop(leaf, None)
     take_leaves(module)
     for name in ("format", "shape", "compute_dtype"):
         module.__dict__.pop(name, None)

@@ -7,7 +7,7 @@ parked ◀──park── trained parts ──reset──▶ base ──fill─
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from sparsify.adapters.adapter import Adapter
@@ -23,8 +23,14 @@ if TYPE_CHECKING:
 BUFFERS = "::buffers"
 
 
-def set_adapter(handle: Handle, spec: str | Mapping[str, float] | None) -> Mix:
+def set_adapter(handle: Handle, spec: str | Mapping[str, float] | Sequence[str] | None) -> Mix:
     """See `Handle.set_adapter`."""
+    if isinstance(spec, list | tuple):
+        if not all(isinstance(name, str) for name in spec) or not spec:
+            raise AdapterError(f"set_adapter: expected names of adapters, got {spec!r}; None is the base")
+        spec = dict.fromkeys(spec, 1.0)
+    if spec is not None and not isinstance(spec, str | Mapping):
+        raise AdapterError(f"set_adapter: expected a name, weights by name, or None, got {type(spec).__name__}")
     handle.need_unmerged("set_adapter")
     in_pieces(handle)
     if isinstance(spec, Mapping) and [w for w in spec.values() if w == 1 and not isinstance(w, bool)] == list(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparsify.methods.channels import PartialMixin, describe_slice
 from sparsify.methods.sparse_lowrank import SparseLowRankMixin, describe_parts
+from sparsify.model.sharded import is_sharded, local, piece_of
 from sparsify.modules.adapted import carries
 from sparsify.ops.quantized_linear import dense_weight
 
@@ -19,8 +20,16 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 
+def is_whole_numbers(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex())
+
+
 class QuantizedMixin(SparseLowRankMixin, PartialMixin):
-    """A linear over a packed base, with any trained part beside it. `weight` is empty and only carries dtype and device."""
+    """A linear over a packed base, with any trained part beside it. `weight` is empty and only carries dtype and device.
+
+    Packed integers are frozen Parameters, which `fully_shard` keeps in pieces as any other (mixed precision leaves integers as they
+    are). Scales of floating types are buffers, whole on every rank: mixed precision would round them, and with them the base.
+    """
 
     packed_names: tuple[str, ...]
     format: str
@@ -46,10 +55,28 @@ class QuantizedMixin(SparseLowRankMixin, PartialMixin):
     def packed(self) -> list[Tensor]:
         return [getattr(self, name) for name in self.packed_names]
 
+    @torch.no_grad()
+    def hold(self, packed: Sequence[Tensor], pieces: bool = False) -> None:
+        """Take packed tensors, in the place of those that are held. Of a host in pieces every rank keeps its own. pieces: they come so."""
+        self.packed_names = tuple(f"packed_{i}" for i in range(len(packed)))
+        for name, tensor in zip(self.packed_names, packed, strict=True):
+            own = self._parameters.get(name)
+            if own is not None and is_sharded(own):
+                local(own).copy_(tensor if pieces else piece_of(tensor, own))
+            elif is_whole_numbers(tensor) and tensor.dim():
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+            else:
+                self.register_buffer(name, tensor)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """`.to(dtype)`, `.half()`: scales of the packed base keep their precision, or the base would move."""
-        kept = {name: self._buffers.pop(name) for name in self.packed_names}
-        super()._apply(fn, recurse)
+
+        def apply(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if is_whole_numbers(tensor) and moved.dtype != tensor.dtype else moved
+
+        kept = {name: self._buffers.pop(name) for name in self.packed_names if name in self._buffers}
+        super()._apply(apply, recurse)
         for name, tensor in kept.items():
             assert tensor is not None
             moved = fn(tensor)

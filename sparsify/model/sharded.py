@@ -120,6 +120,11 @@ def class_name(host: nn.Module) -> str:
     return next((c for c in own if fsdp is None or not issubclass(c, fsdp.FSDPModule)), own[0]).__name__
 
 
+def zero_pieces(tensor: object) -> bool:
+    """Whether a parameter lies in pieces of DeepSpeed's ZeRO-3, which leaves an empty one in the model."""
+    return isinstance(tensor, Tensor) and hasattr(tensor, "ds_id") and not tensor.numel()
+
+
 def back_to_pieces(host: nn.Module) -> bool:
     """Make a host's parameters its pieces again, where a forward left some of them whole. Returns whether it is sharded at all."""
     modules = sharded_modules(host)

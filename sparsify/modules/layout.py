@@ -142,6 +142,12 @@ def added_leaves(module: nn.Module) -> tuple[str, ...]:
     return (*module.added_leaves(), MARKER) if isinstance(module, AdaptedMixin) else (MARKER,)
 
 
+def packed_leaves(module: nn.Module) -> tuple[str, ...]:
+    """Leaves of a packed base (parameters where they are integers, else buffers); none of a dense one."""
+    found: tuple[str, ...] = getattr(module, "packed_names", ())
+    return found
+
+
 def layout_of(module: nn.Module) -> Layout | None:
     """The layout of a module of a host, or None where it lies as the user's own does."""
     found = module.__dict__.get("_sparsify_layout")

@@ -2,6 +2,7 @@
 
     LoRA(r=8, lora_alpha=16, lora_dropout=0.1, target_modules=["q_proj", "v_proj"])
     LoRA(rank=8, alpha=16, dropout=0.1, match=["q_proj", "v_proj"])                        the same rule
+    LoRA(**config.to_dict())                                                               of a whole `LoraConfig`, too
 
 ALIASES are accepted where the rule has the field, and so are fields of PEFT's `LoraConfig` at values that change nothing (NEUTRAL),
 `rank_pattern` (a table of ranks), and `layers_to_transform` with the names of modules (patterns of layers). For HINTS nothing equal can
@@ -45,7 +46,18 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "trainable_token_indices": (None,),
     "target_parameters": (None,),
     "peft_type": ("LORA", None),
+    "target_modules": (None,),
+    "exclude_modules": (None,),
 }
+
+#: fields of `LoraConfig` that switch something on which is not here; off they say nothing
+SWITCHES = (
+    "auto_mapping", "megatron_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config",
+    "alora_invocation_tokens", "use_qalora", "monteclora_config", "layer_replication", "lora_bias", "use_bdlora", "arrow_config",
+    "kasa_config", "ensure_weight_tying", "runtime_config",
+)  # fmt: skip
+#: and fields that say where a config comes from, or belong to a switch
+REMARKS = ("peft_version", "base_model_name_or_path", "revision", "megatron_core", "qalora_group_size")
 
 HINTS = {
     "modules_to_save": "write Plan([…], train=[…]) for modules that train in full",
@@ -114,9 +126,21 @@ def without_neutral(fields: Mapping[str, Any], known: Sequence[str]) -> dict[str
 
 
 def says_nothing(word: str, value: Any) -> bool:
-    if word not in NEUTRAL:
-        return False
-    return any(type(value) is type(neutral) and value == neutral for neutral in NEUTRAL[word])
+    if word in REMARKS:
+        return True
+    if word in SWITCHES:
+        return not value
+    if isinstance(value, str):  # PEFT's enums are words too
+        return any(isinstance(neutral, str) and value == neutral for neutral in NEUTRAL.get(word, ()))
+    return any(type(value) is type(neutral) and value == neutral for neutral in NEUTRAL.get(word, ()))
+
+
+def is_peft_config(value: object) -> bool:
+    """Whether somebody wrote a `LoraConfig` where a rule belongs. PEFT is not imported."""
+    return hasattr(value, "peft_type") and callable(getattr(value, "to_dict", None))
+
+
+FROM_PEFT = "write Plan([LoRA(**config.to_dict())]) for a LoraConfig"
 
 
 def layer_patterns(names: Any, layers: Any, lists: Any) -> str | None:
@@ -159,3 +183,22 @@ def module_patterns(value: Any) -> Any:
         return "*"
     plain = value.replace("_", "a").replace(".", "a").isalnum()
     return value if plain or value.startswith(REGEX) or (is_glob(value) and value[0] == "*") else REGEX + value
+
+
+#: PEFT's door → ours
+DOOR = {
+    "get_peft_model": "sparsify.compile(model, Plan([LoRA(…)]))",
+    "LoraConfig": "a rule: LoRA(…), or LoRA(**config.to_dict())",
+    "PeftConfig": "a Plan",
+    "PeftModel": "the compiled model itself, with model.sparsify; sparsify.load(model, folder) opens an adapter",
+    "AutoPeftModelForCausalLM": "sparsify.load(AutoModelForCausalLM.from_pretrained(…), folder)",
+    "from_pretrained": "sparsify.load(model, folder)",
+    "prepare_model_for_kbit_training": "nothing: sparsify.compile freezes what does not train; model.gradient_checkpointing_enable()",
+    "TaskType": "nothing: the model says what it is",
+}
+
+
+def at_the_door(word: str) -> str:
+    """What to say about a name that the package does not have."""
+    hint = f"; here it is {DOOR[word]}" if word in DOOR else ""
+    return f"module 'sparsify' has no attribute {word!r}{hint}"

@@ -42,14 +42,19 @@ class Data:
     path: a .jsonl or .parquet file, or a folder that `datasets` saved (`save_to_disk`) or that holds such files. split: which one of a
     folder with several. format: of a row: {"messages": […]}, {"text": …} or {"prompt": …, "completion": …}; "auto" looks at the first.
     eval: rows on which the loss is measured while training: another path, or a share of the rows, which the seed holds out.
+    streaming: read the rows while training, over and over, with a window of 1,000 in memory, within which they are shuffled; needs
+    `training.steps`, and `eval` by a path.
     """
 
     path: str = "train.jsonl"
     split: str | None = None
     format: Literal["auto", "messages", "text", "prompt-completion"] = "auto"
     eval: str | float | None = None
+    streaming: bool = False
 
     def check(self) -> tuple[str, str] | None:
+        if self.streaming and isinstance(self.eval, float | int):
+            return "eval", "rows that are streamed cannot be divided: the path of other rows is needed"
         if isinstance(self.eval, float | int) and not 0 < self.eval < 1:
             return "eval", "a share between 0 and 1, or a path, is needed"
         return ("path", "an empty path") if not self.path else None
@@ -62,7 +67,8 @@ class Training:
     steps: of the optimizer; without them `epochs` passes over the rows. batch: rows of one process and step; accumulate: steps of
     backward before one of the optimizer. sparse_learning_rate: of RoSA's S, lora_learning_rate: of low-rank factors (the paper has 2e-4 and
     7e-4); without them learning_rate, which everything else has.
-    length: tokens at which a row is cut. warmup: steps, or below 1 a share of all. weight_decay: of
+    length: tokens at which a row is cut. packing: put several rows into one of `length` tokens; they do not see each other.
+    warmup: steps, or below 1 a share of all. weight_decay: of
     what holds changes and of what trains in full; values of weights are never decayed. dtype: of the base's weights, "auto" as they are
     stored; what trains over 16 bits is kept in 32. seed: of the plan's random choices and of the order of rows. calibration: batches of
     the rows from which rules with data-driven choices (`select`, RoSA's `mask`) choose. save_every, eval_every, log_every: steps
@@ -74,6 +80,7 @@ class Training:
     batch: int = 8
     accumulate: int = 1
     length: int = 1024
+    packing: bool = False
     learning_rate: float = 1e-4
     sparse_learning_rate: float | None = None
     lora_learning_rate: float | None = None
@@ -180,6 +187,10 @@ def from_document(document: Any, where: str = "the plan") -> PlanFile:
     train = document.get("train") or []
     rules = () if train and not document.get("rules") else read_rules(document.get("rules"), where)
     found = PlanFile(model=model, rules=rules, train=as_tuple(train), **sections)
+    if found.data.streaming and found.training.steps is None:
+        raise PlanError(
+            f"{where}: training.steps: nobody knows how many rows a stream has, so the number of steps is needed"
+        )
     try:
         found.plan  # noqa: B018  (checks what concerns several rules, and `train`)
     except PlanError as error:
@@ -252,8 +263,58 @@ HABITS = {
     "lr_scheduler": "schedule", "warmup_ratio": "warmup", "warmup_steps": "warmup", "save_steps": "save_every",
     "eval_steps": "eval_every", "logging_steps": "log_every", "save_total_limit": "keep", "output_dir": "dir",
     "base_model": "model", "model_name_or_path": "model", "datasets": "data", "dataset": "data", "train_file": "path",
+    "sample_packing": "packing", "neat_packing": "packing", "stream": "streaming",
+    "num_epochs": "epochs", "max_epochs": "epochs", "max_train_steps": "steps", "total_steps": "steps", "num_train_steps": "steps",
+    "train_batch_size": "batch", "gradient_clipping": "max_grad_norm", "clip_grad_norm": "max_grad_norm", "bf16": "dtype",
+    "fp16": "dtype", "torch_dtype": "dtype", "precision": "dtype", "val_set_size": "eval", "test_size": "eval", "val_size": "eval",
+    "validation": "eval", "validation_file": "eval", "eval_dataset": "eval", "test_datasets": "eval", "type": "format", "file": "path",
+    "save_strategy": "save_every", "eval_strategy": "eval_every", "evaluation_strategy": "eval_every", "logging_strategy": "log_every",
+    "lora_plus_lr": "lora_learning_rate",
 }  # fmt: skip
 """Words of transformers, TRL, axolotl and LLaMA-Factory for what stands under another name here."""
+
+
+A_RULE = "write it into rules: [{rule: LoRA, r: 8, lora_alpha: 16, target_modules: [q_proj, v_proj]}]"
+NOT_HERE = "leave it out: "
+ANSWERS = {
+    **dict.fromkeys(
+        ("adapter", "method", "plan", "peft_config", "finetuning_type", "lora", "r", "rank", "alpha", "lora_r", "lora_rank",
+         "lora_alpha", "lora_dropout", "lora_target", "lora_target_modules", "lora_target_linear", "target_modules"), A_RULE,
+    ),
+    **dict.fromkeys(
+        ("load_in_4bit", "load_in_8bit", "quantization", "quantization_bit", "quantization_config"),
+        "write a rule beside the others: rules: [{rule: Quantize, format: nf4}, {rule: LoRA, …}]",
+    ),
+    **dict.fromkeys(("lora_modules_to_save", "modules_to_save"), "write train: [lm_head, …] for what trains in full"),
+    **dict.fromkeys(("optimizer", "optim"), NOT_HERE + "AdamW trains, and values of weights are not decayed"),
+    **dict.fromkeys(
+        ("report_to", "wandb_project", "wandb", "use_wandb", "mlflow", "logging_dir"),
+        NOT_HERE + "losses are said on stderr and written to training.json; in Python finetune(…, callbacks=[…]) takes transformers' own",
+    ),
+    **dict.fromkeys(("resume_from_checkpoint", "resume", "auto_resume_from_checkpoints"), "write --resume on the command line"),
+    **dict.fromkeys(
+        ("early_stopping_patience", "load_best_model_at_end", "metric_for_best_model"),
+        NOT_HERE + "in Python finetune(…, callbacks=[…]) takes transformers' EarlyStoppingCallback",
+    ),
+    **dict.fromkeys(
+        ("template", "chat_template", "special_tokens", "tokenizer_type", "tokens"), NOT_HERE + "it is the tokenizer's, in its folder"
+    ),
+    **dict.fromkeys(
+        ("text_field", "dataset_text_field", "field", "columns", "text_column", "prompt_column"),
+        "rows have 'text', 'messages', or 'prompt' and 'completion': rename the column",
+    ),
+    **dict.fromkeys(("max_samples", "shuffle"), NOT_HERE + "all rows are taken, in the order of training.seed"),
+    **dict.fromkeys(("num_workers", "dataloader_num_workers"), NOT_HERE + "rows are tokenised before training, or as they are streamed"),
+    **dict.fromkeys(
+        ("flash_attention", "flash_attn", "attn_implementation", "sdp_attention"), NOT_HERE + "write it into the model's config.json"
+    ),
+    **dict.fromkeys(
+        ("stage", "do_train", "do_eval", "trl", "rl"),
+        NOT_HERE + "this is supervised fine-tuning; TRL's trainers take a host (examples/chat_trl.py)",
+    ),
+    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config"), NOT_HERE + "the launcher says it: accelerate launch, torchrun"),
+}  # fmt: skip
+"""Words of the same tools for what is said otherwise here, or not at all."""
 
 
 def check_keys(found: Mapping[Any, Any], known: Sequence[str], where: str, prefix: str) -> None:
@@ -267,6 +328,8 @@ def check_keys(found: Mapping[Any, Any], known: Sequence[str], where: str, prefi
             (n for n, kind in SECTIONS.items() if (ours or key) in {f.name for f in dataclasses.fields(kind)}), None
         )
         hint = f"; it is {elsewhere}.{ours or key} here" if elsewhere else nearest(str(key), list(known))
+        if not elsewhere and isinstance(key, str) and key in ANSWERS:
+            hint = f"; {ANSWERS[key]}"
         raise PlanError(f"{where}: unknown key {short(key)}{hint}")
 
 

@@ -19,7 +19,7 @@ from sparsify.errors import PlanError
 from sparsify.files import strict_json
 from sparsify.files.strict_json import short
 from sparsify.formats.registry import packing_format
-from sparsify.plan.habits import from_habit, hint_for, without_neutral
+from sparsify.plan.habits import FROM_PEFT, from_habit, hint_for, is_peft_config, without_neutral
 from sparsify.plan.installed import find
 from sparsify.plan.name_patterns import PatternError, check_pattern, matches
 
@@ -560,6 +560,9 @@ class Plan:
         if isinstance(self.train, str):
             raise PlanError(f"Plan(train={self.train!r}): expected a list of patterns")
         rules = listed(self.rules)
+        peft = next((rule for rule in rules or [self.rules] if is_peft_config(rule)), None)
+        if peft is not None:
+            raise PlanError(f"Plan: {type(peft).__name__} is PEFT's: {FROM_PEFT}")
         if rules is None:
             raise PlanError(f"Plan({short(self.rules)}): expected a list of rules")
         train = listed(self.train)

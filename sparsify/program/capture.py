@@ -13,6 +13,7 @@ import contextlib
 import functools
 import inspect
 import logging
+import os
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
@@ -27,7 +28,7 @@ from torch.utils import _pytree as pytree
 import sparsify.ops  # noqa: F401  (registers the operators that a host may already contain)
 from sparsify.errors import CaptureError, Refusal
 from sparsify.model.module_tree import copy_module_tree, first_line
-from sparsify.model.sharded import back_to_pieces
+from sparsify.model.sharded import back_to_pieces, zero_pieces
 from sparsify.model.untouched import fake_in, untouched
 from sparsify.program import Program, Stage
 from sparsify.program.names import is_safe, with_safe_targets, with_targets
@@ -366,7 +367,15 @@ def unwrap(model: nn.Module) -> nn.Module:
             "the blocks of what it returns and what it returns itself"
         )
     if not isinstance(model, nn.Module):
-        raise CaptureError(f"expected a torch.nn.Module, got {type(model).__name__}")
+        named = isinstance(model, str | os.PathLike)
+        advice = f"; load it first: AutoModelForCausalLM.from_pretrained({os.fspath(model)!r})" if named else ""
+        raise CaptureError(f"expected a torch.nn.Module, got {type(model).__name__}{advice}")
+    zero = next((name for name, parameter in model.named_parameters() if zero_pieces(parameter)), None)
+    if zero is not None:
+        raise CaptureError(
+            f"{zero} lies in pieces of DeepSpeed's ZeRO-3, and what trains cannot be chosen in it: call sparsify.compile on the whole "
+            "model, then deepspeed.initialize (load the model before the TrainingArguments or the Accelerator of ZeRO-3 are made)"
+        )
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError("a TorchScript module has no Python forward to trace: pass the original nn.Module")
     return model

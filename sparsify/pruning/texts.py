@@ -3,7 +3,8 @@
     notes.txt      one continuous text ─▶ tokens without special ones ─▶ windows of `sequence` tokens
     tasks.jsonl    one sample per line, cut to `sequence` tokens:
                    {"text": "…"}   {"messages": [{"role": "user", "content": "…"}, …]}   {"input_ids": [1, 5, …]}
-                   and for encoder–decoders beside it {"target": "…"} or {"labels": [7, …]}
+                   {"prompt": "…", "completion": "…"}, as `sparsify finetune` reads them: one text, or an encoder–decoder's input and target
+                   and for encoder–decoders beside the others {"target": "…"} or {"labels": [7, …]}
 
 Both are UTF-8, with or without a byte-order mark. When there are more samples than asked for, the seed chooses. Samples of unequal
 length are padded on the right, and the padding is left out of every statistic by `attention_mask` (decoder side: label −100).
@@ -128,8 +129,9 @@ def lines(path: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBa
             continue
         where = f"{path.name}, line {number}"
         record = read_record(where, decoded(where, line))
-        ids = inputs_of(where, record, tokenizer)[:length]
-        target = targets_of(where, record, tokenizer)[:length] if is_encoder_decoder(config) else []
+        two = is_encoder_decoder(config)
+        ids = inputs_of(where, record, tokenizer, two)[:length]
+        target = targets_of(where, record, tokenizer)[:length] if two else []
         if len(ids) > 1:
             found.append((ids, target))
     return found
@@ -162,9 +164,14 @@ def read_record(where: str, line: str) -> dict[str, Json]:
     return record
 
 
-def inputs_of(where: str, record: dict[str, Json], tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+def inputs_of(
+    where: str, record: dict[str, Json], tokenizer: PreTrainedTokenizerBase | None, two: bool = False
+) -> list[int]:
+    """Tokens of a line. two: of an encoder–decoder, whose completions are targets."""
     if "input_ids" in record:
         return checked_ids(where, "input_ids", record["input_ids"])
+    if "prompt" in record and "completion" in record:
+        return inputs_of(where, joined(where, record["prompt"], [] if two else record["completion"]), tokenizer)
     if "messages" in record:
         if tokenizer is None or getattr(tokenizer, "chat_template", None) is None:
             raise PlanError(
@@ -177,7 +184,18 @@ def inputs_of(where: str, record: dict[str, Json], tokenizer: PreTrainedTokenize
     if "text" in record:
         raise PlanError(f"{where}: 'text' must be a string, got {type(record['text']).__name__}")
     found = ", ".join(list(record)[:8]) + (", …" if len(record) > 8 else "")
-    raise PlanError(f"{where}: expected 'text', 'messages' or 'input_ids', found {found or 'nothing'}")
+    raise PlanError(
+        f"{where}: expected 'text', 'messages', 'input_ids', or 'prompt' and 'completion', found {found or 'nothing'}"
+    )
+
+
+def joined(where: str, prompt: Json, completion: Json) -> dict[str, Json]:
+    """A prompt and what follows it as one text or one conversation; nothing follows where `completion` is an empty list."""
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return {"messages": [*prompt, *completion]}
+    if isinstance(prompt, str) and (isinstance(completion, str) or completion == []):
+        return {"text": prompt + (completion if isinstance(completion, str) else "")}
+    raise PlanError(f"{where}: 'prompt' and 'completion' must both be strings, or both lists of messages")
 
 
 def chat_text(where: str, tokenizer: PreTrainedTokenizerBase, messages: Json) -> str:
@@ -199,7 +217,7 @@ def is_conversation(messages: Json) -> TypeGuard[list[dict[str, str]]]:
 def targets_of(where: str, record: dict[str, Json], tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
     if "labels" in record:
         return checked_ids(where, "labels", record["labels"])
-    target = record.get("target")
+    target = record.get("target", record.get("completion"))
     if isinstance(target, str):
         return encode(where, tokenizer, target, special=True)
     raise PlanError(f"{where}: an encoder–decoder needs 'target' (text) or 'labels' (token ids) beside its input")
@@ -236,12 +254,17 @@ def read_bytes(path: Path) -> bytes:
         raise PlanError(f"'{path}' does not exist") from error
     except OSError as error:
         raise PlanError(f"{path.name} cannot be read: {error}") from error
-    for mark, name in WIDE_MARKS.items():
-        if data.startswith(mark):
-            raise PlanError(f"{path.name}: is {name} text; write it as UTF-8")
+    check_encoding(path.name, data)
     if not data.strip():
         raise PlanError(f"{path.name} is empty")
     return data
+
+
+def check_encoding(name: str, data: bytes) -> None:
+    """Raises PlanError for a text that begins as wider encodings than UTF-8 do."""
+    for mark, encoding in WIDE_MARKS.items():
+        if data.startswith(mark):
+            raise PlanError(f"{name}: is {encoding} text; write it as UTF-8")
 
 
 def decoded(where: str, data: bytes) -> str:

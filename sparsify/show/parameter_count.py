@@ -17,6 +17,7 @@ from torch import nn
 
 from sparsify.methods.packed import QuantizedMixin
 from sparsify.modules.adapted import AdaptedMixin
+from sparsify.modules.layout import packed_leaves
 from sparsify.modules.masked import masked_parameters
 from sparsify.modules.original_state import OriginalState, RowsOfWhole
 from sparsify.ops.bits import unpack_bits
@@ -41,6 +42,7 @@ def count_parameters(host: nn.Module) -> ParameterCount:
     modules = list(host.modules())
     adapted = [module for module in modules if isinstance(module, AdaptedMixin)]
     counted = {id(module._parameters.get(leaf)) for module in adapted for leaf in module.entries_of_weight}
+    counted |= {id(module._parameters.get(leaf)) for module in adapted for leaf in packed_leaves(module)}
     total = sum(p.numel() for p in named.values() if id(p) not in counted)
     wholes = {id(module.whole) for module in modules if isinstance(module, RowsOfWhole)}  # counted by their parts
     for module in modules:

@@ -299,3 +299,47 @@ def test_sparse_values_and_low_rank_factors_have_rates_of_their_own(given: Path,
     assert found == {"sparse": (0.0002, 0.0), "lora": (0.0007, 0.1), "rest": (0.001, 0.1)}
     with pytest.raises(PlanError, match=r"training.lora_learning_rate.*above 0"):
         plan_file.read(plan, ["training.lora_learning_rate=0"])
+
+
+# --- packing and streaming ---
+
+
+def test_packed_streams_resume_as_if_they_had_not_been_stopped(given: Path, tmp_path: Path) -> None:
+    """Twelve rows in a window of which several passes are made, so that what resumes must find its place in another pass."""
+    changes = ["training.steps=5", "training.batch=1", "training.length=20", "data.eval=null"]
+    for name, stop in (("whole", 9), ("stopped", 3)):
+
+        class Interrupt(hf.TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, at: int = stop, **_: Any) -> None:
+                if state.global_step == at:
+                    raise KeyboardInterrupt
+
+        flags = [*changes, "training.packing=true", "data.streaming=true", f"output={tmp_path / name}"]
+        file = plan_file.read(write_plan(given, tmp_path), flags)
+        model = hf.LlamaForCausalLM.from_pretrained(given / "model")
+        try:
+            outcome = finetune(model, small_folder.tokenizer(), file, callbacks=[Interrupt()])
+        except KeyboardInterrupt:
+            outcome = finetune(model, small_folder.tokenizer(), file, resume=True)
+            assert outcome.resumed_from == 2
+        assert outcome.rows >= 5 * 2, "several rows in each"
+    whole, stopped = (adapters.load(tmp_path / name) for name in ("whole", "stopped"))
+    for a, b in zip(whole.deltas, stopped.deltas, strict=True):
+        assert torch.equal(a.values, b.values)
+
+
+def test_the_shell_says_what_would_be_packed_or_streamed(given: Path, tmp_path: Path) -> None:
+    plan = write_plan(given, tmp_path)
+    free = ("--dry-run", "--json", "--set", "training.steps=null", "--set", "data.eval=null")
+    alone = json.loads(call("finetune", plan, *free).stdout)
+    packed = json.loads(call("finetune", plan, *free, "--packing").stdout)
+    assert packed["plan"]["training"]["packing"] is True
+    assert (alone["rows"], alone["learned_tokens"]) == (packed["rows"], packed["learned_tokens"])
+    assert packed["steps"] < alone["steps"]
+    assert "number of steps is needed" in refused(call("finetune", plan, *free, "--streaming"))
+    assert "the path of other rows" in refused(call("finetune", plan, "--streaming", "--dry-run"))
+    stream = call("finetune", plan, "--streaming", "--dry-run", "--json", "--set", "data.eval=null")
+    found = json.loads(stream.stdout)
+    assert (found["rows"], found["steps"]) == (None, 8)
+    assert "read while training" in stream.stderr
+    assert "it is training.packing here" in refused(call("finetune", plan, "--set", "sample_packing=true"))

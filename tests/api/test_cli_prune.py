@@ -489,7 +489,10 @@ def test_what_is_refused(folder: Path, tmp_path: Path, options: list[str], code:
     [
         ("{", "line 2: not JSON"),
         ("[1, 2]", 'line 2: expected an object such as {"text": "…"}, got list'),
-        ('{"words": "a"}', "line 2: expected 'text', 'messages' or 'input_ids', found words"),
+        (
+            '{"words": "a"}',
+            "line 2: expected 'text', 'messages', 'input_ids', or 'prompt' and 'completion', found words",
+        ),
         ('{"input_ids": [1, -2]}', "line 2: 'input_ids' must be a list of token ids"),
         ('{"input_ids": [1, 999]}', "token id 999, but the model's vocabulary has"),
         (

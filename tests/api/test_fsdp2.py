@@ -712,3 +712,69 @@ def test_a_host_on_the_meta_device_takes_its_base_from_a_checkpoint_that_has_it(
         state = original(host, host.state_dict(), with_parts=True)
         with pytest.raises(StateError, match=message):
             host.to("meta").load_state_dict(state, assign=True)
+
+
+# --- packed bases ------------------------------------------------------------------------------------------------------------
+
+
+def packed_worker(rank: int, directory: str, formats: tuple[str, ...]) -> None:
+    start(rank, f"{directory}/store")
+    found: dict[str, Any] = {}
+    for format in formats:
+        plan = Plan([Quantize(format=format), S2FT(structure="ffn", fraction=0.2), LoRA(rank=2, match="*.q_proj")])
+        host = shard(build("Llama", plan))
+        codes = {n: p for n, p in host.named_parameters() if "packed_" in n}
+        state = {n: full(t) for n, t in host.state_dict().items() if "packed_" in n}
+        steps(host, batch("Llama", half(rank)))
+        host.sparsify.merge()
+        merged = {n: full(t) for n, t in host.state_dict().items() if "packed_" in n}
+        host.sparsify.unmerge()
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+        half_host = shard(build("Llama", plan), mp_policy=policy)
+        with torch.no_grad():
+            half_output = tiny.output_of(half_host(**batch("Llama"))).clone()
+        found[format] = {
+            "here": {n: (p.to_local().numel(), p.numel()) for n, p in codes.items()},
+            "kinds": {p.dtype for p in codes.values()},
+            "state": state,
+            "merged": merged,
+            "back": {n: full(t) for n, t in host.state_dict().items() if "packed_" in n},
+            "bf16": half_output,
+            "bf16 scales": {b.dtype for n, b in half_host.named_buffers() if "packed_" in n},
+        }
+    finish(rank, directory, found)
+
+
+@pytest.mark.parametrize(
+    "formats",
+    [
+        ("nf4",),
+        # one way of packing or another, by the same code: covered by the case above, and by one process in test_quantize.py
+        pytest.param(("int8", "int4"), marks=pytest.mark.slow),
+    ],
+    ids="-".join,
+)
+@pytest.mark.filterwarnings("ignore:merge:UserWarning")
+def test_packed_codes_lie_in_pieces_and_no_bit_of_the_base_moves(formats: tuple[str, ...]):
+    """Codes are parameters, of which a rank holds half; scales are buffers, which mixed precision must not round."""
+    with tempfile.TemporaryDirectory() as directory:
+        first, second = on_two_ranks(packed_worker, directory, formats)
+    for format, found in first.items():
+        plan = Plan([Quantize(format=format), S2FT(structure="ffn", fraction=0.2), LoRA(rank=2, match="*.q_proj")])
+        host = build("Llama", plan)
+        assert found["here"], format
+        for name, (here, everything) in found["here"].items():
+            there, _ = second[format]["here"][name]
+            assert here + there == everything
+            assert here <= everything // 2 + everything // host.get_parameter(name).shape[0]
+        assert all(not kind.is_floating_point for kind in found["kinds"])
+        own = {n: t for n, t in host.state_dict().items() if "packed_" in n}
+        tiny.assert_same(found["state"], own)
+        assert any(not torch.equal(found["merged"][n], own[n]) for n in own), "merging packs again"
+        tiny.assert_same(found["back"], own)
+        assert all(kind.is_floating_point for kind in found["bf16 scales"])
+        for parameter in host.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(torch.bfloat16)
+        with torch.no_grad():
+            assert torch.equal(found["bf16"], tiny.output_of(host(**batch("Llama"))))

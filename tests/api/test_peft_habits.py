@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
 
-from sparsify import S2FT, AdapterError, LoRA, PlanError, SparsifyError
+import sparsify
+from sparsify import S2FT, AdapterError, CaptureError, LoRA, Plan, PlanError, SparsifyError
 from sparsify.host.habits import WORDS
 from sparsify.host.handle import Handle
 from sparsify.plan.name_patterns import PatternError, check_pattern, matches, ranged
@@ -183,3 +187,113 @@ def test_words_of_peft_that_the_handle_has_not_are_answered() -> None:
     with pytest.raises(AttributeError, match="has no 'nothing'$"):
         h.nothing  # noqa: B018
     assert not hasattr(h, "__array__")
+
+
+# --- whole configs, arguments of verbs, verbs of the model ---
+
+
+def test_a_whole_config_of_peft_is_a_rule_and_is_answered_where_a_plan_belongs() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], task_type=peft.TaskType.CAUSAL_LM)
+    assert LoRA(**config.to_dict()) == LoRA(4, alpha=8, match=["q_proj"])
+    dora = peft.LoraConfig(r=4, use_dora=True)
+    with pytest.raises(PlanError, match="DoRA is a method from outside"):
+        LoRA(**dora.to_dict())
+    with pytest.raises(PlanError, match="unknown field 'lora_bias'"):
+        LoRA(4, lora_bias=True)  # type: ignore[call-arg]
+    model: Any = tiny.llama()
+    for wrong in (lambda: Plan([config]), lambda: Plan(config), lambda: sparsify.compile(model, config)):
+        with pytest.raises(PlanError, match=r"write Plan\(\[LoRA\(\*\*config.to_dict\(\)\)\]\)"):
+            wrong()
+
+
+def test_the_door_answers_peft_s_names() -> None:
+    door: Any = sparsify
+    with pytest.raises(AttributeError, match=r"no attribute 'get_peft_model'; here it is sparsify.compile"):
+        door.get_peft_model  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'nothing'$"):
+        door.nothing  # noqa: B018
+    folder: Any = "model/"
+    for call in (lambda: sparsify.load(folder, "adapter/"), lambda: sparsify.compile(folder, Plan([LoRA(2)]))):
+        with pytest.raises(CaptureError, match=r"load it first: AutoModelForCausalLM.from_pretrained\('model/'\)"):
+            call()
+
+
+def test_verbs_take_peft_s_arguments(tmp_path: Path) -> None:
+    host: Any = tiny.lower(tiny.llama(), LoRA(2, match="q_proj"))
+    h = host.sparsify
+    tiny.disturb(host, 0.3)
+    first = logits(host)
+    h.save_adapter(save_directory=tmp_path / "a", safe_serialization=True, selected_adapters=None)
+    h.load_adapter(model_id=tmp_path / "a", adapter_name="second", is_trainable=False)
+    h.set_adapter(adapter_name="second")
+    assert h.active_adapters == ["second"]
+    torch.testing.assert_close(logits(host), first, atol=1e-6, rtol=1e-6)
+    h.set_adapter(["default", "second"])
+    assert h.active.weights == {"default": 1.0, "second": 1.0}
+    h.set_adapter(["default"])
+    assert (h.active_adapters, h.active.trainable) == (["default"], True)
+    assert torch.equal(logits(host), first)
+    merged = h.merge_and_unload(progressbar=True, safe_merge=True, adapter_names=None)
+    torch.testing.assert_close(logits(merged), first, atol=1e-5, rtol=1e-5)
+    h.delete_adapter(adapter_name="second")
+    loaded: Any = sparsify.load(tiny.llama(), tmp_path / "a", adapter_name="x", is_trainable=False)  # type: ignore[call-arg]
+    assert loaded.sparsify.active_adapters == ["x"]
+
+
+WRONG: list[tuple[Callable[[Any], Any], str]] = [
+    (
+        lambda h: h.load_adapter("a", is_trainable=True),
+        "load_adapter: no argument 'is_trainable'; what is loaded trains once",
+    ),
+    (lambda h: h.merge(adapter_names=["a"]), r"merge: no argument 'adapter_names'; set_adapter\(…\) first"),
+    (lambda h: h.add_adapter("a", object()), "for other units compile another plan"),
+    (lambda h: h.save_adapter("a", safe_serialization=False), "files are safetensors"),
+    (lambda h: h.save_adapter("a", nam="b"), "no argument 'nam'; did you mean 'name'"),
+    (lambda h: h.load_adapter("a", name="b", adapter_name="c"), "name is given twice"),
+    (lambda h: h.set_adapter([]), "expected names of adapters"),
+    (lambda h: h.set_adapter(3), "expected a name, weights by name, or None, got int"),
+]
+
+
+@pytest.mark.parametrize(("call", "word"), WRONG, ids=[word[:40] for _, word in WRONG])
+def test_arguments_that_mean_nothing_here_are_answered(call: Callable[[Any], Any], word: str) -> None:
+    h: Any = tiny.lower(tiny.llama(num_hidden_layers=1), LoRA(2, match="q_proj")).sparsify
+    with pytest.raises(SparsifyError, match=word):
+        call(h)
+
+
+def test_verbs_of_the_model_lead_to_the_handle(capsys: pytest.CaptureFixture[str]) -> None:
+    host: Any = tiny.lower(tiny.llama(), LoRA(2, match="q_proj"))
+    before = {name: type(module) for name, module in host.named_modules()}
+    other = copy.deepcopy(host)
+    tiny.disturb(other, 0.3)
+    host.print_trainable_parameters()
+    assert f"trainable params: {host.sparsify.count_parameters()[0]:,} ||" in capsys.readouterr().out
+    torch.testing.assert_close(logits(other.merge_and_unload()), logits(other), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(logits(other), logits(host)), "the copy's verb is the copy's"
+    with pytest.raises(SparsifyError, match=r"are sparsify's, not PEFT's: call model.sparsify.set_adapter\(None\)"):
+        host.disable_adapters()
+    for word, argument in (("add_adapter", object()), ("load_adapter", "folder"), ("set_adapter", "default")):
+        with pytest.raises(SparsifyError, match=f"call model.sparsify.{word}"):
+            getattr(host, word)(argument)
+    assert {name: type(module) for name, module in host.named_modules()} == before
+    base = host.sparsify.restore()
+    assert not hasattr(base, "print_trainable_parameters")
+    with pytest.raises(ValueError, match="No adapter loaded"):  # transformers' own again
+        base.set_adapter("default")
+
+
+def test_zero_3_is_named() -> None:
+    """DeepSpeed leaves empty parameters in a model whose pieces it has; it is not needed to say so."""
+    host: Any = tiny.lower(tiny.llama(), LoRA(2, match="q_proj"))
+    model: Any = tiny.llama()
+    for weight in (host.model.layers[0].self_attn.q_proj.weight, model.model.layers[0].self_attn.q_proj.weight):
+        weight.ds_id = 0
+        weight.data = torch.empty(0)
+    with pytest.raises(
+        SparsifyError, match=r"save_adapter: model.layers.0.self_attn.q_proj.weight lies in pieces of DeepSpeed"
+    ):
+        host.sparsify.save_adapter("nowhere")
+    with pytest.raises(CaptureError, match="then deepspeed.initialize"):
+        sparsify.compile(model, Plan([LoRA(2)]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -169,3 +170,32 @@ def test_the_schema_agrees_with_an_outside_validator(tmp_path: Path) -> None:
     for path, value in (("model", 3), ("rules", []), ("training", {"batch": "x"}), ("trainin", {})):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate({**found.to_dict(), path: value}, schema)
+
+
+# --- words of axolotl, LLaMA-Factory, TRL and transformers ---
+
+
+def said_of(document: dict[str, Any]) -> str:
+    with pytest.raises(PlanError) as caught:
+        plan_file.from_document({"model": "base", "rules": [{"rule": "LoRA"}], **document}, "plan.yaml")
+    return str(caught.value)
+
+
+def test_words_of_other_tools_lead_somewhere() -> None:
+    fields = {name: {f.name for f in dataclasses.fields(kind)} for name, kind in SECTIONS.items()}
+    for word, ours in plan_file.HABITS.items():
+        place = next((name for name, known in fields.items() if ours in known), None)
+        assert place is not None or ours in plan_file.KEYS, ours
+        assert f"unknown key {word!r}; " in said_of({word: 1})
+        assert (f"it is {place}.{ours} here" if place else f"here it is {ours}") in said_of({word: 1})
+        if place:
+            assert f"here it is {place}.{ours}" in said_of({place: {word: 1}})
+    for word, answer in plan_file.ANSWERS.items():
+        assert word not in plan_file.HABITS
+        assert said_of({word: 1}).endswith(answer)
+        for place, known in fields.items():
+            assert word in known or answer in said_of({place: {word: 1}})
+    assert said_of({"lora_r": 8}).endswith(
+        "rules: [{rule: LoRA, r: 8, lora_alpha: 16, target_modules: [q_proj, v_proj]}]"
+    )
+    assert "--resume" in said_of({"training": {"resume_from_checkpoint": True}})

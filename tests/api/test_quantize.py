@@ -76,14 +76,14 @@ def test_no_dense_weight_is_left_and_the_bytes_are_reported(format):
 def test_every_method_trains_on_top_of_every_format(method, format, tmp_path):
     host = compiled(Quantize(format=format), METHODS[method])
     base = logits(host)
-    packed = {n: b.clone() for n, b in host.named_buffers() if "packed_" in n}
+    packed = {n: b.clone() for n, b in host.state_dict().items() if "packed_" in n}
     assert (base - logits(compiled(Quantize(format=format)))).abs().max() < (
         0.05 if method in ("s2ft", "paca") else 1e-4
     )
     assert all(p.dtype == torch.float32 for p in tiny.trainable(host))
     losses = tiny.train(host, steps=4)
     assert losses[-1] < losses[0]
-    tiny.assert_same({n: b for n, b in host.named_buffers() if "packed_" in n}, packed)
+    tiny.assert_same({n: b for n, b in host.state_dict().items() if "packed_" in n}, packed)
     trained = logits(host)
     host.sparsify.save_adapter(tmp_path)
     host.sparsify.set_adapter(None)
@@ -296,10 +296,10 @@ def test_a_packed_base_refuses_an_adapter_of_other_entries(tmp_path):
 def test_changing_the_dtype_of_the_model_leaves_the_packed_base_alone(format, dtype):
     """`model.to(bf16)` casts floating buffers; rounding the scales would move every weight."""
     host = compiled(Quantize(format=format), LoRA(rank=2))
-    kept = {n: b.clone() for n, b in host.named_buffers() if "packed_" in n}
+    kept = {n: b.clone() for n, b in host.state_dict().items() if "packed_" in n}
     expected = logits(host)
     host.to(dtype)
-    tiny.assert_same({n: b for n, b in host.named_buffers() if "packed_" in n}, kept)
+    tiny.assert_same({n: b for n, b in host.state_dict().items() if "packed_" in n}, kept)
     torch.testing.assert_close(logits(host).float(), expected, atol=0.1 if dtype != torch.float64 else 1e-3, rtol=0)
     host.float()
     tiny.train(host, steps=1)

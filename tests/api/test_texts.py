@@ -81,6 +81,14 @@ def test_files_as_editors_write_them(tmp_path: Path, form: str) -> None:
     assert bytes(ids) == b"one\ntwo"
 
 
+def test_rows_that_finetune_reads_are_one_text_or_input_and_target(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "how many? ", "completion": "two"}\n', encoding="utf-8")
+    assert read(path) == ["how many? two"]
+    ((ids, target),) = lines(path, PairConfig(), tokenizer, 99)
+    assert (bytes(ids), bytes(target)) == (b"how many? ", b"two")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -88,7 +96,10 @@ def test_files_as_editors_write_them(tmp_path: Path, form: str) -> None:
         (b"[1]", "line 2: expected an object"),
         (b"null", "line 2: expected an object"),
         (b'"text"', "line 2: expected an object"),
-        (b"{}", "line 2: expected 'text', 'messages' or 'input_ids', found nothing"),
+        (b"{}", "line 2: expected 'text', 'messages', 'input_ids', or 'prompt' and 'completion', found nothing"),
+        (b'{"prompt": "a"}', "line 2: expected 'text', 'messages', 'input_ids', or 'prompt' and 'completion', found prompt"),
+        (b'{"prompt": "a", "completion": 3}', "line 2: 'prompt' and 'completion' must both be strings, or both lists"),
+        (b'{"prompt": "a", "completion": [{"role": "user"}]}', "line 2: 'prompt' and 'completion' must both be"),
         (b'{"text": 3}', "line 2: 'text' must be a string, got int"),
         (b'{"text": null}', "line 2: 'text' must be a string"),
         (b'{"text": NaN}', "line 2: NaN is no JSON value"),

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import small_folder
 import torch
+import transformers as hf
 
 from sparsify.errors import PlanError
-from sparsify.finetune.rows import Collator, read_rows
+from sparsify.finetune.packing import best_fit, check_packing, pack_rows
+from sparsify.finetune.rows import Collator, Rows, Sample, read_rows
+from sparsify.finetune.stream import Stream
 
 IGNORED = -100
 
@@ -181,3 +184,123 @@ def test_held_out_rows_are_the_seeds(tokenizer: Any, tmp_path: Path) -> None:
     assert held.samples != found.split(0.25, 4)[1].samples
     with pytest.raises(PlanError, match="one row cannot be divided"):
         held.split(0.5, 0)[1].split(0.5, 0)[0].split(0.5, 0)[0].split(0.5, 0)
+
+
+# --- packing ---
+
+
+def sizes(packs: list[list[Sample]]) -> list[int]:
+    return [sum(len(sample.ids) for sample in pack) for pack in packs]
+
+
+def test_every_row_goes_where_the_least_room_is_left() -> None:
+    draw = random.Random(0)
+    samples = [Sample([n] * draw.randint(1, 40), [n]) for n in range(300)]
+    packs = best_fit(samples, 41)
+    assert sorted(s.ids[0] for pack in packs for s in pack) == list(range(300))
+    assert max(sizes(packs)) <= 41
+    rooms: list[int] = []  # the same, by looking at every pack
+    for sample in sorted(samples, key=lambda s: -len(s.ids)):
+        size = len(sample.ids)
+        room = min((r for r in rooms if r >= size), default=None)
+        if room is None:
+            rooms.append(41 - size)
+        else:
+            rooms[rooms.index(room)] -= size
+    assert sorted(41 - size for size in sizes(packs)) == sorted(rooms)
+    assert best_fit(samples, 41) == packs
+
+
+def some_rows(tokenizer: Any, path: Path) -> Rows:
+    texts = ["the cat sat on a mat", "blue sky", "what is red and what is blue", "a rose", "dogs saw the cat"]
+    rows: list[Any] = [{"text": text} for text in texts]
+    return read_rows(small_folder.write_rows(path / "a.jsonl", rows), tokenizer, length=20)
+
+
+def test_packed_rows_learn_what_they_learn_alone(tokenizer: Any, tmp_path: Path) -> None:
+    rows, collate = some_rows(tokenizer, tmp_path), Collator(0)
+    packed = pack_rows(rows, 20)
+    assert len(packed) == 2
+    assert sizes(packed.packs) != [20, 20], "or nothing is padded"
+    assert "5 rows of text" in str(packed)
+    assert "packed into 2" in str(packed)
+    model: Any = hf.LlamaForCausalLM(small_folder.config(use_cache=False)).double().eval()  # as Trainer sets it
+    found = []
+    for source in (rows, packed):
+        model.zero_grad()
+        batch = collate([source[i] for i in range(len(source))])
+        assert ("attention_mask" in batch) == (source is rows)
+        assert int((batch["labels"][:, 1:] != IGNORED).sum()) == rows.learned
+        loss = model(**batch).loss
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-7)  # the loss is fp32
+    check_packing(model, rows.samples, collate)
+
+
+class Forgetful(hf.LlamaForCausalLM):
+    """Takes positions and does not look at them."""
+
+    def forward(self, input_ids: Any = None, position_ids: Any = None, **named: Any) -> Any:
+        return super().forward(input_ids=input_ids, **named)
+
+
+class Without(hf.LlamaForCausalLM):
+    def forward(self, input_ids: Any = None, use_cache: Any = None) -> Any:
+        return super().forward(input_ids=input_ids, use_cache=use_cache)
+
+
+@pytest.mark.parametrize(("kind", "word"), [(Forgetful, "sees the row before it"), (Without, "takes no position_ids")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_in_which_packed_rows_see_each_other_is_refused(
+    kind: Any, word: str, dtype: torch.dtype, tokenizer: Any, tmp_path: Path
+) -> None:
+    rows, collate = some_rows(tokenizer, tmp_path), Collator(0)
+    torch.manual_seed(0)
+    with pytest.raises(PlanError, match=word):
+        check_packing(kind(small_folder.config()).to(dtype), rows.samples, collate)
+    check_packing(hf.LlamaForCausalLM(small_folder.config()).to(dtype), rows.samples, collate)
+
+
+# --- streaming ---
+
+
+def test_a_stream_reads_no_further_than_its_window(tokenizer: Any, tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"cat {'sat ' * (n % 7)}"}) for n in range(60)]
+    lines[49] = '{"text": 3}'
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    stream = Stream(str(tmp_path / "a.jsonl"), tokenizer, 20, window=10)
+    rows = iter(stream)
+    found = [next(rows) for _ in range(40)]
+    assert (stream.taken, len(stream.first(49))) == (40, 49)
+    again = iter(Stream(str(tmp_path / "a.jsonl"), tokenizer, 20, window=10))
+    assert [next(again) for _ in range(40)] == found
+    with pytest.raises(PlanError, match=r"a.jsonl, line 50: 'text' must be a string"):
+        next(rows)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_stream_has_the_rows_of_its_file_in_every_pass(packing: bool, tokenizer: Any, tmp_path: Path) -> None:
+    small_folder.write_rows(tmp_path / "a.jsonl", small_folder.pairs(25))
+    rows = read_rows(tmp_path / "a.jsonl", tokenizer, length=20)
+    stream = Stream(str(tmp_path / "a.jsonl"), tokenizer, 20, packing=packing, window=10)
+    tokens = sorted(token for sample in rows.samples for token in sample.ids)
+    passes = []
+    source = iter(stream)
+    for number in (1, 2):
+        seen: list[Any] = []
+        while sum(len(row["input_ids"]) for row in seen) < len(tokens):
+            seen.append(next(source))
+        assert sorted(token for row in seen for token in row["input_ids"]) == tokens
+        assert (stream.taken, stream.learned) == (25 * number, rows.learned * number)
+        passes.append(seen)
+    assert (len(passes[0]) < 25) == packing
+    assert passes[0] != passes[1], "another order"
+
+
+def test_a_stream_of_nothing_does_not_go_on_for_ever(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "the cat sat", "completion": "mat"}\n')
+    stream = Stream(str(tmp_path / "a.jsonl"), tokenizer, 2)
+    for read in (stream.first, lambda: next(iter(stream))):
+        with pytest.raises(PlanError, match="no row that can be learned"):
+            read()

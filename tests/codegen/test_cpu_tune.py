@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from torch import nn
 
 import sparsify
-from sparsify import CpuOptions, Plan
+from sparsify import CpuOptions, Plan, Prune
 from sparsify.kernels.cpu import build, dispatch, tune
 from sparsify.kernels.cpu.formats import pack
 from sparsify.kernels.cpu.tune import Timing
@@ -318,7 +319,30 @@ def test_a_whole_model_that_is_slower_becomes_dense_again(
     assert ("sparsify.packed_linear(" in str(host.sparsify.program)) != slower
 
 
-def test_the_whole_model_is_timed_only_on_an_example_of_the_user(
+@pytest.mark.parametrize("lowered", [0.5, 2.0])
+def test_without_an_example_the_dummy_one_is_timed(
+    monkeypatch: pytest.MonkeyPatch, fast_layers: list[str], lowered: float
+) -> None:
+    monkeypatch.setattr(whole_model, "time_in_turn", lambda *_: Timing({"lowered": lowered, "dense": 1.0}, True))
+    plan = Plan([Prune(sparsity=0.75, method="magnitude")], target="cpu")
+    host: Any = sparsify.compile(tiny.llama(), plan, progress=False)
+    report = host.sparsify.report
+    assert f"tokens): lowered {lowered * 1e3:.2f} ms" in str(report).partition("on a dummy example (")[2]
+    assert any(isinstance(module, SparseLinear) for module in host.modules()) == (lowered < 1)
+    assert not any(
+        key.split("/")[-2] not in ("1", "16", "64", "256") for key in fast_layers if key.startswith("kernel/")
+    )
+    # the user's word for what counts, no comparison, and a model that takes long
+    for options in (CpuOptions(tokens=(1,)), CpuOptions(compare=False)):
+        host = sparsify.compile(tiny.llama(), plan, progress=False, cpu=options)
+        assert "whole  " not in str(host.sparsify.report)
+    monkeypatch.setattr(whole_model, "PATIENCE", 0.0)
+    host = sparsify.compile(tiny.llama(), plan, progress=False)
+    assert any(isinstance(module, SparseLinear) for module in host.modules())
+    assert "not timed on a dummy example: the dense model takes 0 s for it; give example=" in str(host.sparsify.report)
+
+
+def test_the_whole_model_is_not_timed_where_it_is_not_asked_for(
     monkeypatch: pytest.MonkeyPatch, fast_layers: list[str]
 ) -> None:
     def never(*_: Any) -> Timing:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from torch.nn import functional as F
@@ -15,7 +18,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 import sparsify
 from sparsify import S2FT, CpuOptions, LoRA, Plan, Prune
-from sparsify.demo import pretrained, smollm2
+from sparsify.demo import fresh_process, pretrained, smollm2
 from sparsify.demo.language_demo import LanguageSettings, run_language_demo
 from sparsify.demo.language_methods import METHODS
 from sparsify.demo.language_tasks import SQL, calibration_text, general_text
@@ -186,6 +189,13 @@ def test_greedy_text_and_score_agree(opened: tuple[Any, Any]) -> None:
     assert score(model, tokenizer, [(PROMPTS[0], " zebra")]).exact == 0.0
 
 
+def forked(command: list[str], *, input: str, env: dict[str, str], **options: bool) -> subprocess.CompletedProcess[str]:
+    """`subprocess.run` of a Python process, forked from one that has everything loaded."""
+    assert command[0] == sys.executable
+    assert options == {"capture_output": True, "text": True, "check": False}
+    return processes.run_python(*command[1:], input=input, env=env)
+
+
 @pytest.mark.parametrize("blocks", [2, 30])
 def test_every_step_of_the_demo(
     blocks: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -194,6 +204,7 @@ def test_every_step_of_the_demo(
     if blocks < 30:
         keep_the_first_blocks(tmp_path / "cache", blocks)
         monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(fresh_process.subprocess, "run", forked)  # a fresh interpreter is what the case of 30 has
     given = {"methods": ("s2ft", "lora"), "seed": 0, "out": tmp_path}
     few = {"steps": 2, "second_steps": 2, "batch": 2, "held_out": 2, "blocks": 1, "calibration": 1}
     run_language_demo(LanguageSettings(**given, **few, tokens=2, shown=2, answer=6, fast=True))  # type: ignore[arg-type]

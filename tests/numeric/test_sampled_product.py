@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 import warnings
 
+import processes
 import pytest
 import torch
 from torch import Tensor
@@ -180,7 +179,7 @@ def test_first_use_of_the_sparse_kernel_warns_nobody():
         "import warnings, torch; warnings.simplefilter('error'); import sparsify.ops\n"
         "torch.ops.sparsify.sampled_product(torch.ones(2, 50), torch.ones(2, 40), torch.tensor([3, 9]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = processes.run_python("-c", code)  # a process that has used nothing yet
     assert done.returncode == 0, done.stderr
 
 

@@ -47,6 +47,7 @@ from sparsify.program import Program
 from sparsify.program.repeats import Line
 
 SLACK = 1.05  # smallest times of equally fast products differ by this much from run to run
+Compare = bool | Literal["dummy"]
 WORTH = 0.95  # a blocked dense weight must take less than this share of torch's time
 
 
@@ -180,8 +181,8 @@ class CpuTarget:
 
     group: columns that share a scale in int8 (0: a row). int8_activations, mode, tied: see `CpuOptions`. tokens: numbers of tokens to
     measure; None: the usual ones, and those of the example. example: linear → numbers of tokens that it sees on the user's example.
-    timed: time the whole model on that example. cold: the model's weights do not fit into the caches, so every layer is timed with
-    weights that come from memory.
+    timed: time the whole model on the user's example (True), or on the one of the trace ("dummy"). cold: the model's weights do not
+    fit into the caches, so every layer is timed with weights that come from memory.
     """
 
     group: int = 0
@@ -190,7 +191,7 @@ class CpuTarget:
     mode: Literal["fast", "small"] = "fast"
     tied: Literal["skip", "copy"] = "skip"
     example: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    timed: bool = False
+    timed: Compare = False
     cold: bool = False
 
     name = "cpu"
@@ -288,7 +289,9 @@ class CpuTarget:
         return absorb_activation(found, linear, Counted(self.asked(None), self.small, self.cold))
 
     def compare(self, lowered: Callable[[], nn.Module], dense: nn.Module, program: Program) -> WholeModel | None:
-        return time_whole_model(lowered, dense, program) if self.timed and not self.small else None
+        if self.small or not self.timed:
+            return None
+        return time_whole_model(lowered, dense, program, dummy=self.timed == "dummy")
 
     def leave(self, layer: Layer, outcome: Outcome, reason: str) -> Outcome:
         """Dense again, with rounded weights if they were to be rounded, in oneDNN's layout where that is faster."""
@@ -348,10 +351,10 @@ class Settings(TypedDict, total=False):
 
 
 def cpu_target(
-    program: Program | None, *, compare: bool = False, cold: bool = False, **options: Unpack[Settings]
+    program: Program | None, *, compare: Compare = False, cold: bool = False, **options: Unpack[Settings]
 ) -> CpuTarget:
-    """The target of a program. compare: its example is the user's; options: fields of `CpuTarget`."""
-    given = options.get("tokens") is not None
+    """The target of a program. options: fields of `CpuTarget`."""
+    given = options.get("tokens") is not None or compare == "dummy"
     example = example_tokens(program) if program is not None and compare and not given else {}
     return CpuTarget(example=example, timed=compare, cold=cold, **options)
 
@@ -382,7 +385,7 @@ def make_report(
 
 def lower_program(
     host: nn.Module, program: Program | None, *, names: Sequence[str] | None = None, quantize: Quantize = None,
-    check: bool = False, compare: bool = False, progress: bool = False, native: bool = False, **options: Unpack[Settings],
+    check: bool = False, compare: Compare = False, progress: bool = False, native: bool = False, **options: Unpack[Settings],
 ) -> tuple[CpuReport, Program | None]:  # fmt: skip
     """Lower `host`, in place, and `program`, into a new one; see `driver.lower`. native: make a native step of a decoder, too.
     options: see `lower_model`."""
@@ -408,7 +411,7 @@ def lower_model(
     tokens: Sequence[int] | None = None,
     mode: Literal["fast", "small"] = "fast",
     tied: Literal["skip", "copy"] = "skip",
-    compare: bool = False,
+    compare: Compare = False,
 ) -> CpuReport:
     """Replace the linears of `host`, in place, by packed ones where that pays; returns what was done and why not.
 
@@ -421,7 +424,8 @@ def lower_model(
         usual ones, and with `compare` those that a layer sees in the program's example.
     mode: "small" packs also where dense is faster, for the memory.
     tied: a weight that an embedding shares stays dense ("skip"), or is packed beside the embedding's copy ("copy").
-    compare: the program's example is the user's: time the whole model on it, and take the dense layers back if they are faster.
+    compare: time the whole model on the program's example, and take the dense layers back if they are faster: True where it is the
+        user's, "dummy" where it is the one that the model was traced with.
     """
     options: Settings = {
         "group": group,

@@ -16,8 +16,9 @@ class CpuOptions:
 
     tokens: numbers of tokens per call (batch × length) that are measured; a layer slower than dense torch at one stays dense.
         None: 1, 16, 64 and 256, and with `example=` those that each layer sees there.
-    compare: with `example=`, time the whole lowered model on it against the dense one, and give the layers back if that is
-        faster (those of int8 with their rounded values); while both are timed, the weights exist packed and dense.
+    compare: time the whole lowered model against the dense one on `example=`, or without one on the dummy inputs that it was traced
+        with (unless a run takes seconds, or `tokens` says what counts), and give the layers back if dense is faster (those of int8
+        with their rounded values); while both are timed, the weights exist packed and dense.
     mode: "fast" keeps that promise; "small" packs every linear that can be packed, for the memory.
     int8_activations: let int8 weights meet int8 activations (dynamic, one scale per token) where that is faster.
     tied: a weight that an embedding shares stays dense ("skip"), or is packed beside the embedding's copy ("copy").

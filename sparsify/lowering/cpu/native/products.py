@@ -35,13 +35,14 @@ def match_linear(node: fx.Node, program: Program) -> LinearMatch | None:
         return None
     given, name, x = None, None, None
     names = program.tensor_names
-    if node.target.namespace == "sparsify" and "packed_linear" in node.target.name():
+    operator = node.target._schema.name
+    if operator == "sparsify::packed_linear":
         given = arguments(node)
         if given.get("residual") is not None:
             return None
         name = names.get(given["masks"].name)
         x = given["x"]
-    elif node.target.namespace == "sparsify" and "prepacked_linear" in node.target.name():
+    elif operator == "sparsify::prepacked_linear":
         given = arguments(node)
         handle, x = given["handle"], given["x"]
         modules = program.host.named_modules()
