@@ -182,6 +182,11 @@ def plain(label: str) -> str:
     return label.replace("*", "")
 
 
+def unbroken(text: str) -> str:
+    """With no line break between a number and its unit or its spread."""
+    return re.sub(r"(?<=\d) (?=[×%±]|MiB|tokens/s|s\b)|(?<=±) ", "\N{NO-BREAK SPACE}", text)
+
+
 def mean(text: str) -> float:
     """`51.88 ± 0.42` without its spread."""
     return float(text.partition("±")[0])
@@ -190,7 +195,11 @@ def mean(text: str) -> float:
 @measured
 def where_we_lose() -> str:
     compared = [found for look in ALL for found in look()]
-    rows = [[f"[{c.what}](#{c.section})", c.ours, c.theirs, percent(c.share)] for c in compared if c.lost]
+    rows = [
+        [f"[{c.what}](#{c.section})", unbroken(c.ours), unbroken(c.theirs), percent(c.share)]
+        for c in compared
+        if c.lost
+    ]
     text = (
         f"Of {len(compared)} comparisons of these pages {len(rows)} are lost: what we reach of the other one, in speed, in memory, or in what "
         "was learned. From 99 % on it counts as level.\n\n"
@@ -226,7 +235,7 @@ def missed_aims() -> str:
         for bar in json.loads(path.read_text(encoding="utf-8")).get("bars") or ():
             if bar.get("verdict") == "MISSED":
                 bound = f"at {'least' if bar['at_least'] else 'most'} {bar['bound']:g}"
-                rows.append([spelled(bar["name"]), bound, f"{bar['value']:.3f}", f"`{path.stem}`"])
+                rows.append([spelled(bar["name"]), bound, f"{bar['value']:.3f}", f"`{name}`"])
     return markdown(("aim that was missed", "asked", "was", "record"), rows)
 
 

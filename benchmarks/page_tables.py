@@ -457,7 +457,7 @@ ENGINES = {
     "openvino-int4": "OpenVINO int4",
     "llamacpp-Q8_0": "llama.cpp Q8_0",
     "llamacpp-Q4_0": "llama.cpp Q4_0",
-    "llamacpp-Q4_1": "llama.cpp on the file that the model came as (Q4_1, dense)",
+    "llamacpp-Q4_1": "llama.cpp Q4_1, dense (the file that the model came as)",
 }
 ENCODERS = ENGINES | {"packed-bf16": "**sparsify** bf16, 75 % zeros"}
 

@@ -1,4 +1,4 @@
-"""Hooks of the site: lists as GitHub reads them, and room for the widest table."""
+"""Hooks of the site: lists as GitHub reads them, room for the widest table, and options that no line break cuts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from markdown.preprocessors import Preprocessor
 
 ITEM = re.compile(r"^(?:[-*]|\d+\.) ")
 WIDE = {"coverage.md"}
+WORD = re.compile(r"<code>([^<\s]*-[^<\s]*)</code>")
+SHORT = 20
+"""Characters up to which a word of code stays in one piece: a browser would break `--help` behind its hyphens."""
 
 
 class ListsBreakParagraphs(Preprocessor):
@@ -46,3 +49,7 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     if page.file.src_uri in WIDE:
         page.meta.setdefault("hide", ["navigation", "toc"])
     return markdown
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    return WORD.sub(lambda m: f'<code class="word">{m[1]}</code>' if len(m[1]) <= SHORT else m[0], html)

@@ -202,7 +202,8 @@ def attributes_of(value: object) -> dict[str, object] | None:
 
 
 def shallow(container: Container) -> Contents:
-    return dict(container) if isinstance(container, dict) else list(container)
+    """What a container holds, without asking it for its entries: tables such as transformers' ACT2FN make a module at every `[]`."""
+    return dict(container.items()) if isinstance(container, dict) else list(container)
 
 
 def differs(container: Container, before: Contents) -> bool:

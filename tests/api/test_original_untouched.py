@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import random
 import threading
-from collections import deque
+from collections import OrderedDict, deque
 from typing import ClassVar
 
 import numpy as np
@@ -23,6 +23,19 @@ from sparsify.program.capture import capture
 pytestmark = pytest.mark.fresh_trace
 
 TABLE: dict[int, Tensor] = {}
+
+
+class Makers(OrderedDict[str, type[nn.Module]]):
+    """A module at every `[]`, as transformers' ACT2FN."""
+
+    made = 0
+
+    def __getitem__(self, name: str) -> nn.Module:  # type: ignore[override]
+        Makers.made += 1
+        return super().__getitem__(name)()
+
+
+MAKERS = Makers(relu=nn.ReLU, silu=nn.SiLU)
 LATEST: Tensor | None = None
 
 
@@ -259,6 +272,25 @@ def test_a_failed_trace_leaves_nothing_either():
     assert model.kept == []
     assert model.by_size == {}
     assert not model.recent
+
+
+def test_a_table_that_makes_what_it_is_asked_for_is_not_asked():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    host = sparsify.compile(Wrapped(model), Plan([S2FT(units=2)]), example=torch.randn(2, 4), progress=False)
+    assert Makers.made == 0
+    assert dict.__getitem__(MAKERS, "relu") is nn.ReLU
+    assert host.sparsify.program.structures
+
+
+class Wrapped(nn.Module):
+    """Its file is looked through for what a forward might leave there."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
 
 
 def test_export_for_inference_traces_a_copy_too():

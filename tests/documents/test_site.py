@@ -114,6 +114,14 @@ def test_every_page_is_in_the_navigation() -> None:
 
 
 @needs_mkdocs
+def test_an_option_is_not_cut_at_its_hyphens(site: Path) -> None:
+    text = (site / "shell" / "index.html").read_text(encoding="utf-8")
+    assert '<code class="word">--help</code>' in text
+    assert "code.word { white-space: nowrap; }" in (site / "assets" / "extra.css").read_text(encoding="utf-8")
+    assert 'class="word">sparsify plan' not in text, "a command may break between its words"
+
+
+@needs_mkdocs
 def test_words_of_pages_and_names_of_the_api_are_found(site: Path) -> None:
     found = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))["docs"]
     places = {entry["location"] for entry in found}
