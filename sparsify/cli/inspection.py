@@ -163,7 +163,7 @@ def calibration_rows(model: Any, file: PlanFile, folder: Path) -> Any:
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         raise InputError(f"{folder}: has no tokenizer, and the plan chooses by its rows ({file.data.path})")
-    return calibration(file, prepare(file, tokenizer).rows, Collator(pad_token(model, tokenizer)))
+    return calibration(file, prepare(file, tokenizer), Collator(pad_token(model, tokenizer)))
 
 
 def as_data(program: Program, host: Any) -> dict[str, Any]:

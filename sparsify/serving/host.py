@@ -173,7 +173,7 @@ def check_dir(folder: AdapterPath) -> Path:
         there = False
     if not there:
         raise AdapterError(f"serve: folder={os.fspath(folder)!r} is no folder on this machine")
-    return path
+    return path.absolute()
 
 
 @printable
@@ -201,7 +201,11 @@ class ServingHandle:
         Raises AdapterError for a name that is taken or cannot be one, a folder that holds no adapter, and weights that are no numbers.
         """
         check_name(name)
-        self.store.register(name, self.mix(name, folder) if isinstance(folder, Mapping) else check_folder(folder))
+        self.store.register(name, self.source(name, folder))
+
+    def source(self, name: str, folder: AdapterPath | Mapping[str, float]) -> Path | Mix:
+        """What is read for a name, wherever the process is by then. Raises AdapterError."""
+        return self.mix(name, folder) if isinstance(folder, Mapping) else check_folder(folder).absolute()
 
     def replace(self, name: str, folder: AdapterPath | Mapping[str, float]) -> None:
         """Let a name mean another adapter, or what its folder holds by now. Read at once; where that fails, nothing changes.
@@ -210,8 +214,7 @@ class ServingHandle:
         that cannot be served.
         """
         check_name(name)
-        made = self.mix(name, folder) if isinstance(folder, Mapping) else check_folder(folder)
-        self.store.exchange(name, made, taken=True)
+        self.store.exchange(name, self.source(name, folder), taken=True)
 
     def mix(self, name: str, weights: Mapping[str, float]) -> Mix:
         """A weighted sum of adapters that are known here, to be served under `name`. Raises AdapterError for weights that are no finite

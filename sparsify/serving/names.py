@@ -19,6 +19,10 @@ BASE = "__base__"
 LONGEST = 200
 
 
+class Unknown(AdapterError):
+    """No model or adapter has this name, or none any more."""
+
+
 def check_name(name: object) -> str:
     """The name itself. Raises AdapterError for what cannot be one."""
     if not isinstance(name, str) or not name:
@@ -70,8 +74,8 @@ def listed(folder: Path) -> list[str]:
         return []
 
 
-def unknown(name: str, known: Iterable[str]) -> AdapterError:
-    return AdapterError(f"no adapter is called {short(name)}{nearest(name, [*known, BASE])}")
+def unknown(name: str, known: Iterable[str]) -> Unknown:
+    return Unknown(f"no adapter is called {short(name)}{nearest(name, [*known, BASE])}")
 
 
-__all__ = ["BASE", "check_name", "check_names", "holds_adapter", "in_folder", "listed", "unknown"]
+__all__ = ["BASE", "Unknown", "check_name", "check_names", "holds_adapter", "in_folder", "listed", "unknown"]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from sparsify.errors import AdapterError
 from sparsify.files.strict_json import short
-from sparsify.serving.names import BASE, in_folder
+from sparsify.serving.names import BASE, Unknown, in_folder
 
 if TYPE_CHECKING:
     from sparsify.serving.host import ServingHandle
@@ -23,10 +23,6 @@ if TYPE_CHECKING:
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+-]{0,127}")
 FILES = 64
 """Entries that an adapter's folder has at most."""
-
-
-class Unknown(AdapterError):
-    """No model or adapter has this name."""
 
 
 class Forbidden(AdapterError):

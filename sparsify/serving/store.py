@@ -27,7 +27,7 @@ from torch import Tensor
 from sparsify.errors import AdapterError, SparsifyError
 from sparsify.serving.addends import KINDS, Image, Mix
 from sparsify.serving.modules import added
-from sparsify.serving.names import BASE, in_folder, listed, unknown
+from sparsify.serving.names import BASE, Unknown, in_folder, listed, unknown
 from sparsify.serving.route import Route, Routing
 from sparsify.serving.slots import Slots
 
@@ -103,6 +103,7 @@ class Store:
         self.queue: deque[Pending] = deque()
         self.to_load: deque[Entry] = deque()
         self.changed = threading.Condition(threading.RLock())
+        self.reading = threading.Lock()
         self.loader: threading.Thread | None = None
         self.closed = False
         self.counts = Counts()
@@ -416,7 +417,8 @@ class Store:
     def load(self, name: str, folder: Path | Mix) -> Image:
         """Read, check and pack an adapter. Raises AdapterError: whatever a hostile file brings about refuses it alone."""
         try:
-            image = self.read(folder)
+            with self.reading:  # one file in memory at a time
+                image = self.read(folder)
             self.slots.check(name, image)
         except AdapterError:
             raise
@@ -467,7 +469,7 @@ class Store:
 
 def refusal(entry: Entry) -> AdapterError:
     if entry.removed:
-        return AdapterError(f"{entry.name!r} was removed while a request waited for it")
+        return Unknown(f"{entry.name!r} was removed while a request waited for it")
     assert entry.error is not None
     return type(entry.error)(str(entry.error))  # an exception of its own for every request that raises it
 

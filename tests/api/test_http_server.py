@@ -479,6 +479,14 @@ def test_too_many_requests_are_told_to_come_again(given: Path) -> None:
         first.close()
         made.idle()
         assert complete(made)[0] == 200
+        answers: list[Any] = []
+        with made.engine.handle.lease("lora"):
+            waiting = threading.Thread(target=lambda: answers.append(complete(made, "paca")))
+            waiting.start()
+            made.until(lambda: made.engine.handle.status()["waiting"] == 1)
+            made.engine.handle.remove("paca")
+            waiting.join(http_server.PATIENCE)
+        assert reason(answers[0]) == (404, "'paca' was removed while a request waited for it")
     with http_server.serving(served.model_of(given), given / "adapters", slots=1, timeout=0.1) as made:
         with made.engine.handle.lease("lora"):
             status, said = reason(complete(made, "paca"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from sparsify.adapters import adapter as files
 from sparsify.adapters.adapter import Adapter, Delta
 
 
-def write_columns(folder: Path, weights: dict[str, Tensor], channel: int = 1) -> Path:
+def write_columns(folder: Path, weights: Mapping[str, Tensor], channel: int = 1) -> Path:
     """An adapter that changes one column of each weight by ones."""
     deltas = tuple(
         Delta(name, "column", torch.tensor([channel]), torch.ones(len(weight), 1)) for name, weight in weights.items()

@@ -323,6 +323,16 @@ def test_adapters_are_found_in_a_folder_and_names_do_not_lead_out_of_it(bench, t
     bench.check_rows(logits(host, ids[:1], ["a/b"]), ["lora"], {"input_ids": ids})
 
 
+def test_folders_are_found_wherever_the_process_is_by_then(bench, tmp_path, monkeypatch):
+    monkeypatch.chdir(bench.folder)
+    host: Any = sparsify.serve(bench.model, {"one": "lora"}, folder=".", slots=2, budget="1MiB", timeout=PATIENCE)
+    host.sparsify.add("two", Path("s2ft"))
+    monkeypatch.chdir(tmp_path)
+    ids = tiny.tokens(2, 4)
+    bench.check_rows(logits(host, ids, ["one", "two"]), ["lora", "s2ft"], {"input_ids": ids})
+    bench.check_rows(logits(host, ids, ["rosa", BASE]), ["rosa", BASE], {"input_ids": ids})
+
+
 def test_one_adapter_under_two_names_and_a_name_again(bench):
     host = bench.host()
     host.sparsify.add("twin", bench.folder / "lora")
