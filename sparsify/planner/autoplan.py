@@ -129,7 +129,8 @@ def autoplan(
         training tokens of all processes, of which each step takes `batch · length · world`.
     calibration: batches for one gradient pass, which says where units and ranks go (`sparsify.planner.sensitivity`); without, they go
         everywhere alike and are chosen at random. loss: as for `compile`.
-    methods: of S2FT, PaCA, RoSA, LoRA. max_lora_rank: what an export as LoRA may need (RoSA has none).
+    methods: of S2FT, PaCA, RoSA, LoRA; Prune meets no budget of a training step, which computes zeros too.
+    max_lora_rank: what an export as LoRA may need (RoSA has none).
     goal: what is best among what fits: "accuracy" (most of the squared gradient reached), "memory" or "time" (the least).
     world, sharded: processes of DDP, or with `sharded` of FSDP2. seed: of the plan. progress: show bars and stages on stderr.
 

@@ -32,6 +32,14 @@ LEVELS = ((None, False), (None, True), ("int8", False), ("int8", True), ("nf4", 
 accuracy, eight bits hardly any, four bits some."""
 
 
+NO_METHOD = {
+    "prune": "zeros take as much memory and time in a training step as other numbers, so that no budget is met by them; for inference "
+    "Prune(sparsity, allocation='sensitivity') shares a sparsity out over layers by what each loses on calibration batches",
+    "quantize": "the base is packed by itself where nothing fits without (int8, then nf4)",
+}
+"""Rules that users name here, and why they are not chosen among."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """size: a rank, for S2FT the share of O and Down. reach: share of the squared gradient. lora_rank: of an export, None for no LoRA.
@@ -70,7 +78,8 @@ def check_methods(methods: Sequence[str]) -> tuple[str, ...]:
     known = {name.lower(): name for name in SIZES}
     for name in methods:
         if not isinstance(name, str) or name.lower() not in known:
-            raise PlanError(f"methods: {short(name)} is none of {', '.join(SIZES)}")
+            reason = NO_METHOD.get(name.lower(), "") if isinstance(name, str) else ""
+            raise PlanError(f"methods: {short(name)} is none of {', '.join(SIZES)}{reason and f': {reason}'}")
     if isinstance(methods, str) or not methods:
         raise PlanError(f"methods={short(methods)}: expected a list of {', '.join(SIZES)}")
     return tuple(dict.fromkeys(known[name.lower()] for name in methods))

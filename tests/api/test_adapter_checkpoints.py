@@ -141,6 +141,51 @@ def test_the_best_one_is_loaded_at_the_end_and_others_go(tmp_path):
     assert (tmp_path / "final" / "adapter.safetensors").exists()
 
 
+class Stop(hf.TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "compiled",
+    [
+        {},
+        # what is traced is the host's forward, as in test_training.py; small checkpoints are the case above
+        pytest.param({"torch_compile": True, "torch_compile_backend": "aot_eager"}, marks=pytest.mark.slow),
+    ],
+    ids=["eager", "torch_compile"],
+)
+def test_early_stopping_after_an_interrupt_gives_the_best_back(compiled: dict[str, Any], tmp_path: Path) -> None:
+    """With accumulation, activation checkpointing and bf16, as people train."""
+    options = {
+        "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "metric_for_best_model": "loss", "max_steps": 12,
+        "greater_is_better": True,  # the worst, so that it stops while the loss falls
+        "gradient_accumulation_steps": 2, "gradient_checkpointing": True, "bf16": True, **compiled,
+    }  # fmt: skip
+    found = []
+    for name, step in (("whole", 99), ("stopped", 3)):
+        stopping = lambda: hf.EarlyStoppingCallback(early_stopping_patience=1)  # noqa: E731
+        trainer = trainer_of(tmp_path / name, LoRA(rank=2), callbacks=[stopping(), Stop(step)], **options)
+        if step < 12:
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train()
+            trainer = trainer_of(tmp_path / name, LoRA(rank=2), callbacks=[stopping()], **options)
+            trainer.train(resume_from_checkpoint=True)
+        else:
+            trainer.train()
+        assert (trainer.state.global_step, Path(trainer.state.best_model_checkpoint).name) == (4, "checkpoint-2")
+        found.append(values(trainer.model))
+    tiny.assert_same(*found)
+    fresh = tiny.lower(tiny.llama(), LoRA(rank=2))
+    fresh.sparsify.load_adapter(tmp_path / "whole" / "checkpoint-2", "best")
+    fresh.sparsify.set_adapter("best")
+    tiny.assert_same(found[0], values(fresh))
+
+
 def test_what_has_no_adapter_or_trains_others_is_refused(tmp_path):
     plain = hf.Trainer(
         model=tiny.llama(),

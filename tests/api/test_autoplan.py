@@ -327,6 +327,8 @@ def test_what_it_refuses() -> None:
         sparsify.autoplan(model, memory="1GiB", calibration=batches(), progress=False)
     with pytest.raises(PlanError, match="'full' is none of S2FT"):
         sparsify.autoplan(model, methods=["full"])
+    with pytest.raises(PlanError, match="'Prune' is none of .*: zeros take as much memory and time in a training step"):
+        sparsify.autoplan(model, methods=["LoRA", "Prune"])
     with pytest.raises(PlanError, match="expected one of accuracy, memory, time"):
         sparsify.autoplan(model, goal="speed")
     with pytest.raises(PlanError, match="no model for causal|not a model for causal"):

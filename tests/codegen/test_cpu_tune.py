@@ -488,3 +488,36 @@ def test_numbers_of_tokens_that_were_not_measured_are_predicted_from_one_that_wa
         choice = layer.choice(200)
         assert (choice.kernel, choice.measured) == (fast, None)
         assert choice.predicted == pytest.approx(predicted(fast, 256))
+
+
+def test_each_distinct_shape_is_measured_once_however_many_layers_have_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    try:
+        build.find_compiler(None)
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    measurements: list[tuple[str, ...]] = []
+
+    def time_in_turn(calls: Mapping[str, Any], budget: float = 0.25, before: Any = None) -> Timing:
+        measurements.append(tuple(calls))
+        return Timing({name: 1.0 if "/" in name else 2.0 for name in calls}, True)
+
+    monkeypatch.setattr(tune, "time_in_turn", time_in_turn)
+    counts: list[int] = []
+    for blocks, other in ((2, False), (6, False), (6, True)):
+        monkeypatch.setenv("SPARSIFY_CACHE", str(tmp_path / f"{blocks}{other}"))
+        forget()
+        measurements.clear()
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(*sizes) for _ in range(blocks) for sizes in ((96, 200), (200, 96)))).eval()
+        with torch.no_grad():
+            for number, linear in enumerate(model):
+                weight: Any = linear.weight
+                share = 0.5 if other and number == 0 else 0.25
+                keep = torch.rand(weight.numel()).argsort()[: int(share * weight.numel())]
+                weight.copy_(torch.zeros(weight.numel()).index_copy(0, keep, weight.view(-1)[keep]).view_as(weight))
+        report = lower_model(model, tokens=(1, 16))
+        assert f"{2 * blocks} linears packed" in str(report)
+        counts.append(len(measurements))
+    assert counts == [4, 4, 6], "two shapes at two numbers of tokens, and one more of another sparsity"

@@ -890,4 +890,29 @@ MISTAKES: tuple[Mistake, ...] = (
         "            self.store.let_go(self.pending)\n",
         "api/test_serving_store.py: worst_moment",
     ),
+    # ------------------------------------------------------------------------------------------------- a PEFT user's day
+    m(
+        "state",
+        "            elif is_whole_numbers(tensor) and tensor.dim():",
+        "            elif is_whole_numbers(tensor) and not tensor.dim():",
+        "api/test_fsdp2.py: packed_codes",
+    ),
+    m(
+        "rows",
+        "        labels += [IGNORED, *sample.labels[1:]]",
+        "        labels += sample.labels",
+        "api/test_training_rows.py: pack",
+    ),
+    m(
+        "rows",
+        "manual_seed((self.seed << 20) + number)",
+        "manual_seed(self.seed << 20)",
+        "api/test_training_rows.py: stream",
+    ),
+    m(
+        "host",
+        "            host.__dict__[word] = Elsewhere(host, word)",
+        "            host.__dict__.pop(word, None)",
+        "api/test_peft_habits.py: verbs",
+    ),
 )
