@@ -20,6 +20,7 @@ from sparsify.cli import app
 from sparsify.plan import plan_file
 from sparsify.plan.name_patterns import matches
 from sparsify.planner import limits as budgets
+from sparsify.planner import shallow
 from sparsify.planner.candidates import Candidate, Choices, between, pattern_of, shared_out
 from sparsify.planner.estimate import Step, Traces, estimate, one_step
 from sparsify.planner.rank_bound import bounded
@@ -28,10 +29,10 @@ from sparsify.planner.shallow import Repeat, repeat_of
 from sparsify.planner.step_time import assembled, measured_size
 
 RUNNER = CliRunner(env={"COLUMNS": "220", "TERM": "dumb"})
-VOCABULARY = 96
+VOCABULARY, LAYERS = 96, 5
 
 
-def llama(layers: int = 9, **changes: Any) -> Any:
+def llama(layers: int = LAYERS, **changes: Any) -> Any:
     sizes = {
         "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 72, "num_hidden_layers": layers, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2,
@@ -39,11 +40,11 @@ def llama(layers: int = 9, **changes: Any) -> Any:
     return hf.LlamaForCausalLM(hf.LlamaConfig(**{**sizes, **changes}))
 
 
-def gpt2(layers: int = 9) -> Any:
+def gpt2(layers: int = LAYERS) -> Any:
     return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=layers, n_head=4, n_positions=64))
 
 
-def neox(layers: int = 9) -> Any:
+def neox(layers: int = LAYERS) -> Any:
     sizes: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -51,6 +52,12 @@ def neox(layers: int = 9) -> Any:
         "num_hidden_layers": layers,
     }
     return hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**sizes, num_attention_heads=4, max_position_embeddings=64))
+
+
+@pytest.fixture(autouse=True)
+def _few_are_deep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a model of five blocks is cut down to, users' models are from nine on."""
+    monkeypatch.setattr(repeat_of, "__defaults__", (None, LAYERS - 1))
 
 
 FAMILIES = {"llama": llama, "gpt2": gpt2, "neox": neox}
@@ -92,15 +99,16 @@ def test_three_blocks_say_byte_for_byte_what_all_of_them_take(
         )
         for w in (False, True)
     )  # fmt: skip
-    assert (cut.traced, whole.traced) == ((3, 9), None)
+    assert (cut.traced, whole.traced) == ((3, LAYERS), None)
     if cut.full is not None:
         assert cut.full.weights < cut.step.weights  # the model alone, without what was put beside it
     assert dataclasses.replace(cut, traced=None, declined=()) == dataclasses.replace(whole, declined=())
 
 
-def test_models_that_are_taken_whole() -> None:
+def test_models_that_are_taken_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repeat_of, "__defaults__", (None, shallow.DEEP))
     with torch.device("meta"):
-        model = llama()
+        model = llama(9)
         assert repeat_of(model) == Repeat("model.layers", 9, 3)
         for plan in (
             Plan([S2FT(0.1)]),
@@ -115,10 +123,10 @@ def test_models_that_are_taken_whole() -> None:
         ):
             assert repeat_of(model, plan) is None
         assert repeat_of(llama(8)) is None
-        wider = llama()
+        wider = llama(9)
         wider.model.layers[5].mlp.up_proj = torch.nn.Linear(32, 80, bias=False)
         assert repeat_of(wider) is None
-        mixed = llama()
+        mixed = llama(9)
         mixed.config.layer_types = ["full_attention"] * 8 + ["sliding_attention"]
         assert repeat_of(mixed) is None
 
@@ -172,7 +180,7 @@ def test_the_gradient_pass_measures_the_squares_of_the_gradient() -> None:
     """Against autograd in fp64: the squared gradient of every column, summed over batches."""
     model = built("llama").double()
     field = field_of(model, repeat_of(model))
-    assert len(field.shapes) == 9 * 7
+    assert len(field.shapes) == LAYERS * 7
     found = measure(model, field, batches(), progress=False)
     oracle = dict.fromkeys(field.shapes, 0.0)
     for batch in batches():
@@ -190,7 +198,7 @@ def test_a_gpt2_is_measured_by_its_inputs() -> None:
     assert field.shapes["transformer.h.4.mlp.c_proj.weight"] == (32, 128)
     found = measure(model, field, batches(1), progress=False)
     model(**batches(1)[0]).loss.backward()
-    name = "transformer.h.7.mlp.c_proj.weight"
+    name = "transformer.h.3.mlp.c_proj.weight"
     torch.testing.assert_close(
         found.columns[name].float(), model.get_parameter(name).grad.square().sum(1), rtol=1e-3, atol=1e-9
     )
@@ -206,7 +214,7 @@ def test_units_go_where_the_gradient_is() -> None:
     generator = torch.Generator().manual_seed(0)
     for name, columns in found.columns.items():
         columns.mul_(
-            torch.rand(columns.shape, generator=generator, dtype=torch.float64) * (100 if ".layers.5." in name else 1)
+            torch.rand(columns.shape, generator=generator, dtype=torch.float64) * (100 if ".layers.3." in name else 1)
         )
         found.entries[name] = torch.full((100,), 0.01, dtype=torch.float64)
     choices = Choices(field, found, repeat, None, 0)
@@ -220,17 +228,18 @@ def test_units_go_where_the_gradient_is() -> None:
         if method == "S2FT":
             counts = {
                 b: next(r.units for r in rules if r.structure == "ffn" and r.matches(f"model.layers.{b}.mlp.down_proj"))
-                for b in range(9)
+                for b in range(LAYERS)
             }
             one = choices.counts(size)["model.layers.0.mlp"]
         else:
             ranks: Any = plan.rules[0].rank  # type: ignore[attr-defined]
             counts = {
-                b: next(r for p, r in ranks.items() if matches(p, f"model.layers.{b}.mlp.up_proj")) for b in range(9)
+                b: next(r for p, r in ranks.items() if matches(p, f"model.layers.{b}.mlp.up_proj"))
+                for b in range(LAYERS)
             }
             one = 8
-        assert counts[5] == 2 * one
-        assert sum(counts.values()) <= 9 * one
+        assert counts[3] == 2 * one
+        assert sum(counts.values()) <= LAYERS * one
         assert min(counts.values()) < one
 
 
