@@ -10,7 +10,7 @@ python -m compileall -q -j 2 sparsify # once, not in each of the processes that 
 ruff format --check .
 ruff check .
 pyright
-if [ $# -eq 0 ]; then # one process more than cores: many tests wait for another process
-  set -- --dist worksteal -n "$(python -c 'import os; print(min(8, (os.cpu_count() or 1) + 1))')" -m "not slow and not gpu"
+if [ $# -eq 0 ]; then
+  set -- --dist worksteal -n "$(python -c 'import os; print(min(8, os.cpu_count() or 1))')" -m "not slow and not gpu"
 fi
 python -m pytest "$@"
