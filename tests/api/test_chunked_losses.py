@@ -108,6 +108,11 @@ LEFT_ALONE: dict[str, tuple[Callable[[nn.Module, torch.Tensor], torch.Tensor], s
     "read": (lambda m, x: (y := m(x)).logsumexp(-1).mean() + F.cross_entropy(y.view(-1, 300), TARGET.view(-1)), "also read"),
     "bent": (lambda m, x: F.cross_entropy(m(x).relu().view(-1, 300), TARGET.view(-1)), "neither a scaling"),
     "times a tensor": (lambda m, x: F.cross_entropy((m(x) * X.sum()).view(-1, 300), TARGET.view(-1)), "no number"),
+    "times nothing": (lambda m, x: F.cross_entropy((m(x).tanh() * 0.0).view(-1, 300), TARGET.view(-1)), "nothing is left"),
+    "floored": (
+        lambda m, x: F.cross_entropy(torch.div(m(x), 0.1, rounding_mode="floor").view(-1, 300), TARGET.view(-1)),
+        "no number",
+    ),
     "fewer classes": (lambda m, x: F.cross_entropy(m(x)[..., :200].reshape(-1, 200), TARGET.view(-1)), "neither a scaling"),
     "classes of tokens": (lambda m, x: F.cross_entropy(m(x).reshape(-1, 150), TARGET.view(-1).repeat(2) % 150), "neither a"),
     "the second place": (lambda m, x: F.cross_entropy(m(x), TARGET[:, 0, None].expand(2, 300) % 12), "last dimension"),

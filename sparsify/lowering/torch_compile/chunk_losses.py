@@ -91,8 +91,10 @@ def follow(path: Path, step: fx.Node, classes: int | torch.SymInt, last: bool) -
     made, target = value(step), step.target
     if target in TIMES or target in OVER:
         number = next((a for a in step.args if isinstance(a, int | float) and not isinstance(a, bool)), None)
-        if number is None or (target in OVER and step.args[0] is number):
+        if number is None or (target in OVER and step.args[0] is number) or step.kwargs:
             raise RefusedError(f"the logits go through {step.name}, whose other operand is no number")
+        if not number:
+            raise RefusedError(f"the logits go through {step.name}, after which nothing is left of them")
         factor = 1 / number if target in OVER else float(number)
         if path.cap:
             path.cap *= factor
